@@ -1,0 +1,57 @@
+"""Multimodal LLMs behind one protocol. B batch, T tokens, D width, S slots of one picture, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from torch import Tensor
+
+
+class Backbone(Protocol):
+    """All that the rest of mgp5 asks of a multimodal LLM; `hf.HFBackbone` is the implementation."""
+
+    tokenizer: Any
+    width: int
+    image_token: str  # what stands for one picture in the text of a chat template
+    image_token_id: int  # the token that is repeated once per slot
+    context_length: int
+    stop_ids: frozenset[int]
+
+    def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
+        """Pictures -> tensors for `encode_images`; runs in data workers, needs no weights."""
+        ...
+
+    def slots(self, inputs: dict[str, Tensor]) -> list[int]:
+        """How many token slots each preprocessed picture takes."""
+        ...
+
+    def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """One (S, D) tensor of features per picture."""
+        ...
+
+    def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
+        """ids (B, T) -> embeddings (B, T, D), with picture features in the image slots, in reading order."""
+        ...
+
+    def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Position ids of whole sequences, (B, T) or (3, B, T); `grids` is `image_grid_thw` where there is one."""
+        ...
+
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """embeddings (B, T, D) -> last hidden states (B, T, D) after the final norm; `cache` grows in place."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> (..., V)."""
+        ...
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache with `get_seq_length()` and `crop(-n)`."""
+        ...
+
+    def to(self, device: torch.device) -> Backbone:
+        """Move the weights."""
+        ...

@@ -1,0 +1,122 @@
+"""CC3M (Sharma et al., 2018): single captioned pictures, for the pretraining stage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import Mgp5Error
+from ..messages import Conversation, Image
+from .files import Pictures, Problems, Rows, check_usable, find_table, lines, pick
+
+# The texts are those of the MiniGPT-5 release.
+SYSTEM = "You will be able to generate image according to command."
+INSTRUCTIONS = (
+    "generate image with caption:",
+    "can you give me the image with caption:",
+    "help me to generate this image:",
+    "generate image with according to caption:",
+    "according to caption, generate image:",
+    "an image with caption:",
+    "can you visualize this caption:",
+)
+COLUMNS = ("caption", "image_path")
+_DROPPED = re.compile(r'[.!"()*#:;~]')
+
+
+def clean_caption(caption: str) -> str:
+    """Lower case, without the characters . ! " ( ) * # : ; ~ and with single blanks."""
+    return " ".join(_DROPPED.sub(" ", caption.lower()).split())
+
+
+class CC3M:
+    """One sample per row, and after every `instruct_every`-th row the same row again as an instruction.
+
+    Attributes:
+        problems: rows skipped at load: "missing image", "bad row".
+    """
+
+    def __init__(self, root: Path, rows: Rows, problems: Problems, instruct_every: int, seed: int) -> None:
+        self.root = root
+        self.problems = problems
+        self._rows = rows  # each "caption<TAB>path"
+        self._every = instruct_every
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._rows) + (len(self._rows) // self._every if self._every else 0)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Caption -> picture. Raises IndexError."""
+        row, instruct = self._locate(index)
+        caption, name = self._rows[row].decode().split("\t")
+        conversation = Conversation()
+        if instruct:
+            prompt = INSTRUCTIONS[pick(len(INSTRUCTIONS), self._seed, name)]
+            conversation = conversation.add("system", SYSTEM).add("user", f"{prompt} {caption}")
+        else:
+            conversation = conversation.add("user", caption)
+        return conversation.add("assistant", Image(path=self.root / name, caption=caption))
+
+    def key(self, index: int) -> str:
+        """Path of the picture, relative to the folder; instructions end in "#instruction"."""
+        row, instruct = self._locate(index)
+        return self._rows[row].decode().split("\t")[1] + ("#instruction" if instruct else "")
+
+    def _locate(self, index: int) -> tuple[int, bool]:
+        """Row of a sample, and whether it is an instruction: the last of every `instruct_every` + 1 samples."""
+        index = range(len(self))[index]
+        if not self._every:
+            return index, False
+        block, offset = divmod(index, self._every + 1)
+        return block * self._every + min(offset, self._every - 1), offset == self._every
+
+
+def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: int = 0) -> CC3M:
+    """Captioned pictures from `cc3m_<split>.tsv`: a header "caption<TAB>image_path", then a row per picture.
+
+    Args:
+        path: folder of the table, or the table itself; picture paths are relative to the table's folder.
+        split: "train", "val" or "test"; the last two stand in for each other.
+        instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
+            Other splits have none, so that every picture counts once in an evaluation.
+        seed: chooses among the wordings of the instruction.
+
+    Raises Mgp5Error for a missing table, a wrong header, a path that leaves the folder, or if no row is usable.
+    """
+    if instruct_every < 0:
+        raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
+    table = find_table(path, split, "cc3m_{split}.tsv")
+    problems, rows, pictures = Problems(), Rows(), Pictures(table.parent)
+    source = lines(table)
+    header = next(source, ("", b""))[1].decode(errors="replace").split("\t")
+    if not set(COLUMNS) <= set(header):
+        raise Mgp5Error(f"{table} begins with the columns {header}", f"expected {' and '.join(COLUMNS)}, tab-separated")
+    for place, line in source:
+        if fields := _fields(line, header):
+            caption, name = fields
+            if found := pictures.find(name, place):
+                rows.add(f"{caption}\t{found}".encode())
+            else:
+                problems.note("missing image", f"{place} {name}")
+        else:
+            problems.note("bad row", place)
+    dataset = CC3M(table.parent, rows, problems, instruct_every if split == "train" else 0, seed)
+    check_usable(dataset, table)
+    return dataset
+
+
+def _fields(line: bytes, header: list[str]) -> tuple[str, str] | None:
+    """Cleaned caption and picture path of a row, or None when either is missing.
+
+    Quotes that a spreadsheet or pandas puts around a field need no parser: cleaning drops those of the caption.
+    """
+    try:
+        fields = line.decode().split("\t")
+    except UnicodeDecodeError:
+        return None
+    if len(fields) != len(header):
+        return None
+    caption, name = (fields[header.index(column)] for column in COLUMNS)
+    caption, name = clean_caption(caption), name.strip().strip('"')
+    return (caption, name) if caption and name else None

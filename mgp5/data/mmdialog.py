@@ -1,0 +1,136 @@
+"""MMDialog (Feng et al., 2022): dialogues between two people who send each other text and pictures."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+from ..errors import Mgp5Error
+from ..messages import Conversation, Image, Part, Text
+from .files import Pictures, Problems, Rows, check_usable, find_table, lines
+
+# The text is that of the MiniGPT-5 release; `mgp5 chat` begins with it too.
+SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. "
+    "You will be able to see the images once I provide it to you. "
+    "Please generate conversations with appropriate images."
+)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # MMDialog itself has .jpg only
+
+Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
+
+
+class MMDialog:
+    """One sample per answer, with what was said before as context.
+
+    Attributes:
+        problems: skipped at load: "missing image" and "bad turn" (the dialogue ends before it), "bad row".
+    """
+
+    def __init__(self, root: Path, history: int | None, user_targets: bool) -> None:
+        self.root = root
+        self.problems = Problems()
+        self._history = history
+        self._targets_from = (1, 1) if user_targets else (1, 2)  # first position, distance
+        self._dialogs = Rows()  # each the JSON of [name, [Turn, ...]]
+        self._dialog_of, self._turn_of = array("I"), array("I")  # per sample
+
+    def append(self, name: str, turns: list[Turn]) -> None:
+        """Add the samples of a dialogue."""
+        first, distance = self._targets_from
+        if len(turns) <= first:
+            return
+        for position in range(first, len(turns), distance):
+            self._dialog_of.append(len(self._dialogs))
+            self._turn_of.append(position)
+        self._dialogs.add(json.dumps([name, turns], separators=(",", ":")).encode())
+
+    def __len__(self) -> int:
+        return len(self._turn_of)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Dialogue so far -> answer. Raises IndexError."""
+        target = self._turn_of[index]
+        _, turns = json.loads(self._dialogs[self._dialog_of[index]])
+        first = 0 if self._history is None else max(0, target - self._history)
+        conversation = Conversation().add("system", SYSTEM)
+        for position in range(first, target + 1):
+            role = "user" if (target - position) % 2 else "assistant"
+            conversation = conversation.add(role, *(self._part(*part) for part in turns[position]))
+        return conversation
+
+    def key(self, index: int) -> str:
+        """Dialogue and turn (from 0), as in "17/3"."""
+        name, _ = json.loads(self._dialogs[self._dialog_of[index]])
+        return f"{name}/{self._turn_of[index]}"
+
+    def _part(self, kind: str, value: str) -> Part:
+        return Text(value) if kind == "text" else Image(path=self.root / value)
+
+
+def load(path: Path, split: str = "train", *, history: int | None = None, user_targets: bool = False) -> MMDialog:
+    """Dialogues from `<split>/<split>_conversations.txt`: one JSON object per line, pictures beside it as `<id>.jpg`.
+
+    Args:
+        path: folder of the splits, folder of one split, or the file itself.
+        split: "train", "val" or "test"; the last two stand in for each other.
+        history: how many utterances before the answer are kept; None = all (the release keeps at most 3).
+            An even number makes the assistant speak first, which some chat templates refuse.
+        user_targets: also learn the turns at even positions (as the release does), roles swapped, so that
+            the assistant speaks first and answers last; never the very first turn.
+
+    Raises Mgp5Error for a missing file, an id that leaves the folder, or if no dialogue is usable.
+    """
+    if history is not None and history < 0:
+        raise Mgp5Error(f"history is {history}", "expected 0 or more", usage=True)
+    table = find_table(path, split, "{split}/{split}_conversations.txt", "{split}_conversations.txt")
+    dataset, pictures = MMDialog(table.parent, history, user_targets), Pictures(table.parent)
+    for place, line in lines(table):
+        try:
+            raw = json.loads(line)
+            name, turns = str(raw.get("conversation_id", place)), [item["turn"] for item in raw["conversation"]]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            dataset.problems.note("bad row", place)
+            continue
+        dataset.append(name, _turns(turns, pictures, dataset.problems, place))
+    check_usable(dataset, table)
+    return dataset
+
+
+def _turns(raw: list[Any], pictures: Pictures, problems: Problems, place: str) -> list[Turn]:
+    """The turns up to the first one that is malformed, empty or without its picture."""
+    turns = []
+    for number, elements in enumerate(raw):
+        spot = f"{place} turn {number}"
+        parts = _elements(elements)
+        if not parts:
+            problems.note("bad turn", spot)
+            break
+        for part in parts:
+            if part[0] == "image":
+                part[1] = _picture(part[1], pictures, spot) or ""
+        if ["image", ""] in parts:
+            problems.note("missing image", spot)
+            break
+        turns.append(parts)
+    return turns
+
+
+def _elements(raw: Any) -> Turn:
+    """Text and picture ids of a turn in order; none when it is malformed."""
+    parts = []
+    for element in raw if isinstance(raw, list) else [None]:
+        if not isinstance(element, dict) or not element.keys() & {"__TEXT__", "__MEDIA__"}:
+            return []
+        if text := str(element.get("__TEXT__") or "").strip():
+            parts.append(["text", text])
+        if "__MEDIA__" in element:
+            parts.append(["image", str(element["__MEDIA__"])])
+    return parts
+
+
+def _picture(media: str, pictures: Pictures, place: str) -> str | None:
+    """File of a picture id."""
+    return next((found for suffix in SUFFIXES if (found := pictures.find(media + suffix, place))), None)

@@ -1,0 +1,1 @@
+"""Storyland: a procedurally drawn picture-book world with known attributes."""

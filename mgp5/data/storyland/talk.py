@@ -1,0 +1,186 @@
+"""Dialogues of Storyland: requests that are answered with a picture, and questions that are answered in words.
+
+A new drawing shows what is asked for; what the request leaves open is: wears and holds nothing, stands, on a sunny day.
+A changed drawing is the last picture with `mentions(request)` applied.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .language import ORDERS, PRONOUNS, WHEN, WHERE, a, describe
+from .world import ATTRIBUTES, Scene, Split, held_out, random_scene
+
+DRAW = ("Please draw {it}.", "Can you show me {it}?", "Paint {it}.", "Could you draw {it}?",
+        "I would like to see {it}.")  # fmt: skip
+CHANGE: dict[str, tuple[str, ...]] = {
+    "place": ("Take {her} to the {new}.", "Now show {her} {where}.", "What does {she} look like {where}?"),
+    "weather": ("Now make it {sky}.", "Let it {sky}.", "What does {she} look like {when}?"),
+    "prop": ("Give {her} {a_new}.", "Let {her} hold {a_new}.", "Now draw {her} with {a_new}."),
+    "wears": ("Put {a_new} on {her}.", "Now draw {her} in {a_new}.", "Let {her} wear {a_new}."),
+    "action": ("Let {her} {act}.", "Make {her} {act}.", "Now {she} should {act}."),
+}
+REMOVE = {"prop": ("Take the {old} away.", "Now put the {old} away."), "wears": ("Take off {hers} {old}.",)}
+MAKE_SKY = {"sunny": "sunny", "rainy": "rain", "snowy": "snow", "night": "night"}
+LET_SKY = {"sunny": "be sunny", "rainy": "rain", "snowy": "snow", "night": "be night"}
+ACT = {"stands": "stand still", "jumps": "jump", "waves": "wave", "sleeps": "sleep"}
+DOING = {"stands": "standing", "jumps": "jumping", "waves": "waving", "sleeps": "sleeping"}
+SKY_NOW = {
+    "sunny": "The sun is shining.",
+    "rainy": "It is raining.",
+    "snowy": "It is snowing.",
+    "night": "It is night.",
+}
+HERE = ("Here {she} is.", "Here you are.", "Of course, here {she} is.", "Sure, here is the {species}.",
+        "Here is {short}.")  # fmt: skip
+LOOK = (("What do you see in this picture?", "I see"), ("Who is this?", "This is"),
+        ("Please describe this picture.", "I see"), ("What is in this picture?", "This is"))  # fmt: skip
+ASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "species": (("What animal is this?",), ("This is {a_species}.",)),
+    "colour": (("What colour is the {species}?", "What colour is {she}?"),
+               ("The {species} is {colour}.", "{She} is {colour}.")),
+    "place": (("Where is {she}?", "Where is the {species}?"), ("{She} is {where}.", "The {species} is {where}.")),
+    "prop": (("What is {she} holding?",), ("{She} is holding {a_prop}.",)),
+    "wears": (("What is {she} wearing?",), ("{She} is wearing {a_wears}.",)),
+    "weather": (("How is the weather?", "What is the weather like?"), ("{now}",)),
+    "action": (("What is {she} doing?", "What is the {species} doing?"),
+               ("{She} is {doing}.", "The {species} is {doing}.")),
+}  # fmt: skip
+GREET = (("Hello!", "Hi there!", "Good morning!"), ("Hello! What shall I draw?", "Hi! What would you like to see?"))
+THANK = (("Thank you!", "Thanks a lot!", "That is lovely, thank you."), ("You are welcome.", "You are welcome, bye!"))
+PRAISE = (("That looks great!", "How cute!"), ("I am glad that you like it.", "I am happy to hear that."))
+
+_DUE = re.compile(r"^(?:now|take|give|put|let|make|please draw|can you show|could you draw|paint|i would like to see)\b"
+                  r"|^what does \w+ look like", re.IGNORECASE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says; `scene` is the picture that comes with it, if there is one."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """Alternating turns that begin with the user; the picture of turn k is `draw(scene, seed + k)`."""
+
+    turns: tuple[Turn, ...]
+    seed: int
+
+
+def image_due(text: str) -> bool:
+    """Whether a user's turn asks for a picture, so that the reply must hold one."""
+    return _DUE.match(text.strip()) is not None
+
+
+def dialog(rng: random.Random, split: Split) -> Dialog:
+    """A dialogue of 4, 6 or 8 turns about one character.
+
+    "train" dialogues hold no held-out scene; the first picture of a "test" dialogue is held out.
+    """
+    she = rng.choice(tuple(PRONOUNS))
+    scene = random_scene(rng, split)
+    exchanges = rng.choice((2, 3, 3, 4, 4))
+    turns = _begin(rng, scene, she, exchanges > 2)
+    scene = turns[-1].scene or turns[-2].scene
+    asked: set[str] = set()
+    while len(turns) < 2 * exchanges:
+        last, lookless = len(turns) == 2 * exchanges - 2, exchanges == 2 and turns[1].scene is None
+        if last and not lookless and rng.random() < 0.2:
+            turns += _words(rng, rng.choice((THANK, PRAISE)))
+        elif lookless or rng.random() < 0.5:
+            turns += _changed(rng, scene, split, she)
+            scene, asked = turns[-1].scene, set()
+        else:
+            name = rng.choice([name for name in ASK if name not in asked])
+            asked.add(name)
+            turns += _question(rng, name, scene, she)
+    return Dialog(tuple(turns), rng.randrange(2**31))
+
+
+def _begin(rng: random.Random, scene: Scene, she: str, greet: bool) -> list[Turn]:
+    """Maybe a greeting, then the first picture: the user's own, which is described, or a drawing."""
+    turns: list[Turn] = []
+    if greet and rng.random() < 0.2:
+        turns += _words(rng, GREET)
+    if rng.random() < 0.75:
+        return turns + _drawing(rng, scene, she)
+    question, answer = rng.choice(LOOK)
+    reply = Turn("assistant", f"{answer} {_pictured(rng, scene, full=True)}.")
+    return [*turns, Turn("user", question, scene), reply]
+
+
+def _words(rng: random.Random, pair: tuple[tuple[str, ...], tuple[str, ...]]) -> list[Turn]:
+    return [Turn("user", rng.choice(pair[0])), Turn("assistant", rng.choice(pair[1]))]
+
+
+def _slots(scene: Scene, she: str) -> dict[str, str]:
+    nothing = {name: getattr(scene, name) for name in ("prop", "wears")}
+    return {
+        **scene.attributes(),
+        **{f"a_{name}": value if value == "nothing" else a(value) for name, value in nothing.items()},
+        "a_species": a(scene.species), "she": she, "She": she.capitalize(), "where": WHERE[scene.place],
+        "doing": DOING[scene.action], "now": SKY_NOW[scene.weather], "her": PRONOUNS[she][0], "hers": PRONOUNS[she][1],
+    }  # fmt: skip
+
+
+def _pictured(rng: random.Random, scene: Scene, full: bool = False) -> str:
+    """A noun phrase for a scene; unless `full`, what a new drawing takes for granted is at times left out."""
+    plain = {"action": "stands", "weather": "sunny"}
+    drop = {n for n, v in plain.items() if not full and getattr(scene, n) == v and rng.random() < 0.7}
+    text = describe(scene, ORDERS[0], rng.choice(WHEN[scene.weather]), "with", frozenset(drop & {"weather"}))
+    doing = "" if "action" in drop else f" {DOING[scene.action]}"
+    return re.sub(rf" {scene.action}\b", doing, text, count=1)
+
+
+def _drawing(rng: random.Random, scene: Scene, she: str) -> list[Turn]:
+    for name, usual, share in (("wears", "nothing", 0.4), ("action", "stands", 0.35), ("weather", "sunny", 0.2)):
+        if rng.random() < share:
+            scene = replace(scene, **{name: usual})
+    request = rng.choice(DRAW).format(it=_pictured(rng, scene))
+    return [Turn("user", request), Turn("assistant", _here(rng, scene, she), scene)]
+
+
+def _here(rng: random.Random, scene: Scene, she: str) -> str:
+    short = f"a {scene.colour} {scene.species} {WHERE[scene.place]}"
+    return rng.choice(HERE).format(**_slots(scene, she), short=short)
+
+
+def _changed(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Turn]:
+    while True:
+        name = rng.choice(tuple(CHANGE))
+        new = rng.choice([value for value in ATTRIBUTES[name] if value != getattr(scene, name)])
+        after = replace(scene, **{name: new})
+        if not (split == "train" and held_out(after)):
+            break
+    options = REMOVE[name] if new == "nothing" else CHANGE[name]
+    template = rng.choice(options)
+    slots = {**_slots(after, she), "old": getattr(scene, name), "new": new, "a_new": a(new)}
+    if name == "weather":
+        slots["sky"] = (LET_SKY if template.startswith("Let") else MAKE_SKY)[new]
+        slots["when"] = rng.choice(WHEN[new])
+    elif name == "action":
+        slots["act"] = ACT[new]
+    request = template.format(**slots)
+    reply = _here(rng, after, she) if rng.random() < 0.6 else _echo(after, name, she)
+    return [Turn("user", request), Turn("assistant", reply, after)]
+
+
+def _echo(scene: Scene, name: str, she: str) -> str:
+    """A reply that repeats the change."""
+    if name == "weather":
+        return f"Now {SKY_NOW[scene.weather][0].lower()}{SKY_NOW[scene.weather][1:]}"
+    answer = ASK[name][1][0].format(**_slots(scene, she))
+    return f"Now {answer[0].lower()}{answer[1:]}"
+
+
+def _question(rng: random.Random, name: str, scene: Scene, she: str) -> list[Turn]:
+    questions, answers = ASK[name]
+    slots = _slots(scene, she)
+    return [Turn("user", rng.choice(questions).format(**slots)), Turn("assistant", rng.choice(answers).format(**slots))]

@@ -1,0 +1,183 @@
+"""VIST (Huang et al., 2016): picture stories, and the prompts of the paper's three tasks on them.
+
+`mgp5 story` asks with the same functions, so that training and inference share every word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import Mgp5Error
+from ..messages import Conversation, Image
+from .files import Pictures, Problems, check_usable, find_table, pick, read_object
+
+Scene = tuple[str, Image]  # what a step of a story says, and its picture
+Task = Literal["illustrate", "continue", "narrate"]
+Context = Literal["full", "text", "none"]
+
+# The texts are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each).
+SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. "
+    "You will be able to see the images once I provide it to you. "
+    "Please understanding images and generate story."
+)
+ILLUSTRATE = ("Generate an image with the scene description: {text}", "the scene description: {text}")
+CONTINUE = (
+    "Tell me the next scene with image.",
+    "Generate the next scene with image.",
+    "What should happen then?",
+)
+NARRATE = ("Tell me the next scene description by this image:", "What happen in the next scene image:")
+TEMPLATES: dict[Task, tuple[str, ...]] = {"illustrate": ILLUSTRATE, "continue": CONTINUE, "narrate": NARRATE}
+TASKS: tuple[Task, ...] = tuple(TEMPLATES)
+
+
+def illustrate(history: Sequence[Scene], text: str, choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for the picture of the next scene (image-only generation).
+
+    Args:
+        history: scenes so far, in order.
+        text: what the next scene says.
+        choice: which wording of `ILLUSTRATE`.
+        context: "full" history, its "text" only, or "none".
+    """
+    return _ask(history, context, ILLUSTRATE[choice].replace("{text}", text))
+
+
+def continue_(history: Sequence[Scene], choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for text and picture of the next scene (multimodal generation); arguments as in `illustrate`."""
+    return _ask(history, context, CONTINUE[choice])
+
+
+def narrate(history: Sequence[Scene], image: Image, choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for the text of the next scene, shown its picture (text-only generation); arguments as in `illustrate`."""
+    return _ask(history, context, NARRATE[choice], image)
+
+
+def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> Conversation:
+    """System text, then one user turn: text and picture of every scene in order, then the question."""
+    if context not in ("full", "text", "none"):
+        raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
+    parts: list[str | Image] = []
+    for text, image in history if context != "none" else ():
+        parts += [text] if text else []
+        parts += [image] if context == "full" else []
+    return Conversation().add("system", SYSTEM).add("user", *parts, *question)
+
+
+@dataclass(frozen=True)
+class Story:
+    """Scenes in order, and the name the data set gives them."""
+
+    name: str
+    scenes: tuple[Scene, ...]
+
+
+class VIST:
+    """Samples story by story, step by step, task by task.
+
+    Attributes:
+        stories: what was read, in file order.
+        problems: skipped at load: "missing image" (the story ends before it), "bad story".
+    """
+
+    def __init__(
+        self, stories: list[Story], problems: Problems, tasks: Sequence[Task], context: Context, first: int, seed: int
+    ) -> None:
+        self.stories = stories
+        self.problems = problems
+        self._context = context
+        self._seed = seed
+        begin = {"illustrate": 0, "continue": 1, "narrate": first}
+        self._samples = [
+            (number, step, task)
+            for number, story in enumerate(stories)
+            for step in range(len(story.scenes))
+            for task in tasks
+            if step >= begin[task]
+        ]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """History and question -> picture, text and picture, or text. Raises IndexError."""
+        number, step, task = self._samples[index]
+        story = self.stories[number]
+        history, (text, image) = story.scenes[:step], story.scenes[step]
+        choice = pick(len(TEMPLATES[task]), self._seed, story.name, step, task)
+        if task == "illustrate":
+            return illustrate(history, text, choice, context=self._context).add("assistant", image)
+        if task == "continue":
+            return continue_(history, choice, context=self._context).add("assistant", text, image)
+        return narrate(history, image, choice, context=self._context).add("assistant", text)
+
+    def key(self, index: int) -> str:
+        """Story, step (from 0) and task, as in "40470/2/narrate"."""
+        number, step, task = self._samples[index]
+        return f"{self.stories[number].name}/{step}/{task}"
+
+
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    tasks: Sequence[Task] = TASKS,
+    context: Context = "full",
+    narrate_first: bool = False,
+    seed: int = 0,
+) -> VIST:
+    """Stories from `<split>_cleaned.json` and `<split>_image_mapping.json`.
+
+    The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: picture path}.
+
+    Args:
+        path: folder of the two files, or the first file; picture paths are relative to their folder.
+        split: "train", "val" or "test"; the last two stand in for each other.
+        tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
+        context: how much of the history the prompt shows: "full", "text" or "none".
+        narrate_first: also narrate step 0, without any history.
+        seed: chooses among the wordings of a question, per story, step and task.
+
+    Raises Mgp5Error for a missing or malformed file, a path that leaves the folder, or if no story is usable.
+    """
+    if not tasks or set(tasks) - set(TASKS):
+        raise Mgp5Error(f"unknown tasks {tuple(tasks)}", f"expected some of {', '.join(TASKS)}", usage=True)
+    if context not in ("full", "text", "none"):
+        raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
+    table = find_table(path, split, "{split}_cleaned.json")
+    names = read_object(table.with_name(table.name.replace("cleaned", "image_mapping")))
+    problems, pictures, stories = Problems(), Pictures(table.parent), []
+    for name, raw in read_object(table).items():
+        scenes = _scenes(raw, names, pictures, problems, f"{table.name} story {name}")
+        if scenes:
+            stories.append(Story(name, scenes))
+    dataset = VIST(stories, problems, tasks, context, 0 if narrate_first else 1, seed)
+    check_usable(dataset, table)
+    return dataset
+
+
+def _scenes(raw: Any, names: dict[str, Any], pictures: Pictures, problems: Problems, place: str) -> tuple[Scene, ...]:
+    """Scenes of a story up to the first one without a picture; none when the story is malformed."""
+    try:
+        steps = [
+            (step["caption"].strip(), str(step["image_id"]))
+            for step in sorted(raw, key=lambda step: int(step["sequence_index"]))
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        steps = []
+    if not steps or not all(text for text, _ in steps):
+        problems.note("bad story", place)
+        return ()
+    scenes: list[Scene] = []
+    for text, image_id in steps:
+        name = names.get(image_id)
+        found = pictures.find(name, place) if isinstance(name, str) else None
+        if not found:
+            problems.note("missing image", f"{place} {name or image_id}")
+            break
+        scenes.append((text, Image(path=pictures.root / found)))
+    return tuple(scenes)

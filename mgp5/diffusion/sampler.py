@@ -1,0 +1,297 @@
+"""Every deterministic sampler as a table of coefficients, and the loop that runs it.
+
+Letters: n model calls, K predictions kept, B batch, C, h and w of the latents x, L and D of the condition, p the guided
+prediction, alpha and sigma as in schedule.py.
+
+With a fixed schedule each sampler is linear: a step is
+    x' = c0 x + c1 p + c2 m1 + ... + c(K+1) mK        (coefficients, one row per step)
+    m  = d0 x + d1 p                                  (conversion; it is m1 in the next step)
+where m is whatever the multistep method keeps of a step (the clean latents for DPM-Solver++, the prediction for PNDM).
+All samplers run on variance-preserving latents, Euler too: then no sampler needs to scale the model's input, and what
+comes out of any step can be previewed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import Mgp5Error
+from .schedule import NoiseSchedule
+
+# Latents (B, C, h, w), timestep (), condition (B, L, D) -> (B, C, h, w)
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Level = tuple[float, float]  # (alpha, sigma)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SamplerTable:
+    """All that a sampler does with a schedule in a number of steps; on the CPU, in float64.
+
+    Args:
+        name: which sampler.
+        timesteps: at which timestep the model is called; PNDM makes one call more than it has steps.
+        coefficients: of the latents, the prediction and K kept predictions, newest first; give the next latents.
+        conversion: of the latents and the prediction; give what is kept.
+        noise_scale: standard deviation of the noise to start from.
+    """
+
+    name: str
+    timesteps: Tensor  # (n,)
+    coefficients: Tensor  # (n, 2 + K)
+    conversion: Tensor  # (n, 2)
+    noise_scale: float = 1.0
+
+    def __len__(self) -> int:
+        """The number of model calls, which is the number of latents that `denoise` yields."""
+        return len(self.timesteps)
+
+    @property
+    def history(self) -> int:
+        """K, how many predictions are kept."""
+        return self.coefficients.shape[1] - 2
+
+
+def sampler_table(name: str, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """The table of the sampler `name`, a key of SAMPLERS, for a schedule and a number of steps; cached.
+
+    Raises:
+        Mgp5Error: the name is unknown, or the schedule cannot be sampled so.
+    """
+    if name not in SAMPLERS:
+        raise Mgp5Error(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}", "choose one of these")
+    if not 1 <= steps <= schedule.num_train_timesteps:
+        raise Mgp5Error(f"{steps} steps, expected 1 to {schedule.num_train_timesteps}", "change --steps")
+    return _cached_table(name, schedule, steps)
+
+
+@lru_cache(maxsize=64)
+def _cached_table(name: str, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    hint = "take fewer steps or another sampler"
+    try:
+        # What cannot be shows up as inf or nan (a zero SNR with epsilon prediction, a timestep twice in DPM-Solver++).
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            table = SAMPLERS[name](schedule, steps)
+    except IndexError as error:
+        raise Mgp5Error(f"{name} with {steps} steps leaves the range of timesteps", hint) from error
+    if not (table.coefficients.isfinite().all() and table.conversion.isfinite().all()):
+        raise Mgp5Error(f"{name} with {steps} steps has no finite coefficients for this schedule", hint)
+    return table
+
+
+def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """DDIM without noise (Song et al., arXiv 2010.02502, eq. 12)."""
+    timesteps = _timesteps(schedule, steps, default="leading")
+    final = _final_alpha_bar(schedule, default=True)
+    rows = []
+    for t in timesteps:
+        target = t - schedule.num_train_timesteps // steps
+        rows.append(_first_order(schedule, _level(schedule, t), _level(schedule, target, final)))
+    return _table("ddim", timesteps, rows)
+
+
+def euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Euler's method (Karras et al., arXiv 2206.00364), written for variance-preserving latents.
+
+    Dividing its latents by sqrt(1 + s^2), s being its noise level sigma / alpha, makes it a first-order step like
+    DDIM's that ends without noise, and the scaled input of the model becomes the latents themselves.
+    """
+    timesteps = _timesteps(schedule, steps, default="linspace", whole=False)
+    levels = [_ratio_level(schedule, t) for t in timesteps] + [(1.0, 0.0)]
+    rows = [_first_order(schedule, source, target) for source, target in pairwise(levels)]
+    leading = (schedule.timestep_spacing or "linspace") == "leading"
+    return _table("euler", timesteps, rows, noise_scale=1.0 if leading else levels[0][1])
+
+
+def dpm_solver(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """DPM-Solver++ 2M, midpoint (Lu et al., arXiv 2211.01095, algorithm 2); first order in the first and last step."""
+    timesteps = _dpm_timesteps(schedule, steps)
+    levels = [_ratio_level(schedule, t) for t in timesteps] + [(1.0, 0.0)]
+    logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in levels]
+    rows, conversion = [], []
+    for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(pairwise(levels)):
+        clean, _ = _clean_and_noise(schedule, alpha, sigma)
+        gain = next_alpha - next_sigma * alpha / sigma
+        middle = 0 < i < steps - 1
+        extra = 0.5 * (logs[i + 1] - logs[i]) / (logs[i] - logs[i - 1]) if middle else 0.0
+        x, p = gain * (1 + extra) * clean + (next_sigma / sigma, 0.0)
+        rows.append((x, p, -gain * extra))
+        conversion.append(clean)
+    return _table("dpm++", timesteps, rows, conversion)
+
+
+def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """PLMS, the form of PNDM (Liu et al., arXiv 2202.09778) that Stable Diffusion uses: no Runge-Kutta steps.
+
+    The second call repeats the first step with a better slope, so there are steps + 1 calls. It starts again from the
+    first latents x0; those are the present latents less what the first prediction did, so nothing more is kept.
+    """
+    if schedule.prediction_type == "sample":
+        raise Mgp5Error("pndm cannot sample a model with prediction_type 'sample'", "choose another sampler")
+    stride = schedule.num_train_timesteps // steps
+    final = _final_alpha_bar(schedule, default=False)
+    timesteps = _timesteps(schedule, steps, default="leading")
+    moves = [(t, t - stride) for t in timesteps]
+    if steps > 1:
+        timesteps = np.insert(timesteps, 1, timesteps[1])
+        moves.insert(1, (timesteps[1] + stride, timesteps[1]))
+    # Adams-Bashforth weights in 24ths, newest first. The method forgets the repeated call: its place weighs zero.
+    start = [[24], [12, 12], [36, 0, -12], [46, -32, 0, 10], [55, -59, 37, 0, -9]]
+    rows = []
+    for i, (t, target) in enumerate(moves):
+        x, p = _first_order(schedule, _level(schedule, t), _level(schedule, target, final))
+        weights = start[i] if i < 5 else [55, -59, 37, -9]
+        row = np.zeros(6)
+        row[0], row[1 : 1 + len(weights)] = x, p * np.array(weights) / 24
+        if i == 1:  # x0 = (x1 - p' m1) / x', of the first row x', p'
+            row[0], row[2] = x / rows[0][0], row[2] - x * rows[0][1] / rows[0][0]
+        rows.append(row)
+    return _table("pndm", timesteps, rows, conversion=[(0.0, 1.0)] * len(rows))
+
+
+SAMPLERS: dict[str, Callable[[NoiseSchedule, int], SamplerTable]] = {
+    "dpm++": dpm_solver,
+    "ddim": ddim,
+    "euler": euler,
+    "pndm": pndm,
+}
+
+
+@torch.no_grad()
+def denoise(
+    predict: Predict,
+    noise: Tensor,  # (B, C, h, w)
+    condition: Tensor,  # (B, L, D)
+    unconditional: Tensor | None,  # (1 or B, L, D)
+    table: SamplerTable,
+    guidance: float,
+    update: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[Tensor]:
+    """Yield the float32 latents (B, C, h, w) after each of the `len(table)` steps; the last are the result.
+
+    Args:
+        predict: the model; called with 2B latents, the unconditional half first, where there is guidance.
+        noise: standard normal noise.
+        unconditional: the condition of the other half; may be None with guidance 1.
+        guidance: scale of classifier-free guidance; 1.0 runs no unconditional half.
+        update: takes the place of `linear_update`, say by a fused kernel.
+
+    The loop never waits for the device, so it can be captured as a CUDA graph.
+    """
+    guided = guidance != 1.0 and unconditional is not None
+    if guided:
+        condition = torch.cat([unconditional.expand_as(condition).to(condition), condition])  # (2B, L, D)
+    update = update or linear_update
+    timesteps = table.timesteps.to(noise.device, torch.float32)
+    rows, conversions = table.coefficients.tolist(), table.conversion.tolist()
+    latents = noise.float() * table.noise_scale
+    history: list[Tensor] = []
+    for i, row in enumerate(rows):
+        prediction = predict(latents.repeat(2, 1, 1, 1) if guided else latents, timesteps[i], condition)
+        latents, kept = update(latents, prediction, history, row, conversions[i], guidance if guided else 1.0)
+        history = [kept, *history][: table.history]
+        yield latents
+
+
+def linear_update(
+    latents: Tensor,  # (B, C, h, w)
+    prediction: Tensor,  # (B or 2B, C, h, w)
+    history: Sequence[Tensor],  # at most K of (B, C, h, w), newest first
+    coefficients: Sequence[float],  # (2 + K)
+    conversion: Sequence[float],  # (2)
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of a table with its guidance: the next latents, and what is kept of this prediction."""
+    prediction = prediction.to(latents.dtype)
+    if len(prediction) == 2 * len(latents):
+        without, given = prediction.chunk(2)
+        prediction = torch.lerp(without, given, guidance)
+    kept = conversion[0] * latents + conversion[1] * prediction if any(conversion) else prediction
+    latents = coefficients[0] * latents + coefficients[1] * prediction
+    # While the history is short, the coefficients it lacks are zero.
+    for coefficient, past in zip(coefficients[2:], history, strict=False):
+        if coefficient:
+            latents = latents + coefficient * past
+    return latents, kept
+
+
+def _table(
+    name: str,
+    timesteps: np.ndarray,  # (n,)
+    rows: Sequence[Sequence[float]],  # (n, 2 + K)
+    conversion: Sequence[Sequence[float]] | None = None,  # (n, 2)
+    noise_scale: float = 1.0,
+) -> SamplerTable:
+    coefficients = torch.from_numpy(np.array(rows, dtype=np.float64))
+    kept = np.zeros((len(rows), 2)) if conversion is None else np.array(conversion, dtype=np.float64)
+    return SamplerTable(
+        name=name,
+        timesteps=torch.from_numpy(np.array(timesteps, dtype=np.float64)),
+        coefficients=coefficients,
+        conversion=torch.from_numpy(kept),
+        noise_scale=float(noise_scale),
+    )
+
+
+def _clean_and_noise(schedule: NoiseSchedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """The clean latents and the noise that a prediction means, each as coefficients of (x, p)."""
+    if schedule.prediction_type == "epsilon":
+        return np.array([1, -sigma]) / alpha, np.array([0.0, 1.0])
+    if schedule.prediction_type == "v_prediction":
+        return np.array([alpha, -sigma]), np.array([sigma, alpha])
+    return np.array([0.0, 1.0]), np.array([1, -alpha]) / sigma
+
+
+def _first_order(schedule: NoiseSchedule, source: Level, target: Level) -> np.ndarray:  # (2,)
+    """Move the clean latents and the noise that the prediction means to another level (alpha, sigma)."""
+    clean, noise = _clean_and_noise(schedule, *source)
+    return target[0] * clean + target[1] * noise
+
+
+def _level(schedule: NoiseSchedule, t: int, final_alpha_bar: float = 1.0) -> Level:
+    """(alpha, sigma) at a whole timestep; before the first it is the final level."""
+    alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else final_alpha_bar
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+
+def _ratio_level(schedule: NoiseSchedule, t: float) -> Level:
+    """(alpha, sigma) at any timestep, by interpolation of the ratio sigma / alpha."""
+    alpha_bar = schedule.alphas_cumprod.copy()
+    if schedule.rescale_betas_zero_snr:
+        alpha_bar[-1] = 2.0**-24  # as diffusers: the ratio must stay finite
+    if t > len(alpha_bar) - 1:
+        raise IndexError(t)
+    ratio = np.interp(t, np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
+    return 1 / np.sqrt(1 + ratio**2), ratio / np.sqrt(1 + ratio**2)
+
+
+def _final_alpha_bar(schedule: NoiseSchedule, default: bool) -> float:
+    to_one = default if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
+    return 1.0 if to_one else schedule.alphas_cumprod[0]
+
+
+def _timesteps(schedule: NoiseSchedule, steps: int, default: str, whole: bool = True) -> np.ndarray:  # (steps,)
+    """The timesteps of one spacing, falling (Lin et al., arXiv 2305.08891, table 2)."""
+    spacing, total = schedule.timestep_spacing or default, schedule.num_train_timesteps
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, steps)[::-1]
+        return timesteps.round().astype(np.int64) if whole else timesteps
+    if spacing == "leading":
+        return np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
+    return (total - np.arange(steps) * (total / steps)).round().astype(np.int64) - 1
+
+
+def _dpm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:  # (steps,)
+    """As `_timesteps`, but DPM-Solver++ leaves out the last of one step more."""
+    spacing, total = schedule.timestep_spacing or "linspace", schedule.num_train_timesteps
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
+    if spacing == "leading":
+        return np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + schedule.steps_offset
+    return _timesteps(schedule, steps, default="trailing")

@@ -1,0 +1,22 @@
+"""The one error a user meets: what was found and expected, and what to do about it."""
+
+from __future__ import annotations
+
+
+class Mgp5Error(Exception):
+    """A failure the user can act on.
+
+    Args:
+        message: one line that names the file or flag, what was found and what was expected.
+        hint: what to do next; shown behind the message.
+        usage: True when the command line itself is wrong (exit code 2 instead of 1).
+    """
+
+    def __init__(self, message: str, hint: str = "", *, usage: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = 2 if usage else 1
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.hint}" if self.hint else self.message

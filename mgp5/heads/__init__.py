@@ -1,0 +1,1 @@
+"""Image heads: from LLM states to an image, one file per paper."""

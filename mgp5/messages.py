@@ -1,0 +1,173 @@
+"""What people and the model say to each other: text and images in order, as plain values (no torch here)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import Mgp5Error
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+Role = Literal["system", "user", "assistant"]
+MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: a file that is read when needed, or pixels already in memory.
+
+    Attributes:
+        path: file of the picture, or None when it lives in memory only.
+        pixels: PIL image (any mode), or None.
+        caption: description used by the caption loss of the pretraining stage; "" if there is none.
+        meta: JSON-ready facts about a generated picture (seed, prompt, options).
+    """
+
+    path: Path | None = None
+    pixels: PIL.Image.Image | None = field(default=None, compare=False, repr=False)
+    caption: str = ""
+    meta: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def load(self) -> PIL.Image.Image:
+        """The upright RGB picture. Raises Mgp5Error when there is none to be had."""
+        if self.pixels is not None:
+            return upright(self.pixels)
+        if self.path is None:
+            raise Mgp5Error("an image has neither a file nor pixels", "give it a path")
+        return read_image(self.path)
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, and its parts in order."""
+
+    role: Role
+    content: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """All text of the turn, joined by blanks."""
+        return " ".join(part.text for part in self.content if isinstance(part, Text) and part.text)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images of the turn, in order."""
+        return tuple(part for part in self.content if isinstance(part, Image))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order. As a training sample, the last message is the target and everything before it is context."""
+
+    messages: tuple[Message, ...] = ()
+
+    def add(self, role: Role, *parts: Part | str) -> Conversation:
+        """A new conversation with one more message; strings become Text."""
+        content = tuple(Text(part) if isinstance(part, str) else part for part in parts)
+        return replace(self, messages=(*self.messages, Message(role, content)))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images, in order."""
+        return tuple(image for message in self.messages for image in message.images)
+
+    def to_chat(self, paths: Iterator[str] | None = None) -> list[dict[str, Any]]:
+        """Messages in the Hugging Face chat format; image parts carry a `path` taken from `paths`, else their own."""
+        chat = []
+        for message in self.messages:
+            content: list[dict[str, Any]] = []
+            for part in message.content:
+                if isinstance(part, Text):
+                    content.append({"type": "text", "text": part.text})
+                else:
+                    path = next(paths) if paths is not None else str(part.path)
+                    content.append({"type": "image", "path": path} | ({"meta": part.meta} if part.meta else {}))
+            chat.append({"role": message.role, "content": content})
+        return chat
+
+    @classmethod
+    def from_chat(cls, chat: Iterable[dict[str, Any]], folder: Path) -> Conversation:
+        """The reverse of `to_chat`; image paths are relative to `folder` and may not leave it.
+
+        Raises Mgp5Error for a role, part or path that is not understood.
+        """
+        messages = []
+        for index, raw in enumerate(chat):
+            if not isinstance(raw, dict) or raw.get("role") not in ("system", "user", "assistant"):
+                raise Mgp5Error(f"message {index} has no role of system, user or assistant", "repair the file")
+            content = raw.get("content", [])
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            messages.append(Message(raw["role"], tuple(_part(part, index, folder) for part in parts)))
+        return cls(tuple(messages))
+
+
+def _part(raw: dict[str, Any], index: int, folder: Path) -> Part:
+    if raw.get("type") == "text" and isinstance(raw.get("text"), str):
+        return Text(raw["text"])
+    if raw.get("type") == "image" and isinstance(raw.get("path"), str):
+        return Image(path=inside(folder, raw["path"]), caption=raw.get("caption", ""), meta=raw.get("meta", {}))
+    raise Mgp5Error(
+        f"message {index} has a part of type {raw.get('type')!r}",
+        'expected {"type": "text", "text": ...} or {"type": "image", "path": ...}',
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder/name`, refused when it is absolute or climbs out of the folder (also through a link)."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    path = folder / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise Mgp5Error(f"the path {name!r} leaves its folder {folder}", "use a path inside the folder")
+    return path
+
+
+def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB in the orientation its EXIF data asks for; transparency is laid on white, 16-bit grey is scaled to 8 bit."""
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = picture.point(lambda value: value / 257).convert("L")
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = pil.new("RGBA", picture.size, "white")
+        picture = pil.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def read_image(path: Path) -> PIL.Image.Image:
+    """Read any picture file as upright RGB. Raises Mgp5Error that names the file and what is wrong with it."""
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings(), pil.open(path) as picture:
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width}x{picture.height}"
+                raise Mgp5Error(f"{path} has {size} pixels, more than {MAX_PIXELS:,}", "make it smaller")
+            return upright(picture)
+    except FileNotFoundError:
+        raise Mgp5Error(f"no image at {path}", "check the path") from None
+    except UnidentifiedImageError:
+        raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG or WebP file") from None
+    except pil.DecompressionBombError:
+        raise Mgp5Error(f"{path} is larger than {MAX_PIXELS:,} pixels", "make it smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Mgp5Error(f"{path} cannot be read as an image ({error})", "replace or remove the file") from None

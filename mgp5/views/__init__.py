@@ -1,0 +1,1 @@
+"""Views: consumers of generation events."""

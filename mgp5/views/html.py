@@ -1,0 +1,234 @@
+"""One self-contained page for a story (a picture book) or a chat (bubbles): inline style and pictures, no scripts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from ..messages import Conversation, Image, Message, Text
+from .files import write_atomic
+
+MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger picture goes into the page as a JPEG of at most MAX_SIDE pixels
+MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+# What users say to the model to get a scene. It is no part of the story; what follows a colon is.
+INSTRUCTION = re.compile(
+    r"(?:^|(?<=[.:!?] ))"
+    r"((tell me|generate|draw|give me|continue)\b[^:.?!]*\b(scene|image|picture|story)\b[^:.?!]*[:.?!]?"
+    r"|the scene description:|what (should )?happens? (then|next|in the next scene image)[^:.?!]*[:.?!]?)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --back: #f6efe2; --page: #fffdf8; --ink: #3a3028; --soft: #75685a; --line: #e9dfcd;
+  --accent: #b4552d; --own: #f9e2c9; --shadow: 0 1px 2px #6b4a2214, 0 .75rem 2rem #6b4a221f; }
+@media (prefers-color-scheme: dark) { :root { --back: #17161c; --page: #232129; --ink: #efe7da; --soft: #a79d90;
+  --line: #37333d; --accent: #eda070; --own: #453a33; --shadow: 0 .75rem 2rem #0006; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); text-rendering: optimizeLegibility;
+  font: 1.1875rem/1.6 "Iowan Old Style", "Palatino Linotype", Palatino, "Book Antiqua", Georgia, "Noto Serif", serif; }
+main, header, footer { max-width: 37rem; margin: 0 auto; padding: 0 clamp(.875rem, 4vw, 1.5rem); }
+header { padding-top: clamp(2.25rem, 7vh, 4.5rem); padding-bottom: clamp(1.5rem, 4vh, 2.75rem); text-align: center; }
+h1 { margin: 0; font-size: clamp(2rem, 1.4rem + 3vw, 3rem); font-weight: 600; line-height: 1.15; letter-spacing: -.01em;
+  text-wrap: balance; overflow-wrap: anywhere; }
+header::after { content: ""; display: block; width: 3.5rem; height: .3rem; margin: 1.25rem auto 0; border-radius: 1rem;
+  background: var(--accent); opacity: .75; }
+img { display: block; width: 100%; height: auto; border-radius: 1.125rem; background: var(--line); }
+figure { margin: 0; }
+p { margin: 0; white-space: pre-line; overflow-wrap: anywhere; }
+.scene { position: relative; margin: 0 0 clamp(1.5rem, 5vw, 2.5rem); padding: clamp(.625rem, 2.5vw, 1rem);
+  padding-bottom: .875rem; background: var(--page); border-radius: 1.75rem; box-shadow: var(--shadow); }
+.scene p { padding: 1.125rem clamp(.5rem, 3vw, 1.5rem) .375rem; text-align: center; text-wrap: pretty;
+  font-size: clamp(1.25rem, 1.1rem + .9vw, 1.5rem); line-height: 1.5; }
+.scene:first-of-type p::first-letter { color: var(--accent); font-size: 1.35em; font-weight: 600; }
+.number { margin: .25rem 0 0; text-align: center; color: var(--accent); font-size: 1rem; }
+details { margin-top: .25rem; color: var(--soft); font-size: .8125rem; line-height: 1.5; text-align: center; }
+summary { padding: .375rem; cursor: pointer; list-style: none; border-radius: .5rem; }
+summary::-webkit-details-marker { display: none; }
+summary::after { content: " +"; } details[open] summary::after { content: " \\2212"; }
+summary:focus-visible { outline: 2px solid var(--accent); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .125rem .875rem; margin: .375rem .5rem .5rem;
+  text-align: left; }
+dt { font-style: italic; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
+.turn { width: fit-content; max-width: min(86%, 30rem); margin: 0 0 1rem; padding: .75rem 1rem;
+  background: var(--page); border-radius: 1.375rem 1.375rem 1.375rem .375rem; box-shadow: var(--shadow); }
+.turn.user { margin-left: auto; background: var(--own); border-radius: 1.375rem 1.375rem .375rem 1.375rem; }
+.turn figure { width: 22rem; max-width: 100%; margin: .75rem 0; }
+.turn figure:nth-child(2) { margin-top: .375rem; } .turn figure:last-child { margin-bottom: .375rem; }
+.system { margin: 0 0 1.5rem; color: var(--soft); font-size: .875rem; text-align: center; }
+.who { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+footer { padding-top: 1rem; padding-bottom: 3rem; color: var(--soft); font-size: .875rem; text-align: center; }
+@media print { body { background: none; } details { display: none; }
+  .scene, .turn { break-inside: avoid; box-shadow: none; } }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="{lang}">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="generator" content="mgp5">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1></header>
+<main>
+{body}
+</main>
+<footer><p>{footer}</p></footer>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One page of the book: a picture, its text, or both."""
+
+    text: str = ""
+    image: Image | None = None
+
+
+def write_html(
+    conversation: Conversation, meta: Mapping[str, Any], path: Path, *, kind: Literal["story", "chat"] = "story"
+) -> None:
+    """Write the page.
+
+    Args:
+        conversation: what to show; pictures are read from their files or from memory.
+        meta: `title`, `model`, `seed`, `options` (with `steps`, ...), `lang`, all optional, as in story.json.
+        path: the page to write; an older one is replaced.
+        kind: a story shows scenes and hides what was asked of the model; a chat shows every turn.
+
+    Raises Mgp5Error when a picture cannot be read or the page cannot be written.
+    """
+    if kind == "story":
+        body = [_scene(scene, number) for number, scene in enumerate(scenes(conversation), 1)]
+    else:
+        body = [_turn(message) for message in conversation.messages]
+    page = PAGE.format(
+        lang=escape(str(meta.get("lang") or "en")),
+        title=escape(str(meta.get("title") or ("A picture story" if kind == "story" else "A conversation"))),
+        style=STYLE,
+        body="\n".join(body),
+        footer=escape(_colophon(meta)),
+    )
+    write_atomic(path, page.encode("utf-8", "replace"))
+
+
+def scenes(conversation: Conversation) -> list[Scene]:
+    """The pages of a story: per request and reply, each picture with the text beside it, instructions left out."""
+    pages: list[Scene] = []
+    for exchange in _exchanges(conversation):
+        page = Scene()
+        for part in _story_parts(exchange):
+            if page.image and (page.text or isinstance(part, Image)):  # the page is full
+                pages.append(page)
+                page = Scene()
+            if isinstance(part, Image):
+                page = replace(page, image=part)
+            else:
+                page = replace(page, text=f"{page.text} {part}".strip())
+        if page != Scene():
+            pages.append(page)
+    return pages
+
+
+def _exchanges(conversation: Conversation) -> Iterator[list[Message]]:
+    """Messages in groups that begin with the user's turn; system messages are left out."""
+    group: list[Message] = []
+    for message in conversation.messages:
+        if message.role == "user" and group:
+            yield group
+            group = []
+        group += [message] if message.role != "system" else []
+    if group:
+        yield group
+
+
+def _story_parts(exchange: list[Message]) -> Iterator[Image | str]:
+    """Pictures and texts of the story itself."""
+    for message in exchange:
+        for part in message.content:
+            if isinstance(part, Image):
+                yield part
+            else:
+                text = INSTRUCTION.sub("", part.text) if message.role == "user" else part.text
+                if text.strip():
+                    yield text.strip()
+
+
+def _scene(scene: Scene, number: int) -> str:
+    caption = f"<p>{escape(scene.text)}</p>" if scene.text else ""
+    content = _figure(scene.image, scene.text, f"Picture {number}", caption) if scene.image else caption
+    return f'<section class="scene">\n{content}\n<div class="number" aria-hidden="true">{number}</div>\n</section>'
+
+
+def _turn(message: Message) -> str:
+    parts = []
+    for part in message.content:
+        if isinstance(part, Text):
+            parts.append(f"<p>{escape(part.text.strip())}</p>" if part.text.strip() else "")
+        else:
+            parts.append(_figure(part, message.text, "Picture", ""))
+    if message.role == "system":
+        return f'<div class="system">{"".join(parts)}</div>'
+    who = "You" if message.role == "user" else "Model"
+    return f'<article class="turn {message.role}"><h2 class="who">{who}</h2>{"".join(parts)}</article>'
+
+
+def _figure(image: Image, text: str, name: str, caption: str) -> str:
+    """A picture with its caption; how it was made is folded away below it."""
+    words = image.caption or text or str(image.meta.get("prompt") or "")
+    alt = escape(f"{name}: {words}" if words else name)
+    uri, (width, height) = _data_uri(image)
+    below = caption + _details(image.meta)
+    below = f"\n<figcaption>{below}</figcaption>" if below else ""
+    return f'<figure>\n<img src="{uri}" width="{width}" height="{height}" alt="{alt}">{below}\n</figure>'
+
+
+def _details(meta: Mapping[str, Any]) -> str:
+    if not meta:
+        return ""
+    brief = _brief(meta) or "how this picture was made"
+    rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in meta.items())
+    return f"<details><summary>{escape(brief)}</summary><dl>{rows}</dl></details>"
+
+
+def _brief(meta: Mapping[str, Any]) -> str:
+    forms = {"seed": "seed {}", "steps": "{} steps", "guidance": "guidance {}"}
+    return " · ".join(form.format(meta[key]) for key, form in forms.items() if meta.get(key) is not None)
+
+
+def _colophon(meta: Mapping[str, Any]) -> str:
+    options = meta.get("options") or {}
+    model = f"model {meta['model']}" if meta.get("model") else ""
+    facts = _brief({"seed": meta.get("seed"), "steps": options.get("steps"), "guidance": options.get("guidance")})
+    return " · ".join(part for part in ("Made with mgp5", model, facts) if part)
+
+
+def _data_uri(image: Image) -> tuple[str, tuple[int, int]]:
+    """The picture as a data: URI with its size; a modest file that browsers understand goes in as it is."""
+    picture = image.load()
+    data = b""
+    if image.pixels is None and image.path is not None and image.path.stat().st_size <= MAX_BYTES:
+        data = image.path.read_bytes()
+    kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")
+    if not kind:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        kind, data = "image/png", buffer.getvalue()
+    if len(data) > MAX_BYTES:
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=88)
+        kind, data = "image/jpeg", buffer.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", picture.size

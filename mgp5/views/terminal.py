@@ -1,0 +1,174 @@
+"""A story in the terminal: text streams to stdout, pictures appear inside it, everything else goes to stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
+from .inline import Images, Painter, painter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .files import StoryFolder
+
+HEADINGS = {
+    "given": "yours",
+    "narrated": "your picture, narrated",
+    "illustrated": "your text, illustrated",
+    "continued": "continued by the model",
+}
+ENDINGS = {"length": "the reply reached its length limit", "interrupted": "interrupted"}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer the terminal
+
+
+class TerminalView:
+    """A view for people. Use it as a context manager and call it with every event.
+
+    Args:
+        images: "auto" takes the best the terminal can do, "blocks" coloured half blocks, "off" none. Nothing is ever
+            drawn when stdout is no terminal; the path of the picture is then told on stderr.
+        quiet: leave out headings, progress and paths.
+        folder: where pictures are put as they come; None leaves that to the caller.
+        stdout, stderr: streams to write to instead of the usual ones.
+    """
+
+    def __init__(
+        self,
+        images: Images = "auto",
+        quiet: bool = False,
+        *,
+        folder: StoryFolder | None = None,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+    ) -> None:
+        self._images, self._quiet, self._folder = images, quiet, folder
+        self._stdout, self._stderr = stdout or sys.stdout, stderr or sys.stderr
+        self._line_open = False  # text was written that no line break has ended yet
+        self._fresh = True  # no text came since the last event of another kind
+        self._in_story = False
+        self._progress: Progress | None = None
+        self._drawing = -1  # index of the picture that the progress bar shows
+
+    def __enter__(self) -> TerminalView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_progress()
+        if not isinstance(error, BrokenPipeError):
+            self._end_line()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if not isinstance(event, ImageStep):
+            self._stop_progress()
+        if not isinstance(event, TextChunk):
+            self._end_line()
+            self._fresh = True
+        match event:
+            case SceneStart():
+                self._heading(event)
+            case TextChunk():
+                self._text(event.text)
+            case ImageStep():
+                self._step(event)
+            case ImageDone():
+                self._image(event)
+            case Finished():
+                self._finish(event)
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        return Console(file=self._stderr, highlight=False, markup=False, emoji=False)
+
+    @cached_property
+    def _painter(self) -> Painter | None:
+        return painter(self._images, self._stdout)
+
+    def _note(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, style="dim", soft_wrap=True)
+
+    def _text(self, text: str) -> None:
+        text = text.lstrip() if self._fresh else text
+        if not text:
+            return
+        self._fresh = False
+        if self._stdout.isatty():
+            text = CONTROL.sub("", text)
+        encoding = getattr(self._stdout, "encoding", None) or "utf-8"
+        self._stdout.write(text.encode(encoding, "replace").decode(encoding))
+        self._stdout.flush()
+        self._line_open = not text.endswith("\n")
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            self._stdout.write("\n")
+            self._stdout.flush()
+            self._line_open = False
+
+    def _heading(self, event: SceneStart) -> None:
+        if self._in_story and not self._quiet and self._stderr.isatty():
+            self._console.print()
+        self._in_story = True
+        self._note(f"Scene {event.scene + 1} of {event.total} · {HEADINGS[event.kind]}")
+
+    def _step(self, event: ImageStep) -> None:
+        if self._quiet or not self._stderr.isatty():
+            return
+        if self._progress is None or self._drawing != event.image:
+            self._stop_progress()
+            self._start_progress(event)
+        self._progress.update(self._progress.task_ids[0], completed=event.step)
+
+    def _start_progress(self, event: ImageStep) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+        self._progress.add_task(f"drawing picture {event.image + 1}", total=event.total)
+        self._progress.start()
+        self._drawing = event.image
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _image(self, event: ImageDone) -> None:
+        path = self._folder.keep(event.image) if self._folder else event.image.path
+        if self._painter is not None:
+            self._painter(event.image.load())
+            return
+        seed = event.image.meta.get("seed")
+        note = f"picture {event.index + 1}" if path is None else f"picture: {path}"
+        self._note(note if seed is None else f"{note} (seed {seed})")
+
+    def _finish(self, event: Finished) -> None:
+        facts = [ENDINGS[event.reason]] if event.reason in ENDINGS else []
+        if not self._in_story:  # a story ends every scene this way: too many words there
+            facts += _facts(event.meta)
+        if facts:
+            self._note(" · ".join(facts))
+
+
+def _facts(meta: dict[str, Any]) -> list[str]:
+    """Seed, tokens and seconds of a reply in words, as far as they are known."""
+    forms = {"seed": "seed {}", "tokens": "{} tokens", "seconds": "{:.1f} s"}
+    return [form.format(meta[key]) for key, form in forms.items() if isinstance(meta.get(key), int | float)]

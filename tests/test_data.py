@@ -1,0 +1,292 @@
+"""Data sources: counts, roles, order, targets, and what happens to files that are missing, malformed or hostile."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mgp5.data import FORMATS, cc3m, jsonl, load_data, mmdialog
+from mgp5.errors import Mgp5Error
+from mgp5.messages import Conversation, Image
+
+REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Empty files: the loaders look whether a picture exists and leave its pixels for later."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write_cc3m(folder: Path, *rows: str, split: str = "train") -> Path:
+    touch(folder, "train/0.jpg", "train/1.jpg", "train/2.jpg", "train/3.jpg")
+    (folder / f"cc3m_{split}.tsv").write_text("\r\n".join(("caption\timage_path", *rows)))
+    return folder
+
+
+def write_vist(folder: Path, stories: dict, mapping: dict | None = None) -> Path:
+    touch(folder, *(f"images/{number}.jpg" for number in range(5)))
+    mapping = mapping or {str(number): f"images/{number}.jpg" for number in range(5)}
+    (folder / "train_cleaned.json").write_text(json.dumps(stories))
+    (folder / "train_image_mapping.json").write_text(json.dumps(mapping))
+    return folder
+
+
+def story(length: int = 5) -> list[dict]:
+    steps = [{"caption": f"step {n}", "image_id": str(n), "sequence_index": n} for n in range(length)]
+    return steps[::-1]  # the order in the file does not count
+
+
+def write_dialogs(folder: Path, *dialogs: list, split: str = "train") -> Path:
+    touch(folder / split, "1.jpg", "-2.jpg")
+    rows = [
+        json.dumps({"conversation_id": n, "conversation": [{"turn": turn} for turn in turns]})
+        for n, turns in enumerate(dialogs)
+    ]
+    (folder / split / f"{split}_conversations.txt").write_text("\n".join(rows))
+    return folder
+
+
+def said(text: str = "", *media: str | int) -> list[dict]:
+    return ([{"__TEXT__": text}] if text else []) + [{"__MEDIA__": name} for name in media]
+
+
+def write_jsonl(folder: Path, *rows: object) -> Path:
+    touch(folder, "a.png")
+    file = folder / "train.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps({"messages": row}) for row in rows))
+    return file
+
+
+def chat(*paths: str) -> list[dict]:
+    return [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": [{"type": "image", "path": path} for path in paths]},
+    ]
+
+
+def roles(conversation: Conversation) -> list[str]:
+    return [message.role for message in conversation.messages]
+
+
+def shape(conversation: Conversation) -> list[str]:
+    """Parts of the last two messages: t = text, i = image."""
+    return ["".join("ti"[isinstance(part, Image)] for part in m.content) for m in conversation.messages[-2:]]
+
+
+@needs_real
+def test_real_cc3m() -> None:
+    data = load_data("cc3m", REAL / "CC3M", "val")
+    assert len(data) == 2 and data.problems == {}
+    assert data[0].messages[0].text == "burning candle on the background of the aquarium with small fish"
+    picture = data[1].messages[-1].images[0]
+    assert picture.caption == "shot of the full tree" and picture.load().mode == "RGB"
+    assert data.key(1) == "val/000009256.jpg"
+
+
+@needs_real
+def test_real_vist() -> None:
+    data = load_data("vist", REAL / "VIST", "test")  # there is only val, which stands in
+    assert len(data) == 5 + 4 + 4 and data.problems == {}
+    pictures = data[len(data) - 2].images
+    assert [picture.path.stem[-1] for picture in pictures] == list("57340")
+    assert all(picture.load().mode == "RGB" for picture in pictures)
+
+
+@needs_real
+@pytest.mark.parametrize("folder", ["MMDialog", "MMDialog/test", "MMDialog/test/test_conversations.txt"])
+def test_real_mmdialog(folder: str) -> None:
+    data = load_data("mmdialog", REAL / folder, "test")
+    assert len(data) == 4 and data.problems == {}
+    assert [len(data[index].messages) for index in range(4)] == [3, 5, 7, 9]
+    assert shape(data[0]) == ["ti", "ti"] and shape(data[2]) == ["t", "t"]
+    assert data[0].messages[-1].images[0].load().mode == "RGB"
+    assert len(load_data("mmdialog", REAL / folder, "test", user_targets=True)) == 8
+
+
+def make(format: str, folder: Path) -> Path:
+    return {
+        "cc3m": lambda: write_cc3m(folder, "A dog.\ttrain/0.jpg", "Two.\ttrain/1.jpg"),
+        "vist": lambda: write_vist(folder, {"s": story(), "r": story(3)}),
+        "mmdialog": lambda: write_dialogs(folder, [said("hi", 1), said("", "-2"), said("ok"), said("bye", "1", "-2")]),
+        "jsonl": lambda: write_jsonl(folder, chat("a.png"), [*chat(), *chat("a.png")]),
+    }[format]()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_sample_ends_with_the_assistant(format: str, tmp_path: Path) -> None:
+    data = load_data(format, make(format, tmp_path))
+    samples = list(data)
+    assert len(samples) == len(data) > 0 and data[-1] == samples[-1]
+    keys = [data.key(index) for index in range(len(data))]
+    assert len(set(keys)) == len(keys)
+    for sample in samples:
+        assert sample.messages[-1].role == "assistant" and sample.messages[-1].content
+        assert sample.messages[-2].role == "user"
+        assert all(image.path.is_file() for image in sample.images)
+    copy = pickle.loads(pickle.dumps(data))  # as DataLoader workers get it
+    assert list(copy) == samples and copy.problems == data.problems
+
+
+NAMES = {"cc3m": "cc3m_val.tsv", "vist": "val_cleaned.json", "mmdialog": "val/val_conv.*.txt", "jsonl": "val.jsonl"}
+
+
+@pytest.mark.parametrize(("format", "expected"), NAMES.items())
+def test_missing_file_is_named(format: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(Mgp5Error, match=expected):
+        load_data(format, tmp_path, "val")
+
+
+def test_wrong_names_are_usage_errors(tmp_path: Path) -> None:
+    for call in (
+        lambda: load_data("parquet", tmp_path),
+        lambda: load_data("cc3m", tmp_path, "dev"),
+        lambda: load_data("cc3m", tmp_path, tasks=("narrate",)),
+        lambda: load_data("vist", tmp_path, tasks=("draw",)),
+        lambda: load_data("vist", tmp_path, context="half"),
+        lambda: load_data("mmdialog", tmp_path, history=-1),
+    ):
+        with pytest.raises(Mgp5Error) as caught:
+            call()
+        assert caught.value.exit_code == 2 and caught.value.hint
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys; from mgp5.data import cc3m, jsonl, mmdialog, vist; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "/etc/passwd", "a/../../out.jpg", "..", "link.jpg", "far/out.jpg"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_pictures_outside_the_folder_are_refused(format: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    touch(tmp_path, "out.jpg", "out/out.jpg")
+    base = folder / "train" if format == "mmdialog" else folder
+    base.mkdir(parents=True)
+    (base / "link.jpg").symlink_to(tmp_path / "out.jpg")
+    (base / "far").symlink_to(tmp_path / "out")
+    if format == "mmdialog" and name == "..":
+        pytest.skip("a suffix is added: the name of a file in the folder")
+    with pytest.raises(Mgp5Error, match=r"(train|story|s).*leaves its folder"):
+        if format == "cc3m":
+            load_data(format, write_cc3m(folder, "ok\ttrain/0.jpg", f"bad\t{name}"))
+        elif format == "vist":
+            load_data(format, write_vist(folder, {"s": story()}, {str(n): name for n in range(5)}))
+        elif format == "mmdialog":
+            load_data(format, write_dialogs(folder, [said("hi"), said("", name.removesuffix(".jpg"))]))
+        else:
+            load_data(format, write_jsonl(folder, chat("a.png"), chat(name)))
+
+
+def test_cc3m_cleans_and_counts(tmp_path: Path) -> None:
+    rows = (
+        'A "Big" dog; (brown) #1: runs * ~ fast!\ttrain/0.jpg',
+        '"say ""hi"" now."\t"train/1.jpg"',
+        "no picture\ttrain/9.jpg",
+        "one field",
+        "...\ttrain/2.jpg",
+        "strange\ttrain/\0.jpg",
+    )
+    data = cc3m.load(write_cc3m(tmp_path, *rows))
+    assert data.problems == {"missing image": 2, "bad row": 2}
+    assert str(data.problems).startswith("2 x missing image (first: cc3m_train.tsv:4 train/9.jpg); ")
+    assert [data[index].messages[0].text for index in (0, 1)] == ["a big dog brown 1 runs fast", "say hi now"]
+    assert data[0].messages[-1].content == (Image(tmp_path / "train/0.jpg", caption="a big dog brown 1 runs fast"),)
+    assert roles(data[0]) == ["user", "assistant"]
+
+
+def test_cc3m_instructions_follow_every_nth_row(tmp_path: Path) -> None:
+    folder = write_cc3m(tmp_path, *(f"row {n}\ttrain/{n}.jpg" for n in (0, 1, 2, 3)))
+    assert len(cc3m.load(folder)) == len(cc3m.load(folder, instruct_every=0)) == 4
+    data = cc3m.load(folder / "cc3m_train.tsv", instruct_every=3)
+    keys = [data.key(index).removeprefix("train/") for index in range(5)]
+    assert keys == ["0.jpg", "1.jpg", "2.jpg", "2.jpg#instruction", "3.jpg"]
+    assert roles(data[3]) == ["system", "user", "assistant"] and data[3].messages[0].text == cc3m.SYSTEM
+    prompt = data[3].messages[1].text
+    assert prompt.removesuffix(" row 2") in cc3m.INSTRUCTIONS and len(cc3m.INSTRUCTIONS) == 7
+    assert data[3].messages[-1] == data[2].messages[-1]
+    seeds = {cc3m.load(folder, instruct_every=3, seed=seed)[3].messages[1].text for seed in range(50)}
+    assert len(seeds) == 7
+    (folder / "cc3m_train.tsv").rename(folder / "cc3m_val.tsv")
+    assert len(cc3m.load(folder, "val", instruct_every=1)) == 4  # evaluation sees each picture once
+
+
+def test_cc3m_refuses_another_header_and_an_empty_table(tmp_path: Path) -> None:
+    (tmp_path / "cc3m_train.tsv").write_text("A dog.\ttrain/0.jpg\n")
+    with pytest.raises(Mgp5Error, match=r"cc3m_train.tsv begins with the columns .*A dog"):
+        cc3m.load(tmp_path)
+    write_cc3m(tmp_path, "gone\ttrain/7.jpg")
+    with pytest.raises(Mgp5Error, match=r"no usable sample: skipped: 1 x missing image \(first: cc3m_train.tsv:2"):
+        cc3m.load(tmp_path)
+
+
+def test_mmdialog_roles_order_and_pictures(tmp_path: Path) -> None:
+    turns = [said("hi", 1), said("", "-2"), said("so?"), said("see", "1", "-2")]
+    data = mmdialog.load(write_dialogs(tmp_path, turns))
+    assert [data.key(index) for index in range(2)] == ["0/1", "0/3"]
+    assert roles(data[0]) == ["system", "user", "assistant"] and shape(data[0]) == ["ti", "i"]
+    assert roles(data[1]) == ["system", "user", "assistant", "user", "assistant"] and shape(data[1]) == ["t", "tii"]
+    assert data[1].messages[0].text == mmdialog.SYSTEM and mmdialog.SYSTEM.endswith("with appropriate images.")
+    assert [image.path.name for image in data[1].images] == ["1.jpg", "-2.jpg", "1.jpg", "-2.jpg"]
+
+
+def test_mmdialog_history_and_user_targets(tmp_path: Path) -> None:
+    folder = write_dialogs(tmp_path, [said(str(n)) for n in range(5)], [said("alone")])
+    data = mmdialog.load(folder, history=1)
+    assert [[m.text for m in sample.messages[1:]] for sample in data] == [["0", "1"], ["2", "3"]]
+    assert roles(mmdialog.load(folder, history=0)[0]) == ["system", "assistant"]
+    data = mmdialog.load(folder, user_targets=True)
+    assert [sample.messages[-1].text for sample in data] == ["1", "2", "3", "4"]
+    assert roles(data[1]) == ["system", "assistant", "user", "assistant"]
+
+
+def test_mmdialog_counts_what_it_skips(tmp_path: Path) -> None:
+    gone = [said("a"), said("b"), said("c"), said("d", "99"), said("e"), said("f")]
+    empty = [said("a"), said("b"), said(" "), said("d")]
+    write_dialogs(tmp_path, gone, empty, [said("a"), [{"__SOUND__": "x"}]], [said("a"), ["x"]], [said("a"), "x"])
+    file = tmp_path / "train/train_conversations.txt"
+    file.write_bytes(file.read_bytes() + b'\n{"conversation": [\n[]\n\n{"conversation": [3]}\n"\xff"\n')
+    data = mmdialog.load(tmp_path)
+    assert data.problems == {"missing image": 1, "bad turn": 4, "bad row": 4}
+    assert data.problems.first["bad row"] == "train_conversations.txt:6" and len(data) == 2
+
+
+def test_jsonl_one_sample_per_answer(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "be kind"}, *chat("a.png"), *chat("a.png", "a.png")]
+    data = jsonl.load(write_jsonl(tmp_path, talk))
+    assert len(data) == 2 and [len(sample.messages) for sample in data] == [3, 5]
+    assert shape(data[1]) == ["t", "ii"] and data[1].images[0].path == tmp_path / "a.png"
+    assert data.key(1) == "train.jsonl:1/4"
+
+
+def test_jsonl_counts_what_it_skips(tmp_path: Path) -> None:
+    late = [*chat("a.png"), *chat("gone.png"), *chat("a.png")]
+    data = jsonl.load(write_jsonl(tmp_path, late, chat("gone.png"), chat(), chat()[:1], [], chat()[1:]))
+    assert len(data) == 1 and data.problems == {"missing image": 2, "no answer": 4}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{",
+        '"\\ud800',
+        "[]",
+        "{}",
+        '{"messages": 1}',
+        '{"messages": ["x"]}',
+        '{"messages": [{"role": "robot", "content": "x"}]}',
+        '{"messages": [{"role": "user", "content": ["x"]}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "sound"}]}]}',
+    ],
+)
+def test_jsonl_names_the_bad_line(row: str, tmp_path: Path) -> None:
+    with pytest.raises(Mgp5Error, match=r"train\.jsonl:2"):
+        jsonl.load(write_jsonl(tmp_path, chat("a.png"), row))

@@ -1,0 +1,221 @@
+"""Samplers as tables give what the diffusers schedulers of the same names give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_dpmsolver_multistep,
+    scheduling_euler_discrete,
+    scheduling_pndm,
+)
+
+from mgp5 import Mgp5Error
+from mgp5.diffusion.sampler import SAMPLERS, denoise, linear_update, sampler_table
+from mgp5.diffusion.schedule import NoiseSchedule
+
+# NumPy 2 about numpy.array(tensor), inside diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+REFERENCE = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "pndm": PNDMScheduler,
+}
+# As in scheduler_config.json of Stable Diffusion 2.1-base; 2.1 differs in the class and in prediction_type.
+SD21 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.10.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+CONDITION = torch.linspace(-1, 1, 12).view(2, 3, 2)
+UNCONDITIONAL = torch.full((1, 3, 2), 0.3)
+NOISE = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Double:
+    """A module whose float32 is float64: diffusers' schedulers compute in float64 when they see torch and numpy so."""
+
+    def __init__(self, module: object) -> None:
+        self._module = module
+        self.float32 = module.float64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def diffusers_in_float64(monkeypatch):
+    for module in (scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_discrete, scheduling_pndm):
+        monkeypatch.setattr(module, "torch", Double(torch))
+        monkeypatch.setattr(module, "np", Double(np))
+
+
+def toy(latents, timestep, condition):
+    """A model that is smooth but neither linear in the latents nor in time."""
+    bias = condition.to(latents).mean((1, 2)).view(-1, 1, 1, 1)
+    return torch.tanh(0.6 * latents + 0.3 * latents.roll(1, -1) + torch.sin(timestep / 200) + bias)
+
+
+def guide(latents, timestep, guidance):
+    """Guided prediction as StableDiffusionPipeline computes it."""
+    condition = torch.cat([UNCONDITIONAL.expand_as(CONDITION), CONDITION])
+    without, given = toy(torch.cat([latents] * 2), timestep, condition).chunk(2)
+    return without + guidance * (given - without)
+
+
+def reference(name, config, steps, dtype, guidance=3.0):
+    """All latents of a run of the diffusers scheduler, Euler's made variance-preserving, with its timesteps."""
+    scheduler = REFERENCE[name].from_config(config, clip_sample=False, skip_prk_steps=True)
+    scheduler.set_timesteps(steps)
+    latents, all_latents = NOISE.to(dtype) * scheduler.init_noise_sigma, []
+    for i, t in enumerate(scheduler.timesteps):
+        prediction = guide(scheduler.scale_model_input(latents, t), t.to(dtype), guidance)
+        latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+        scale = (1 + scheduler.sigmas[i + 1] ** 2) ** 0.5 if name == "euler" else 1
+        all_latents.append(latents / scale)
+    assert latents.dtype == dtype
+    return torch.stack(all_latents), scheduler.timesteps
+
+
+def run_table(table, guidance=3.0):
+    """What `denoise` does, in float64."""
+    latents, history, all_latents = NOISE.double() * table.noise_scale, [], []
+    for t, row, conversion in zip(table.timesteps, table.coefficients.tolist(), table.conversion.tolist(), strict=True):
+        latents, kept = linear_update(latents, guide(latents, t, guidance), history, row, conversion, 1.0)
+        history = [kept, *history][: table.history]
+        all_latents.append(latents)
+    return torch.stack(all_latents)
+
+
+def difference(found, expected):
+    """Greatest difference of each step, relative to the greatest value of that step; then the worst step."""
+    return ((found - expected).abs().flatten(1).amax(1) / expected.abs().flatten(1).amax(1)).max().item()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_stable_diffusion_2_1_in_float64(name, prediction, steps, diffusers_in_float64):
+    config = SD21 | {"prediction_type": prediction}
+    table = sampler_table(name, NoiseSchedule.from_config(config), steps)
+    expected, timesteps = reference(name, config, steps, torch.float64)
+    assert table.timesteps.tolist() == timesteps.tolist()
+    assert len(table) == steps + (name == "pndm" and steps > 1)
+    assert difference(run_table(table), expected) < 1e-9
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_schedules_in_float64(name, betas, spacing, diffusers_in_float64):
+    for prediction in ("epsilon", "v_prediction") if name == "pndm" else ("epsilon", "v_prediction", "sample"):
+        config = {"beta_schedule": betas, "timestep_spacing": spacing, "prediction_type": prediction}
+        table = sampler_table(name, NoiseSchedule.from_config(config), 12)
+        expected, timesteps = reference(name, config, 12, torch.float64)
+        assert table.timesteps.tolist() == timesteps.tolist()
+        assert difference(run_table(table), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+def test_zero_terminal_snr_in_float64(name, diffusers_in_float64):
+    config = SD21 | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+    }
+    table = sampler_table(name, NoiseSchedule.from_config(config), 20)
+    expected, _ = reference(name, config, 20, torch.float64)
+    assert difference(run_table(table), expected) < 1e-7  # of a level of 0 only 2^-53 remains in a scheduler's betas
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_denoise_in_float32(name, prediction, steps):
+    config = SD21 | {"prediction_type": prediction}
+    table = sampler_table(name, NoiseSchedule.from_config(config), steps)
+    found = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
+    expected, _ = reference(name, config, steps, torch.float32)
+    assert found.dtype == torch.float32
+    assert difference(found, expected) < 1e-4
+
+
+def test_config_of_a_scheduler_is_read_as_from_config_reads_it():
+    """A default that another class filled in is not a choice of the model's."""
+    schedule = NoiseSchedule.from_config(PNDMScheduler.from_config(SD21).config)
+    assert schedule.timestep_spacing is None
+    assert schedule == NoiseSchedule.from_config(SD21)
+
+
+def test_guidance_one_runs_no_unconditional_half():
+    batches = []
+
+    def predict(latents, timestep, condition):
+        batches.append((len(latents), len(condition)))
+        return toy(latents, timestep, condition)
+
+    table = sampler_table("dpm++", NoiseSchedule.from_config(SD21), 4)
+    plain = list(denoise(predict, NOISE, CONDITION, UNCONDITIONAL, table, 1.0))[-1]
+    assert batches == [(2, 2)] * 4
+    guided = list(denoise(predict, NOISE, CONDITION, UNCONDITIONAL, table, 1.0 + 1e-6))[-1]
+    assert batches[4:] == [(4, 4)] * 4
+    torch.testing.assert_close(plain, guided, rtol=1e-4, atol=1e-4)
+
+
+def test_denoise_keeps_float32_of_a_bfloat16_model():
+    table = sampler_table("pndm", NoiseSchedule.from_config(SD21), 4)
+    steps = list(denoise(lambda x, t, c: toy(x, t, c).bfloat16(), NOISE, CONDITION, None, table, 1.0))
+    assert len(steps) == 5
+    assert {latents.dtype for latents in steps} == {torch.float32}
+
+
+def test_training_targets_agree_with_diffusers():
+    timesteps = torch.tensor([3, 700])
+    clean = NOISE.flip(0)
+    for prediction in ("epsilon", "v_prediction"):
+        scheduler = DDIMScheduler.from_config(SD21, prediction_type=prediction)
+        schedule = NoiseSchedule.from_config(scheduler.config)
+        noisy = scheduler.add_noise(clean, NOISE, timesteps)
+        torch.testing.assert_close(schedule.add_noise(clean, NOISE, timesteps), noisy)
+        velocity = scheduler.get_velocity(clean, NOISE, timesteps)
+        target = NOISE if prediction == "epsilon" else velocity
+        torch.testing.assert_close(schedule.target(clean, NOISE, timesteps), target)
+    level = scheduler.alphas_cumprod[timesteps]
+    torch.testing.assert_close(schedule.snr(timesteps), level / (1 - level), rtol=1e-4, atol=0)  # theirs is float32
+
+
+def test_tables_are_made_once():
+    config = NoiseSchedule.from_config(SD21)
+    assert sampler_table("ddim", config, 7) is sampler_table("ddim", NoiseSchedule.from_config(SD21), 7)
+
+
+def test_errors_say_what_was_expected():
+    schedule = NoiseSchedule.from_config(SD21)
+    with pytest.raises(Mgp5Error, match="unknown sampler 'heun', expected one of dpm"):
+        sampler_table("heun", schedule, 5)
+    with pytest.raises(Mgp5Error, match="0 steps, expected 1 to 1000"):
+        sampler_table("ddim", schedule, 0)
+    with pytest.raises(Mgp5Error, match="leaves the range"):
+        sampler_table("ddim", schedule, 1000)  # leading with an offset of 1 asks for timestep 1000
+    with pytest.raises(Mgp5Error, match="finite"):
+        zero = NoiseSchedule(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        sampler_table("ddim", zero, 5)
+    with pytest.raises(Mgp5Error, match=r"use_karras_sigmas is True.*FlowMatchEulerDiscreteScheduler"):
+        NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True})
+    with pytest.raises(Mgp5Error, match=r"beta_schedule is 'sigmoid'.*betas run from 1"):
+        NoiseSchedule(beta_schedule="sigmoid", beta_start=1)
