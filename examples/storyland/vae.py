@@ -1,4 +1,4 @@
-"""Train the tiny AutoencoderKL: 128x128 pixels <-> 16x16x8 latents; L1 + L2 + 1e-4 KL.
+"""Train the tiny AutoencoderKL: 128x128 pixels <-> 16x16x8 latents; L1 + L2 + KL.
 
 With --decoder only the decoder is trained further: latents, and everything trained on them, stay valid.
 """
@@ -14,6 +14,7 @@ from fit import Run, autocast, device, fit, step_generator
 from renders import renders, to_pixels
 
 CHANNELS = (8, 32, 64, 128)
+KL = 2e-5  # per latent; at 1e-4 the posterior collapses at this size
 
 
 def new_vae() -> AutoencoderKL:
@@ -58,7 +59,7 @@ def latent_std(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 @click.option("--minutes", default=1e9, help="Stop after this time; the next call goes on.")
 @click.option("--decoder", is_flag=True, help="Train only the decoder, from the finished model.")
 @click.option("--batch", default=8)
-@click.option("--lr", default=2e-3)
+@click.option("--lr", default=1.2e-3)
 @click.option("--compile", "compiled", is_flag=True)
 def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: float, compiled: bool) -> None:
     pictures, _ = renders(work, "train", 20000)
@@ -70,7 +71,7 @@ def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: 
     def terms(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dist = vae.encode(x).latent_dist
         y = vae.decode(dist.mean + dist.std * noise).sample
-        return (y - x).abs().mean() + (y - x).square().mean(), 1e-4 * dist.kl().mean() / dist.mean[0].numel()
+        return (y - x).abs().mean() + (y - x).square().mean(), KL * dist.kl().mean() / dist.mean[0].numel()
 
     run_terms = torch.compile(terms) if compiled else terms
 

@@ -182,7 +182,7 @@ def denoise(
         guidance: scale of classifier-free guidance; 1.0 runs no unconditional half.
         update: takes the place of `linear_update`, say by a fused kernel.
 
-    The loop never waits for the device, so it can be captured as a CUDA graph.
+    Timesteps go to the device before the first step and coefficients are plain numbers: no step waits for the device.
     """
     guided = guidance != 1.0 and unconditional is not None
     if guided:

@@ -56,6 +56,7 @@ class StableDiffusion(nn.Module):
         """
         index = read_index(name, revision)
         weights = {"dtype": dtype, "use_safetensors": True}
+        schedule = NoiseSchedule.from_config(_load_part(DDIMScheduler.load_config, name, "scheduler", revision))
         vae_class = _autoencoder(_load_part(AutoencoderKL.load_config, name, "vae", revision))
         text_encoder = tokenizer = None
         if _has_text_encoder(name, index):
@@ -64,7 +65,7 @@ class StableDiffusion(nn.Module):
         return cls(
             unet=_load_part(UNet2DConditionModel.from_pretrained, name, "unet", revision, **weights),
             vae=_load_part(vae_class.from_pretrained, name, "vae", revision, **weights),
-            schedule=NoiseSchedule.from_config(_load_part(DDIMScheduler.load_config, name, "scheduler", revision)),
+            schedule=schedule,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -92,7 +93,7 @@ class StoryFolder:
         self.path = path
         # Equal in-memory images are told apart by their pixels; holding these keeps their ids from being used again.
         self._kept: dict[int | Path, tuple[str, object]] = {}
-        self._last = max((int(file.stem) for file in path.iterdir() if file.stem.isdecimal()), default=0)
+        self._numbers = count(1)
 
     @classmethod
     def create(cls, out: Path) -> StoryFolder:
@@ -138,15 +139,19 @@ class StoryFolder:
     def _write(self, image: Image) -> str:
         """Write a generated picture as PNG, a given one upright and without its private EXIF data; return the name."""
         lossless = image.meta or image.path is None or image.path.suffix.lower() in LOSSLESS
-        name = f"{self._last + 1:03d}.{'png' if lossless else 'jpg'}"
+        name = self._free_stem() + (".png" if lossless else ".jpg")
         if lossless:
             write_png(image, self.path / name)
         else:
             buffer = io.BytesIO()
             image.load().save(buffer, "JPEG", quality=92)
             write_atomic(self.path / name, buffer.getvalue())
-        self._last += 1
         return name
+
+    def _free_stem(self) -> str:
+        """The next of 001, 002, ... that no picture in the folder has, whoever put it there."""
+        stems = map("{:03d}".format, self._numbers)
+        return next(stem for stem in stems if not any((self.path / (stem + end)).exists() for end in (".png", ".jpg")))
 
     def save(
         self, conversation: Conversation, *, model: str, seed: int | None, options: Mapping[str, Any], title: str = ""

@@ -120,7 +120,8 @@ def _draw_blocks(console: object, picture: PIL.Image.Image) -> None:
 def _answers_sixel(stdout: TextIO) -> bool:
     """Ask the terminal what it is (DA1, which practically all answer): a 4 in the answer stands for sixel.
 
-    Not asked when the answer cannot come: stdin is no terminal, or this is a background job (which would be stopped).
+    Not asked when the answer cannot come: stdin is no terminal, or this is a background job (which would be stopped);
+    nor in a window of unknown size, where textual-image divides by its width.
     """
     if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
         return False
@@ -131,7 +132,7 @@ def _answers_sixel(stdout: TextIO) -> bool:
         return False
     stdin = sys.stdin.fileno()
     try:
-        if os.tcgetpgrp(stdin) != os.getpgrp():
+        if os.tcgetpgrp(stdin) != os.getpgrp() or 0 in os.get_terminal_size(stdout.fileno()):
             return False
         before = termios.tcgetattr(stdin)
         try:

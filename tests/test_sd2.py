@@ -1,0 +1,266 @@
+"""A tiny Stable Diffusion of the real classes loads, draws as diffusers' pipeline does, and trains its condition."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mgp5 import Mgp5Error
+from mgp5.diffusion import load_diffusion
+from mgp5.diffusion.sd2 import StableDiffusion
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "pndm": PNDMScheduler,
+}
+LENGTH, WIDTH, SIZE = 11, 16, 8  # L and D of the condition, sides of the latents
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
+
+
+def tiny_text_encoder() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    return CLIPTextModel(config)
+
+
+def save_pipeline(folder, prediction: str):
+    torch.manual_seed(0)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    parts = {"unet": tiny_unet(), "vae": tiny_vae(), "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(scheduler=scheduler, **parts, **extras).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def folder(request, tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def epsilon_folder(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("model"), "epsilon")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return StableDiffusion.load(str(folder))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def conditions() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(3, LENGTH, WIDTH, generator=seeded(1)), torch.randn(1, LENGTH, WIDTH, generator=seeded(2))
+
+
+def last(steps):
+    *_, result = steps
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_same_images_as_the_pipeline(model, folder, sampler):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config, clip_sample=False)
+    condition, unconditional = conditions()
+    noise = torch.stack([torch.randn(4, SIZE, SIZE, generator=seeded(seed)) for seed in range(3)])
+    expected = pipeline(
+        prompt_embeds=condition,
+        negative_prompt_embeds=unconditional.expand(3, -1, -1),
+        latents=noise,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        output_type="pt",
+    ).images
+    generators = [seeded(seed) for seed in range(3)]
+    steps = model.draw(condition, unconditional, steps=6, guidance=4.0, sampler=sampler, generators=generators)
+    found = (model.decode(last(steps)) + 1) / 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+def test_a_batch_equals_single_runs(model):
+    condition, unconditional = conditions()
+    options = {"steps": 4, "guidance": 3.0, "height": 24, "width": 16}
+    batch = last(model.draw(condition, unconditional, generators=[seeded(seed) for seed in range(3)], **options))
+    assert batch.shape == (3, 4, 12, 8)
+    for seed in range(3):
+        single = last(model.draw(condition[seed : seed + 1], unconditional, generators=[seeded(seed)], **options))
+        torch.testing.assert_close(batch[seed : seed + 1], single, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_plain_or_weighted_by_min_snr(model):
+    condition, _ = conditions()
+    condition.requires_grad_()
+    latents = torch.randn(3, 4, SIZE, SIZE, generator=seeded(3))
+    loss = model.loss(latents, condition, seeded(4))
+    generator = seeded(4)
+    timesteps = torch.randint(1000, (3,), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    scheduler = DDIMScheduler.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    prediction = model.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, condition).sample
+    epsilon = model.schedule.prediction_type == "epsilon"
+    target = noise if epsilon else scheduler.get_velocity(latents, noise, timesteps)
+    expected = (prediction - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected)
+    snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
+    weight = snr.clamp(max=5) / (snr if epsilon else snr + 1)
+    torch.testing.assert_close(model.loss(latents, condition, seeded(4), min_snr=5), expected * weight)
+    loss.sum().backward()
+    assert condition.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_text_is_encoded_as_the_pipeline_does(model, folder):
+    texts = ["a red fox", "", "a very long text that goes on and on beyond the end"]
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    expected, _ = pipeline.encode_prompt(texts, "cpu", 1, False)
+    found = model.encode_text(texts)
+    assert found.shape == (3, *model.condition_shape)
+    torch.testing.assert_close(found, expected)
+
+
+def test_pixels_to_latents_and_back(epsilon_folder):
+    model = StableDiffusion.load(str(epsilon_folder))
+    pixels = torch.rand(2, 3, 16, 16, generator=seeded(5)) * 2 - 1
+    posterior = model.vae.encode(pixels).latent_dist
+    scale = model.vae.config.scaling_factor
+    torch.testing.assert_close(model.encode(pixels), posterior.mean * scale)
+    sampled = model.encode(pixels, seeded(6))
+    torch.testing.assert_close(sampled, posterior.sample(generator=seeded(6)) * scale)
+    assert sampled.shape == (2, *model.latent_shape(16, 16))
+    decoded = model.decode(sampled)
+    torch.testing.assert_close(decoded, model.vae.decode(sampled / scale).sample.clamp(-1, 1))
+    model.vae.register_to_config(shift_factor=0.25)
+    torch.testing.assert_close(model.encode(pixels), (posterior.mean - 0.25) * scale)
+    torch.testing.assert_close(model.decode(sampled - 0.25 * scale), decoded, rtol=1e-4, atol=1e-5)
+
+
+def test_autoencoder_tiny_in_bfloat16_without_text_encoder(epsilon_folder, tmp_path):
+    shutil.copytree(epsilon_folder, tmp_path / "model")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(tmp_path / "model" / part)
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "model" / "vae")
+    model = load_diffusion(str(tmp_path / "model"), dtype=torch.bfloat16)
+    assert isinstance(model.vae, AutoencoderTiny)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.native_size == 2 * SIZE
+    assert model.condition_shape == (77, WIDTH)
+    pixels = torch.zeros(1, 3, 16, 16)
+    latents = model.encode(pixels, seeded(0))
+    assert latents.dtype == torch.float32
+    assert model.decode(latents).shape == pixels.shape
+    condition = conditions()[0][:1]
+    drawn = last(model.draw(condition, steps=2, guidance=1.0, generators=[seeded(0)]))
+    assert drawn.dtype == torch.float32
+    assert drawn.isfinite().all()
+    with pytest.raises(Mgp5Error, match="no text encoder"):
+        model.encode_text(["a fox"])
+
+
+def test_stays_frozen_and_in_eval_mode(model):
+    model.train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_errors_of_draw_come_at_the_call(model):
+    condition, unconditional = conditions()
+    generators = [seeded(seed) for seed in range(3)]
+    with pytest.raises(Mgp5Error, match="2 generators for 3 images"):
+        model.draw(condition, unconditional, generators=generators[:2])
+    with pytest.raises(Mgp5Error, match="15x16, expected multiples of 2"):
+        model.draw(condition, unconditional, height=15, generators=generators)
+    with pytest.raises(Mgp5Error, match="without an unconditional"):
+        model.draw(condition, generators=generators)
+    with pytest.raises(Mgp5Error, match="unknown sampler"):
+        model.draw(condition, unconditional, sampler="none", generators=generators)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "tokenizer"])
+def test_a_missing_part_is_named(epsilon_folder, tmp_path, part):
+    shutil.copytree(epsilon_folder, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(Mgp5Error, match=f"no folder {part}"):
+        load_diffusion(str(tmp_path / "model"))
+
+
+def test_other_models_are_refused(epsilon_folder, tmp_path):
+    with pytest.raises(Mgp5Error, match=r"no readable model_index\.json"):
+        load_diffusion(str(tmp_path))
+    shutil.copytree(epsilon_folder, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(Mgp5Error, match="cannot load unet"):
+        load_diffusion(str(tmp_path / "model"))
+    scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
+    with pytest.raises(Mgp5Error, match="_class_name is FlowMatchEulerDiscreteScheduler"):
+        load_diffusion(str(tmp_path / "model"))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(Mgp5Error, match="holds a FluxPipeline, expected one of StableDiffusionPipeline"):
+        load_diffusion(str(tmp_path / "model"))

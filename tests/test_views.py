@@ -1,0 +1,315 @@
+"""Views: what is made is kept, pages are self-contained, and stdout holds nothing but text."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from mgp5.errors import Mgp5Error
+from mgp5.events import Finished, ImageDone, ImageStep, SceneStart, TextChunk
+from mgp5.messages import Conversation, Image, Message, Text
+from mgp5.views.files import STORY, JsonEvents, StoryFolder, read_png_metadata, write_png
+from mgp5.views.html import Scene, scenes, write_html
+from mgp5.views.terminal import TerminalView
+
+MADE = {"model": "demo", "seed": 7, "options": {"steps": 4}}
+META = {"prompt": 'Ein „Fuchs“ \U0001f98a says "hi"', "seed": 7, "steps": 4, "guidance": 7.5, "sampler": "ddim"}
+
+
+def picture(colour: str = "red", meta: dict | None = None) -> Image:
+    return Image(pixels=PIL.Image.new("RGB", (8, 6), colour), meta=meta or {})
+
+
+def tale(*colours: str) -> Conversation:
+    told = Conversation().add("system", "Draw.")
+    for number, colour in enumerate(colours):
+        told = told.add("user", "Tell me the next scene with image.")
+        told = told.add("assistant", f"Scene {number}.", picture(colour, META | {"seed": number}))
+    return told
+
+
+def some_events() -> list:
+    image = picture("blue", META)
+    return [
+        SceneStart(0, "continued", 1),
+        TextChunk(" The fox "),
+        TextChunk("smiles."),
+        ImageStep(0, 1, 2),
+        ImageStep(0, 2, 2),
+        ImageDone(0, image),
+        TextChunk("\nThe end."),
+        Finished(Message("assistant", (Text("The fox smiles."), image)), "stop", {"seed": 7}),
+    ]
+
+
+def test_png_tells_how_it_was_made(tmp_path: Path) -> None:
+    write_png(picture("red", META), tmp_path / "a.png")
+    facts = read_png_metadata(tmp_path / "a.png")
+    assert facts["version"]
+    assert {key: facts[key] for key in META} == META
+    with PIL.Image.open(tmp_path / "a.png") as opened:
+        assert opened.text["prompt"] == META["prompt"]
+        assert opened.text["seed"] == "7"
+    write_png(picture(), tmp_path / "b.png")
+    assert read_png_metadata(tmp_path / "b.png") == {}
+    (tmp_path / "c.png").write_text("no picture")
+    for name in ("c.png", "missing.png"):
+        with pytest.raises(Mgp5Error, match=name):
+            read_png_metadata(tmp_path / name)
+
+
+def test_story_survives_being_saved_loaded_and_continued(tmp_path: Path) -> None:
+    given = tmp_path / "photo.jpg"
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "private camera"
+    PIL.Image.new("RGB", (8, 6), "green").save(given, exif=exif)
+    story = tale("red", "blue").add("user", Image(path=given), "And now?")
+    folder = StoryFolder.create(tmp_path / "deep" / "story")
+    folder.save(story, **MADE, title="A fox")
+
+    again = StoryFolder.open(tmp_path / "deep" / "story" / STORY)
+    loaded, facts = again.load()
+    assert facts == MADE | {"title": "A fox"}
+    assert [message.text for message in loaded.messages] == [message.text for message in story.messages]
+    assert [image.path.name for image in loaded.images] == ["001.png", "002.png", "003.jpg"]
+    assert loaded.images[1].meta == META | {"seed": 1}
+    assert loaded.images[1].load().getpixel((0, 0)) == (0, 0, 255)
+    assert loaded.images[2].load().size == (6, 8)  # upright, although its EXIF data is gone
+    assert not PIL.Image.open(loaded.images[2].path).getexif()
+
+    before = {path: path.stat().st_mtime_ns for path in again.path.glob("0*")}
+    again.save(loaded.add("assistant", "More.", picture("white", META)), **MADE)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.load()[0].images[3].path.name == "004.png"
+
+
+def test_saving_again_writes_only_what_is_new_and_undo_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    folder = StoryFolder.create(tmp_path)
+    first = tale("red")
+    assert folder.keep(first.images[0]) == tmp_path / "001.png"
+    folder.save(first, **MADE)
+    folder.save(first.add("assistant", picture("blue")), **MADE)
+    folder.save(first.add("assistant", picture("green")), **MADE)  # the blue one was undone
+    assert [image.path.name for image in folder.load()[0].images] == ["001.png", "003.png"]
+    assert (tmp_path / "002.png").exists()
+    folder.save(first.add("assistant", Image(path=tmp_path / "002.png")), **MADE)  # redone
+    assert folder.load()[0].images[1].path.name == "002.png"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = (tmp_path / STORY).read_bytes()
+    monkeypatch.setattr("mgp5.views.files.os.replace", full)
+    with pytest.raises(Mgp5Error, match="No space left"):
+        folder.save(first, **MADE)
+    assert (tmp_path / STORY).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_story_is_never_overwritten(tmp_path: Path) -> None:
+    StoryFolder.create(tmp_path).save(tale("red"), **MADE)
+    with pytest.raises(Mgp5Error, match=r"--out .*already holds a story: .*--resume"):
+        StoryFolder.create(tmp_path)
+    for taken in (tmp_path / STORY, tmp_path / STORY / "below"):
+        with pytest.raises(Mgp5Error, match="--out"):
+            StoryFolder.create(taken)
+    with pytest.raises(Mgp5Error, match=r"holds no story\.json"):
+        StoryFolder.open(tmp_path / "elsewhere")
+
+
+def _story(**changes: object) -> str:
+    return json.dumps({"format": "mgp5-story", "version": 1, "messages": []} | changes)
+
+
+def _image(path: object, **more: object) -> list:
+    return [{"role": "user", "content": [{"type": "image", "path": path} | more]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "no story"),
+        (_story(format="else"), "no story"),
+        (_story(version=2), "version 2"),
+        (_story(options=3), "options"),
+        (_story(messages={}), "no story"),
+        (_story(messages=["hi"]), "malformed"),
+        (_story(messages=[{"role": "user", "content": 3}]), "malformed"),
+        (_story(messages=[{"role": "user", "content": ["hi"]}]), "malformed"),
+        (_story(messages=[{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'"),
+        (_story(messages=_image("nothing.png")), "'nothing.png'.*not there"),
+        (_story(messages=_image("../secret.png")), "leaves its folder"),
+        (_story(messages=_image("/etc/passwd")), "leaves its folder"),
+        (_story(messages=_image("link/secret.png")), "leaves its folder"),
+        (_story(messages=_image("a\0b")), "malformed"),
+        (_story(messages=_image("a.png", meta=[])), "malformed"),
+    ],
+)
+def test_a_broken_story_is_refused_in_words(tmp_path: Path, text: str, reason: str) -> None:
+    write_png(picture(), tmp_path / "secret.png")
+    folder = tmp_path / "story"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    (folder / STORY).write_text(text)
+    with pytest.raises(Mgp5Error, match=reason):
+        StoryFolder.open(folder).load()
+
+
+def test_events_become_json_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with JsonEvents(stream, StoryFolder.create(tmp_path)) as view:
+        for event in some_events():
+            view(event)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    kinds = ["scene", "text", "text", "image_step", "image_step", "image", "text", "finished"]
+    assert [line["event"] for line in lines] == kinds
+    assert lines[1]["text"] == " The fox "
+    assert lines[5]["path"] == str(tmp_path / "001.png")
+    assert lines[5]["seed"] == 7
+    assert read_png_metadata(tmp_path / "001.png")["seed"] == 7
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, attributes and text; complains about tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs] or [(tag, "", "")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self.open else ""
+
+
+@pytest.mark.parametrize("kind", ["story", "chat"])
+def test_the_page_is_self_contained_and_escaped(tmp_path: Path, kind: str) -> None:
+    evil = '<script>alert("x")</script> & <img src="http://evil.example/">'
+    story = tale("red").add("user", evil, picture("blue", {"prompt": evil, '"><b>': evil})).add("assistant", evil)
+    write_html(story, MADE | {"title": evil, "lang": '"><script>'}, tmp_path / "story.html", kind=kind)
+    text = (tmp_path / "story.html").read_text()
+    page = Page(text)
+    tags = {tag for tag, _, _ in page.attributes}
+    assert not tags & {"script", "b", "iframe", "object", "form"}
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data")]
+    assert len(links) == 3
+    assert all(link.startswith("data:") for link in links)
+    assert "url(" not in text and "@import" not in text
+    assert "alert" in page.text
+    assert sum(name == "alt" for _, name, _ in page.attributes) == 2
+    assert ("Tell me the next scene" in page.text) == (kind == "chat")
+
+
+def test_scenes_pair_pictures_with_their_sentences() -> None:
+    one, two, three = (picture(colour) for colour in ("red", "green", "blue"))
+    story = Conversation().add("system", "Look.").add("user", "Given one.", one, "Given two.", two)
+    story = story.add("user", "Generate an image with the scene description: She will draw a picture.")
+    story = story.add("assistant", three)
+    story = story.add("user", "Tell me the next scene description by this image:", one).add("assistant", "Narrated.")
+    story = story.add("user", "What should happen then?").add("assistant", "Continued.", two).add("assistant", "Bye.")
+    expected = [("Given one.", one), ("Given two.", two), ("She will draw a picture.", three)]
+    expected += [("Narrated.", one), ("Continued.", two), ("Bye.", None)]
+    assert scenes(story) == [Scene(*page) for page in expected]
+
+
+def test_a_large_picture_is_made_smaller_for_the_page(tmp_path: Path) -> None:
+    noise = PIL.Image.effect_noise((1700, 1000), 90)
+    write_html(Conversation().add("user", Image(pixels=noise)), {}, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "data:image/jpeg" in text
+    assert 'width="1600"' in text
+
+
+class Screen(io.StringIO):
+    """A terminal, as far as anybody asks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_text_reaches_a_piped_stdout(tmp_path: Path) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    with TerminalView(folder=StoryFolder.create(tmp_path), stdout=out, stderr=err) as view:
+        for event in some_events():
+            view(event)
+    assert out.getvalue() == "The fox smiles.\nThe end.\n"
+    assert "\x1b" not in err.getvalue()
+    assert str(tmp_path / "001.png") in err.getvalue()
+    assert "Scene 1 of 1" in err.getvalue()
+
+    out, err = io.StringIO(), io.StringIO()
+    with TerminalView(quiet=True, stdout=out, stderr=err) as view:
+        for event in some_events():
+            view(event)
+    assert (out.getvalue(), err.getvalue()) == ("The fox smiles.\nThe end.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("images", "environment", "mark"),
+    [
+        ("auto", {"TERM": "xterm-kitty"}, "\x1b_Ga=T,f=100"),
+        ("auto", {"TERM_PROGRAM": "WezTerm"}, "\x1b]1337;File=inline=1"),
+        ("auto", {}, "▀"),
+        ("auto", {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, "▀"),
+        ("blocks", {"TERM": "xterm-kitty"}, "▀"),
+        ("blocks", {"NO_COLOR": "1"}, ""),
+        ("auto", {"TERM": "dumb"}, ""),
+        ("off", {"TERM": "xterm-kitty"}, ""),
+    ],
+)
+def test_pictures_are_drawn_where_the_terminal_can(monkeypatch, images: str, environment: dict, mark: str) -> None:
+    for name in ("TMUX", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    out, err = Screen(), io.StringIO()
+    with TerminalView(images, stdout=out, stderr=err) as view:
+        for event in some_events():
+            view(event)
+    assert mark in out.getvalue()
+    if not mark:
+        assert out.getvalue() == "The fox smiles.\nThe end.\n"
+        assert "picture 1 (seed 7)" in err.getvalue()
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    out = Screen()
+    with TerminalView("off", quiet=True, stdout=out, stderr=io.StringIO()) as view:
+        view(TextChunk("red \x1b[31malert\x07\x9b2J\tdone\r"))
+    assert out.getvalue() == "red [31malert2J\tdone\n"
+
+
+def test_progress_is_shown_on_a_terminal_only_and_cleared_when_interrupted() -> None:
+    out, err = io.StringIO(), Screen()
+    with pytest.raises(KeyboardInterrupt), TerminalView(stdout=out, stderr=err) as view:
+        view(TextChunk("The fox"))
+        view(ImageStep(0, 1, 20))
+        raise KeyboardInterrupt
+    assert out.getvalue() == "The fox\n"
+    assert "1/20" in err.getvalue()
+
+
+def test_importing_the_views_is_cheap(tmp_path: Path) -> None:
+    code = "import sys, mgp5.views.terminal, mgp5.views.html, mgp5.views.files; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not {"torch", "rich", "PIL", "textual_image", "transformers"} & set(done.stdout.split())
