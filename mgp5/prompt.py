@@ -100,9 +100,7 @@ def _encode(backbone: Backbone, text: str) -> list[int]:
 
 def _render(backbone: Backbone, messages: Sequence[Message], *, reply: bool, vokens: Sequence[str] = ()) -> str:
     # Some templates (LLaVA-1.5) move all pictures in front of all text; written into the text they keep their place.
-    chat = [
-        {"role": m.role, "content": [{"type": "text", "text": _content(backbone, m, vokens)}]} for m in messages
-    ]
+    chat = [{"role": m.role, "content": [{"type": "text", "text": _content(backbone, m, vokens)}]} for m in messages]
     return backbone.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply)
 
 

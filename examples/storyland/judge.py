@@ -102,9 +102,7 @@ def fresh(count: int, seed: int = 77) -> tuple[Tensor, Tensor]:
 @click.option("--threads", default=0, help="CPU threads; 0 = all.")
 @click.option("--train", "amount", default=20000, help="Number of training renders.")
 @click.option("--out", type=click.Path(path_type=Path), default=FILE)
-def main(
-    work: Path, steps: int, minutes: float, batch: int, lr: float, threads: int, amount: int, out: Path
-) -> None:
+def main(work: Path, steps: int, minutes: float, batch: int, lr: float, threads: int, amount: int, out: Path) -> None:
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -55,11 +55,11 @@ def latent_std(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for renders, logs and states.")
-@click.option("--steps", default=12000)
+@click.option("--steps", default=11000)
 @click.option("--minutes", default=1e9, help="Stop after this time; the next call goes on.")
 @click.option("--decoder", is_flag=True, help="Train only the decoder, from the finished model.")
-@click.option("--batch", default=8)
-@click.option("--lr", default=1.2e-3)
+@click.option("--batch", default=4)
+@click.option("--lr", default=1e-3)
 @click.option("--compile", "compiled", is_flag=True)
 def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: float, compiled: bool) -> None:
     pictures, _ = renders(work, "train", 20000)

@@ -1,0 +1,129 @@
+"""Training conversations of Storyland made on the fly, as the loaders would yield them, with all that is known in them.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from clip import SIZE, to_vision
+from PIL import Image as pil
+from torch import Tensor
+
+from mgp5.backbones.hf import HFBackbone
+from mgp5.data import cc3m, mmdialog, vist
+from mgp5.data.storyland.draw import draw
+from mgp5.data.storyland.tell import Dialog, Story, caption, dialog, story
+from mgp5.data.storyland.world import Scene, Split, random_scene
+from mgp5.messages import Conversation, Image
+from mgp5.prompt import IGNORE, example, expand_labels
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A conversation whose last message is to be learned, and the scenes that its sentences tell."""
+
+    conversation: Conversation
+    told: tuple[Scene, ...] = ()  # known at the n-th full stop behind the system text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation as the heads need it."""
+
+    ids: list[int]  # (T,) pictures expanded to their slots
+    labels: list[int]  # (T,) token to be told at this place, V where a picture is due, IGNORE in pictures
+    pictures: tuple[Image, ...]  # seen, in order
+    states: tuple[tuple[int, Scene], ...]  # positions, and the scene that is known there
+    target: Scene | None  # what the target's picture shows
+
+
+def picture(scene: Scene, seed: int, words: str = "") -> Image:
+    """A picture yet to be drawn."""
+    return Image(caption=words, meta={"scene": scene.indices(), "seed": seed})
+
+
+def story_lesson(told: Story, task: vist.Task, step: int, choice: int, context: vist.Context) -> Lesson:
+    """What `mgp5.data.vist` yields for a step (from 0) of a story."""
+    scenes = [(part.text, picture(part.scene, told.seed + k)) for k, part in enumerate(told.steps)]
+    known = tuple(part.scene for part in told.steps[: 0 if context == "none" else step])
+    *history, (text, image) = scenes[: step + 1]
+    if task == "illustrate":
+        asked = vist.illustrate(history, text, choice, context=context)
+        return Lesson(asked.add("assistant", image), (*known, told.steps[step].scene))
+    if task == "continue":
+        return Lesson(vist.continue_(history, choice, context=context).add("assistant", text, image), known)
+    return Lesson(vist.narrate(history, image, choice, context=context).add("assistant", text), known)
+
+
+def dialog_lesson(told: Dialog, target: int) -> Lesson:
+    """What `mgp5.data.mmdialog` yields for a turn (from 0, odd) of a dialogue."""
+    conversation = Conversation().add("system", mmdialog.SYSTEM)
+    for k, turn in enumerate(told.turns[: target + 1]):
+        image = [picture(turn.scene, told.seed + k)] if turn.scene else []
+        conversation = conversation.add(turn.role, turn.text, *image)
+    return Lesson(conversation)
+
+
+def caption_lesson(r: random.Random, split: Split) -> Lesson:
+    """What `mgp5.data.cc3m` yields: a caption, at times as an instruction, and its picture."""
+    scene = random_scene(r, split)
+    words = cc3m.clean_caption(caption(scene, r))
+    asked = Conversation().add("user", words)
+    if r.random() < 0.2:
+        asked = Conversation().add("system", cc3m.SYSTEM).add("user", f"{r.choice(cc3m.INSTRUCTIONS)} {words}")
+    return Lesson(asked.add("assistant", picture(scene, r.getrandbits(31), words)))
+
+
+def lesson(r: random.Random, split: Split) -> Lesson:
+    """A random sample: 55% stories, 33% dialogues, 12% captions."""
+    kind = r.random()
+    if kind < 0.55:
+        task = r.choice(vist.TASKS)
+        step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 1, 2, 3, 4, 4))
+        context = r.choice(("full",) * 7 + ("text",) * 2 + ("none",))
+        return story_lesson(story(r, split), task, step, r.randrange(len(vist.TEMPLATES[task])), context)
+    if kind < 0.88:
+        told = dialog(r, split)
+        return dialog_lesson(told, r.choice((len(told.turns) - 1, r.randrange(1, len(told.turns), 2))))
+    return caption_lesson(r, split)
+
+
+def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
+    """Ids, labels and known scenes of a lesson; the target's picture is left out, its place is labelled V."""
+    messages = lesson.conversation.messages
+    slots = backbone.core.config.image_seq_length
+    built = example(backbone, lesson.conversation, ())
+    ids, own = expand_labels(built, backbone.image_token_id, [slots] * len(built.images))
+    reply = next(t for t, label in enumerate(own) if label != IGNORE)
+    labels = [IGNORE if token == backbone.image_token_id else token for token in ids]
+    starts = [t for t, label in enumerate(labels) if label == IGNORE][::slots]
+    roles = [message.role for message in messages[:-1] for _ in message.images]
+    due, states = len(backbone.tokenizer), []
+    for start, role, image in zip(starts, roles, built.images, strict=True):
+        states.append((start + slots - 1, scene_of(image)))
+        if role == "assistant":
+            labels[start] = due
+            states.append((start - 1, scene_of(image)))
+    for image in built.targets:
+        labels[-1] = due
+        # Where the reply is nothing but a picture, the end of the question knows it as well.
+        states += [(t, scene_of(image)) for t in range(len(ids) - 2 if messages[-1].text else reply - 1, len(ids) - 1)]
+    stop = backbone.tokenizer.convert_tokens_to_ids(".")
+    stops = [t for t, token in enumerate(ids) if token == stop][vist.SYSTEM.count(".") :]
+    states += zip(stops, lesson.told, strict=False)
+    target = scene_of(built.targets[0]) if built.targets else None
+    return Sample(ids, labels, built.images, tuple(states), target)
+
+
+def scene_of(image: Image) -> Scene:
+    return Scene.from_indices(image.meta["scene"])
+
+
+def pixels(images: list[Image]) -> Tensor:
+    """Pictures drawn as the image processor would hand them on: (B, 3, 96, 96) in [-1, 1]."""
+    drawn = [draw(scene_of(i), i.meta["seed"]).resize((SIZE, SIZE), pil.Resampling.BICUBIC) for i in images]
+    return to_vision(np.stack([np.asarray(p) for p in drawn]))

@@ -1,0 +1,257 @@
+"""The command line: parse -> call -> view. Heavy imports stay inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import Mgp5Error
+
+if TYPE_CHECKING:
+    from .events import Event
+    from .generation import Options
+    from .model import MiniGPT5
+    from .views.files import StoryFolder
+
+Command = Callable[..., Any]
+
+
+class Commands(click.Group):
+    """A group that turns our errors into one line, and an interruption into exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Mgp5Error as error:
+            if os.environ.get("MGP5_DEBUG") == "1":
+                raise
+            click.echo(f"mgp5: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("mgp5: interrupted", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mgp5")
+def main() -> None:
+    """Interleaved text and images from a multimodal LLM with generative vokens (MiniGPT-5).
+
+    Try it, no GPU and no network needed:
+
+      mgp5 story --images examples/picnic --scenes 2 --out out/picnic
+    """
+
+
+def generation_options(command: Command) -> Command:
+    """Flags that mean the same in every command that generates."""
+    for option in reversed(
+        (
+            click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model."),
+            click.option("--seed", type=int, help="Seed of text and images; random, and told, if not given."),
+            click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
+            click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+            click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
+            click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
+            click.option(
+                "--show",
+                type=click.Choice(["auto", "blocks", "off"]),
+                default="auto",
+                show_default=True,
+                help="Images in the terminal (never when piped).",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder of pictures, each with a .txt of its name or none."
+)
+@click.option("--text", type=click.Path(path_type=Path), help="File with one scene to illustrate per line.")
+@click.option("--scenes", type=click.IntRange(0), default=1, show_default=True, help="How many scenes to add.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the story.  [default: story-1, story-2, ...]")
+@click.option("--title", default="", help="Heading of the page.")
+@generation_options
+def story(images: Path | None, text: Path | None, scenes: int, out: Path | None, title: str, **flags: Any) -> None:
+    """Narrate pictures, illustrate sentences, and continue the story in text and images."""
+    from . import story as stories
+    from .views.files import StoryFolder
+    from .views.html import write_html
+
+    given = stories.read_folder(images) if images else []
+    given += stories.read_lines(text) if text else []
+    if not given:
+        raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
+    options = _options(flags)
+    folder = StoryFolder.create(out or _free_folder("story"))
+    model = _model(flags)
+    record = stories.Record()
+    facts = {"model": flags["model"], "seed": options.seed, "options": _facts(options), "title": title}
+    try:
+        with _view(flags, folder) as view:
+            for event in stories.tell(model, given, scenes, options):
+                view(event)
+                if record(event):
+                    folder.save(record.conversation, **facts)
+    finally:
+        if record.scenes:  # also what was made before an interruption
+            folder.save(record.conversation, **facts)
+            write_html(*folder.load(), folder.path / "story.html")
+    _tell(flags, f"The story is in {folder.path / 'story.html'}")
+
+
+@main.command()
+@click.option(
+    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture for the first message."
+)
+@click.option("--message", "messages", multiple=True, help="Say this and exit; may be given several times.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the conversation.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the conversation in this folder.")
+@generation_options
+def chat(
+    images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
+) -> None:
+    """Talk with the model; it answers in text and images."""
+    from .chat import Chat
+    from .repl import Repl
+    from .views.files import StoryFolder
+
+    if out and resume:
+        raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
+    options = _options(flags)
+    folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
+    earlier = folder.load()[0] if folder and resume else None
+    model = _model(flags)
+    talk = Chat(model, options, earlier) if earlier else Chat(model, options)
+    for image in images:
+        talk.show(image)
+    repl = Repl(
+        talk, folder, lambda place: _view(flags, place), facts={"model": flags["model"], "options": _facts(options)}
+    )
+    if messages:
+        repl.say_all(messages)
+    elif sys.stdin.isatty():
+        repl.run()
+    else:
+        repl.say_all(line for line in map(str.strip, sys.stdin) if line)
+    if repl.folder:
+        _tell(flags, f"The conversation is in {repl.folder.path}")
+
+
+@main.command()
+@click.option("--stage", type=click.Choice(["pretrain", "finetune"]), required=True)
+@click.option(
+    "--data", "sources", required=True, multiple=True, type=click.Path(path_type=Path), help="Folder; repeatable."
+)
+@click.option(
+    "--format", "formats", required=True, multiple=True, help="cc3m, vist, mmdialog or jsonl; one per --data."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
+@click.option("--preset", default="paper", show_default=True, help="paper or demo.")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. lr=1e-4 or lora.rank=4."
+)
+@click.option("--max-steps", type=click.IntRange(1), help="Updates in all, instead of epochs.")
+@click.option("--stop-after", type=click.IntRange(1), help="End after so many updates; go on with --resume.")
+@click.option(
+    "--vokens", type=click.IntRange(1, 16), default=8, show_default=True, help="Vokens per image (new models)."
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--dry-run", is_flag=True, help="Load everything, tell what would train, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
+def train(**flags: Any) -> None:
+    """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune)."""
+    from .training import run
+
+    run(flags)
+
+
+@main.group()
+def data() -> None:
+    """Make data sets."""
+
+
+@data.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--pairs", type=click.IntRange(0), default=1000, show_default=True)
+@click.option("--stories", type=click.IntRange(0), default=200, show_default=True)
+@click.option("--dialogs", type=click.IntRange(0), default=200, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, seed: int) -> None:
+    """Write Storyland, a drawn picture-book world, in the file formats of CC3M, VIST and MMDialog."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .data.storyland.write import write
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=None)
+        write(
+            out, split, pairs, stories, dialogs, seed, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    click.echo(f"Wrote {out}", err=True)
+
+
+def _options(flags: dict[str, Any]) -> Options:
+    from .config import override, parse_settings
+    from .generation import Options
+
+    seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
+    if flags["seed"] is None:
+        _tell(flags, f"seed {seed}")
+    options = Options(seed=seed, steps=flags["steps"], guidance=flags["guidance"])
+    return override(options, parse_settings(flags["settings"]))
+
+
+def _model(flags: dict[str, Any]) -> MiniGPT5:
+    from .device import pick_device, quiet_libraries
+    from .model import load
+
+    quiet_libraries()
+    device, dtype = pick_device(flags["device"])
+    return load(flags["model"], dtype=dtype, device=str(device))
+
+
+def _view(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Event], None]:
+    from .views.files import JsonEvents
+    from .views.terminal import TerminalView
+
+    if flags["as_json"]:
+        return JsonEvents(sys.stdout, folder)
+    return TerminalView(flags["show"], folder=folder)
+
+
+def _facts(options: Options) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
+
+
+def _free_folder(stem: str) -> Path:
+    number = 1
+    while Path(f"{stem}-{number}").exists():
+        number += 1
+    return Path(f"{stem}-{number}")
+
+
+def _tell(flags: dict[str, Any], text: str) -> None:
+    if not flags.get("as_json"):
+        click.echo(text, err=True)

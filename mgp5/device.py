@@ -1,0 +1,38 @@
+"""Which device and precision to use, and how quiet the libraries are."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import Mgp5Error
+
+
+def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and weight type: float32 on a CPU, bfloat16 (float16 on older cards) on a GPU.
+
+    Raises:
+        Mgp5Error: the device does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Mgp5Error(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N", usage=True) from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise Mgp5Error(f"there is no device {name} here", "use --device cpu", usage=True)
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return device, torch.float32
+
+
+def quiet_libraries() -> None:
+    """Leave stderr to us: no loading bars and no advice from transformers, diffusers and the hub."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+    from huggingface_hub.utils import disable_progress_bars
+
+    for logging in (transformers_logging, diffusers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    disable_progress_bars()

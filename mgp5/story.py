@@ -1,0 +1,176 @@
+"""The paper's three tasks as one job: narrate pictures, illustrate sentences, continue with scenes of one's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data.vist import Scene, continue_, illustrate, narrate
+from .errors import Mgp5Error
+from .events import Event, Finished, ImageDone, SceneStart, TextChunk
+from .messages import Conversation, Image, Message, Text
+
+if TYPE_CHECKING:
+    from .generation import Options
+    from .model import MiniGPT5
+
+WINDOW = 4  # scenes of history that a prompt shows: stories of five scenes are what models are trained on
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user brings: a picture with or without its text, or a text without a picture."""
+
+    image: Image | None = None
+    text: str = ""
+
+
+def read_folder(folder: Path) -> list[Given]:
+    """The pictures of a folder in natural order (2 before 10), each with the text of the same stem if there is one.
+
+    Every picture is opened here, so that a broken one is told before any work is done.
+
+    Raises:
+        Mgp5Error: no such folder, no picture in it, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise Mgp5Error(f"--images {folder} is not a folder", "give a folder of pictures", usage=True)
+    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()), key=natural)
+    if not files:
+        raise Mgp5Error(f"--images {folder} holds no picture", f"expected files with {', '.join(SUFFIXES)}", usage=True)
+    given = []
+    for file in files:
+        Image(path=file).load()
+        note = file.with_suffix(".txt")
+        given.append(Given(Image(path=file), read_text(note).strip() if note.is_file() else ""))
+    return given
+
+
+def read_lines(path: Path) -> list[Given]:
+    """Each line of a text file that is not blank, as a scene to illustrate."""
+    lines = [Given(text=line.strip()) for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise Mgp5Error(f"--text {path} is empty", "write one scene per line", usage=True)
+    return lines
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises Mgp5Error when it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Mgp5Error(f"no text file at {path}", "check the path", usage=True) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mgp5Error(f"{path} cannot be read as UTF-8 text ({error})", "save it as UTF-8") from None
+
+
+def natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sort key by which picture2 comes before picture10."""
+    pieces = re.split(r"(\d+)", path.name.lower())
+    return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in pieces]
+
+
+def tell(model: MiniGPT5, given: Sequence[Given], scenes: int, options: Options) -> Iterator[Event]:
+    """Go through what is given, then continue with `scenes` scenes; yields events scene by scene.
+
+    Every scene has seeds of its own, derived from `options.seed` and its number, so that it does not depend on how
+    many tokens the scenes before took.
+    """
+    history: list[Scene] = []
+    for number in range(len(given) + scenes):
+        part = given[number] if number < len(given) else None
+        start = SceneStart(number, _kind(part), len(given) + scenes)
+        yield start
+        own = replace(options, seed=options.seed + 100 * number, image_seed=_image_seed(options, number))
+        text, image = yield from _scene(model, history, part, own)
+        if image is not None:
+            history.append((text, image))
+
+
+def _scene(model: MiniGPT5, history: list[Scene], part: Given | None, options: Options) -> Iterator[Event]:
+    """One scene; returns its text and image."""
+    from .generation import generate
+
+    past = history[-WINDOW:]
+    if part is None:
+        question, options = continue_(past), replace(options, image="always", max_images=1)
+    elif part.image is None:
+        yield TextChunk(part.text)
+        question, options = illustrate(past, part.text), replace(options, image="always", max_images=1, max_tokens=0)
+    else:
+        yield ImageDone(0, part.image)
+        if part.text:
+            yield TextChunk(part.text)
+            message = Message("user", (part.image, Text(part.text)))
+            yield Finished(message, "stop")
+            return part.text, part.image
+        question, options = narrate(past, part.image), replace(options, image="never")
+    reply = Message("assistant", ())
+    for event in generate(model, question, options):
+        if isinstance(event, Finished):
+            reply = event.message
+        yield event
+    image = part.image if part is not None and part.image is not None else (reply.images or (None,))[0]
+    return (part.text if part is not None and part.text else reply.text), image
+
+
+def as_conversation(events: Sequence[tuple[SceneStart, str, Image | None]]) -> Conversation:
+    """Scenes as a conversation: what the user gave is the user's, what the model made is the assistant's."""
+    conversation = Conversation()
+    for start, text, image in events:
+        words = [Text(text)] if text else []
+        picture = [image] if image is not None else []
+        if start.kind == "given":
+            conversation = conversation.add("user", *picture, *words)
+        elif start.kind == "narrated":
+            conversation = conversation.add("user", *picture).add("assistant", *words)
+        elif start.kind == "illustrated":
+            conversation = conversation.add("user", *words).add("assistant", *picture)
+        else:
+            conversation = conversation.add("assistant", *words, *picture)
+    return conversation
+
+
+class Record:
+    """Follows the events of a story and keeps its scenes; used to save after each scene and on interruption."""
+
+    def __init__(self) -> None:
+        self.scenes: list[tuple[SceneStart, str, Image | None]] = []
+        self._text = ""
+
+    def __call__(self, event: Event) -> bool:
+        """Take an event; True when a scene is complete."""
+        if isinstance(event, SceneStart):
+            self.scenes.append((event, "", None))
+            self._text = ""
+        elif isinstance(event, TextChunk):
+            self._text += event.text
+            self._replace(text=self._text.strip())
+        elif isinstance(event, ImageDone):
+            self._replace(image=event.image)
+        return isinstance(event, Finished)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The story so far."""
+        return as_conversation([scene for scene in self.scenes if scene[1] or scene[2] is not None])
+
+    def _replace(self, text: str | None = None, image: Image | None = None) -> None:
+        start, old_text, old_image = self.scenes[-1]
+        self.scenes[-1] = (start, old_text if text is None else text, old_image if image is None else image)
+
+
+def _kind(part: Given | None) -> str:
+    if part is None:
+        return "continued"
+    if part.image is None:
+        return "illustrated"
+    return "given" if part.text else "narrated"
+
+
+def _image_seed(options: Options, number: int) -> int:
+    return (options.seed if options.image_seed is None else options.image_seed) + 100 * number
