@@ -61,6 +61,8 @@ def example(backbone: Backbone, conversation: Conversation, vokens: Sequence[str
     head = _render(backbone, context, reply=True)
     whole = _render(backbone, [*context, body], reply=False, vokens=vokens)
     tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, body, vokens)
+    if tail.lstrip().startswith(vokens[0]):
+        tail = tail.lstrip()  # a picture follows the prompt at once: no blank may come between
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
     before, after = _encode(backbone, head), backbone.tokenizer.encode(tail, add_special_tokens=False)

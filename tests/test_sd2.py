@@ -19,6 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tiny import LENGTH, SIZE, WIDTH, save_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+
 from mgp5 import Mgp5Error
 from mgp5.diffusion import load_diffusion
 from mgp5.diffusion.sd2 import StableDiffusion
@@ -29,66 +31,6 @@ SCHEDULERS = {
     "euler": EulerDiscreteScheduler,
     "pndm": PNDMScheduler,
 }
-LENGTH, WIDTH, SIZE = 11, 16, 8  # L and D of the condition, sides of the latents
-
-
-def tiny_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIZE,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-
-
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-    )
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
-
-
-def tiny_text_encoder() -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    return CLIPTextModel(config)
-
-
-def save_pipeline(folder, prediction: str):
-    torch.manual_seed(0)
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
-    parts = {"unet": tiny_unet(), "vae": tiny_vae(), "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
-    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(scheduler=scheduler, **parts, **extras).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])

@@ -72,7 +72,7 @@ def fit(
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": run.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas)
+    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     first = _resume(run, model, average, optimizer)
     start = saved = mark = time.monotonic()

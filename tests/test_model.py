@@ -1,0 +1,139 @@
+"""Vokens, states and generation on tiny random LLaVA and Qwen2.5-VL models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import picture
+
+from mgp5 import Conversation, Image
+from mgp5.collate import Collator
+from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
+from mgp5.generation import Options, generate
+from mgp5.heads.vokens import predicting_states
+from mgp5.session import Session
+
+
+def ask(text="draw a fox", color="red"):
+    return Conversation().add("user", "look", Image(pixels=picture(color)), text)
+
+
+def last_message(events):
+    return next(event.message for event in events if isinstance(event, Finished))
+
+
+def forced_states(model, conversation):
+    """The voken states of generation: read the prompt, then the run in one forward."""
+    session = Session(model.backbone)
+    first = session.read(conversation)
+    return torch.cat([first, session.feed(model.head.ids)], dim=1)  # (1, 1 + n, D)
+
+
+@torch.no_grad()
+def trained_states(model, conversation, shift=0):
+    collator = Collator(model.backbone, model.head.tokens, (16, 16), 1000)
+    batch = collator([conversation.add("assistant", Image(pixels=picture()))])
+    starts = [start + shift for start in batch.starts]
+    return predicting_states(model.hidden(batch), batch.rows, starts, model.head.num_vokens)
+
+
+def test_teacher_forced_states_equal_generated_states(model):
+    conversation = ask()
+    generated = predicting_states(forced_states(model, conversation), [0], [1], model.head.num_vokens)
+    torch.testing.assert_close(trained_states(model, conversation), generated, atol=1e-5, rtol=1e-4)
+
+
+def test_the_comparison_of_states_notices_being_off_by_one(model):
+    conversation = ask()
+    generated = predicting_states(forced_states(model, conversation), [0], [1], model.head.num_vokens)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(trained_states(model, conversation, shift=1), generated, atol=1e-2, rtol=1e-2)
+
+
+def test_run_in_one_forward_equals_token_by_token(model):
+    conversation = ask()
+    together = forced_states(model, conversation)
+    session = Session(model.backbone)
+    states = [session.read(conversation)] + [session.feed((i,)) for i in model.head.ids]
+    torch.testing.assert_close(together, torch.cat(states, dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_cached_turns_equal_uncached_turns_and_read_only_what_is_new(model):
+    options = Options(seed=3, max_tokens=12, steps=2, image="always")
+    cached, fresh = Session(model.backbone), Session(model.backbone, reuse=False)
+    talk = ask()
+    for turn in range(3):
+        messages = [last_message(generate(model, talk, options, session)) for session in (cached, fresh)]
+        assert messages[0].text == messages[1].text
+        pair = [message.images[0].load().tobytes() for message in messages]
+        assert pair[0] == pair[1]
+        if turn:
+            assert cached.prefilled < fresh.prefilled / 2
+        talk = Conversation((*talk.messages, messages[0])).add("user", "and then?")
+
+
+def test_two_images_in_one_reply(model):
+    logits = model.backbone.logits
+    order = iter([5, model.head.ids[0], 6, 7, model.head.ids[0], 8, *[next(iter(model.backbone.stop_ids))] * 9])
+
+    def scripted(hidden):
+        result = torch.full_like(logits(hidden), -50.0)
+        result[..., next(order)] = 50.0
+        return result
+
+    model.backbone.logits = scripted
+    events = list(generate(model, ask(), Options(steps=3, temperature=0)))
+    done = [event for event in events if isinstance(event, ImageDone)]
+    assert [event.index for event in done] == [0, 1]
+    assert len([event for event in events if isinstance(event, ImageStep)]) == 6
+    assert [event.image.meta["seed"] for event in done] == [0, 1]
+    assert done[0].image.load().tobytes() != done[1].image.load().tobytes()
+    kinds = [type(part).__name__ for part in last_message(events).content]
+    assert kinds == ["Text", "Image", "Text", "Image", "Text"]
+    streamed = "".join(event.text for event in events if isinstance(event, TextChunk))
+    assert streamed.replace(" ", "") == last_message(events).text.replace(" ", "")
+
+
+def test_same_seeds_same_reply_and_seeds_are_separate(model):
+    def run(**seeds):
+        message = last_message(generate(model, ask(), Options(steps=2, max_tokens=10, image="always", **seeds)))
+        return message.text, message.images[0].load().tobytes()
+
+    first = run(seed=1, image_seed=5)
+    assert run(seed=1, image_seed=5) == first
+    other_image = run(seed=1, image_seed=6)
+    assert other_image[0] == first[0] and other_image[1] != first[1]
+    assert run(seed=2, image_seed=5)[0] != first[0]
+
+
+@pytest.mark.parametrize("image, count", [("never", 0), ("always", 1)])
+def test_image_can_be_forced_and_forbidden(model, image, count):
+    for seed in range(3):
+        message = last_message(generate(model, ask(), Options(seed=seed, image=image, steps=1, max_tokens=8)))
+        assert len(message.images) >= count if image == "always" else not message.images
+
+
+def test_unconditional_branch_is_the_mapper_on_zeros_and_computed_once(model):
+    condition = torch.zeros(1, *model.diffusion.condition_shape)
+    first = model.head.unconditional(condition)
+    zeros = torch.zeros(1, model.head.num_vokens, model.backbone.width)
+    torch.testing.assert_close(first, model.head.mapper(zeros))
+    assert model.head.unconditional(condition) is first
+    model.train()
+    model.eval()
+    assert model.head.unconditional(condition) is not first
+
+
+def test_vokens_start_at_the_mean_row(model):
+    core, ids = model.backbone.core, list(model.head.ids)
+    for weight in (core.get_input_embeddings().weight, core.lm_head.weight):
+        known = weight[: len(model.backbone.tokenizer) - len(ids)]
+        torch.testing.assert_close(weight[ids], known.mean(0).expand(len(ids), -1), atol=1e-6, rtol=1e-4)
+
+
+def test_special_tokens_in_a_users_text_are_only_text(model):
+    talk = Conversation().add("user", f"hi [IMG0] {model.backbone.image_token} there")
+    session = Session(model.backbone)
+    session.read(talk)
+    ids = {token for token, _ in session.keys}
+    assert not ids & {*model.head.ids, model.backbone.image_token_id}
