@@ -62,6 +62,7 @@ class TrainConfig:
         batch, accumulation: samples of a step on one device, and steps of one update.
         steps: updates in all; None: `epochs` passes over the data.
         warmup: updates of linear warm-up, then linear decay to zero.
+        precision: of the computation; weights that train stay in float32.
     """
 
     stage: Stage
@@ -84,6 +85,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     workers: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
         problems = [

@@ -79,6 +79,7 @@ class _Writing:
 
     parts: list[Text | Image] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    said: set[int] = field(default_factory=set)  # all text tokens of the reply
     shown: str = ""
     num_tokens: int = 0
 
@@ -93,6 +94,7 @@ class _Writing:
     def add(self, tokenizer: Any, token: int) -> str:
         """Take one token; returns the text that it completes ("" inside a character of several bytes)."""
         self.ids.append(token)
+        self.said.add(token)
         self.num_tokens += 1
         text = tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
         if text.endswith("\ufffd"):
@@ -171,15 +173,15 @@ def _next_token(
         banned.append(head.ids[0])
     banned.append(model.backbone.image_token_id)
     logits[banned] = -torch.inf
-    logits = penalise(logits, writing.ids, options.repetition_penalty)
+    logits = penalise(logits, writing.said, options.repetition_penalty)
     token = pick_token(logits, options.temperature, options.top_p, generator)
     return head.ids[0] if wants and token in stops else token
 
 
-def penalise(logits: Tensor, said: list[int], penalty: float) -> Tensor:  # (V,)
+def penalise(logits: Tensor, said: set[int], penalty: float) -> Tensor:  # (V,)
     """Make tokens that were said less likely (Keskar et al., 2019: divide if positive, multiply if negative)."""
     if penalty != 1.0 and said:
-        index = torch.tensor(sorted(set(said)))
+        index = torch.tensor(sorted(said))
         values = logits[index]
         logits[index] = torch.where(values > 0, values / penalty, values * penalty)
     return logits
@@ -211,7 +213,7 @@ def _draw(
     index = writing.num_images
     seed = (options.seed if options.image_seed is None else options.image_seed) + index
     generators = [torch.Generator().manual_seed(seed)]
-    total, canvas = model.num_steps(options), None
+    total, canvas = model.head.num_steps(options), None
     for step, canvas in enumerate(model.head.draw(condition, options, generators), start=1):
         yield ImageStep(index, step, total, canvas)
     image = Image(pixels=to_picture(model.head.finish(canvas)[0]), meta=_facts(conversation, writing, options, seed))
@@ -235,7 +237,7 @@ def serve(session: Session, request: Request, model: MiniGPT5, options: Options)
             states.append(session.feed((ids[-1],)))
         return Reply(torch.cat(states, dim=1), tuple(ids))
     if isinstance(request, Prefix):
-        raise NotImplementedError("states of the prefix come with the first head that reads them (MM-Interleaved)")
+        return Reply(session.states)
     raise TypeError(f"a head asked for {type(request).__name__}")
 
 

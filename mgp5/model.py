@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,6 @@ from .heads.vokens import VokenHead, predicting_states, voken_tokens
 from .hub import explain, resolve
 from .losses import Losses, caption_loss, labelled, text_loss
 from .mapper import FeatureMapper, MapperConfig
-
-if TYPE_CHECKING:
-    from .generation import Options
 
 
 class MiniGPT5(nn.Module):
@@ -42,12 +38,6 @@ class MiniGPT5(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.device
-
-    def num_steps(self, options: Options) -> int:
-        """How many denoising steps an image takes with these options (PNDM makes one more than asked)."""
-        from .diffusion.sampler import sampler_table
-
-        return len(sampler_table(options.sampler, self.diffusion.schedule, options.steps))
 
     def forward(self, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Losses:
         """The losses of a stage on a batch; `generator` (CPU) draws dropout, timesteps and noise."""
@@ -82,8 +72,10 @@ class MiniGPT5(nn.Module):
         """
         dropped = torch.rand(len(states), generator=generator) < config.guidance_dropout  # (P,)
         condition = self.head.mapper(states * ~dropped[:, None, None].to(states.device))
-        latents = self.diffusion.encode(pixels, generator)
-        terms = {"ldm": self.diffusion.loss(latents, condition, generator, config.min_snr).mean()}
+        terms = {}
+        if config.ldm_weight:
+            latents = self.diffusion.encode(pixels, generator)
+            terms["ldm"] = self.diffusion.loss(latents, condition, generator, config.min_snr).mean()
         told = [i for i, caption in enumerate(captions) if caption or dropped[i]]
         if config.caption_weight and told:
             texts = ["" if dropped[i] else captions[i] for i in told]

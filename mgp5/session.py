@@ -39,6 +39,7 @@ class Session:
     prefilled: int = 0  # tokens that the last `read` had to run
     state: Tensor | None = None  # (1, 1, D) state after the last token read
     _cache: Any = None
+    _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, in pieces (1, k, D)
     _seen: dict[int, Seen] = field(default_factory=dict)
     _next: int = 0  # next rotary position
 
@@ -64,6 +65,7 @@ class Session:
         hidden = self.backbone(embeds[:, kept:], positions[..., kept:], None, self._cache)
         self.keys, self.prefilled = keys, len(ids) - kept
         self._next = int(positions.max()) + 1
+        self._states.append(hidden)
         self.state = hidden[:, -1:]
         return self.state
 
@@ -81,8 +83,15 @@ class Session:
         hidden = self.backbone(embeds, positions, None, self._cache)
         self._next += length
         self.keys += [(i, "") for i in ids] if ids is not None else [(-1, "embeds")] * length
+        self._states.append(hidden)
         self.state = hidden[:, -1:]
         return hidden
+
+    @property
+    def states(self) -> Tensor:  # (1, T, D)
+        """The states of all tokens so far."""
+        self._states = [torch.cat(self._states, dim=1)]
+        return self._states[0]
 
     @property
     def length(self) -> int:
@@ -100,9 +109,10 @@ class Session:
             limit = min(len(self.keys), len(keys) - 1)
             kept = next((i for i in range(limit) if self.keys[i] != keys[i]), limit)
         if kept == 0:
-            self._cache = self.backbone.new_cache()
+            self._cache, self._states = self.backbone.new_cache(), []
         elif kept < len(self.keys):
             self._cache.crop(kept - len(self.keys))
+            self._states = [self.states[:, :kept]]
         return kept
 
     def _keys(self, ids: list[int], seen: list[Seen]) -> list[tuple[int, str]]:

@@ -83,7 +83,7 @@ def train(
     Raises:
         Mgp5Error: `out` holds a run already and `resume` is not set, or holds a run of another configuration.
     """
-    accelerator = Accelerator(gradient_accumulation_steps=config.accumulation)
+    accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
     _claim(out, config, resume)
     model.prepare(config.stage, config.lora)
     total = total_steps(config, len(data), accelerator.num_processes)

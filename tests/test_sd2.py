@@ -8,18 +8,14 @@ import shutil
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from tiny import LENGTH, SIZE, WIDTH, save_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+from tiny import LENGTH, SIZE, WIDTH, save_pipeline
 
 from mgp5 import Mgp5Error
 from mgp5.diffusion import load_diffusion

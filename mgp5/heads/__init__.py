@@ -79,6 +79,10 @@ class Head(Protocol):
         """The other half of the guidance batch."""
         ...
 
+    def num_steps(self, options: Options) -> int:
+        """How many canvases `draw` yields."""
+        ...
+
     def draw(self, condition: Any, options: Options, generators: list[torch.Generator]) -> Iterator[Tensor]:
         """Canvases while they are drawn (here: latents); the last is the image, ready for `finish`."""
         ...

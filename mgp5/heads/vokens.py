@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.sampler import sampler_table
 from ..errors import Mgp5Error
 from ..mapper import FeatureMapper
 from . import Context, Forced, Reply, Request
@@ -86,6 +87,10 @@ class VokenHead(nn.Module):
         """Training changes the mapper, so what was computed from it is forgotten."""
         self._zeros = None
         return super().train(mode)
+
+    def num_steps(self, options: Options) -> int:
+        """How many latents `draw` yields (PNDM makes one step more than asked)."""
+        return len(sampler_table(options.sampler, self.diffusion.schedule, options.steps))
 
     def draw(self, condition: Tensor, options: Options, generators: list[torch.Generator]) -> Iterator[Tensor]:
         """Latents (P, C, h, w) after each denoising step of conditions (P, L, C), one generator each."""

@@ -1,0 +1,45 @@
+"""Pack trained parts into a model folder in half precision: mllm, diffusion and mgp5, ready for `mgp5 --model`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import load_file, save_file
+
+LIMIT = 40  # megabytes of weights that the package may carry
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder with mllm and diffusion.")
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Run of mgp5 train whose result is packed.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model folder; replaced.")
+@click.option("--guidance", default=3.0, show_default=True, help="Default guidance scale of the model.")
+def main(work: Path, run: Path, out: Path, guidance: float) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    for part, source in (("mllm", work / "mllm"), ("diffusion", work / "diffusion"), ("mgp5", run / "mgp5")):
+        shutil.copytree(source, out / part, ignore=shutil.ignore_patterns(".*"))
+    config = json.loads((out / "mgp5" / "config.json").read_text())
+    config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance}
+    (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in out.rglob("*.safetensors"):
+        halve(path)
+    for path in out.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+    click.echo(f"{out}: {size:.1f} MB (limit {LIMIT})", err=True)
+    if size > LIMIT:
+        raise SystemExit(1)
+
+
+def halve(path: Path) -> None:
+    """Rewrite a safetensors file with its floats in half precision."""
+    tensors = {k: v.half() if v.dtype in (torch.float32, torch.bfloat16) else v for k, v in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
