@@ -12,7 +12,7 @@ __all__ = ["Conversation", "Image", "Message", "Mgp5Error", "Options", "Text", "
 def __getattr__(name: str) -> object:
     """`load`, `generate` and `Options` come on first use: they bring torch, which takes seconds to import."""
     if name in ("generate", "Options"):
-        from . import generate as module
+        from . import generation as module
 
         return getattr(module, name)
     if name == "load":

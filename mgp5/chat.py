@@ -21,7 +21,7 @@ HELP = """\
 /image FILE   show a picture with your next message
 /undo         take back your last message and its reply
 /retry        another reply to your last message
-/seed N       seed of the next reply
+/seed N       seed of the next reply; those after it count up
 /save DIR     put the conversation, its pictures and a page into a folder
 /help         this list
 /quit         end (so does Ctrl-D); Ctrl-C stops a reply and keeps what it has said
@@ -42,14 +42,14 @@ class Chat:
     conversation: Conversation = field(default_factory=lambda: Conversation().add("system", SYSTEM))
     pending: list[Image] = field(default_factory=list)
     _session: Session | None = None
-    _attempt: int = 0
+    _number: int = 0  # replies since the seed was set; each takes seeds of its own
 
-    def show(self, path: Path) -> Image:
-        """Queue a picture for the next message; it is opened now, so that a broken one is told now."""
-        image = Image(path=path)
-        image.load()
-        self.pending.append(image)
-        return image
+    def __post_init__(self) -> None:
+        self._number = sum(message.role == "user" for message in self.conversation.messages)
+
+    def show(self, path: Path) -> None:
+        """Queue a picture for the next message."""
+        self.pending.append(read_picture(path))
 
     def say(self, text: str) -> Iterator[Event]:
         """Send a message with the queued pictures; yields the reply's events.
@@ -60,22 +60,25 @@ class Chat:
         content: list[Part] = [*self.pending, *([Text(text)] if text else [])]
         if not content:
             raise Mgp5Error("the message is empty", "write something, or show a picture with /image FILE")
+        before, pending = self.conversation, self.pending
+        self.conversation, self.pending = Conversation((*before.messages, Message("user", tuple(content)))), []
+        try:
+            yield from self._reply()
+        except Mgp5Error:
+            self.conversation, self.pending = before, pending
+            raise
+
+    def retry(self) -> Iterator[Event]:
+        """Another reply to the last message; the old one stays if there cannot be another."""
+        self._last_user()
         before = self.conversation
-        self.conversation = Conversation((*before.messages, Message("user", tuple(content))))
+        if before.messages[-1].role == "assistant":
+            self.conversation = Conversation(before.messages[:-1])
         try:
             yield from self._reply()
         except Mgp5Error:
             self.conversation = before
             raise
-        self.pending = []
-
-    def retry(self) -> Iterator[Event]:
-        """Another reply to the last message."""
-        self._last_user()
-        if self.conversation.messages[-1].role == "assistant":
-            self.conversation = Conversation(self.conversation.messages[:-1])
-        self._attempt += 1
-        yield from self._reply()
 
     def undo(self) -> str:
         """Take back the last message and its reply; returns its text."""
@@ -86,12 +89,8 @@ class Chat:
 
     def seed(self, seed: int) -> None:
         """Seed of the next reply and, counting up, of those after it."""
-        self.options = replace(self.options, seed=seed - 100 * self._turn, image_seed=None)
-        self._attempt = 0
-
-    @property
-    def _turn(self) -> int:
-        return sum(message.role == "user" for message in self.conversation.messages)
+        self.options = replace(self.options, seed=seed, image_seed=None)
+        self._number = 0
 
     def _last_user(self) -> int:
         roles = [message.role for message in self.conversation.messages]
@@ -104,7 +103,8 @@ class Chat:
         from .session import Session
 
         self._session = self._session or Session(self.model.backbone)
-        shift = 100 * (self._turn - 1) + 10_000 * self._attempt
+        shift = 100 * self._number
+        self._number += 1
         image_seed = None if self.options.image_seed is None else self.options.image_seed + shift
         options = replace(self.options, seed=self.options.seed + shift, image_seed=image_seed)
         parts: list[Part] = []
@@ -117,9 +117,19 @@ class Chat:
                 elif isinstance(event, Finished):
                     parts = list(event.message.content)
                 yield event
+        except KeyboardInterrupt:
+            self._session = None  # it may have been cut inside a forward, with cache and tokens at odds
+            raise
         finally:
             if parts:
                 self.conversation = self.conversation.add("assistant", *parts)
+
+
+def read_picture(path: Path) -> Image:
+    """A picture for a message; it is opened now, so that a broken one is told now."""
+    image = Image(path=path)
+    image.load()
+    return image
 
 
 def _append(parts: list[Part], text: str) -> None:

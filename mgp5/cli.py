@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .views.files import StoryFolder
 
 Command = Callable[..., Any]
+SEED = click.IntRange(0, 2**62)  # what torch takes, with room to count up
 
 
 class Commands(click.Group):
@@ -29,10 +30,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except Mgp5Error as error:
-            if os.environ.get("MGP5_DEBUG") == "1":
-                raise
-            click.echo(f"mgp5: {error}", err=True)
+        except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort):
+            raise
+        except click.ClickException as error:
+            command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mgp5"
+            click.echo(f"mgp5: {error.format_message().rstrip('.')}: see {command} --help", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("mgp5: interrupted", err=True)
@@ -40,9 +42,16 @@ class Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
             ctx.exit(1)
+        except Exception as error:
+            if os.environ.get("MGP5_DEBUG") == "1":
+                raise
+            known = isinstance(error, Mgp5Error)
+            line = str(error) if known else f"{type(error).__name__}: {error} (MGP5_DEBUG=1 shows where)"
+            click.echo(f"mgp5: {' '.join(line.splitlines())}", err=True)
+            ctx.exit(error.exit_code if known else 1)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group("mgp5", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mgp5")
 def main() -> None:
     """Interleaved text and images from a multimodal LLM with generative vokens (MiniGPT-5).
@@ -58,7 +67,7 @@ def generation_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model."),
-            click.option("--seed", type=int, help="Seed of text and images; random, and told, if not given."),
+            click.option("--seed", type=SEED, help="Seed of text and images; random, and told, if not given."),
             click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
             click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
@@ -89,6 +98,7 @@ def generation_options(command: Command) -> Command:
 def story(images: Path | None, text: Path | None, scenes: int, out: Path | None, title: str, **flags: Any) -> None:
     """Narrate pictures, illustrate sentences, and continue the story in text and images."""
     from . import story as stories
+    from .hub import resolve
     from .views.files import StoryFolder
     from .views.html import write_html
 
@@ -97,21 +107,24 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     if not given:
         raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
     options = _options(flags)
+    resolve(flags["model"])  # a wrong name is told before anything is made
     folder = StoryFolder.create(out or _free_folder("story"))
     model = _model(flags)
-    record = stories.Record()
+    _tell_seed(flags, options)
+    record, complete = stories.Record(), False
     facts = {"model": flags["model"], "seed": options.seed, "options": _facts(options), "title": title}
     try:
         with _view(flags, folder) as view:
             for event in stories.tell(model, given, scenes, options):
                 view(event)
-                if record(event):
+                if record(event) and record.made:
                     folder.save(record.conversation, **facts)
+        complete = True
     finally:
-        if record.scenes:  # also what was made before an interruption
+        if complete or record.made:  # also what was made before an interruption
             folder.save(record.conversation, **facts)
             write_html(*folder.load(), folder.path / "story.html")
-    _tell(flags, f"The story is in {folder.path / 'story.html'}")
+            _tell(flags, f"The story is in {folder.path / 'story.html'}")
 
 
 @main.command()
@@ -126,22 +139,24 @@ def chat(
     images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
 ) -> None:
     """Talk with the model; it answers in text and images."""
-    from .chat import Chat
+    from .chat import Chat, read_picture
+    from .hub import resolve
     from .repl import Repl
     from .views.files import StoryFolder
 
     if out and resume:
         raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
     options = _options(flags)
+    given = [read_picture(image) for image in images]
+    resolve(flags["model"])  # a wrong name is told before anything is made
     folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
-    earlier = folder.load()[0] if folder and resume else None
+    earlier, story_facts = folder.load() if folder and resume else (None, {})
     model = _model(flags)
+    _tell_seed(flags, options)
     talk = Chat(model, options, earlier) if earlier else Chat(model, options)
-    for image in images:
-        talk.show(image)
-    repl = Repl(
-        talk, folder, lambda place: _view(flags, place), facts={"model": flags["model"], "options": _facts(options)}
-    )
+    talk.pending += given
+    facts = {"model": flags["model"], "options": _facts(options), "title": story_facts.get("title", "")}
+    repl = Repl(talk, folder, lambda place: _view(flags, place), facts)
     if messages:
         repl.say_all(messages)
     elif sys.stdin.isatty():
@@ -194,7 +209,7 @@ def data() -> None:
 @click.option("--pairs", type=click.IntRange(0), default=1000, show_default=True)
 @click.option("--stories", type=click.IntRange(0), default=200, show_default=True)
 @click.option("--dialogs", type=click.IntRange(0), default=200, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, seed: int) -> None:
     """Write Storyland, a drawn picture-book world, in the file formats of CC3M, VIST and MMDialog."""
     from rich.console import Console
@@ -215,8 +230,6 @@ def _options(flags: dict[str, Any]) -> Options:
     from .generation import Options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
-    if flags["seed"] is None:
-        _tell(flags, f"seed {seed}")
     options = Options(seed=seed, steps=flags["steps"], guidance=flags["guidance"])
     return override(options, parse_settings(flags["settings"]))
 
@@ -250,6 +263,11 @@ def _free_folder(stem: str) -> Path:
     while Path(f"{stem}-{number}").exists():
         number += 1
     return Path(f"{stem}-{number}")
+
+
+def _tell_seed(flags: dict[str, Any], options: Options) -> None:
+    if flags["seed"] is None:
+        _tell(flags, f"seed {options.seed}")
 
 
 def _tell(flags: dict[str, Any], text: str) -> None:

@@ -7,7 +7,7 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from .errors import Mgp5Error
 from .mapper import MapperConfig
@@ -47,6 +47,14 @@ class LoraConfig:
     alpha: int = 16
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
+            raise Mgp5Error(
+                f"lora has rank {self.rank}, dropout {self.dropout} and targets {', '.join(self.targets) or 'none'}",
+                "expected a rank of at least 1, a dropout of 0 or more and below 1, and at least one target",
+                usage=True,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,14 @@ class TrainConfig:
                 ("batch", self.batch >= 1, "at least 1"),
                 ("accumulation", self.accumulation >= 1, "at least 1"),
                 ("lr", self.lr > 0, "above 0"),
+                ("rows_lr", self.rows_lr >= 0, "0 or more"),
+                ("epochs", self.epochs >= 1, "at least 1"),
+                ("steps", self.steps is None or self.steps >= 1, "at least 1"),
+                ("warmup", self.warmup >= 0, "0 or more"),
+                ("log_every", self.log_every >= 1, "at least 1"),
+                ("save_every", self.save_every >= 1, "at least 1"),
+                ("workers", self.workers >= 0, "0 or more"),
+                ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
             )
             if not good
         ]
@@ -144,14 +160,20 @@ def override(config: Any, settings: dict[str, Any]) -> Any:
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    kinds = {t for t in getattr(hint, "__args__", (hint,))}
+    kinds = set(getattr(hint, "__args__", (hint,)))
     if isinstance(value, list):
         value = tuple(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     simple = {k for k in kinds if k in (int, float, str, bool, type(None))}
-    if simple and len(simple) == len(kinds) and type(value) not in simple:
+    expected = ""
+    if get_origin(hint) is tuple:
+        expected = "" if isinstance(value, tuple) else "a list"
+    elif any(map(dataclasses.is_dataclass, kinds)):
+        expected = "" if value is None else f"settings of its own, as in {name}.NAME=VALUE"
+    elif simple and len(simple) == len(kinds) and type(value) not in simple:
         expected = " or ".join(sorted(k.__name__ for k in simple))
+    if expected:
         raise Mgp5Error(f"{name} is {value!r}, expected {expected}", "correct its value", usage=True)
     return value
 
@@ -171,6 +193,8 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
         node = tree
         for table in tables:
             node = node.setdefault(table, {})
+            if not isinstance(node, dict):
+                raise Mgp5Error(f"--set gives {table} a value, and {path.strip()} too", "keep one of them", usage=True)
         node[name] = value
     return tree
 
@@ -178,10 +202,10 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings of a TOML file. Raises Mgp5Error that names the file and line."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path", usage=True) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Mgp5Error(f"{path} is not valid TOML ({error})", "correct it", usage=True) from None
 
 

@@ -28,6 +28,8 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
 
 def quiet_libraries() -> None:
     """Leave stderr to us: no loading bars and no advice from transformers, diffusers and the hub."""
+    import warnings
+
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
     from huggingface_hub.utils import disable_progress_bars
@@ -36,3 +38,4 @@ def quiet_libraries() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other

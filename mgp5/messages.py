@@ -157,8 +157,8 @@ def read_image(path: Path) -> PIL.Image.Image:
     from PIL import UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings(), pil.open(path) as picture:
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+        quiet = warnings.catch_warnings(action="ignore", category=pil.DecompressionBombWarning)
+        with quiet, pil.open(path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise Mgp5Error(f"{path} has {size} pixels, more than {MAX_PIXELS:,}", "make it smaller")

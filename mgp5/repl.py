@@ -12,7 +12,7 @@ import click
 from .chat import HELP, Chat
 from .errors import Mgp5Error
 from .events import Event
-from .views.files import StoryFolder
+from .views.files import STORY, StoryFolder
 from .views.html import write_html
 
 
@@ -79,8 +79,9 @@ class Repl:
             self._save()
         elif word == "/retry":
             self._show(self.talk.retry())
-        elif word == "/seed" and rest.lstrip("-").isdigit():
+        elif word == "/seed" and rest.isascii() and rest.isdigit() and len(rest) < 19:
             self.talk.seed(int(rest))
+            click.echo(f"the next reply takes seed {rest}", err=True)
         elif word == "/save" and rest:
             self.folder = StoryFolder.create(Path(rest).expanduser())
             self._save()
@@ -99,12 +100,14 @@ class Repl:
             self._save()
 
     def _save(self) -> None:
-        if self.folder is None and not self.talk.conversation.images:
-            return
-        if self.folder is None:
+        talk = self.talk.conversation
+        if self.folder is None and talk.images:
             self.folder = StoryFolder.create(_free_folder())
             click.echo(f"pictures and conversation are kept in {self.folder.path}", err=True)
-        self.folder.save(self.talk.conversation, seed=self.talk.options.seed, **self._facts)
+        said = any(message.role != "system" for message in talk.messages)
+        if self.folder is None or not (said or (self.folder.path / STORY).exists()):
+            return
+        self.folder.save(talk, seed=self.talk.options.seed, **self._facts)
         write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
 
 

@@ -39,7 +39,11 @@ def read_folder(folder: Path) -> list[Given]:
     """
     if not folder.is_dir():
         raise Mgp5Error(f"--images {folder} is not a folder", "give a folder of pictures", usage=True)
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()), key=natural)
+    try:
+        found = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
+    except OSError as error:
+        raise Mgp5Error(f"--images {folder} cannot be read ({error.strerror})", "check its permissions") from None
+    files = sorted(found, key=natural)
     if not files:
         raise Mgp5Error(f"--images {folder} holds no picture", f"expected files with {', '.join(SUFFIXES)}", usage=True)
     given = []
@@ -153,6 +157,11 @@ class Record:
         elif isinstance(event, ImageDone):
             self._replace(image=event.image)
         return isinstance(event, Finished)
+
+    @property
+    def made(self) -> bool:
+        """Whether the model has added anything yet."""
+        return any(message.role == "assistant" and message.content for message in self.conversation.messages)
 
     @property
     def conversation(self) -> Conversation:

@@ -58,7 +58,7 @@ def total_steps(config: TrainConfig, samples: int, processes: int = 1) -> int:
 
 def rate(config: TrainConfig, step: int, total: int) -> float:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
-    warmup = min(config.warmup, max(1, total // 10))
+    warmup = max(1, min(config.warmup, total // 10))
     return min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)), 1.0)
 
 
@@ -164,22 +164,38 @@ def _collator(model: MiniGPT5) -> Collator:
 
 
 def _claim(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder, or check that the run to be resumed is this one."""
+    """Make the run's folder, or check that the run to be resumed is this one.
+
+    A folder whose run ended before it saved anything is free again.
+    """
     path = out / "config.json"
     text = json.dumps(asdict(config), indent=2) + "\n"
     if resume:
         if not (out / STATE).is_file():
-            raise Mgp5Error(f"{out} holds no run to resume", "leave out --resume to start one", usage=True)
-        old, new = json.loads(path.read_text()), json.loads(text)
+            raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
+        old, new = _read_json(path), json.loads(text)
         free = {"steps", "epochs", "log_every", "save_every", "workers"}  # may change between the pieces of a run
         if changed := [name for name in new if name not in free and old.get(name) != new[name]]:
-            raise Mgp5Error(f"{out} is a run with another {', '.join(changed)}", "resume it with the same settings")
-    elif path.exists():
+            raise Mgp5Error(
+                f"--out {out} is a run with another {', '.join(changed)}", "resume it with the same settings", usage=True
+            )
+    elif (out / STATE).exists() or (path.exists() and not (out / LOG).exists()):
         raise Mgp5Error(
             f"--out {out} already holds a run", "resume it with --resume, or choose another --out", usage=True
         )
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        (out / LOG).open("a" if resume else "w").close()
+    except OSError as error:
+        raise Mgp5Error(f"--out {out} cannot be written ({error.strerror})", "choose another --out") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Mgp5Error(f"cannot read {path} ({error})", "start the run again with another --out") from None
 
 
 def _save(model: MiniGPT5, optimizer: Any, step: int, out: Path) -> None:

@@ -46,16 +46,13 @@ def sources(flags: dict[str, Any]) -> Any:
 def start(flags: dict[str, Any]) -> MiniGPT5:
     """The model that a stage begins with: fresh, or what the stage before has trained (folded into its weights)."""
     parts = resolve(flags["model"])
+    # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
+    mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
     if parts.trained is None:
-        return build(parts.mllm, parts.diffusion, num_vokens=flags["vokens"])
+        return build(mllm, diffusion, num_vokens=flags["vokens"])
     model = load_checkpoint(parts)
     model.merge()
-    places = {
-        name: os.path.abspath(p) if os.path.isdir(p) else p
-        for name, p in vars(parts).items()
-        if name in ("mllm", "diffusion")
-    }
-    model.config = replace(model.config, **places)
+    model.config = replace(model.config, mllm=mllm, diffusion=diffusion)
     return model
 
 
@@ -73,6 +70,8 @@ def run(flags: dict[str, Any]) -> None:
         click.echo(f"{len(data)} samples, {total} updates, {trained:,} trainable parameters", err=True)
         return
     _loop(train(model, data, config, flags["out"], resume=flags["resume"], stop_after=flags["stop_after"]), flags)
+    if not flags["as_json"]:
+        click.echo(f"What was trained is in {flags['out']}", err=True)
 
 
 def _loop(progress: Any, flags: dict[str, Any]) -> None:

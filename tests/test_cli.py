@@ -1,0 +1,599 @@
+"""The command line on a tiny model: stories, chats, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image as pil
+from tiny import picture, save_pipeline
+
+from mgp5 import Conversation, cli
+from mgp5.chat import Chat
+from mgp5.events import ImageDone
+from mgp5.repl import Repl
+from mgp5.views.files import StoryFolder, read_png_metadata
+from mgp5.views.terminal import TerminalView
+
+REAL = Path(__file__).parents[2] / "shared/data/real/VIST/val_images"
+QUICK = ("--steps", "2", "--set", "max_tokens=6", "--seed", "1")
+
+
+@pytest.fixture(scope="session")
+def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
+    """A complete model folder, as `mgp5 train` and pack.py make one."""
+    from mgp5.checkpoint import save_checkpoint
+    from mgp5.model import build
+
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    shutil.copytree(llava_folder, folder / "mllm")
+    shutil.copytree(diffusion_folder, folder / "diffusion")
+    torch.manual_seed(1)
+    model = build(str(folder / "mllm"), str(folder / "diffusion"), num_vokens=4, guidance=3.0)
+    model.prepare("pretrain", None)
+    save_checkpoint(model, folder)
+    edit(folder, mllm="mllm", diffusion="diffusion")
+    return folder
+
+
+def edit(folder: Path, **values) -> Path:
+    """Change the configuration of a model folder."""
+    path = folder / "mgp5/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(demo):
+    from mgp5.model import load
+
+    return load(demo)
+
+
+@pytest.fixture
+def mgp5(loaded, demo, tmp_path, monkeypatch):
+    """Runs a command on the tiny model, which is loaded once, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mgp5.model.load", lambda name, **_: loaded)
+
+    def run(command: str, *args: object, stdin: str | None = None):
+        given = [command, "--model", str(demo), *QUICK, *map(str, args)]
+        return CliRunner().invoke(cli.main, given, input=stdin, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A red picture with a text, and a blue one without."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture("red").save(folder / "2.png")
+    picture("blue").save(folder / "10.jpg")
+    (folder / "2.txt").write_text("A red day.\n")
+    return folder
+
+
+def fails(result, *words: object, code: int = 1) -> None:
+    """One line on stderr that holds the words, nothing on stdout, no traceback."""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mgp5: "), result.stderr
+    assert "MGP5_DEBUG" not in lines[0]
+    for word in words:
+        assert str(word) in lines[0]
+    assert result.exit_code == code, lines
+    assert not result.stdout
+
+
+def story_of(folder: Path) -> dict:
+    return json.loads((folder / "story.json").read_text())
+
+
+def parts(folder: Path) -> list[tuple[str, str]]:
+    """(role, kind) of every part of a story."""
+    return [(m["role"], part["type"]) for m in story_of(folder)["messages"] for part in m["content"]]
+
+
+# Stories
+
+
+def test_story_goes_through_what_is_given_and_continues(mgp5, pictures, tmp_path):
+    (tmp_path / "lines.txt").write_text("The fox sleeps.\n\n")
+    result = mgp5("story", "--images", "pictures", "--text", "lines.txt", "--scenes", 1, "--out", "out", "--title", "Fox")
+    assert result.exit_code == 0, result.stderr
+    kinds = ["yours", "your picture, narrated", "your text, illustrated", "continued by the model"]
+    assert [line.split(" · ")[1] for line in result.stderr.splitlines() if line.startswith("Scene ")] == kinds
+    given, narrated, illustrated, continued = (
+        [("user", "image"), ("user", "text")],
+        [("user", "image"), ("assistant", "text")],
+        [("user", "text"), ("assistant", "image")],
+        [("assistant", "text"), ("assistant", "image")],
+    )
+    assert parts(tmp_path / "out") == given + narrated + illustrated + continued
+    story = story_of(tmp_path / "out")
+    assert (story["title"], story["seed"], story["options"]["steps"]) == ("Fox", 1, 2)
+    texts = [part["text"] for m in story["messages"] for part in m["content"] if part["type"] == "text"]
+    assert texts[0] == "A red day." and texts[2] == "The fox sleeps."
+    assert (tmp_path / "out/story.html").read_text().count("data:image/") == 4
+
+
+def test_stdout_holds_the_text_and_nothing_else(mgp5, pictures, tmp_path):
+    result = mgp5("story", "--images", "pictures", "--scenes", 1, "--out", "out")
+    told = [part["text"] for m in story_of(tmp_path / "out")["messages"] for part in m["content"] if "text" in part]
+    assert "".join(result.stdout.split()) == "".join("".join(told).split())
+    assert "\x1b" not in result.stdout
+
+
+def test_pictures_carry_how_they_were_made(mgp5, pictures, tmp_path):
+    mgp5("story", "--images", "pictures", "--scenes", 1, "--out", "out")
+    names = [part["path"] for m in story_of(tmp_path / "out")["messages"] for part in m["content"] if "path" in part]
+    assert names == ["001.png", "002.jpg", "003.png"]
+    facts = read_png_metadata(tmp_path / "out/003.png")
+    assert facts["seed"] == 201 and facts["steps"] == 2 and facts["guidance"] == 3.0 and facts["sampler"]
+    with pil.open(tmp_path / "out/003.png") as made:
+        assert made.size == (16, 16)
+
+
+def test_json_lines_parse_and_name_the_pictures(mgp5, pictures, tmp_path):
+    result = mgp5("story", "--images", "pictures", "--scenes", 1, "--out", "out", "--json")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["kind"] for event in events if event["event"] == "scene"] == ["given", "narrated", "continued"]
+    assert [event["step"] for event in events if event["event"] == "image_step"] == [1, 2]
+    assert all(Path(event["path"]).is_file() for event in events if event["event"] == "image")
+    assert events[-1]["event"] == "finished" and events[-1]["images"] == 1
+    assert not result.stderr
+
+
+def test_same_seed_same_text_and_pixels(mgp5, pictures, tmp_path):
+    def run(out: str, *args: object) -> tuple[str, bytes]:
+        assert mgp5("story", "--images", "pictures", "--scenes", 1, "--out", out, *args).exit_code == 0
+        with pil.open(tmp_path / out / "003.png") as made:
+            return json.dumps(story_of(tmp_path / out)["messages"]), made.tobytes()
+
+    assert run("a") == run("b")
+    other = run("c", "--seed", 2)
+    assert other[0] != run("d")[0] and other[1] != run("e")[1]
+
+
+def test_a_seed_that_was_not_given_is_told_and_kept(mgp5, pictures, tmp_path, demo):
+    args = ["story", "--model", str(demo), "--steps", "1", "--set", "max_tokens=2", "--images", "pictures"]
+    result = CliRunner().invoke(cli.main, [*args, "--scenes", "0"], catch_exceptions=False)
+    assert f"seed {story_of(tmp_path / 'story-1')['seed']}" in result.stderr.splitlines()
+
+
+def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch):
+    from mgp5 import generation
+
+    real, calls = generation.to_picture, []
+
+    def interrupted(pixels):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(pixels)
+
+    monkeypatch.setattr(generation, "to_picture", interrupted)
+    result = mgp5("story", "--images", "pictures", "--scenes", 3, "--out", "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "mgp5: interrupted"
+    made = parts(tmp_path / "out")
+    assert made[:6] == [*[("user", "image"), ("user", "text")], ("user", "image"), *[("assistant", "text")] * 2, made[5]]
+    assert made[5] == ("assistant", "image") and made[6:] in ([], [("assistant", "text")])  # text of the scene cut short
+    assert (tmp_path / "out/story.html").is_file()
+
+
+def test_real_photos(mgp5, tmp_path):
+    if not REAL.is_dir():
+        pytest.skip("the real VIST pictures are not here (../shared)")
+    result = mgp5("story", "--images", REAL, "--scenes", 1, "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    assert len(parts(tmp_path / "out")) == 2 * len(list(REAL.glob("*.jpg"))) + 2
+
+
+# Pictures of all kinds
+
+
+def odd_pictures(folder: Path) -> None:
+    folder.mkdir()
+    picture(size=(1, 1)).save(folder / "1 pixel.png")
+    turned = pil.new("RGB", (40, 20), "red")
+    turned.paste("blue", (0, 0, 20, 20))
+    exif = pil.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    turned.save(folder / "2 turned.jpg", exif=exif)
+    pil.new("CMYK", (20, 20), (0, 255, 255, 0)).save(folder / "3 cmyk.jpg")
+    pil.new("I;16", (20, 20), 0x8000).save(folder / "4 grey16.png")
+    clear = pil.new("P", (20, 20), 0)
+    clear.putpalette([0, 0, 0, 255, 0, 0])
+    clear.save(folder / "5 clear.png", transparency=0)
+    pil.new("LA", (20, 20), (0, 0)).save(folder / "6 clear grey.png")
+    pil.new("1", (20, 20), 1).save(folder / "7 bit.png")
+    picture("red").save(folder / "8 moving.gif", save_all=True, append_images=[picture("blue")])
+    (folder / "._hidden.jpg").write_text("not a picture")
+
+
+def test_pictures_of_every_kind(mgp5, tmp_path):
+    odd_pictures(tmp_path / "odd")
+    result = mgp5("story", "--images", "odd", "--scenes", 1, "--out", "out", "--set", "max_tokens=2")
+    assert result.exit_code == 0, result.stderr
+    paths = [tmp_path / "out" / p["path"] for m in story_of(tmp_path / "out")["messages"] for p in m["content"] if "path" in p]
+    shown = [pil.open(path).convert("RGB") for path in paths]
+    assert shown[0].size == (1, 1)
+    assert shown[1].size == (20, 40) and shown[1].getpixel((10, 5))[2] > 200 and shown[1].getpixel((10, 35))[0] > 200
+    assert all(abs(a - b) < 40 for a, b in zip(shown[2].getpixel((5, 5)), (255, 0, 0), strict=True))
+    assert shown[3].getpixel((5, 5))[0] in (127, 128)
+    for clear in shown[4:7]:
+        assert clear.getpixel((5, 5)) == (255, 255, 255)
+    assert shown[7].getpixel((5, 5))[0] > 200
+
+
+def header_only_png(side: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+def broken(tmp_path: Path, name: str) -> tuple[str, bytes]:
+    picture(size=(400, 300)).save(tmp_path / "whole.jpg")
+    return {
+        "text": ("cat.jpg", b"this is no picture"),
+        "empty": ("cat.png", b""),
+        "truncated": ("cat.jpg", (tmp_path / "whole.jpg").read_bytes()[:700]),
+        "bomb": ("cat.png", header_only_png(50_000)),
+        "small bomb": ("cat.png", header_only_png(11_000)),
+    }[name]
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "bomb", "small bomb"])
+@pytest.mark.parametrize("command", ["story", "chat"])
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_broken_pictures(mgp5, tmp_path, command, kind):
+    (tmp_path / "in").mkdir()
+    name, data = broken(tmp_path, kind)
+    (tmp_path / "in" / name).write_bytes(data)
+    if command == "story":
+        result = mgp5("story", "--images", "in", "--out", "out")
+    else:
+        result = mgp5("chat", "--image", f"in/{name}", "--message", "hi", "--out", "out")
+    fails(result, f"in/{name}", "larger than" if kind == "bomb" else "more than" if kind == "small bomb" else "")
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+def test_folders_without_pictures(mgp5, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(mgp5("story", "--images", "nowhere"), "--images nowhere", code=2)
+    fails(mgp5("story", "--images", "empty"), "--images empty", ".jpg", code=2)
+    fails(mgp5("story", "--text", "nothing.txt"), "nothing.txt", code=2)
+    fails(mgp5("story"), "--images", "--text", code=2)
+    (tmp_path / "blank.txt").write_text(" \n")
+    fails(mgp5("story", "--text", "blank.txt"), "--text blank.txt", code=2)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    fails(mgp5("story", "--text", "latin.txt"), "latin.txt", "UTF-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "blank.txt", "latin.txt"}
+
+
+def test_out_that_cannot_be_written(mgp5, pictures, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        fails(mgp5("story", "--images", "pictures", "--out", out), f"--out {out}")
+        fails(mgp5("chat", "--message", "hi", "--out", out), f"--out {out}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_story_is_never_overwritten(mgp5, pictures, tmp_path):
+    mgp5("story", "--images", "pictures", "--scenes", 0, "--out", "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    fails(mgp5("story", "--images", "pictures", "--out", "out"), "--out out", "already holds a story")
+    fails(mgp5("chat", "--message", "hi", "--out", "out"), "--out out", "already holds a story")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_models_that_do_not_exist(mgp5, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for command in (("story", "--images", "pictures"), ("chat", "--message", "hi")):
+        fails(mgp5(*command, "--model", "nope", "--out", "out"), "'nope'", "here without a network", code=2)
+        fails(mgp5(*command, "--model", "empty", "--out", "out"), "empty is not a model", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_model_lists_the_names_that_exist_here(mgp5, pictures, monkeypatch):
+    monkeypatch.setattr("mgp5.hub.local_names", lambda: ["demo", "mine"])
+    fails(mgp5("story", "--images", "pictures", "--model", "nope"), "demo, mine", code=2)
+
+
+@pytest.fixture
+def changed(demo, diffusion_folder, tmp_path):
+    """Makes a copy of the demo model with another configuration; the parts are not copied."""
+
+    def make(**values) -> Path:
+        shutil.copytree(demo / "mgp5", tmp_path / "changed/mgp5")
+        parts = {"mllm": str(demo / "mllm"), "diffusion": str(demo / "diffusion")}
+        return edit(tmp_path / "changed", **parts | values)
+
+    return make
+
+
+@pytest.fixture
+def real_load(monkeypatch):
+    """The true `load`, and a hub that cannot be reached."""
+    import huggingface_hub.constants
+
+    from mgp5.model import load
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return load
+
+
+@pytest.mark.parametrize("case", ["vokens", "diffusion", "llm", "field", "json", "no weights", "weights", "no llm"])
+def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures, tmp_path, case):
+    monkeypatch.setattr("mgp5.model.load", real_load)
+    values, words = {
+        "vokens": ({"num_vokens": 3}, ("3 vokens", "hold 4")),
+        "diffusion": ({"diffusion": str(tmp_path / "epsilon")}, ("v_prediction", "epsilon")),
+        "llm": ({"mapper": {"llm_width": 64, "width": 16, "queries": 11}}, ("width 64", "has 32")),
+        "field": ({"colour": "red"}, ("config.json", "colour")),
+        "json": ({}, ("config.json",)),
+        "no weights": ({}, ("model.safetensors",)),
+        "weights": ({}, ("model.safetensors",)),
+        "no llm": ({"mllm": "somebody/nothing"}, ("cannot load somebody/nothing",)),
+    }[case]
+    if case == "diffusion":
+        save_pipeline(tmp_path / "epsilon", "epsilon")
+    folder = changed(**values) / "mgp5"
+    if case == "json":
+        (folder / "config.json").write_text("{")
+    elif case == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif case == "weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    result = mgp5("story", "--images", "pictures", "--model", tmp_path / "changed", "--out", "out")
+    fails(result, *words)
+    assert not (tmp_path / "out/story.json").exists()
+
+
+def test_the_tiny_model_loads_by_its_folder(real_load, mgp5, monkeypatch, pictures):
+    monkeypatch.setattr("mgp5.model.load", real_load)
+    result = mgp5("story", "--images", "pictures", "--scenes", 0)
+    assert result.exit_code == 0
+    assert "warning" not in result.stderr.lower()
+
+
+def test_a_prompt_longer_than_the_context(mgp5, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 1000)
+    fails(mgp5("chat", "--message", "word " * 1000, "--out", "talk"), "tokens", "context is 1024")
+    assert not list((tmp_path / "talk").iterdir())
+    result = mgp5("story", "--text", "long.txt", "--out", "out")
+    assert result.exit_code == 1 and "context is 1024" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out/story.json").exists()  # the same --out may be used again
+
+
+@pytest.mark.parametrize(
+    "setting, word",
+    [
+        ("steps", "name=value"),
+        ("nope=1", "nope"),
+        ("steps=many", "steps is 'many', expected int"),
+        ("steps=0", "steps is 0"),
+        ("top_p=2", "top_p is 2"),
+        ("image=maybe", "image is maybe"),
+        ("steps.a=1", "steps"),
+        ("=1", "name=value"),
+    ],
+)
+def test_bad_settings(mgp5, pictures, tmp_path, setting, word):
+    fails(mgp5("story", "--images", "pictures", "--set", setting, "--out", "out"), word, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags_get_one_line_too(mgp5, pictures):
+    fails(mgp5("story", "--scenes", -1), "--scenes", "mgp5 story --help", code=2)
+    fails(mgp5("story", "--steps", "two"), "--steps", code=2)
+    fails(mgp5("story", "--seed", 2**80), "--seed", code=2)
+    fails(mgp5("story", "--nope"), "--nope", code=2)
+    fails(mgp5("story", "--images", "pictures", "--device", "abacus"), "abacus", code=2)
+    fails(mgp5("chat", "--out", "a", "--resume", "b"), "--out", "--resume", code=2)
+    fails(mgp5("chat", "--resume", "nowhere"), "nowhere", "story.json")
+    fails(mgp5("walk"), "walk", code=2)
+
+
+@pytest.mark.parametrize(
+    "flags, word, code",
+    [
+        ({"--stage": "third"}, "--stage", 2),
+        ({"--format": "csv"}, "'csv'", 2),
+        ({"--preset": "best"}, "'best'", 2),
+        ({"--set": "lr"}, "name=value", 2),
+        ({"--set": "lr=-1"}, "lr is -1", 2),
+        ({"--set": "log_every=0"}, "log_every is 0", 2),
+        ({"--set": "lora=1"}, "lora", 2),
+        ({"--set": "precision=fp8"}, "precision is fp8", 2),
+        ({"--config": "nowhere.toml"}, "nowhere.toml", 2),
+        ({"--config": "bad.toml"}, "bad.toml", 2),
+        ({"--data": "nowhere"}, "nowhere", 1),
+        ({"--model": "nope"}, "'nope'", 2),
+        ({"--vokens": "99"}, "--vokens", 2),
+    ],
+)
+def test_bad_training_flags(tmp_path, demo, monkeypatch, flags, word, code):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_bytes(b"lr = \xff")
+    picture().save("a.jpg")
+    Path("train.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
+    )
+    usual = {"--stage": "pretrain", "--data": ".", "--format": "jsonl", "--model": str(demo), "--out": "out"}
+    args = [text for pair in (usual | flags).items() for text in pair]
+    fails(CliRunner().invoke(cli.main, ["train", *args], catch_exceptions=False), word, code=code)
+    assert not Path("out").exists()
+
+
+def test_an_error_nobody_foresaw_is_one_line_too(mgp5, monkeypatch, pictures):
+    def fail(*args: object, **more: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("mgp5.story.read_folder", fail)
+    result = mgp5("story", "--images", "pictures")
+    assert result.stderr == "mgp5: ZeroDivisionError: two lines (MGP5_DEBUG=1 shows where)\n"
+    assert result.exit_code == 1
+    monkeypatch.setenv("MGP5_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        mgp5("story", "--images", "pictures")
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    code = (
+        "import sys; from click.testing import CliRunner; from mgp5.cli import main\n"
+        "for args in ([], ['story'], ['chat'], ['train'], ['data', 'storyland']):\n"
+        "    assert CliRunner().invoke(main, [*args, '--help']).exit_code == 0\n"
+        "print(*({'torch', 'rich', 'transformers', 'diffusers', 'PIL', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"
+
+
+# Chats
+
+
+def test_chat_answers_messages_and_goes_on_from_a_folder(mgp5, pictures, tmp_path):
+    first = mgp5("chat", "--image", "pictures/2.png", "--message", "look", "--message", "and?", "--out", "talk")
+    assert first.exit_code == 0 and first.stdout.strip()
+    roles = [message["role"] for message in story_of(tmp_path / "talk")["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert parts(tmp_path / "talk")[1:3] == [("user", "image"), ("user", "text")]
+    second = mgp5("chat", "--resume", "talk", stdin="go on\n\n")
+    assert second.exit_code == 0
+    assert [message["role"] for message in story_of(tmp_path / "talk")["messages"]] == [*roles, "user", "assistant"]
+    assert (tmp_path / "talk/story.html").is_file()
+
+
+def test_a_resumed_chat_gives_the_replies_of_one_in_a_single_run(mgp5, tmp_path):
+    mgp5("chat", "--message", "one", "--message", "two", "--out", "whole")
+    mgp5("chat", "--message", "one", "--out", "pieces")
+    mgp5("chat", "--message", "two", "--resume", "pieces")
+    assert story_of(tmp_path / "whole")["messages"] == story_of(tmp_path / "pieces")["messages"]
+
+
+def test_chat_pictures_are_kept_although_no_folder_was_asked_for(mgp5, tmp_path):
+    result = mgp5("chat", "--message", "draw", "--set", "image=always")
+    assert "chat-1" in result.stderr
+    assert ("assistant", "image") in parts(tmp_path / "chat-1")
+
+
+@pytest.fixture
+def talk(loaded, tmp_path, monkeypatch):
+    """Types lines into a chat; returns the chat, its Repl and what it said on stderr."""
+    from mgp5.generation import Options
+
+    monkeypatch.chdir(tmp_path)
+    chat = Chat(loaded, Options(seed=1, steps=1, max_tokens=6, image="never"))
+    repl = Repl(chat, None, lambda folder: TerminalView("off", quiet=True, folder=folder), {"model": "x", "options": {}})
+
+    def type_lines(*lines: str | type[BaseException]) -> None:
+        queue = iter([*lines, EOFError])
+
+        def typed(prompt: str) -> str:
+            line = next(queue)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(builtins, "input", typed)
+        repl.run()
+
+    return SimpleNamespace(chat=chat, repl=repl, type=type_lines)
+
+
+def texts(conversation: Conversation) -> list[str]:
+    return [message.text for message in conversation.messages[1:]]
+
+
+def test_undo_takes_back_a_message_and_its_reply(talk, capfd):
+    talk.type("hello", "how are you?", "/undo")
+    said = texts(talk.chat.conversation)
+    assert said[0] == "hello" and len(said) == 2
+    assert "took back: how are you?" in capfd.readouterr().err
+    talk.type("/undo", "/undo")
+    assert not texts(talk.chat.conversation)
+    assert "nothing was said yet" in capfd.readouterr().err
+
+
+def test_retry_gives_another_reply_and_seed_chooses_it(talk):
+    talk.type("hello")
+    first = texts(talk.chat.conversation)
+    talk.type("/retry")
+    second = texts(talk.chat.conversation)
+    assert second[0] == first[0] and second[1] != first[1] and len(second) == 2
+    talk.type("/seed 1", "/retry")
+    assert texts(talk.chat.conversation) == first
+
+
+def test_image_goes_with_the_next_message_and_save_writes_it(talk, tmp_path, capfd):
+    picture().save(tmp_path / "cat.png")
+    talk.type("/image cat.png", "look", "/save kept", "bye", "/quit", "never said")
+    assert parts(tmp_path / "kept")[1:3] == [("user", "image"), ("user", "text")]
+    assert texts(StoryFolder.open(tmp_path / "kept").load()[0])[2] == "bye"
+    assert "never said" not in texts(talk.chat.conversation)
+    assert "cat.png goes with your next message" in capfd.readouterr().err
+
+
+def test_mistakes_are_told_and_the_chat_goes_on(talk, tmp_path, capfd):
+    (tmp_path / "no.jpg").write_text("text")
+    (tmp_path / "file").write_text("mine")
+    wrong = ["/dance", "/image no.jpg", "/image", "/seed x", "/seed --5", "/seed ²", "/save file", "word " * 1000, "/retry"]
+    talk.type("/help", *wrong, KeyboardInterrupt, "hello")
+    said = capfd.readouterr().err
+    assert all(command in said for command in ("/undo", "/retry", "/seed N", "/save DIR", "/quit"))
+    assert said.count("mgp5: ") == len(wrong)
+    assert texts(talk.chat.conversation)[0] == "hello"
+
+
+def test_a_stopped_reply_is_kept_and_its_picture_is_not_sent_twice(talk, tmp_path, monkeypatch, capfd):
+    from mgp5 import generation
+
+    real, calls = generation._next_token, []
+
+    def stop(*args: object) -> int:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generation, "_next_token", stop)
+    picture().save(tmp_path / "cat.png")
+    talk.type("/image cat.png", "look", "go on")
+    messages = talk.chat.conversation.messages[1:]
+    assert "what was said is kept" in capfd.readouterr().err
+    assert [len(message.images) for message in messages if message.role == "user"] == [1, 0]
+    assert not talk.chat.pending
+
+
+def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
+    from dataclasses import replace
+
+    talk.chat.options = replace(talk.chat.options, image="always")
+    talk.type("one", "two")
+    names = [p["path"] for m in story_of(tmp_path / "chat-1")["messages"] for p in m["content"] if "path" in p]
+    assert len(names) >= 2 and len(set(names)) == len(names)
+
+
+def test_events_of_a_story_can_be_used_without_the_command_line(loaded, pictures):
+    from mgp5.generation import Options
+    from mgp5.story import read_folder, tell
+
+    events = list(tell(loaded, read_folder(pictures), 1, Options(steps=1, max_tokens=2)))
+    assert sum(isinstance(event, ImageDone) for event in events) == 3

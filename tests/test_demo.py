@@ -1,0 +1,118 @@
+"""The embedded demo: ordinary checkpoints, small enough, and the README's first command as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as pil
+
+import mgp5
+from mgp5 import Conversation, Image, Options
+from mgp5.data.storyland.tell import accepts
+from mgp5.data.vist import illustrate
+from mgp5.events import Finished, ImageDone
+from mgp5.heads.vokens import predicting_states
+from mgp5.session import Session
+from mgp5.views.files import read_png_metadata
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "mgp5" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mgp5.load("demo")
+
+
+def test_weights_are_half_precision_safetensors_of_at_most_40_mb():
+    from safetensors import safe_open
+
+    files = [path for path in DEMO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert {path.parent.name for path in weights} == {"mllm", "unet", "vae", "text_encoder", "mgp5"}
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} <= {"F16", "I64"}  # noqa: SIM118
+
+
+def test_parts_are_ordinary_checkpoints():
+    from diffusers import StableDiffusionPipeline
+    from transformers import LlavaForConditionalGeneration
+
+    assert LlavaForConditionalGeneration.from_pretrained(DEMO / "mllm").num_parameters() > 1e6
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO / "diffusion")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red fox waves on the beach on a sunny day", num_inference_steps=2).images[0]
+    assert image.size == (128, 128)
+
+
+def test_readme_command_tells_a_story(tmp_path):
+    command = re.search(
+        r"mgp5 story --images examples/picnic --scenes 2 --out out/picnic", (ROOT / "README.md").read_text()
+    )
+    assert command
+    words = command[0].replace("out/picnic", str(tmp_path / "picnic")).split()[1:]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [str(Path(sys.executable).with_name("mgp5")), *words], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    story = json.loads((tmp_path / "picnic" / "story.json").read_text())
+    images = [part for message in story["messages"] for part in message["content"] if part["type"] == "image"]
+    assert len(images) == 5
+    drawn = [read_png_metadata(tmp_path / "picnic" / image["path"]) for image in images[3:]]
+    assert all(facts["prompt"] and facts["steps"] == 20 and "seed" in facts for facts in drawn)
+    assert len(run.stdout.strip().splitlines()) >= 5
+    assert (tmp_path / "picnic" / "story.html").stat().st_size > 10_000
+
+
+def test_pictures_are_not_blank_and_depend_on_the_words(demo):
+    def draw(text):
+        options = Options(image="always", max_tokens=0, steps=8)
+        return next(
+            e.image.load() for e in mgp5.generate(demo, illustrate([], text), options) if isinstance(e, ImageDone)
+        )
+
+    red = draw("a red fox stands on the beach on a sunny day")
+    blue = draw("a blue elephant sleeps in the forest at night")
+    assert min(len(set(picture.getdata())) for picture in (red, blue)) > 1000
+    small = [torch.tensor(list(picture.resize((8, 8)).getdata())).float() for picture in (red, blue)]
+    assert (small[0] - small[1]).abs().mean() > 25
+
+
+def test_narration_is_a_sentence_of_the_world(demo):
+    from mgp5.data.vist import narrate
+
+    picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
+    events = list(mgp5.generate(demo, narrate([], picture), Options(image="never", temperature=0)))
+    text = next(e.message.text for e in events if isinstance(e, Finished))
+    assert accepts(text), text
+    assert "bear" in text
+
+
+def test_teacher_forced_states_equal_generated_states(demo):
+    """On trained weights being off by one is far off, so the comparison means something."""
+    from mgp5.collate import Collator
+
+    picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
+    talk = Conversation().add("user", picture, "Draw her at night.")
+    batch = Collator(demo.backbone, demo.head.tokens, (128, 128), 2000)([talk.add("assistant", picture)])
+    with torch.no_grad():
+        hidden = demo.hidden(batch)
+        taught, wrong = (
+            predicting_states(hidden, batch.rows, [batch.starts[0] + shift], demo.head.num_vokens) for shift in (0, 1)
+        )
+    session = Session(demo.backbone)
+    run = torch.cat([session.read(talk), session.feed(demo.head.ids)], dim=1)
+    made = predicting_states(run, [0], [1], demo.head.num_vokens)
+    assert (taught - made).abs().max() < 1e-4
+    assert (wrong - made).abs().max() > 0.1
