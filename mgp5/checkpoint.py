@@ -26,7 +26,9 @@ def trained_tensors(model: MiniGPT5) -> dict[str, Tensor]:
 
     tensors = {f"mapper.{name}": value for name, value in model.head.mapper.state_dict().items()}
     adapter = get_peft_model_state_dict(model.backbone.model, save_embedding_layers=False)
-    return tensors | {f"adapter.{name}": value for name, value in adapter.items()}
+    # With tied embeddings one set of rows has two names: the first is kept.
+    single = {value.data_ptr(): name for name, value in reversed(adapter.items())}
+    return tensors | {f"adapter.{name}": adapter[name] for name in sorted(single.values())}
 
 
 def save_checkpoint(model: MiniGPT5, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import save_llava, save_pipeline, save_qwen
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ T tokens, V vocabulary.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from clip import SIZE, to_vision
@@ -36,6 +36,7 @@ class Sample:
 
     ids: list[int]  # (T,) pictures expanded to their slots
     labels: list[int]  # (T,) token to be told at this place, V where a picture is due, IGNORE in pictures
+    replies: list[bool]  # (T,) whether a token is the assistant's
     pictures: tuple[Image, ...]  # seen, in order
     states: tuple[tuple[int, Scene], ...]  # positions, and the scene that is known there
     target: Scene | None  # what the target's picture shows
@@ -59,6 +60,15 @@ def story_lesson(told: Story, task: vist.Task, step: int, choice: int, context: 
     return Lesson(vist.narrate(history, image, choice, context=context).add("assistant", text), known)
 
 
+def chat_lesson(told: Story, choices: list[int]) -> Lesson:
+    """Pictures shown one after the other, each narrated at once: many narrations in one sample."""
+    conversation = Conversation().add("system", vist.SYSTEM)
+    for k, (step, choice) in enumerate(zip(told.steps, choices, strict=False)):
+        conversation = conversation.add("user", vist.NARRATE[choice], picture(step.scene, told.seed + k))
+        conversation = conversation.add("assistant", step.text)
+    return Lesson(conversation)
+
+
 def dialog_lesson(told: Dialog, target: int) -> Lesson:
     """What `mgp5.data.mmdialog` yields for a turn (from 0, odd) of a dialogue."""
     conversation = Conversation().add("system", mmdialog.SYSTEM)
@@ -79,14 +89,16 @@ def caption_lesson(r: random.Random, split: Split) -> Lesson:
 
 
 def lesson(r: random.Random, split: Split) -> Lesson:
-    """A random sample: 55% stories, 33% dialogues, 12% captions."""
+    """A random sample: 40% stories, half of them narrations, 25% narrated chats, 25% dialogues, 10% captions."""
     kind = r.random()
-    if kind < 0.55:
-        task = r.choice(vist.TASKS)
+    if kind < 0.4:
+        task = r.choice((*vist.TASKS, "narrate"))
         step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 1, 2, 3, 4, 4))
         context = r.choice(("full",) * 7 + ("text",) * 2 + ("none",))
         return story_lesson(story(r, split), task, step, r.randrange(len(vist.TEMPLATES[task])), context)
-    if kind < 0.88:
+    if kind < 0.65:
+        return chat_lesson(story(r, split), r.choices(range(len(vist.NARRATE)), k=r.choice((3, 4, 5))))
+    if kind < 0.9:
         told = dialog(r, split)
         return dialog_lesson(told, r.choice((len(told.turns) - 1, r.randrange(1, len(told.turns), 2))))
     return caption_lesson(r, split)
@@ -96,27 +108,40 @@ def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
     """Ids, labels and known scenes of a lesson; the target's picture is left out, its place is labelled V."""
     messages = lesson.conversation.messages
     slots = backbone.core.config.image_seq_length
-    built = example(backbone, lesson.conversation, ())
-    ids, own = expand_labels(built, backbone.image_token_id, [slots] * len(built.images))
-    reply = next(t for t, label in enumerate(own) if label != IGNORE)
+    built = example(backbone, lesson.conversation, (backbone.image_token,))
+    if built.targets:  # there are no vokens yet: the reply ends where its picture is due
+        built = replace(built, ids=built.ids[:-2] + built.ids[-1:], labels=built.labels[:-2] + built.labels[-1:])
+    ids, _ = expand_labels(built, backbone.image_token_id, [slots] * len(built.images))
     labels = [IGNORE if token == backbone.image_token_id else token for token in ids]
     starts = [t for t, label in enumerate(labels) if label == IGNORE][::slots]
     roles = [message.role for message in messages[:-1] for _ in message.images]
     due, states = len(backbone.tokenizer), []
+    answer = backbone.tokenizer.encode(" ASSISTANT:", add_special_tokens=False)
+    replies = _replies(ids, answer, backbone.tokenizer.eos_token_id)
     for start, role, image in zip(starts, roles, built.images, strict=True):
         states.append((start + slots - 1, scene_of(image)))
+        if ids[start + slots : start + slots + 2] == answer:
+            states.append((start + slots + 1, scene_of(image)))  # about to be told
         if role == "assistant":
             labels[start] = due
             states.append((start - 1, scene_of(image)))
     for image in built.targets:
         labels[-1] = due
-        # Where the reply is nothing but a picture, the end of the question knows it as well.
-        states += [(t, scene_of(image)) for t in range(len(ids) - 2 if messages[-1].text else reply - 1, len(ids) - 1)]
+        states.append((len(ids) - 2, scene_of(image)))
     stop = backbone.tokenizer.convert_tokens_to_ids(".")
     stops = [t for t, token in enumerate(ids) if token == stop][vist.SYSTEM.count(".") :]
     states += zip(stops, lesson.told, strict=False)
     target = scene_of(built.targets[0]) if built.targets else None
-    return Sample(ids, labels, built.images, tuple(states), target)
+    return Sample(ids, labels, replies, built.images, tuple(states), target)
+
+
+def _replies(ids: list[int], answer: list[int], end: int) -> list[bool]:
+    """Which tokens are the assistant's, the last one of each reply included."""
+    inside, found = False, []
+    for t, token in enumerate(ids):
+        found.append(inside)
+        inside = (inside and token != end) or ids[max(0, t - 1) : t + 1] == answer
+    return found
 
 
 def scene_of(image: Image) -> Scene:
