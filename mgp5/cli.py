@@ -235,12 +235,14 @@ def _options(flags: dict[str, Any]) -> Options:
 
 
 def _model(flags: dict[str, Any]) -> MiniGPT5:
-    from .device import pick_device, quiet_libraries
+    from .device import pick_device, quiet_libraries, spare_threads
     from .model import load
 
     quiet_libraries()
     device, dtype = pick_device(flags["device"])
-    return load(flags["model"], dtype=dtype, device=str(device))
+    model = load(flags["model"], dtype=dtype, device=str(device))
+    spare_threads(model)
+    return model
 
 
 def _view(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Event], None]:

@@ -70,6 +70,7 @@ class TrainConfig:
         batch, accumulation: samples of a step on one device, and steps of one update.
         steps: updates in all; None: `epochs` passes over the data.
         warmup: updates of linear warm-up, then linear decay to zero.
+        encoder_layers, decoder_layers: of a fresh mapper; without effect on a trained one.
         precision: of the computation; weights that train stay in float32.
     """
 
@@ -89,6 +90,8 @@ class TrainConfig:
     steps: int | None = None
     warmup: int = 1000
     lora: LoraConfig | None = None
+    encoder_layers: int = 4
+    decoder_layers: int = 4
     seed: int = 42
     log_every: int = 10
     save_every: int = 500
@@ -129,7 +132,15 @@ def preset(stage: Stage, name: str = "paper") -> TrainConfig:
             stage="finetune", lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig()
         ),
         ("demo", "pretrain"): TrainConfig(
-            stage="pretrain", lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, accumulation=1, warmup=100
+            stage="pretrain",
+            lr=1e-3,
+            rows_lr=1e-3,
+            caption_weight=0.1,
+            batch=32,
+            accumulation=1,
+            warmup=100,
+            encoder_layers=2,
+            decoder_layers=3,
         ),
         ("demo", "finetune"): TrainConfig(
             stage="finetune", lr=3e-4, rows_lr=1e-3, batch=16, accumulation=1, warmup=100, lora=LoraConfig(dropout=0.0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import Mgp5Error
+
+SMALL = 100_000_000  # parameters; below, a CPU thread has so little to do that threads mostly wait for each other
 
 
 def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -39,3 +43,13 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other
+    warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges
+
+
+def spare_threads(model: torch.nn.Module) -> None:
+    """Run a small model on one CPU thread, unless OMP_NUM_THREADS says otherwise.
+
+    Two threads gain the demo little on an idle machine, and on a busy one they cost it a factor of ten: OpenMP spins.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)

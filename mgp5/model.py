@@ -145,12 +145,20 @@ def diffusion_kind(diffusion: LatentDiffusion) -> str:
 
 
 def build(
-    mllm: str, diffusion: str, *, num_vokens: int = 8, dtype: torch.dtype = torch.float32, guidance: float = 7.5
+    mllm: str,
+    diffusion: str,
+    *,
+    num_vokens: int = 8,
+    encoder_layers: int = 4,
+    decoder_layers: int = 4,
+    dtype: torch.dtype = torch.float32,
+    guidance: float = 7.5,
 ) -> MiniGPT5:
     """A model with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids."""
     backbone, generator = _load_parts(mllm, diffusion, dtype)
     length, width = generator.condition_shape
-    mapper = MapperConfig(llm_width=backbone.width, width=width, queries=length)
+    layers = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    mapper = MapperConfig(llm_width=backbone.width, width=width, queries=length, **layers)
     config = ModelConfig(
         mllm=mllm,
         diffusion=diffusion,

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoint import put, read_weights, save_checkpoint
+from .checkpoint import put, save_checkpoint, trained_tensors
 from .collate import Batch, Collator
 from .config import TrainConfig
 from .errors import Mgp5Error
@@ -176,9 +176,8 @@ def _claim(out: Path, config: TrainConfig, resume: bool) -> None:
         old, new = _read_json(path), json.loads(text)
         free = {"steps", "epochs", "log_every", "save_every", "workers"}  # may change between the pieces of a run
         if changed := [name for name in new if name not in free and old.get(name) != new[name]]:
-            raise Mgp5Error(
-                f"--out {out} is a run with another {', '.join(changed)}", "resume it with the same settings", usage=True
-            )
+            other = f"--out {out} is a run with another {', '.join(changed)}"
+            raise Mgp5Error(other, "resume it with the same settings", usage=True)
     elif (out / STATE).exists() or (path.exists() and not (out / LOG).exists()):
         raise Mgp5Error(
             f"--out {out} already holds a run", "resume it with --resume, or choose another --out", usage=True
@@ -200,12 +199,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _save(model: MiniGPT5, optimizer: Any, step: int, out: Path) -> None:
     save_checkpoint(model, out)
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, out / f"{STATE}.tmp")
+    # The state holds the weights too: a crash between the two files must not mix those of one step with another's.
+    state = {"step": step, "weights": trained_tensors(model), "optimizer": optimizer.state_dict()}
+    torch.save(state, out / f"{STATE}.tmp")
     os.replace(out / f"{STATE}.tmp", out / STATE)
 
 
 def _restore(model: MiniGPT5, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    put(model, read_weights(out / "mgp5" / "model.safetensors"), Parts(str(out), "", "", out / "mgp5"))
-    state = torch.load(out / STATE, weights_only=True)
+    state = torch.load(out / STATE, map_location="cpu", weights_only=True)
+    put(model, state["weights"], Parts(str(out), "", "", out))
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

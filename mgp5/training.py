@@ -43,7 +43,7 @@ def sources(flags: dict[str, Any]) -> Any:
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
-def start(flags: dict[str, Any]) -> MiniGPT5:
+def start(flags: dict[str, Any], config: TrainConfig) -> MiniGPT5:
     """The model that a stage begins with: fresh, or what the stage before has trained (folded into its weights)."""
     parts = resolve(flags["model"])
     # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
@@ -62,7 +62,7 @@ def run(flags: dict[str, Any]) -> None:
     config = settings(flags)
     data = sources(flags)
     device, _ = pick_device(flags["device"])
-    model = start(flags).to(device)
+    model = start(flags, config).to(device)
     total = total_steps(config, len(data))
     if flags["dry_run"]:
         model.prepare(config.stage, config.lora)

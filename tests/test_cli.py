@@ -104,12 +104,17 @@ def parts(folder: Path) -> list[tuple[str, str]]:
     return [(m["role"], part["type"]) for m in story_of(folder)["messages"] for part in m["content"]]
 
 
+def paths(folder: Path) -> list[str]:
+    """The paths of all pictures of a story."""
+    return [part["path"] for m in story_of(folder)["messages"] for part in m["content"] if part["type"] == "image"]
+
+
 # Stories
 
 
 def test_story_goes_through_what_is_given_and_continues(mgp5, pictures, tmp_path):
     (tmp_path / "lines.txt").write_text("The fox sleeps.\n\n")
-    result = mgp5("story", "--images", "pictures", "--text", "lines.txt", "--scenes", 1, "--out", "out", "--title", "Fox")
+    result = mgp5("story", "--images", "pictures", "--text", "lines.txt", "--out", "out", "--title", "Fox")
     assert result.exit_code == 0, result.stderr
     kinds = ["yours", "your picture, narrated", "your text, illustrated", "continued by the model"]
     assert [line.split(" · ")[1] for line in result.stderr.splitlines() if line.startswith("Scene ")] == kinds
@@ -136,8 +141,7 @@ def test_stdout_holds_the_text_and_nothing_else(mgp5, pictures, tmp_path):
 
 def test_pictures_carry_how_they_were_made(mgp5, pictures, tmp_path):
     mgp5("story", "--images", "pictures", "--scenes", 1, "--out", "out")
-    names = [part["path"] for m in story_of(tmp_path / "out")["messages"] for part in m["content"] if "path" in part]
-    assert names == ["001.png", "002.jpg", "003.png"]
+    assert paths(tmp_path / "out") == ["001.png", "002.jpg", "003.png"]
     facts = read_png_metadata(tmp_path / "out/003.png")
     assert facts["seed"] == 201 and facts["steps"] == 2 and facts["guidance"] == 3.0 and facts["sampler"]
     with pil.open(tmp_path / "out/003.png") as made:
@@ -187,8 +191,10 @@ def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "mgp5: interrupted"
     made = parts(tmp_path / "out")
-    assert made[:6] == [*[("user", "image"), ("user", "text")], ("user", "image"), *[("assistant", "text")] * 2, made[5]]
-    assert made[5] == ("assistant", "image") and made[6:] in ([], [("assistant", "text")])  # text of the scene cut short
+    assert made[:2] == [("user", "image"), ("user", "text")]
+    assert made[2:4] == [("user", "image"), ("assistant", "text")]
+    assert made[4:6] == [("assistant", "text"), ("assistant", "image")]
+    assert made[6:] in ([], [("assistant", "text")])  # of the scene that was cut short
     assert (tmp_path / "out/story.html").is_file()
 
 
@@ -226,8 +232,7 @@ def test_pictures_of_every_kind(mgp5, tmp_path):
     odd_pictures(tmp_path / "odd")
     result = mgp5("story", "--images", "odd", "--scenes", 1, "--out", "out", "--set", "max_tokens=2")
     assert result.exit_code == 0, result.stderr
-    paths = [tmp_path / "out" / p["path"] for m in story_of(tmp_path / "out")["messages"] for p in m["content"] if "path" in p]
-    shown = [pil.open(path).convert("RGB") for path in paths]
+    shown = [pil.open(tmp_path / "out" / path).convert("RGB") for path in paths(tmp_path / "out")]
     assert shown[0].size == (1, 1)
     assert shown[1].size == (20, 40) and shown[1].getpixel((10, 5))[2] > 200 and shown[1].getpixel((10, 35))[0] > 200
     assert all(abs(a - b) < 40 for a, b in zip(shown[2].getpixel((5, 5)), (255, 0, 0), strict=True))
@@ -501,7 +506,8 @@ def talk(loaded, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     chat = Chat(loaded, Options(seed=1, steps=1, max_tokens=6, image="never"))
-    repl = Repl(chat, None, lambda folder: TerminalView("off", quiet=True, folder=folder), {"model": "x", "options": {}})
+    facts = {"model": "tiny", "options": {}}
+    repl = Repl(chat, None, lambda folder: TerminalView("off", quiet=True, folder=folder), facts)
 
     def type_lines(*lines: str | type[BaseException]) -> None:
         queue = iter([*lines, EOFError])
@@ -554,7 +560,17 @@ def test_image_goes_with_the_next_message_and_save_writes_it(talk, tmp_path, cap
 def test_mistakes_are_told_and_the_chat_goes_on(talk, tmp_path, capfd):
     (tmp_path / "no.jpg").write_text("text")
     (tmp_path / "file").write_text("mine")
-    wrong = ["/dance", "/image no.jpg", "/image", "/seed x", "/seed --5", "/seed ²", "/save file", "word " * 1000, "/retry"]
+    wrong = [
+        "/dance",
+        "/image no.jpg",
+        "/image",
+        "/seed x",
+        "/seed --5",
+        "/seed ²",
+        "/save file",
+        "/retry",
+        "a " * 1000,
+    ]
     talk.type("/help", *wrong, KeyboardInterrupt, "hello")
     said = capfd.readouterr().err
     assert all(command in said for command in ("/undo", "/retry", "/seed N", "/save DIR", "/quit"))
@@ -587,7 +603,7 @@ def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
 
     talk.chat.options = replace(talk.chat.options, image="always")
     talk.type("one", "two")
-    names = [p["path"] for m in story_of(tmp_path / "chat-1")["messages"] for p in m["content"] if "path" in p]
+    names = paths(tmp_path / "chat-1")
     assert len(names) >= 2 and len(set(names)) == len(names)
 
 

@@ -250,6 +250,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage, llava_folder, diffusio
 
     whole = piece("whole")
     piece("pieces", stop_after=2)
+    (tmp_path / "pieces/mgp5/model.safetensors").write_bytes(b"of another step")  # a run resumes from its state alone
     piece("pieces", stop_after=1, resume=True)
     last = piece("pieces", resume=True)
     expected, found = trained_tensors(whole), trained_tensors(last)
@@ -361,19 +362,16 @@ def test_both_stages_from_the_command_line(llava_folder, diffusion_folder, story
 
     cc3m = ["--data", str(storyland / "cc3m"), "--format", "cc3m", "--vokens", "4"]
     result = run("pretrain", "base", *cc3m, "--preset", "demo", "--dry-run")
-    assert "6 samples, 3 updates" in result.stderr.replace("epochs", "") or "trainable parameters" in result.stderr
+    assert "6 samples, 6 updates" in result.stderr and "trainable parameters" in result.stderr
     assert not Path("pretrain").exists()
     result = run("pretrain", "base", *cc3m, "--preset", "demo", "--max-steps", "2", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and {"text", "ldm", "caption", "total"} <= lines[0].keys()
-    monkeypatch.chdir("/")  # a run knows its parts from anywhere
     both = ["--data", str(storyland / "vist"), "--format", "vist", "--data", str(storyland / "mmdialog")]
-    monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(True)
     both += ["--format", "mmdialog", "--set", "lora.rank=2", "--max-steps", "1"]
-    result = run("finetune", str(tmp_path / "pretrain"), *both)
+    result = run("finetune", "pretrain", *both)
     assert not result.stdout and "finetune" in result.stderr
-    monkeypatch.chdir("/")
+    monkeypatch.chdir("/")  # a run knows its parts from anywhere
     assert load(tmp_path / "finetune").config.lora == LoraConfig(rank=2)
     saved = json.loads((tmp_path / "finetune/config.json").read_text())
     assert (saved["batch"], saved["lora"]["rank"], saved["stage"]) == (2, 2, "finetune")

@@ -22,6 +22,7 @@ def main(work: Path, run: Path, out: Path, guidance: float) -> None:
     shutil.rmtree(out, ignore_errors=True)
     for part, source in (("mllm", work / "mllm"), ("diffusion", work / "diffusion"), ("mgp5", run / "mgp5")):
         shutil.copytree(source, out / part, ignore=shutil.ignore_patterns(".*"))
+    drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
     config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance}
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -33,6 +34,19 @@ def main(work: Path, run: Path, out: Path, guidance: float) -> None:
     click.echo(f"{out}: {size:.1f} MB (limit {LIMIT})", err=True)
     if size > LIMIT:
         raise SystemExit(1)
+
+
+def drop_unread_layer(folder: Path) -> None:
+    """LLaVA reads the last but one layer of its vision tower: without the last one it computes the same."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["vision_feature_layer"] != -2:
+        return
+    last = config["vision_config"]["num_hidden_layers"] - 1
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not ("vision_tower" in k and f".layers.{last}." in k)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config["vision_config"]["num_hidden_layers"], config["vision_feature_layer"] = last, -1
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def halve(path: Path) -> None:
