@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .diffusion.sampler import SAMPLERS
 from .errors import Mgp5Error
 from .events import Event, Finished, ImageDone, ImageStep, TextChunk
 from .heads import Context, Embeds, Forced, Prefix, Reply, Request, Sample
@@ -65,6 +66,7 @@ class Options:
                 ("max_images", self.max_images >= 0, "0 or more"),
                 ("image", self.image in ("auto", "always", "never"), "auto, always or never"),
                 ("steps", 1 <= self.steps <= 1000, "1 to 1000"),
+                ("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
                 ("guidance", self.guidance is None or self.guidance >= 0, "0 or more"),
             )
             if not good

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .backbones.hf import HFBackbone
@@ -193,6 +194,6 @@ def load(name: str | Path = "demo", *, dtype: torch.dtype = torch.float32, devic
 def _load_parts(mllm: str, diffusion: str, dtype: torch.dtype) -> tuple[HFBackbone, LatentDiffusion]:
     try:
         backbone = HFBackbone.load(mllm, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise explain(error, mllm) from error
     return backbone, load_diffusion(diffusion, dtype=dtype)

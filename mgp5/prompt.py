@@ -84,7 +84,7 @@ def check_length(backbone: Backbone, length: int, reply: int = 0) -> None:
         raise Mgp5Error(
             f"the prompt has {length} tokens and the reply may take {reply}, the model's context is "
             f"{backbone.context_length}",
-            "shorten the text, show fewer images, or lower --max-tokens",
+            "shorten the text or show fewer images",
         )
 
 

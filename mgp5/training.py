@@ -49,8 +49,13 @@ def start(flags: dict[str, Any], config: TrainConfig) -> MiniGPT5:
     # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
     mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
     if parts.trained is None:
-        return build(mllm, diffusion, num_vokens=flags["vokens"])
+        layers = {"encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers}
+        return build(mllm, diffusion, num_vokens=flags["vokens"], **layers)
     model = load_checkpoint(parts)
+    if model.config.lora is not None:  # a new run saves its own adapter only: the old one would be lost
+        raise Mgp5Error(
+            f"--model {flags['model']} is finetuned already", "start from its pretrain run, or go on with --resume"
+        )
     model.merge()
     model.config = replace(model.config, mllm=mllm, diffusion=diffusion)
     return model

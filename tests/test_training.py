@@ -283,7 +283,7 @@ def test_a_loaded_model_gives_the_states_of_the_trained_one(stage, mllm_folder, 
 def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_folder, pairs, tales, tmp_path):
     first = fresh(mllm_folder, diffusion_folder)
     finish(first, pairs, config("pretrain", rows_lr=1e-2), tmp_path / "pretrain")
-    model = start({"model": str(tmp_path / "pretrain"), "vokens": 8})
+    model = start({"model": str(tmp_path / "pretrain"), "vokens": 8}, config("finetune"))
     assert model.config.num_vokens == VOKENS  # the run's, not the flag's
     batch = batch_of(model, tales[3])
     with torch.no_grad():
@@ -292,6 +292,8 @@ def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_fol
     again = load(tmp_path / "finetune")
     with torch.no_grad():
         torch.testing.assert_close(again.hidden(batch), model.hidden(batch), atol=1e-5, rtol=1e-4)
+    with pytest.raises(Mgp5Error, match="finetuned already"):
+        start({"model": str(tmp_path / "finetune"), "vokens": 8}, config("finetune"))
     for name in ("mlp.0.weight", "queries"):
         assert torch.equal(again.head.mapper.state_dict()[name], first.head.mapper.state_dict()[name])
 
