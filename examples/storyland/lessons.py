@@ -28,6 +28,7 @@ class Lesson:
 
     conversation: Conversation
     told: tuple[Scene, ...] = ()  # known at the n-th full stop behind the system text
+    about: Scene | None = None  # what the reply is about, where that is known before it begins
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Sample:
 
     ids: list[int]  # (T,) pictures expanded to their slots
     labels: list[int]  # (T,) token to be told at this place, V where a picture is due, IGNORE in pictures
-    replies: list[bool]  # (T,) whether a token is the assistant's
     pictures: tuple[Image, ...]  # seen, in order
     states: tuple[tuple[int, Scene], ...]  # positions, and the scene that is known there
+    reply: int  # where the reply begins: the position that predicts its first token
     target: Scene | None  # what the target's picture shows
 
 
@@ -54,19 +55,11 @@ def story_lesson(told: Story, task: vist.Task, step: int, choice: int, context: 
     *history, (text, image) = scenes[: step + 1]
     if task == "illustrate":
         asked = vist.illustrate(history, text, choice, context=context)
-        return Lesson(asked.add("assistant", image), (*known, told.steps[step].scene))
+        return Lesson(asked.add("assistant", image), (*known, told.steps[step].scene), told.steps[step].scene)
     if task == "continue":
         return Lesson(vist.continue_(history, choice, context=context).add("assistant", text, image), known)
-    return Lesson(vist.narrate(history, image, choice, context=context).add("assistant", text), known)
-
-
-def chat_lesson(told: Story, choices: list[int]) -> Lesson:
-    """Pictures shown one after the other, each narrated at once: many narrations in one sample."""
-    conversation = Conversation().add("system", vist.SYSTEM)
-    for k, (step, choice) in enumerate(zip(told.steps, choices, strict=False)):
-        conversation = conversation.add("user", vist.NARRATE[choice], picture(step.scene, told.seed + k))
-        conversation = conversation.add("assistant", step.text)
-    return Lesson(conversation)
+    asked = vist.narrate(history, image, choice, context=context)
+    return Lesson(asked.add("assistant", text), known, told.steps[step].scene)
 
 
 def dialog_lesson(told: Dialog, target: int) -> Lesson:
@@ -75,7 +68,8 @@ def dialog_lesson(told: Dialog, target: int) -> Lesson:
     for k, turn in enumerate(told.turns[: target + 1]):
         image = [picture(turn.scene, told.seed + k)] if turn.scene else []
         conversation = conversation.add(turn.role, turn.text, *image)
-    return Lesson(conversation)
+    shown = [turn.scene for turn in told.turns[: target + 1] if turn.scene]
+    return Lesson(conversation, about=shown[-1] if shown else None)
 
 
 def caption_lesson(r: random.Random, split: Split) -> Lesson:
@@ -85,19 +79,17 @@ def caption_lesson(r: random.Random, split: Split) -> Lesson:
     asked = Conversation().add("user", words)
     if r.random() < 0.2:
         asked = Conversation().add("system", cc3m.SYSTEM).add("user", f"{r.choice(cc3m.INSTRUCTIONS)} {words}")
-    return Lesson(asked.add("assistant", picture(scene, r.getrandbits(31), words)))
+    return Lesson(asked.add("assistant", picture(scene, r.getrandbits(31), words)), about=scene)
 
 
 def lesson(r: random.Random, split: Split) -> Lesson:
-    """A random sample: 40% stories, half of them narrations, 25% narrated chats, 25% dialogues, 10% captions."""
+    """A random sample: 60% stories, half of them narrations, 30% dialogues, 10% captions."""
     kind = r.random()
-    if kind < 0.4:
+    if kind < 0.6:
         task = r.choice((*vist.TASKS, "narrate"))
-        step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 1, 2, 3, 4, 4))
+        step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 0, 1, 2, 3, 4))
         context = r.choice(("full",) * 7 + ("text",) * 2 + ("none",))
         return story_lesson(story(r, split), task, step, r.randrange(len(vist.TEMPLATES[task])), context)
-    if kind < 0.65:
-        return chat_lesson(story(r, split), r.choices(range(len(vist.NARRATE)), k=r.choice((3, 4, 5))))
     if kind < 0.9:
         told = dialog(r, split)
         return dialog_lesson(told, r.choice((len(told.turns) - 1, r.randrange(1, len(told.turns), 2))))
@@ -106,7 +98,6 @@ def lesson(r: random.Random, split: Split) -> Lesson:
 
 def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
     """Ids, labels and known scenes of a lesson; the target's picture is left out, its place is labelled V."""
-    messages = lesson.conversation.messages
     slots = backbone.core.config.image_seq_length
     built = example(backbone, lesson.conversation, (backbone.image_token,))
     if built.targets:  # there are no vokens yet: the reply ends where its picture is due
@@ -114,14 +105,10 @@ def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
     ids, _ = expand_labels(built, backbone.image_token_id, [slots] * len(built.images))
     labels = [IGNORE if token == backbone.image_token_id else token for token in ids]
     starts = [t for t, label in enumerate(labels) if label == IGNORE][::slots]
-    roles = [message.role for message in messages[:-1] for _ in message.images]
+    roles = [message.role for message in lesson.conversation.messages[:-1] for _ in message.images]
     due, states = len(backbone.tokenizer), []
-    answer = backbone.tokenizer.encode(" ASSISTANT:", add_special_tokens=False)
-    replies = _replies(ids, answer, backbone.tokenizer.eos_token_id)
     for start, role, image in zip(starts, roles, built.images, strict=True):
         states.append((start + slots - 1, scene_of(image)))
-        if ids[start + slots : start + slots + 2] == answer:
-            states.append((start + slots + 1, scene_of(image)))  # about to be told
         if role == "assistant":
             labels[start] = due
             states.append((start - 1, scene_of(image)))
@@ -131,17 +118,11 @@ def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
     stop = backbone.tokenizer.convert_tokens_to_ids(".")
     stops = [t for t, token in enumerate(ids) if token == stop][vist.SYSTEM.count(".") :]
     states += zip(stops, lesson.told, strict=False)
+    reply = len(ids) - sum(label != IGNORE for label in built.labels) - 1
+    if lesson.about:  # every word of the reply is written with the scene in mind, or it is told by rote
+        states += [(t, lesson.about) for t in range(reply, len(ids) - 1)]
     target = scene_of(built.targets[0]) if built.targets else None
-    return Sample(ids, labels, replies, built.images, tuple(states), target)
-
-
-def _replies(ids: list[int], answer: list[int], end: int) -> list[bool]:
-    """Which tokens are the assistant's, the last one of each reply included."""
-    inside, found = False, []
-    for t, token in enumerate(ids):
-        found.append(inside)
-        inside = (inside and token != end) or ids[max(0, t - 1) : t + 1] == answer
-    return found
+    return Sample(ids, labels, built.images, tuple(states), reply, target)
 
 
 def scene_of(image: Image) -> Scene:
