@@ -23,7 +23,7 @@ class ModelConfig:
         mllm, diffusion: hub ids, or folders (relative ones lie in the model's folder).
         num_vokens: n, 1 to 16.
         mapper: shape of the feature mapper.
-        guidance: default guidance scale of this model.
+        guidance, temperature: defaults of this model where the user gives none (the paper's are 7.5 and 1).
         diffusion_kind: class, prediction type and condition shape of the generator that the mapper was trained for.
         lora: rank, alpha and target modules of the adapter, or None.
         stage: the last stage that trained it.
@@ -34,6 +34,7 @@ class ModelConfig:
     num_vokens: int = 8
     mapper: MapperConfig
     guidance: float = 7.5
+    temperature: float = 1.0
     diffusion_kind: str = ""
     lora: LoraConfig | None = None
     stage: Stage | None = None

@@ -31,7 +31,7 @@ class Options:
     Args:
         seed: of the text.
         image_seed: of the first image of the reply; image k takes image_seed + k. None: the text's seed.
-        temperature: 0 takes the most likely token.
+        temperature: 0 takes the most likely token; None the model's own.
         top_p: nucleus sampling keeps the smallest set of tokens with this probability, in (0, 1].
         repetition_penalty: divides the logits of tokens already said (1 = off); never applied to vokens.
         max_tokens: of text in one reply; with 0 and image="always" the reply is an image alone.
@@ -43,7 +43,7 @@ class Options:
 
     seed: int = 0
     image_seed: int | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     top_p: float = 0.9
     repetition_penalty: float = 1.0
     max_tokens: int = 256
@@ -59,7 +59,7 @@ class Options:
         problems = [
             f"{name} is {getattr(self, name)}, expected {expected}"
             for name, good, expected in (
-                ("temperature", self.temperature >= 0, "0 or more"),
+                ("temperature", self.temperature is None or self.temperature >= 0, "0 or more"),
                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
                 ("max_tokens", self.max_tokens >= 0, "0 or more"),
@@ -127,8 +127,8 @@ def generate(
         Mgp5Error: the conversation does not fit the model's context, or a picture cannot be read.
     """
     options = options or Options()
-    if options.guidance is None:
-        options = replace(options, guidance=model.config.guidance)
+    own = {name: getattr(model.config, name) for name in ("guidance", "temperature") if getattr(options, name) is None}
+    options = replace(options, **own)
     session = session or Session(model.backbone)
     head, tokenizer = model.head, model.backbone.tokenizer
     generator = torch.Generator().manual_seed(options.seed)

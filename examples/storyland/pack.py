@@ -18,13 +18,14 @@ LIMIT = 40  # megabytes of weights that the package may carry
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Run of mgp5 train whose result is packed.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model folder; replaced.")
 @click.option("--guidance", default=3.0, show_default=True, help="Default guidance scale of the model.")
-def main(work: Path, run: Path, out: Path, guidance: float) -> None:
+@click.option("--temperature", default=0.5, show_default=True, help="Default temperature of its text.")
+def main(work: Path, run: Path, out: Path, guidance: float, temperature: float) -> None:
     shutil.rmtree(out, ignore_errors=True)
     for part, source in (("mllm", work / "mllm"), ("diffusion", work / "diffusion"), ("mgp5", run / "mgp5")):
         shutil.copytree(source, out / part, ignore=shutil.ignore_patterns(".*"))
     drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
-    config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance}
+    config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance, "temperature": temperature}
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in out.rglob("*.safetensors"):
         halve(path)
