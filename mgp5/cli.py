@@ -99,7 +99,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     """Narrate pictures, illustrate sentences, and continue the story in text and images."""
     from . import story as stories
     from .hub import resolve
-    from .views.files import StoryFolder
+    from .views.files import StoryFolder, free_folder
     from .views.html import write_html
 
     given = stories.read_folder(images) if images else []
@@ -108,7 +108,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
     options = _options(flags)
     resolve(flags["model"])  # a wrong name is told before anything is made
-    folder = StoryFolder.create(out or _free_folder("story"))
+    folder = StoryFolder.create(out or free_folder("story"))
     model = _model(flags)
     _tell_seed(flags, options)
     record, complete = stories.Record(), False
@@ -258,13 +258,6 @@ def _facts(options: Options) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
-
-
-def _free_folder(stem: str) -> Path:
-    number = 1
-    while Path(f"{stem}-{number}").exists():
-        number += 1
-    return Path(f"{stem}-{number}")
 
 
 def _tell_seed(flags: dict[str, Any], options: Options) -> None:

@@ -12,7 +12,7 @@ import click
 from .chat import HELP, Chat
 from .errors import Mgp5Error
 from .events import Event
-from .views.files import STORY, StoryFolder
+from .views.files import STORY, StoryFolder, free_folder
 from .views.html import write_html
 
 
@@ -102,17 +102,10 @@ class Repl:
     def _save(self) -> None:
         talk = self.talk.conversation
         if self.folder is None and talk.images:
-            self.folder = StoryFolder.create(_free_folder())
+            self.folder = StoryFolder.create(free_folder("chat"))
             click.echo(f"pictures and conversation are kept in {self.folder.path}", err=True)
         said = any(message.role != "system" for message in talk.messages)
         if self.folder is None or not (said or (self.folder.path / STORY).exists()):
             return
         self.folder.save(talk, seed=self.talk.options.seed, **self._facts)
         write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
-
-
-def _free_folder() -> Path:
-    number = 1
-    while Path(f"chat-{number}").exists():
-        number += 1
-    return Path(f"chat-{number}")

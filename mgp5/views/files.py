@@ -224,6 +224,11 @@ def _image_paths(messages: list[Any], source: Path) -> list[str]:
     return paths
 
 
+def free_folder(stem: str) -> Path:
+    """The first of stem-1, stem-2, ... in the working directory that does not exist."""
+    return next(path for number in count(1) if not (path := Path(f"{stem}-{number}")).exists())
+
+
 class JsonEvents:
     """A view that writes every event as one JSON object per line, flushed, for other programs to read.
 
