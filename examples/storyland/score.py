@@ -27,7 +27,7 @@ from mgp5.data.storyland.tell import accepts, caption, dialog, mentions, story
 from mgp5.data.storyland.world import ATTRIBUTES, Scene, held_out, rng
 from mgp5.events import Finished
 from mgp5.generation import Options, generate
-from mgp5.messages import Conversation, Image, Message
+from mgp5.messages import Conversation, Image, Message, Text
 from mgp5.model import MiniGPT5, load
 
 CONDITIONS = {"no context": "none", "text context": "text", "text and images": "full"}
@@ -179,31 +179,39 @@ def psnr(model: MiniGPT5, pictures: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def speech(model: MiniGPT5, stories: int, options: Options) -> dict[str, dict[str, float]]:
+def within(conversation: Conversation, context: str) -> Conversation:
+    """A dialogue as far as `context` shows it: all of it, its texts, or only the last message's text."""
+    if context == "full":
+        return conversation
+    shown = conversation.messages if context == "text" else (conversation.messages[0], conversation.messages[-1])
+    texts = (replace(m, content=tuple(part for part in m.content if isinstance(part, Text))) for m in shown)
+    return Conversation(tuple(m for m in texts if m.content))
+
+
+def speech(model: MiniGPT5, stories: int, options: Options, context: str) -> dict[str, dict[str, float]]:
     """How often replies hold a picture, in dialogues and by task; how many sentences are Storyland's, and right."""
-    drawn: dict[str, list[bool]] = {}
-    good: dict[str, list[bool]] = {}
+    found: dict[str, list[bool]] = {}
     for k in range(stories):
         told = dialog(rng("test", 33, k), "test")
         for turn in range(1, len(told.turns), 2):
-            message, _ = reply(model, asked(dialog_lesson(told, turn)), replace(options, seed=k))
+            question = within(asked(dialog_lesson(told, turn)), context)
+            message, _ = reply(model, question, replace(options, seed=k))
             due = "dialogue, due" if told.turns[turn].scene else "dialogue, not due"
-            drawn.setdefault(due, []).append(bool(message.images))
+            found.setdefault(due, []).append(bool(message.images))
     for k in range(stories):
         told = test_story(k)
         for step in range(1, len(told.steps)):
             for task in ("illustrate", "continue", "narrate"):
-                question = asked(story_lesson(told, task, step, (k + step) % 2, "full"))
+                question = asked(story_lesson(told, task, step, (k + step) % 2, context))
                 message, _ = reply(model, question, replace(options, seed=5 * k + step))
                 due = f"{task}, not due" if task == "narrate" else f"{task}, due"
-                drawn.setdefault(due, []).append(bool(message.images))
+                found.setdefault(due, []).append(bool(message.images))
                 if task != "illustrate":
-                    good.setdefault("sentences accepted", []).append(accepts(message.text))
+                    found.setdefault("sentences accepted", []).append(accepts(message.text))
                 if task == "narrate":
                     after = replace(told.steps[step - 1].scene, **mentions(message.text))
-                    good.setdefault("narrations that tell the picture", []).append(after == told.steps[step].scene)
-    shares = {name: {"share": sum(values) / len(values), "n": len(values)} for name, values in (drawn | good).items()}
-    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in shares.items()}
+                    found.setdefault("narrations that tell the picture", []).append(after == told.steps[step].scene)
+    return {name: {"share": round(sum(rows) / len(rows), 4), "n": len(rows)} for name, rows in found.items()}
 
 
 def sheet(pairs: list[tuple[Tensor, Tensor]], columns: int) -> pil.Image:
@@ -226,8 +234,11 @@ def table(report: dict[str, Any]) -> str:
     for condition, row in report["pictures"].items():
         if condition != "n":
             lines.append(f"| {condition} | " + " | ".join(f"{100 * row[name]:.1f}" for name in names) + " |")
-    lines += ["", "| replies | share | n |", "|---|--:|--:|"]
-    lines += [f"| {name} | {100 * row['share']:.1f} | {row['n']} |" for name, row in report["replies"].items()]
+    replies = report["replies"]
+    lines += ["", f"| replies | n | {' | '.join(replies)} |", "|---|--:|" + "--:|" * len(replies)]
+    for name, row in next(iter(replies.values())).items():
+        shares = " | ".join(f"{100 * by_name[name]['share']:.1f}" for by_name in replies.values())
+        lines.append(f"| {name} | {row['n']} | {shares} |")
     lines += ["", f"VAE: {report['psnr']['value']:.2f} dB on {report['psnr']['n']} renders. "]
     near = report["frechet"]
     lines[-1] += f"Frechet distance {near['generated']:.2f} (real renders: {near['real']:.2f}, n = {near['n']})."
@@ -246,7 +257,7 @@ def score(model: MiniGPT5, stories: int, options: Options) -> tuple[dict[str, An
     report: dict[str, Any] = {
         "options": {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler},
         "pictures": {"n": len(wanted)} | {name: verdict(judge, p, wanted) for name, p in pictures.items()},
-        "replies": speech(model, stories, options),
+        "replies": {name: speech(model, stories, options, context) for name, context in CONDITIONS.items()},
         "psnr": {"value": round(psnr(model, real), 3), "n": len(real)},
         "frechet": {
             "generated": round(frechet(features(judge, made), known), 4),

@@ -60,8 +60,7 @@ def latent_std(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 @click.option("--decoder", is_flag=True, help="Train only the decoder, from the finished model.")
 @click.option("--batch", default=4)
 @click.option("--lr", default=1e-3)
-@click.option("--compile", "compiled", is_flag=True)
-def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: float, compiled: bool) -> None:
+def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: float) -> None:
     pictures, _ = renders(work, "train", 20000)
     test = to_pixels(renders(work, "test", 512)[0])
     vae = (AutoencoderKL.from_pretrained(work / "diffusion" / "vae") if decoder else new_vae()).to(device())
@@ -73,14 +72,12 @@ def main(work: Path, steps: int, minutes: float, decoder: bool, batch: int, lr: 
         y = vae.decode(dist.mean + dist.std * noise).sample
         return (y - x).abs().mean() + (y - x).square().mean(), KL * dist.kl().mean() / dist.mean[0].numel()
 
-    run_terms = torch.compile(terms) if compiled else terms
-
     def loss(step: int) -> dict[str, torch.Tensor]:
         generator = step_generator(step, 1 + decoder)
         rows = torch.randint(len(pictures), (batch,), generator=generator).numpy()
         x = to_pixels(pictures[rows]).to(device(), memory_format=torch.channels_last)
         noise = torch.randn(batch, 8, 16, 16, generator=generator).to(device())
-        reconstruction, kl = run_terms(x, noise)
+        reconstruction, kl = terms(x, noise)
         return {"reconstruction": reconstruction, "kl": kl}
 
     run = Run(name="vae-decoder" if decoder else "vae", work=work, steps=steps, lr=lr, minutes=minutes, ema=0.998)
