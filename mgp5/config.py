@@ -24,6 +24,7 @@ class ModelConfig:
         num_vokens: n, 1 to 16.
         mapper: shape of the feature mapper.
         guidance, temperature: defaults of this model where the user gives none (the paper's are 7.5 and 1).
+        narrate_from: how much of the history a story's narration sees; a small model tells a picture better by itself.
         diffusion_kind: class, prediction type and condition shape of the generator that the mapper was trained for.
         lora: rank, alpha and target modules of the adapter, or None.
         stage: the last stage that trained it.
@@ -35,6 +36,7 @@ class ModelConfig:
     mapper: MapperConfig
     guidance: float = 7.5
     temperature: float = 1.0
+    narrate_from: Literal["full", "text", "none"] = "full"
     diffusion_kind: str = ""
     lora: LoraConfig | None = None
     stage: Stage | None = None

@@ -112,7 +112,10 @@ def _scene(model: MiniGPT5, history: list[Scene], part: Given | None, options: O
             message = Message("user", (part.image, Text(part.text)))
             yield Finished(message, "stop")
             return part.text, part.image
-        question, options = narrate(past, part.image), replace(options, image="never")
+        question, options = (
+            narrate(past, part.image, context=model.config.narrate_from),
+            replace(options, image="never"),
+        )
     reply = Message("assistant", ())
     for event in generate(model, question, options):
         if isinstance(event, Finished):

@@ -26,6 +26,7 @@ def main(work: Path, run: Path, out: Path, guidance: float, temperature: float) 
     drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
     config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance, "temperature": temperature}
+    config["narrate_from"] = "none"  # 39 % of its narrations tell the picture without a history, 15 % with one
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in out.rglob("*.safetensors"):
         halve(path)
