@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -221,11 +220,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path", usage=True) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Mgp5Error(f"{path} is not valid TOML ({error})", "correct it", usage=True) from None
-
-
-def to_json(config: Any) -> str:
-    """A configuration as JSON."""
-    return json.dumps(asdict(config), indent=2)
 
 
 def model_config_from(raw: dict[str, Any], place: str) -> ModelConfig:

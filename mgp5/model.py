@@ -134,10 +134,6 @@ class MiniGPT5(nn.Module):
             {"params": rest, "lr": config.lr, "weight_decay": config.weight_decay},
         ]
 
-    def diffusion_kind(self) -> str:
-        """What the mapper depends on: class, prediction type and condition shape of the generator."""
-        return diffusion_kind(self.diffusion)
-
 
 def diffusion_kind(diffusion: LatentDiffusion) -> str:
     """A short description by which a checkpoint is matched to its generator."""

@@ -42,6 +42,7 @@ class Session:
     _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, in pieces (1, k, D)
     _seen: dict[int, Seen] = field(default_factory=dict)
     _next: int = 0  # next rotary position
+    _axes: tuple[int, ...] = ()  # (3,) where positions have time, height and width
 
     @torch.inference_mode()
     def read(self, conversation: Conversation, reply: int = 0) -> Tensor:  # (1, 1, D)
@@ -64,7 +65,7 @@ class Session:
         embeds = self.backbone.embed(whole, [s.features for s in seen])
         hidden = self.backbone(embeds[:, kept:], positions[..., kept:], None, self._cache)
         self.keys, self.prefilled = keys, len(ids) - kept
-        self._next = int(positions.max()) + 1
+        self._next, self._axes = int(positions.max()) + 1, positions.shape[:-2]
         self._states.append(hidden)
         self.state = hidden[:, -1:]
         return self.state
@@ -79,7 +80,7 @@ class Session:
         """Read embeddings (1, k, D) in one forward; returns the state after each."""
         length = embeds.shape[1]
         positions = torch.arange(self._next, self._next + length, device=embeds.device)
-        positions = positions.expand(3, 1, length) if self._three_axes else positions[None]
+        positions = positions.expand(*self._axes, 1, length)
         hidden = self.backbone(embeds, positions, None, self._cache)
         self._next += length
         self.keys += [(i, "") for i in ids] if ids is not None else [(-1, "embeds")] * length
@@ -97,10 +98,6 @@ class Session:
     def length(self) -> int:
         """Tokens in the cache."""
         return len(self.keys)
-
-    @property
-    def _three_axes(self) -> bool:
-        return hasattr(self.backbone.core.model, "get_rope_index")
 
     def _rewind(self, keys: list[tuple[int, str]]) -> int:
         """Cut the cache back to the longest common beginning; returns its length, at least one token short of all."""

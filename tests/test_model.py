@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import picture
 
-from mgp5 import Conversation, Image
+from mgp5 import Conversation, Image, Message, Text
 from mgp5.collate import Collator
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
 from mgp5.generation import Options, generate
 from mgp5.heads.vokens import predicting_states
 from mgp5.session import Session
+from mgp5.story import Given, tell
 
 
 def ask(text="draw a fox", color="red"):
@@ -137,3 +140,19 @@ def test_special_tokens_in_a_users_text_are_only_text(model):
     session.read(talk)
     ids = {token for token, _ in session.keys}
     assert not ids & {*model.head.ids, model.backbone.image_token_id}
+
+
+@pytest.mark.parametrize("context, shown", [("full", True), ("none", False)])
+def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, context, shown):
+    asked = []
+
+    def record(model, conversation, options):
+        asked.append(conversation)
+        yield Finished(Message("assistant", (Text("a tale"),)), "stop")
+
+    monkeypatch.setattr("mgp5.generation.generate", record)
+    model.config = replace(model.config, narrate_from=context)
+    first, second = Image(pixels=picture("red")), Image(pixels=picture("blue"))
+    list(tell(model, [Given(first, "once"), Given(second)], 0, Options()))
+    assert any(image is first for image in asked[0].images) is shown
+    assert ("once" in asked[0].messages[-1].text) is shown

@@ -115,7 +115,7 @@ def test_stable_diffusion_2_1_in_float64(name, prediction, steps, diffusers_in_f
     expected, timesteps = reference(name, config, steps, torch.float64)
     assert table.timesteps.tolist() == timesteps.tolist()
     assert len(table) == steps + (name == "pndm" and steps > 1)
-    assert difference(run_table(table), expected) < 1e-9
+    assert difference(run_table(table), expected) < 1e-13
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -140,7 +140,7 @@ def test_zero_terminal_snr_in_float64(name, diffusers_in_float64):
     }
     table = sampler_table(name, NoiseSchedule.from_config(config), 20)
     expected, _ = reference(name, config, 20, torch.float64)
-    assert difference(run_table(table), expected) < 1e-9
+    assert difference(run_table(table), expected) < 1e-13
 
 
 @pytest.mark.parametrize("steps", [5, 20, 50])
@@ -152,7 +152,7 @@ def test_denoise_in_float32(name, prediction, steps):
     found = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
     expected, _ = reference(name, config, steps, torch.float32)
     assert found.dtype == torch.float32
-    assert difference(found, expected) < 1e-4
+    assert difference(found, expected) < 1e-5
 
 
 def test_config_of_a_scheduler_is_read_as_from_config_reads_it():
