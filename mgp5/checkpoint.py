@@ -11,38 +11,62 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from .backbones.hf import HFBackbone
 from .config import ModelConfig, model_config_from
 from .errors import Mgp5Error
 from .hub import Parts, read_config
-from .model import MiniGPT5, _load_parts, diffusion_kind
+from .model import MiniGPT5, _load_parts, backbone_kind, diffusion_kind
+from .quant import Quantize
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def trained_tensors(model: MiniGPT5) -> dict[str, Tensor]:
-    """All that the stages train, under stable names: "mapper.*" and "adapter.*" (rows and LoRA)."""
+    """All that the stages train, under stable names: "mapper.*", "adapter.*" (rows and LoRA) and "prefix.*".
+
+    Where processes share the weights (FSDP), all of them have to call it.
+    """
     from peft import get_peft_model_state_dict
 
-    tensors = {f"mapper.{name}": value for name, value in model.head.mapper.state_dict().items()}
-    adapter = get_peft_model_state_dict(model.backbone.model, save_embedding_layers=False)
-    # With tied embeddings one set of rows has two names: the first is kept.
-    single = {value.data_ptr(): name for name, value in reversed(adapter.items())}
-    return tensors | {f"adapter.{name}": adapter[name] for name in sorted(single.values())}
+    backbone = model.backbone
+    adapter = get_peft_model_state_dict(backbone.model, save_embedding_layers=False)
+    once, twice = (dict(backbone.model.named_parameters(remove_duplicate=one)).keys() for one in (True, False))
+    for name in twice - once:  # with tied embeddings one set of rows has two names: the first is kept
+        adapter.pop(name.removesuffix(".default"), None)
+    prefix = backbone.prefix.state_dict() if backbone.prefix is not None else {}
+    parts = {"mapper": model.head.mapper.state_dict(), "adapter": dict(sorted(adapter.items())), "prefix": prefix}
+    return {f"{kind}.{name}": full(value) for kind, part in parts.items() for name, value in part.items()}
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor, gathered where processes hold a shard of it each (FSDP)."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def save_checkpoint(model: MiniGPT5, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `folder/mgp5`; each file appears whole or not at all."""
-    place = folder / "mgp5"
+    write_weights(trained_tensors(model), model.config, folder / "mgp5", dtype)
+
+
+def write_weights(
+    tensors: dict[str, Tensor], config: ModelConfig, place: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the two files of a trained folder."""
     place.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in trained_tensors(model).items()}
-    save_file(tensors, place / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (place / f"{CONFIG}.tmp").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    write_tensors({name: value.to(dtype or value.dtype) for name, value in tensors.items()}, place / f"{WEIGHTS}.tmp")
+    (place / f"{CONFIG}.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):
         os.replace(place / f"{name}.tmp", place / name)
 
 
-def load_checkpoint(parts: Parts, *, dtype: torch.dtype = torch.float32) -> MiniGPT5:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_checkpoint(parts: Parts, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none") -> MiniGPT5:
     """Build the model of a trained folder and put its weights in; the adapter is not merged yet.
 
     Raises:
@@ -50,13 +74,13 @@ def load_checkpoint(parts: Parts, *, dtype: torch.dtype = torch.float32) -> Mini
     """
     assert parts.trained is not None
     config = model_config_from(read_config(parts.trained / CONFIG), str(parts.trained / CONFIG))
-    backbone, diffusion = _load_parts(parts.mllm, parts.diffusion, dtype)
-    _check_parts(config, parts, backbone.width, diffusion_kind(diffusion))
+    backbone, diffusion = _load_parts(parts.mllm, parts.diffusion, dtype, quantize)
+    _check_parts(config, parts, backbone, diffusion_kind(diffusion))
     model = MiniGPT5(backbone, diffusion, replace(config, mllm=parts.mllm, diffusion=parts.diffusion))
     tensors = read_weights(parts.trained / WEIGHTS)
     _check_vokens(config, tensors, parts)
     if config.stage is not None:
-        model.prepare(config.stage, config.lora)
+        model.adapt(config.lora, config.prefix)
     put(model, tensors, parts)
     return model
 
@@ -73,10 +97,14 @@ def put(model: MiniGPT5, tensors: dict[str, Tensor], parts: Parts) -> None:
         raise Mgp5Error(
             f"the weights in {parts.trained} do not fit the model ({shapes})", "use the parts it was trained with"
         )
-    mapper = {k.removeprefix("mapper."): v.float() for k, v in tensors.items() if k.startswith("mapper.")}
-    model.head.mapper.load_state_dict(mapper)
-    adapter = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-    set_peft_model_state_dict(model.backbone.model, adapter)
+    parts_of = {kind: {} for kind in ("mapper", "adapter", "prefix")}
+    for name, value in tensors.items():
+        kind, _, own = name.partition(".")
+        parts_of[kind][own] = value if kind == "adapter" else value.float()
+    model.head.mapper.load_state_dict(parts_of["mapper"])
+    set_peft_model_state_dict(model.backbone.model, parts_of["adapter"])
+    if model.backbone.prefix is not None:
+        model.backbone.prefix.load_state_dict(parts_of["prefix"])
     model.head.train(model.head.training)  # forget what was computed from the old mapper
 
 
@@ -90,10 +118,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise Mgp5Error(f"{path} cannot be read ({error})", "copy it again") from None
 
 
-def _check_parts(config: ModelConfig, parts: Parts, width: int, kind: str) -> None:
-    if config.mapper.llm_width != width:
+def _check_parts(config: ModelConfig, parts: Parts, backbone: HFBackbone, kind: str) -> None:
+    width = config.mapper.llm_width
+    expected, found = config.mllm_kind or f"an LLM of width {width}", backbone_kind(backbone)
+    if width != backbone.width or config.mllm_kind not in ("", found):
         raise Mgp5Error(
-            f"{parts.name} was trained for an LLM of width {config.mapper.llm_width}, but {parts.mllm} has {width}",
+            f"{parts.name} was trained for {expected}, but {parts.mllm} is {found}",
             "use the multimodal LLM it was trained with",
         )
     if config.diffusion_kind and config.diffusion_kind != kind:

@@ -188,8 +188,15 @@ def chat(
     "--vokens", type=click.IntRange(1, 16), default=8, show_default=True, help="Vokens per image (new models)."
 )
 @click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--cache", "caches", multiple=True, type=click.Path(path_type=Path), help="Made by data cache; repeatable."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--dry-run", is_flag=True, help="Load everything, tell what would train, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Tell what would train and how much memory it takes, and stop: no weights are loaded.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
 def train(**flags: Any) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune)."""
@@ -198,9 +205,80 @@ def train(**flags: Any) -> None:
     run(flags)
 
 
+@main.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="MINIGPT4+GENERATOR, or BLIP2+LLM+GENERATOR to put a MiniGPT-4 together.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the model.")
+def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
+    """Make a model of the paper's published CHECKPOINTS.
+
+    Give stage1_cc3m.ckpt, then perhaps one of stage 2. For a new MiniGPT-4 give prerained_minigpt4_7b.pth too:
+
+    \b
+      mgp5 convert prerained_minigpt4_7b.pth stage1_cc3m.ckpt stage2_vist.ckpt \\
+        --model blip2-flan-t5-xxl+vicuna-7b-v0+sd-2.1-base --out vist
+    """
+    from .convert import convert as run
+    from .device import quiet_libraries
+
+    quiet_libraries()
+    done = run(checkpoints, model, out)
+    for name, value in done.shrunk.items():
+        click.echo(f"{name}: words differ from the LLM's own by at most {value:.2g}, which were kept", err=True)
+    if done.unused:
+        click.echo(f"not used: {', '.join(done.unused)}", err=True)
+    click.echo(
+        f"A model of stage {done.stage} is in {out}" if done.stage else f"MiniGPT-4 is in {out / 'mllm'}", err=True
+    )
+
+
+@main.command()
+@click.option("--suite", type=click.Choice(["train"]), default="train", show_default=True)
+@click.option("--model", default="llava-1.5-7b+sd-2.1-base", show_default=True, help="Shapes; nothing is downloaded.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Updates to time in each row.")
+@click.option("--batch", type=click.IntRange(1), help="Samples of an update.  [default: 48; 8 on a CPU]")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
+def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
+    """Measure training here, with random weights: --model demo on a CPU, the papers' sizes on a GPU."""
+    from .bench import report
+
+    report(suite, out, as_json, **flags)
+
+
 @main.group()
 def data() -> None:
-    """Make data sets."""
+    """Make data sets, and caches of them."""
+
+
+@data.command()
+@click.option("--model", required=True, help="Whose frozen parts: what train will be given, or has made.")
+@click.option(
+    "--data", "sources", required=True, multiple=True, type=click.Path(path_type=Path), help="As of train; repeatable."
+)
+@click.option("--format", "formats", required=True, multiple=True, help="As of train; one per --data.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the caches.")
+@click.option("--kinds", default="latents,captions,features", show_default=True, help="What to cache.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples at a time.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read pictures.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As data.NAME of train.")
+@click.option("--device", default="auto", show_default=True)
+def cache(**flags: Any) -> None:
+    """Compute once what the frozen parts make of a data set: train --cache DIR then does not.
+
+    latents: of pictures to be drawn, by the VAE: 64 KB each (Stable Diffusion 2.1 at 512 pixels, fp16), 210 GB for
+    CC3M. captions: by the text encoders: 158 KB each, 520 GB for CC3M. features: of pictures that are seen, by the
+    vision tower: 4.7 MB each of LLaVA-1.5, so for small data only.
+
+    A cache belongs to the weights and transforms that made it, and training with others refuses it. A run that was
+    interrupted goes on where it was when it is given again.
+    """
+    from .caching import run
+
+    run(flags)
 
 
 @data.command()

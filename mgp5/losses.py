@@ -20,8 +20,8 @@ class Losses:
 
     @property
     def total(self) -> Tensor:
-        """What is minimised: the weighted sum (MiniGPT-5, eq. 5)."""
-        return torch.stack([self.weights[name] * value for name, value in self.terms.items()]).sum()
+        """What is minimised: the weighted sum (MiniGPT-5, section 3.3); 0 without any term."""
+        return sum((self.weights[name] * value for name, value in self.terms.items()), start=torch.zeros(()))
 
 
 def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,17 @@ def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets)
 
 
-def caption_loss(condition: Tensor, encoding: Tensor) -> Tensor:
-    """Mean squared distance to the generator's own encoding of the caption (eq. 2); both (P, L, C)."""
-    return F.mse_loss(condition.float(), encoding.float())
+def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
+    """Distance to the generator's own encoding of the caption (eq. 2), mean over pictures; both (P, L, C).
+
+    Args:
+        pooled: length of the pooled vector in the last row, 0 where there is none. It is a term of its own beside the
+            rows: as one row among 334 it would hardly count, and it modulates every layer of the generator.
+        distance: "mse", or "l2": GILL's, the Euclidean length of a row's difference (arXiv 2305.17216).
+    """
+    difference = condition.float() - encoding.float()
+    rows = difference[:, :-1] if pooled else difference
+    parts = [rows, difference[:, -1:, :pooled]] if pooled else [rows]
+    if distance == "l2":
+        return torch.stack([part.norm(dim=-1).mean() for part in parts]).sum()
+    return torch.stack([part.square().mean() for part in parts]).sum()

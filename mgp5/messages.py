@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from .errors import Mgp5Error
 
@@ -26,17 +28,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: a file that is read when needed, or pixels already in memory.
+    """A picture: a file that is read when needed, its bytes, or pixels already in memory.
 
     Attributes:
         path: file of the picture, or None when it lives in memory only.
         pixels: PIL image (any mode), or None.
+        data: the contents of a picture file (of a member of a tar shard, say), or None.
         caption: description used by the caption loss of the pretraining stage; "" if there is none.
         meta: JSON-ready facts about a generated picture (seed, prompt, options).
     """
 
     path: Path | None = None
     pixels: PIL.Image.Image | None = field(default=None, compare=False, repr=False)
+    data: bytes | None = field(default=None, repr=False)
     caption: str = ""
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -44,9 +48,25 @@ class Image:
         """The upright RGB picture. Raises Mgp5Error when there is none to be had."""
         if self.pixels is not None:
             return upright(self.pixels)
+        if self.data is not None:
+            return read_image(BytesIO(self.data), "an image in memory")
         if self.path is None:
             raise Mgp5Error("an image has neither a file nor pixels", "give it a path")
         return read_image(self.path)
+
+    def digest(self) -> str:
+        """A hash of what the picture holds: of the file's bytes where there are any, else of the pixels.
+
+        Raises Mgp5Error when the file cannot be read.
+        """
+        if self.pixels is not None:
+            contents = self.pixels.tobytes() + repr((self.pixels.mode, self.pixels.size)).encode()
+        else:
+            try:
+                contents = self.data if self.data is not None or self.path is None else self.path.read_bytes()
+            except OSError as error:
+                raise Mgp5Error(f"{self.path} cannot be read ({error.strerror})", "check the file") from None
+        return hashlib.blake2b(contents or b"", digest_size=16).hexdigest()
 
 
 Part = Text | Image
@@ -119,7 +139,7 @@ class Conversation:
 def _part(raw: dict[str, Any], index: int, folder: Path) -> Part:
     if raw.get("type") == "text" and isinstance(raw.get("text"), str):
         return Text(raw["text"])
-    if raw.get("type") == "image" and isinstance(raw.get("path"), str):
+    if raw.get("type") == "image" and isinstance(raw.get("path"), str) and isinstance(raw.get("caption", ""), str):
         return Image(path=inside(folder, raw["path"]), caption=raw.get("caption", ""), meta=raw.get("meta", {}))
     raise Mgp5Error(
         f"message {index} has a part of type {raw.get('type')!r}",
@@ -151,14 +171,15 @@ def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture.convert("RGB")
 
 
-def read_image(path: Path) -> PIL.Image.Image:
-    """Read any picture file as upright RGB. Raises Mgp5Error that names the file and what is wrong with it."""
+def read_image(file: Path | BinaryIO, path: Path | str = "") -> PIL.Image.Image:
+    """Read any picture file as upright RGB. Raises Mgp5Error that names it (`path`) and what is wrong with it."""
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
 
+    path = path or str(file)
     try:
         quiet = warnings.catch_warnings(action="ignore", category=pil.DecompressionBombWarning)
-        with quiet, pil.open(path) as picture:
+        with quiet, pil.open(file) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise Mgp5Error(f"{path} has {size} pixels, more than {MAX_PIXELS:,}", "make it smaller")
@@ -169,5 +190,7 @@ def read_image(path: Path) -> PIL.Image.Image:
         raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG or WebP file") from None
     except pil.DecompressionBombError:
         raise Mgp5Error(f"{path} is larger than {MAX_PIXELS:,} pixels", "make it smaller") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Mgp5Error:
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged files
         raise Mgp5Error(f"{path} cannot be read as an image ({error})", "replace or remove the file") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from .backbones.hf import HFBackbone
 from .collate import Batch
-from .config import LoraConfig, ModelConfig, Stage, TrainConfig
+from .config import LoraConfig, ModelConfig, PrefixConfig, TrainConfig
 from .diffusion import LatentDiffusion, load_diffusion
 from .errors import Mgp5Error
 from .heads.vokens import VokenHead, predicting_states, voken_tokens
-from .hub import explain, resolve
+from .hub import explain, from_hub, resolve
 from .losses import Losses, caption_loss, labelled, text_loss
 from .mapper import FeatureMapper, MapperConfig
+from .quant import Quantize, is_quantized, merge_rows
 
 
 class MiniGPT5(nn.Module):
@@ -32,7 +34,7 @@ class MiniGPT5(nn.Module):
         self.diffusion = diffusion
         self.config = config
         ids = backbone.add_tokens(list(voken_tokens(config.num_vokens)))
-        self.head = VokenHead(FeatureMapper(config.mapper), diffusion, ids)
+        self.head = VokenHead(FeatureMapper(config.mapper), diffusion, ids, config.unconditional == "text")
         self.requires_grad_(False)
         self.eval()
 
@@ -41,20 +43,27 @@ class MiniGPT5(nn.Module):
         return self.backbone.device
 
     def forward(self, batch: Batch, config: TrainConfig, generator: torch.Generator) -> Losses:
-        """The losses of a stage on a batch; `generator` (CPU) draws dropout, timesteps and noise."""
+        """The losses of a stage on a batch; `generator` (CPU) draws dropout, timesteps and noise.
+
+        The weights are the stage's: 0.01 text + 1 LDM + 0.1 caption, then 0.01 text + 1 LDM (section 3.3).
+        """
+        weights = {"text": config.text_weight, "ldm": config.ldm_weight, "caption": config.caption_weight}
+        if not len(batch.ids):
+            return Losses({}, weights)
         hidden = self.hidden(batch)
         states, targets = labelled(hidden, batch.labels)
         terms = {"text": text_loss(self.backbone.logits(states), targets)}
-        if batch.pixels is not None:
+        if batch.drawn:
             drawn = predicting_states(hidden, batch.rows, batch.starts, self.head.num_vokens)  # (P, n, D)
-            terms |= self.image_losses(drawn, batch.pixels, batch.captions, config, generator)
-        weights = {"text": config.text_weight, "ldm": config.ldm_weight, "caption": config.caption_weight}
-        return Losses(terms, weights)
+            terms |= self.image_losses(drawn, batch, config, generator)
+        return Losses({name: term for name, term in terms.items() if weights[name]}, weights)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The LLM's last hidden states (B, T, D) on whole samples."""
-        with torch.no_grad():
-            features = self.backbone.encode_images(batch.seen) if batch.seen else []
+        features = list(batch.features)
+        if not features and batch.seen:
+            with torch.no_grad():
+                features = self.backbone.encode_images(batch.seen)
         embeds = self.backbone.embed(batch.ids, features)
         positions = self.backbone.positions(batch.ids, batch.seen.get("image_grid_thw"), batch.mask)
         return self.backbone(embeds, positions, batch.mask)
@@ -62,8 +71,7 @@ class MiniGPT5(nn.Module):
     def image_losses(
         self,
         states: Tensor,  # (P, n, D)
-        pixels: Tensor,  # (P, 3, H, W) in [-1, 1]
-        captions: tuple[str, ...],
+        batch: Batch,
         config: TrainConfig,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
@@ -75,35 +83,52 @@ class MiniGPT5(nn.Module):
         condition = self.head.mapper(states * ~dropped[:, None, None].to(states.device))
         terms = {}
         if config.ldm_weight:
-            latents = self.diffusion.encode(pixels, generator)
+            moments = self.diffusion.moments(batch.pixels) if batch.moments is None else batch.moments
+            latents = self.diffusion.sample(moments, generator)
             terms["ldm"] = self.diffusion.loss(latents, condition, generator, config.min_snr).mean()
-        told = [i for i, caption in enumerate(captions) if caption or dropped[i]]
+        told = [i for i, caption in enumerate(batch.captions) if caption or dropped[i]]
         if config.caption_weight and told:
-            texts = ["" if dropped[i] else captions[i] for i in told]
-            terms["caption"] = caption_loss(condition[told], self.diffusion.encode_text(texts).to(condition.device))
+            encoding = self._encodings(batch, told, dropped).to(condition.device)
+            pooled = self.config.mapper.pooled
+            terms["caption"] = caption_loss(condition[told], encoding, pooled, config.caption_distance)
         return terms
 
-    def prepare(self, stage: Stage, lora: LoraConfig | None) -> None:
+    def _encodings(self, batch: Batch, told: list[int], dropped: Tensor) -> Tensor:  # (len(told), L, C)
+        if batch.encodings is None:
+            return self.diffusion.encode_text(["" if dropped[i] else batch.captions[i] for i in told])
+        if not dropped.any():
+            return batch.encodings[told]
+        empty = self.diffusion.encode_text([""]).to(batch.encodings)
+        return torch.where(dropped[told, None, None].to(empty.device), empty, batch.encodings[told])
+
+    def prepare(self, config: TrainConfig) -> None:
         """Unfreeze exactly what a stage trains.
 
-        pretrain: voken rows, whole mapper. finetune: voken rows, LoRA, the mapper's transformer; its MLP and queries
-        stay as the first stage left them (section 3.4).
+        pretrain: voken rows, whole mapper. finetune: voken rows, LoRA or prefix, the mapper's transformer; its MLP and
+        queries stay as the first stage left them (section 3.4).
         """
-        self._unfreeze_rows(lora if stage == "finetune" else None)
+        finetune = config.stage == "finetune"
+        self.adapt(config.lora if finetune else None, config.prefix if finetune else None)
         mapper = self.head.mapper
-        mapper.transformer.requires_grad_(True)
-        mapper.mlp.requires_grad_(stage == "pretrain")
-        mapper.queries.requires_grad_(stage == "pretrain")
-        self.config = replace(self.config, stage=stage, lora=lora if stage == "finetune" else None)
+        mapper.requires_grad_(True)
+        mapper.mlp.requires_grad_(not finetune)
+        if hasattr(mapper, "queries"):
+            mapper.queries.requires_grad_(not finetune and config.train_queries)
+        unconditional = "mapper" if config.guidance_dropout else "text"
+        self.head.empty_text = unconditional == "text"
+        self.config = replace(self.config, stage=config.stage, unconditional=unconditional)
+        self.backbone.checkpointing(config.checkpointing)
+        self.diffusion.checkpointing(config.checkpointing)
 
-    def _unfreeze_rows(self, lora: LoraConfig | None) -> None:
+    def adapt(self, lora: LoraConfig | None, prefix: PrefixConfig | None) -> None:
+        """Put trainable rows of the vokens into embedding and LM head, and LoRA or a prefix into the LLM."""
         from peft import LoraConfig as PeftLora
         from peft import TrainableTokensConfig, get_peft_model
 
         rows = list(self.head.ids)
         names = ["embed_tokens"]
         core = self.backbone.core
-        if core.lm_head.weight is not core.get_input_embeddings().weight:
+        if self.backbone.lm_head.weight is not core.get_input_embeddings().weight:
             names.append("lm_head")  # with tied embeddings one set of rows serves both
         if lora is None:
             adapter = TrainableTokensConfig(target_modules=names, token_indices=rows)
@@ -117,12 +142,19 @@ class MiniGPT5(nn.Module):
                 trainable_token_indices=dict.fromkeys(names, rows),
             )
         self.backbone.model = get_peft_model(core, adapter)
+        if prefix:
+            self.backbone.add_prefix(prefix.tokens, prefix.hidden)
+        self.config = replace(self.config, lora=lora, prefix=prefix)
 
     def merge(self) -> None:
-        """Fold rows and LoRA into the weights: inference then runs the plain LLM."""
-        if self.backbone.model is not self.backbone.core:
+        """Fold rows and LoRA into the weights: inference then runs the plain LLM, only a quantised one keeps LoRA."""
+        if self.backbone.model is self.backbone.core:
+            return
+        if self.config.lora and is_quantized(self.backbone.core):
+            merge_rows(self.backbone.model)
+        else:
             self.backbone.model = self.backbone.model.merge_and_unload()
-            self.requires_grad_(False)
+        self.requires_grad_(False)
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
         """Optimizer groups: voken rows (own rate, no decay: they are embeddings), and everything else that trains."""
@@ -135,6 +167,13 @@ class MiniGPT5(nn.Module):
         ]
 
 
+def backbone_kind(backbone: HFBackbone) -> str:
+    """A short description by which a checkpoint is matched to its LLM, as that was before vokens were added."""
+    text = backbone.core.config.get_text_config()
+    layers = f"{text.num_hidden_layers}x{text.hidden_size}"
+    return f"{backbone.core.config.model_type} {layers} with {len(backbone.tokenizer)} tokens"
+
+
 def diffusion_kind(diffusion: LatentDiffusion) -> str:
     """A short description by which a checkpoint is matched to its generator."""
     length, width = diffusion.condition_shape
@@ -142,37 +181,72 @@ def diffusion_kind(diffusion: LatentDiffusion) -> str:
 
 
 def build(
+    mllm: str, diffusion: str, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none", **options: Any
+) -> MiniGPT5:
+    """A model with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
+
+    Args:
+        dtype: of the frozen parts.
+        quantize: "4bit" or "8bit" for the LLM's layers.
+        options: of `assemble`.
+    """
+    backbone, generator = _load_parts(mllm, diffusion, dtype, quantize)
+    return assemble(backbone, generator, mllm, diffusion, **options)
+
+
+def assemble(
+    backbone: HFBackbone,
+    generator: LatentDiffusion,
     mllm: str,
     diffusion: str,
     *,
     num_vokens: int = 8,
     encoder_layers: int = 4,
     decoder_layers: int = 4,
-    dtype: torch.dtype = torch.float32,
+    inner: int | None = None,
+    kind: str = "encoder-decoder",
     guidance: float = 7.5,
 ) -> MiniGPT5:
-    """A model with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids."""
-    backbone, generator = _load_parts(mllm, diffusion, dtype)
-    length, width = generator.condition_shape
-    layers = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
-    mapper = MapperConfig(llm_width=backbone.width, width=width, queries=length, **layers)
+    """A model of these parts with a fresh mapper.
+
+    Args:
+        mllm, diffusion: where the parts are from.
+        encoder_layers, decoder_layers, inner, kind: of the mapper, see `MapperConfig` and `mapper_for`.
+    """
+    layers = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "kind": kind}
     config = ModelConfig(
         mllm=mllm,
         diffusion=diffusion,
         num_vokens=num_vokens,
-        mapper=mapper,
+        mapper=mapper_for(backbone.width, generator, inner, **layers),
         guidance=guidance,
+        mllm_kind=backbone_kind(backbone),
         diffusion_kind=diffusion_kind(generator),
     )
     return MiniGPT5(backbone, generator, config)
 
 
-def load(name: str | Path = "demo", *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniGPT5:
+def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
+    """The mapper between an LLM and a generator; `inner` None projects from 1024 to conditions wider than 2048."""
+    length, width = generator.condition_shape
+    inner = (1024 if width > 2048 else 0) if inner is None else inner
+    own = {"inner": inner, "pooled": generator.pooled_width}
+    return MapperConfig(llm_width=llm_width, width=width, queries=length, **own, **layers)
+
+
+def load(
+    name: str | Path = "demo",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantize: Quantize = "none",
+) -> MiniGPT5:
     """A trained model, ready to generate.
 
     Args:
         name: "demo" or a folder that `mgp5 train` has written.
         dtype: of the LLM and the diffusion model; the mapper stays in float32.
+        quantize: "4bit" or "8bit" for the LLM's layers.
 
     Raises:
         Mgp5Error: no such model, nothing trained in it, or parts that do not fit together.
@@ -182,14 +256,29 @@ def load(name: str | Path = "demo", *, dtype: torch.dtype = torch.float32, devic
     parts = resolve(str(name))
     if parts.trained is None:
         raise Mgp5Error(f"{name} has no trained mapper", f"train one: mgp5 train --stage pretrain --model {name}")
-    model = load_checkpoint(parts, dtype=dtype)
+    model = load_checkpoint(parts, dtype=dtype, quantize=quantize)
     model.merge()
     return model.to(device).eval()
 
 
-def _load_parts(mllm: str, diffusion: str, dtype: torch.dtype) -> tuple[HFBackbone, LatentDiffusion]:
+def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:
+    """The LLM from a folder or the hub. Raises Mgp5Error."""
+
+    def read(name: str, revision: str | None) -> HFBackbone:
+        return HFBackbone.load(name, dtype=dtype, quantize=quantize, revision=revision)
+
     try:
-        backbone = HFBackbone.load(mllm, dtype=dtype)
+        return from_hub(mllm, read)
     except (OSError, ValueError, SafetensorError) as error:
         raise explain(error, mllm) from error
-    return backbone, load_diffusion(diffusion, dtype=dtype)
+
+
+def load_generator(diffusion: str, dtype: torch.dtype) -> LatentDiffusion:
+    """The diffusion model from a folder or the hub. Raises Mgp5Error."""
+    return from_hub(diffusion, lambda name, revision: load_diffusion(name, dtype=dtype, revision=revision))
+
+
+def _load_parts(
+    mllm: str, diffusion: str, dtype: torch.dtype, quantize: Quantize
+) -> tuple[HFBackbone, LatentDiffusion]:
+    return load_backbone(mllm, dtype, quantize), load_generator(diffusion, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .backbones import Backbone
 
 IGNORE = -100  # label of tokens without a loss
+VokenLabels = Literal["all", "first", "ends"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ def prompt(backbone: Backbone, conversation: Conversation) -> Prompt:
     return Prompt(ids, conversation.images)
 
 
-def example(backbone: Backbone, conversation: Conversation, vokens: Sequence[str]) -> Example:
+def example(
+    backbone: Backbone, conversation: Conversation, vokens: Sequence[str], voken_labels: VokenLabels = "all"
+) -> Example:
     """The last message of the conversation as the target of all messages before it.
 
-    Pictures of the target are written as their vokens. The first voken is a target of the text loss, the others are
-    forced at inference and carry no label.
+    Pictures of the target are written as their vokens. The paper's text loss is over all tokens (eq. 1), vokens too;
+    since all but the first are forced at inference, "first" leaves the others without a label, and "ends" all but the
+    first and the last, as the release does.
     """
     *context, target = conversation.messages
     if target.role != "assistant":
@@ -66,10 +70,28 @@ def example(backbone: Backbone, conversation: Conversation, vokens: Sequence[str
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
     before, after = _encode(backbone, head), backbone.tokenizer.encode(tail, add_special_tokens=False)
-    forced = set(backbone.tokenizer.convert_tokens_to_ids(list(vokens[1:])))
+    silent = {"all": (), "first": vokens[1:], "ends": vokens[1:-1]}[voken_labels]
+    forced = set(backbone.tokenizer.convert_tokens_to_ids(list(silent)))
     labels = [IGNORE] * len(before) + [IGNORE if i in forced else i for i in after]
     seen = tuple(image for message in context for image in message.images)
     return Example(before + after, labels, seen, target.images)
+
+
+def shorter(conversation: Conversation) -> list[Conversation]:
+    """The sample with ever more of its history cut from the left, the least first; empty when nothing can be cut.
+
+    First whole turns go, such that a user's turn comes first; then, of the last user's turn, its leading scenes, each a
+    text and the pictures behind it. Kept are the system message, the last text of that turn and all that follows.
+    """
+    messages = conversation.messages
+    head = messages[:1] if messages[0].role == "system" else ()
+    users = [i for i, message in enumerate(messages[:-1]) if message.role == "user"]
+    cuts = [messages[i:] for i in users if i > len(head)]
+    if users:
+        last, *rest = messages[users[-1] :]
+        texts = [i for i, part in enumerate(last.content) if isinstance(part, Text)]
+        cuts += [(Message("user", last.content[i:]), *rest) for i in texts[1:]]
+    return [Conversation((*head, *cut)) for cut in cuts]
 
 
 def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -1,65 +1,117 @@
 """The training loop on Accelerate: build, step, log, save, resume; it knows batches and losses, not the model's parts.
 
-A run is a folder: config.json, log.jsonl, mgp5/ (what was trained), state.pt (optimizer and position, for --resume).
+A microbatch has the number m = (step x accumulation + part) x processes + process, and its samples and all random draws
+are functions of the seed and m: two processes, or one with twice the accumulation, give the same losses, and a resumed
+run the same weights as one that went through. What a run leaves on disk is in runs.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
+import resource
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .checkpoint import put, save_checkpoint, trained_tensors
+from . import runs
+from .cache import Caches
 from .collate import Batch, Collator
 from .config import TrainConfig
+from .data import Problems
 from .errors import Mgp5Error
-from .hub import Parts
 from .model import MiniGPT5
-
-STATE, LOG = "state.pt", "log.jsonl"
+from .processes import launch, on_main
+from .samples import fixed_samples
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop says after an update."""
+    """What the loop says after an update, of all processes together.
+
+    Attributes:
+        losses: means over the microbatches of the update.
+        lr: of the mapper.
+        samples, images: read, and drawn, per second since this piece of the run began.
+        eta: seconds to the end of the run.
+        memory: GB at most so far, of the GPU; of the process, on a CPU.
+        problems: samples that were left out or cut since the run began.
+        stopped: before the end, by a signal.
+    """
 
     step: int
     total: int
     losses: dict[str, float]
-    rate: float  # updates per second
+    lr: float
+    samples: float
+    images: float
+    eta: float
+    memory: float
+    problems: int
+    stopped: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("losses", "stopped")}
+        if not self.problems:
+            del facts["problems"]
+        return facts | self.losses
 
 
-class Order:
-    """Sample indices without end: a new permutation every epoch, drawn from the seed; can start anywhere."""
+class Order(Sampler[list[int]]):
+    """Sample numbers of microbatches, without end: a new permutation every epoch, drawn from the seed.
 
-    def __init__(self, size: int, seed: int, first: int) -> None:
-        self.size, self.seed, self.first = size, seed, first
+    Args:
+        first, every: the microbatches are first, first + every, first + 2 every, ...
+    """
 
-    def __iter__(self) -> Iterator[int]:
-        epoch, offset = divmod(self.first, self.size)
-        while True:
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-            yield from order[offset:]
-            epoch, offset = epoch + 1, 0
+    def __init__(self, size: int, batch: int, seed: int, first: int = 0, every: int = 1) -> None:
+        self.size, self.batch, self.seed, self.first, self.every = size, batch, seed, first, every
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, drawn = torch.empty(0), -1
+        for microbatch in count(self.first, self.every):
+            chosen = []
+            for position in range(microbatch * self.batch, (microbatch + 1) * self.batch):
+                epoch, offset = divmod(position, self.size)
+                if epoch != drawn:
+                    generator, drawn = torch.Generator().manual_seed(self.seed + epoch), epoch
+                    order = torch.randperm(self.size, generator=generator)
+                chosen.append(int(order[offset]))
+            yield chosen
 
 
-def total_steps(config: TrainConfig, samples: int, processes: int = 1) -> int:
-    """Updates of a run: `config.steps`, else the epochs' worth."""
-    return config.steps or max(1, config.epochs * samples // (config.batch * config.accumulation * processes))
+def total_steps(config: TrainConfig, samples: int | None, processes: int = 1) -> int:
+    """Updates of a run: `config.steps`, else the epochs' worth. Raises Mgp5Error when nobody knows that."""
+    if config.steps:
+        return config.steps
+    if samples is None:
+        raise Mgp5Error("how many samples the data has is not known", "give --max-steps", usage=True)
+    return max(1, config.epochs * samples // (config.batch * config.accumulation * processes))
+
+
+def num_samples(data: Any) -> int | None:
+    """Samples of an epoch; None for a stream of unknown length."""
+    return data.size if hasattr(data, "stream") else len(data)
 
 
 def rate(config: TrainConfig, step: int, total: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
+    """Share of the peak learning rate: linear warm-up, then linear or cosine decay to zero."""
     warmup = max(1, min(config.warmup, total // 10))
-    return min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)), 1.0)
+    left = min(1.0, max(0.0, (total - step) / max(1, total - warmup)))
+    decay = left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return min((step + 1) / warmup, decay)
 
 
 def train(
@@ -70,143 +122,100 @@ def train(
     *,
     resume: bool = False,
     stop_after: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    accelerator: Accelerator | None = None,
+    caches: Caches | None = None,
 ) -> Iterator[Progress]:
     """Train a stage and yield after every update; what was trained is in `out` at the end, and every `save_every`.
 
-    An interrupted run that is resumed gives the same weights as an uninterrupted one: order of the data and all
-    random draws are functions of seed and step.
-
     Args:
-        data: conversations whose last message is the target.
+        data: samples by number, or with a `stream` of them (`data.shards.Shards`); a sample is a conversation whose
+            last message is the target, or a pair of its key and it.
         stop_after: end this call after so many updates (the run can be resumed).
+        stop: asked in every update; True on any process saves and ends the call on all of them.
+        accelerator: from `launch`; None makes one for the model's device. Its `end_training` is the caller's.
+        caches: of what the frozen parts make of the data.
 
     Raises:
         Mgp5Error: `out` holds a run already and `resume` is not set, or holds a run of another configuration.
     """
-    accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
-    _claim(out, config, resume)
-    model.prepare(config.stage, config.lora)
-    total = total_steps(config, len(data), accelerator.num_processes)
-    optimizer = torch.optim.AdamW(model.parameter_groups(config), lr=config.lr, betas=(0.9, 0.999))
-    for group in optimizer.param_groups:
-        group["peak"] = group["lr"]
-    first = _restore(model, optimizer, out) if resume else 0
-    collator = _collator(model)
-    order = Order(len(data), config.seed, first * config.batch * config.accumulation * accelerator.num_processes)
-    loader = DataLoader(
-        data, config.batch, sampler=_Lazy(order), collate_fn=collator, num_workers=config.workers, drop_last=True
-    )
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    batches = iter(loader)
-    model.train()
+    accelerator = accelerator or launch(config, str(model.device), out)
+    world = accelerator.num_processes
+    total = total_steps(config, num_samples(data), world)
+    newest = on_main(accelerator, lambda: runs.claim(out, config, resume, world, hasattr(data, "stream")))
+    with redirect_stdout(sys.stderr):  # some trackers greet
+        accelerator.init_trackers("mgp5", {name: str(value) for name, value in asdict(config).items()})
+    trainer = Trainer(model, config, accelerator, newest)
+    first = trainer.step
     last = total if stop_after is None else min(total, first + stop_after)
-    started = time.monotonic()
-    with (out / LOG).open("a") as log:
-        for step in range(first, last):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(config, step, total)
-            losses = _update(accelerator, wrapped, optimizer, batches, config, step)
-            progress = Progress(step + 1, total, losses, (step + 1 - first) / (time.monotonic() - started))
-            if accelerator.is_main_process:
-                row = {"step": step + 1, "lr": optimizer.param_groups[-1]["lr"], "rate": round(progress.rate, 3)}
-                if collator.too_long:
-                    row["too_long"] = collator.too_long
-                if (step + 1) % config.log_every == 0 or step + 1 == last:
-                    log.write(json.dumps(row | losses) + "\n")
-                    log.flush()
-                if (step + 1) % config.save_every == 0 or step + 1 == last:
-                    _save(accelerator.unwrap_model(wrapped), optimizer, step + 1, out)
-            yield progress
+    batches = _batches(data, model, config, accelerator, first, caches)
+    shown = fixed_samples(data, config.seed) if config.sample_every else []
+    samples, images, started = 0.0, 0.0, time.monotonic()
+    model.train()
+    while trainer.step < last:
+        lr = trainer.set_rate(rate(config, trainer.step, total))
+        counts = trainer.update(batches, stop)
+        step, seconds = trainer.step, time.monotonic() - started
+        samples, images = samples + counts.samples, images + counts.images
+        progress = Progress(
+            step=step,
+            total=total,
+            losses=counts.losses,
+            lr=lr,
+            samples=round(samples / seconds, 2),
+            images=round(images / seconds, 2),
+            eta=round((total - step) * seconds / (step - first), 1),
+            memory=_peak_memory(accelerator.device),
+            problems=trainer.num_problems,
+            stopped=counts.stop > 0 and step < last,
+        )
+        ends = progress.stopped or step == last
+        if accelerator.is_main_process and (ends or step % config.log_every == 0):
+            with (out / runs.LOG).open("a") as log:
+                log.write(json.dumps(progress.row()) + "\n")
+        if config.sample_every and step % config.sample_every == 0:
+            trainer.show(shown, out / f"samples/step-{step:06d}.html")
+        if ends or step % config.save_every == 0:
+            trainer.save(out, getattr(data, "problems", Problems()))
+        accelerator.log(progress.row(), step=step)
+        yield progress
+        if ends:
+            break
     model.eval()
 
 
-def _update(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    batches: Iterator[Batch | None],
-    config: TrainConfig,
-    step: int,
-) -> dict[str, float]:
-    """One update over `accumulation` batches; returns the mean of each loss."""
-    sums: dict[str, list[float]] = {}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for part in range(config.accumulation):
-        batch = next(batches)
-        if batch is None:
-            continue
-        draw = (config.seed * 1_000_003 + step) * 1009 + part + 500_009 * accelerator.process_index
-        torch.manual_seed(draw)  # LoRA's dropout takes the global generator
-        losses = model(batch.to(accelerator.device), config, torch.Generator().manual_seed(draw))
-        accelerator.backward(losses.total / config.accumulation)
-        for name, value in losses.terms.items():
-            sums.setdefault(name, []).append(value.item())
-    if config.clip:
-        torch.nn.utils.clip_grad_norm_(trained, config.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {name: round(sum(values) / len(values), 5) for name, values in sums.items()}
+def _batches(
+    data: Any, model: MiniGPT5, config: TrainConfig, accelerator: Accelerator, step: int, caches: Caches | None
+) -> Iterator[Batch]:
+    """Those of this process without end, from a step on."""
+    rank, world, done = accelerator.process_index, accelerator.num_processes, step * config.accumulation
+    if hasattr(data, "stream"):
+        data = data.stream(rank=rank, world=world, batch=config.batch, first=done, seed=config.seed)
+        source: dict[str, Any] = {"batch_size": config.batch}
+    else:
+        source = {"batch_sampler": Order(len(data), config.batch, config.seed, done * world + rank, world)}
+    backbone, size = model.backbone, (model.diffusion.native_size,) * 2
+    loader = DataLoader(
+        data,
+        collate_fn=Collator(backbone, model.head.tokens, size, backbone.context_length, config.voken_labels, caches),
+        num_workers=config.workers,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if config.workers else None,  # the collator holds the model: not to be copied
+        **source,
+    )
+    for batch in loader:
+        if caches:
+            caches.note(batch)
+        yield batch
 
 
-class _Lazy(torch.utils.data.Sampler):
-    """An endless Order as a sampler with the length of one epoch, which is all that a DataLoader asks for."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
+def _ignore_signals(worker: int) -> None:
+    """A launcher or terminal signals all processes; the one that trains decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _collator(model: MiniGPT5) -> Collator:
-    side = model.diffusion.native_size
-    return Collator(model.backbone, model.head.tokens, (side, side), model.backbone.context_length)
-
-
-def _claim(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder, or check that the run to be resumed is this one.
-
-    A folder whose run ended before it saved anything is free again.
-    """
-    path = out / "config.json"
-    text = json.dumps(asdict(config), indent=2) + "\n"
-    if resume:
-        if not (out / STATE).is_file():
-            raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
-        old, new = _read_json(path), json.loads(text)
-        free = {"steps", "epochs", "log_every", "save_every", "workers"}  # may change between the pieces of a run
-        if changed := [name for name in new if name not in free and old.get(name) != new[name]]:
-            other = f"--out {out} is a run with another {', '.join(changed)}"
-            raise Mgp5Error(other, "resume it with the same settings", usage=True)
-    elif (out / STATE).exists() or (path.exists() and not (out / LOG).exists()):
-        raise Mgp5Error(
-            f"--out {out} already holds a run", "resume it with --resume, or choose another --out", usage=True
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        (out / LOG).open("a" if resume else "w").close()
-    except OSError as error:
-        raise Mgp5Error(f"--out {out} cannot be written ({error.strerror})", "choose another --out") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Mgp5Error(f"cannot read {path} ({error})", "start the run again with another --out") from None
-
-
-def _save(model: MiniGPT5, optimizer: Any, step: int, out: Path) -> None:
-    save_checkpoint(model, out)
-    # The state holds the weights too: a crash between the two files must not mix those of one step with another's.
-    state = {"step": step, "weights": trained_tensors(model), "optimizer": optimizer.state_dict()}
-    torch.save(state, out / f"{STATE}.tmp")
-    os.replace(out / f"{STATE}.tmp", out / STATE)
-
-
-def _restore(model: MiniGPT5, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    state = torch.load(out / STATE, map_location="cpu", weights_only=True)
-    put(model, state["weights"], Parts(str(out), "", "", out))
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)  # Linux counts in KiB

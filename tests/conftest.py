@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import save_llava, save_pipeline, save_qwen
+from tiny_mllm import save_minigpt4, save_qwen3
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -17,6 +18,17 @@ def llava_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
     return save_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory):
+    return save_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def minigpt4_folder(tmp_path_factory):
+    parts = tmp_path_factory.mktemp("minigpt4")
+    return save_minigpt4(parts / "composed", parts)
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +49,36 @@ def model(mllm_folder, diffusion_folder):
 
     torch.manual_seed(1)
     return build(str(mllm_folder), str(diffusion_folder), num_vokens=4, guidance=3.0)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps the precision of the first run for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def storyland(tmp_path_factory):
+    from mgp5.data.storyland.write import write
+
+    folder = tmp_path_factory.mktemp("storyland") / "train"
+    write(folder, "train", pairs=6, stories=1, dialogs=2, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(storyland):
+    from mgp5.data import load_data
+
+    return load_data("cc3m", storyland / "cc3m")
+
+
+@pytest.fixture(scope="session")
+def tales(storyland):
+    from mgp5.data import load_data
+
+    return load_data("vist", storyland / "vist")

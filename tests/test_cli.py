@@ -33,6 +33,7 @@ QUICK = ("--steps", "2", "--set", "max_tokens=6", "--seed", "1")
 def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
     """A complete model folder, as `mgp5 train` and pack.py make one."""
     from mgp5.checkpoint import save_checkpoint
+    from mgp5.config import preset
     from mgp5.model import build
 
     folder = tmp_path_factory.mktemp("demo") / "model"
@@ -40,7 +41,7 @@ def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
     shutil.copytree(diffusion_folder, folder / "diffusion")
     torch.manual_seed(1)
     model = build(str(folder / "mllm"), str(folder / "diffusion"), num_vokens=4, guidance=3.0)
-    model.prepare("pretrain", None)
+    model.prepare(preset("pretrain"))
     save_checkpoint(model, folder)
     edit(folder, mllm="mllm", diffusion="diffusion")
     return folder
@@ -350,7 +351,7 @@ def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures,
     values, words = {
         "vokens": ({"num_vokens": 3}, ("3 vokens", "hold 4")),
         "diffusion": ({"diffusion": str(tmp_path / "epsilon")}, ("v_prediction", "epsilon")),
-        "llm": ({"mapper": {"llm_width": 64, "width": 16, "queries": 11}}, ("width 64", "has 32")),
+        "llm": ({"mllm_kind": "llava 32x4096 with 32064 tokens"}, ("trained for llava 32x4096", "is llava 2x32")),
         "field": ({"colour": "red"}, ("config.json", "colour")),
         "json": ({}, ("config.json",)),
         "no weights": ({}, ("model.safetensors",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mgp5.data import FORMATS, cc3m, jsonl, load_data, mmdialog
+from mgp5.config import DataConfig, preset
+from mgp5.data import FORMATS, Keyed, cc3m, jsonl, load_data, mmdialog
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
+BY_NUMBER = [name for name in FORMATS if name != "shards"]  # which test_shards.py is about
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
 
 
@@ -120,7 +123,7 @@ def make(format: str, folder: Path) -> Path:
     }[format]()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NUMBER)
 def test_every_sample_ends_with_the_assistant(format: str, tmp_path: Path) -> None:
     data = load_data(format, make(format, tmp_path))
     samples = list(data)
@@ -152,6 +155,8 @@ def test_wrong_names_are_usage_errors(tmp_path: Path) -> None:
         lambda: load_data("vist", tmp_path, tasks=("draw",)),
         lambda: load_data("vist", tmp_path, context="half"),
         lambda: load_data("mmdialog", tmp_path, history=-1),
+        lambda: load_data("mmdialog", tmp_path, turn_tokens=50),
+        lambda: load_data("mmdialog", tmp_path, turn_tokens=0, count=len),
     ):
         with pytest.raises(Mgp5Error) as caught:
             call()
@@ -164,7 +169,7 @@ def test_torch_is_not_imported() -> None:
 
 
 @pytest.mark.parametrize("name", ["../out.jpg", "/etc/passwd", "a/../../out.jpg", "..", "link.jpg", "far/out.jpg"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NUMBER)
 def test_pictures_outside_the_folder_are_refused(format: str, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     touch(tmp_path, "out.jpg", "out/out.jpg")
@@ -247,6 +252,17 @@ def test_mmdialog_history_and_user_targets(tmp_path: Path) -> None:
     assert roles(data[1]) == ["system", "assistant", "user", "assistant"]
 
 
+def test_mmdialog_ends_before_a_long_turn(tmp_path: Path) -> None:
+    talk = [said("one two"), said("three", 1), said("four five six"), said("seven"), said("x" * 90), said("end")]
+    folder = write_dialogs(tmp_path, talk, [said("half \ud800 a character"), said("b")])
+    counted: list[str] = []
+    data = mmdialog.load(folder, turn_tokens=2, count=lambda text: counted.append(text) or len(text.split()))
+    assert [data.key(index) for index in range(len(data))] == ["0/1"] and counted[-1] == "half ? a character"
+    assert data.problems == {"long turn": 2} and data.problems.first["long turn"] == "train_conversations.txt:1 turn 2"
+    data = mmdialog.load(folder, turn_tokens=10, count=lambda text: counted.append(text) or len(text.split()))
+    assert len(data) == 4 and not data.problems
+
+
 def test_mmdialog_counts_what_it_skips(tmp_path: Path) -> None:
     gone = [said("a"), said("b"), said("c"), said("d", "99"), said("e"), said("f")]
     empty = [said("a"), said("b"), said(" "), said("d")]
@@ -285,8 +301,49 @@ def test_jsonl_counts_what_it_skips(tmp_path: Path) -> None:
         '{"messages": [{"role": "user", "content": ["x"]}]}',
         '{"messages": [{"role": "user", "content": null}]}',
         '{"messages": [{"role": "user", "content": [{"type": "sound"}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png", "caption": 3}]}]}',
     ],
 )
 def test_jsonl_names_the_bad_line(row: str, tmp_path: Path) -> None:
     with pytest.raises(Mgp5Error, match=r"train\.jsonl:2"):
         jsonl.load(write_jsonl(tmp_path, chat("a.png"), row))
+
+
+# What training reads
+
+
+def test_keyed_samples_of_several_sources(tmp_path: Path) -> None:
+    parts = [cc3m.load(write_cc3m(tmp_path, "a\ttrain/0.jpg", "b\ttrain/1.jpg", "c\ttrain/9.jpg"))]
+    parts.append(jsonl.load(write_jsonl(tmp_path, chat("a.png"), chat("gone.png"))))
+    data = Keyed(parts)
+    assert len(data) == 3 and [key for key, _ in data] == ["train/0.jpg", "train/1.jpg", "train.jsonl:1/1"]
+    assert [sample for _, sample in data] == [*parts[0], *parts[1]] and data[-1] == data[2]
+    assert data.problems == {"missing image": 2} and data.problems.first["missing image"].startswith("cc3m_train.tsv:4")
+    assert list(pickle.loads(pickle.dumps(data))) == list(data)
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_settings_reach_the_loaders(tmp_path: Path, llava_folder, capsys) -> None:
+    from transformers import AutoTokenizer
+
+    from mgp5.training import sources
+
+    write_cc3m(tmp_path, "a\ttrain/0.jpg", "b\ttrain/1.jpg", "c\ttrain/9.jpg")
+    write_vist(tmp_path, {"s": story()})
+    write_dialogs(tmp_path, [said("hi"), said("yes"), said("and"), said("or"), said("x" * 51), said("end")])
+    flags = {"sources": [tmp_path] * 3, "formats": ["cc3m", "vist", "mmdialog"]}
+    tokenizer = AutoTokenizer.from_pretrained(llava_folder)  # every byte is a token
+
+    def keys(**settings: object) -> list[str]:
+        config = dataclasses.replace(preset("finetune"), data=DataConfig(**settings))
+        return [key for key, _ in sources(flags, config, tokenizer)]
+
+    assert len(keys()) == 2 + 13 + 3
+    assert "missing image" in capsys.readouterr().err
+    some = keys(instruct_every=2, tasks=("narrate",), narrate_first=True, turn_tokens=50, user_targets=True)
+    assert some[:3] == ["train/0.jpg", "train/1.jpg", "train/1.jpg#instruction"]
+    assert some[3:] == [*(f"s/{n}/narrate" for n in range(5)), "0/1", "0/2", "0/3"]
+    with pytest.raises(Mgp5Error, match="no other --data") as caught:
+        sources({"sources": [tmp_path] * 2, "formats": ["shards", "vist"]}, preset("finetune"), tokenizer)
+    assert caught.value.exit_code == 2

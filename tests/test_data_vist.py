@@ -106,6 +106,35 @@ def test_vist_counts_what_it_skips(tmp_path: Path) -> None:
     assert [len(read.scenes) for read in data.stories] == [2] and len(data) == 2 + 1 + 1
 
 
+def official(story: str, order: int, photo: str, text: str, original: str | None = None) -> list[dict]:
+    """An annotation as the data set has them: a list of one."""
+    own = {"original_text": original} if original else {}
+    row = {"story_id": story, "worker_arranged_photo_order": order, "photo_flickr_id": photo, "text": text, **own}
+    return [row | {"storylet_id": f"{story}{order}", "album_id": "7", "tier": "story-in-sequence"}]
+
+
+@pytest.mark.parametrize("folder", ["images", "train", "images/train", "sis", ""])
+def test_official_annotations(folder: str, tmp_path: Path) -> None:
+    for part in ("sis", folder):
+        (tmp_path / part).mkdir(parents=True, exist_ok=True)
+    for name in ("11.jpg", "12.png", "13.jpg"):
+        (tmp_path / folder / name).touch()
+    rows = [official("9", 2, "13", "[male] left ."), official("8", 0, "11", "alone"), [{"story_id": "9"}]]
+    rows += [official("9", 0, "12", "[male] came .", "Tom came."), official("9", 1, "11", "he sat .")]
+    rows += [official("9", 3, "99", "lost"), official("7", 0, "98", "y")]
+    table = tmp_path / ("sis" if folder else "") / "train.story-in-sequence.json"
+    table.write_text(json.dumps({"images": [{"id": "11", "album_id": "7"}], "albums": [], "annotations": rows}))
+    data = vist.load(tmp_path, tasks=("illustrate",))
+    assert {story.name: [text for text, _ in story.scenes] for story in data.stories} == {
+        "9": ["Tom came.", "he sat .", "[male] left ."],
+        "8": ["alone"],
+    }
+    files = [image.path.resolve() for image in data[2].images]
+    assert files == [tmp_path / folder / name for name in ("12.png", "11.jpg", "13.jpg")]
+    assert data.problems == {"bad annotation": 1, "missing image": 2}
+    assert data.problems.first["missing image"] == "train.story-in-sequence.json story 9 99"
+
+
 @pytest.mark.parametrize(
     ("text", "match"), [("{\n]", r"train_cleaned.json:2 is not JSON"), ("[]", "holds a JSON list")]
 )
@@ -114,6 +143,7 @@ def test_vist_malformed_files(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "train_cleaned.json").write_text(text)
     with pytest.raises(Mgp5Error, match=match):
         vist.load(tmp_path)
+    (tmp_path / "train_cleaned.json").write_text("{}")
     (tmp_path / "train_image_mapping.json").unlink()
     with pytest.raises(Mgp5Error, match=r"no .*train_image_mapping\.json"):
         vist.load(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,3 +79,36 @@ def test_all_problems_are_reported_together():
         MapperConfig(llm_width=0, width=20, queries=-1)
     for part in ("llm_width is 0", "queries is -1", "width 20 is not a multiple of heads 8"):
         assert part in str(caught.value)
+
+
+def test_size_for_stable_diffusion_3():
+    """A transformer as wide as for 2.1, a projection to the rows and one to the pooled vector."""
+    config = MapperConfig(llm_width=4096, width=4096, queries=334, inner=1024, pooled=2048)
+    with torch.device("meta"):
+        mapper = FeatureMapper(config)
+    projections = 1025 * 4096 + 1025 * 2048
+    assert count(mapper) == 5_244_928 + 117_575_680 + 334 * 1024 + projections
+
+
+def test_the_pooled_vector_stands_in_the_last_row():
+    torch.manual_seed(0)
+    mapper = FeatureMapper(replace(SMALL, inner=8, pooled=6))
+    states = torch.randn(3, 8, 24)
+    condition = mapper(states)
+    rows = mapper.transformer(mapper.mlp(states), mapper.queries.expand(3, -1, -1))
+    torch.testing.assert_close(condition[:, :-1], mapper.output(rows[:, :-1]))
+    torch.testing.assert_close(condition[:, -1, :6], mapper.pool(rows[:, -1]))
+    assert condition.shape == (3, 5, 16) and not condition[:, -1, 6:].any()
+
+
+def test_decoder_only_is_causal_and_padded():
+    torch.manual_seed(0)
+    mapper = FeatureMapper(replace(SMALL, kind="decoder-only")).eval()
+    states = torch.randn(3, 4, 24)
+    condition = mapper(states)
+    assert condition.shape == (3, 5, 16) and not condition[:, 4:].any()
+    states[:, 2:] += 1
+    later = mapper(states)
+    torch.testing.assert_close(later[:, :2], condition[:, :2])
+    assert not torch.allclose(later[:, 2:4], condition[:, 2:4])
+    assert not any("queries" in name for name, _ in mapper.named_parameters())

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import ImageChops
 from tiny import picture
 
 from mgp5 import Conversation, Image, Message, Text
@@ -68,8 +69,9 @@ def test_cached_turns_equal_uncached_turns_and_read_only_what_is_new(model):
     for _ in range(3):
         messages = [last_message(generate(model, talk, options, session)) for session in (cached, fresh)]
         assert messages[0].text == messages[1].text
-        pair = [message.images[0].load().tobytes() for message in messages]
-        assert pair[0] == pair[1]
+        pair = [message.images[0].load() for message in messages]
+        difference = ImageChops.difference(*pair).getextrema()
+        assert max(high for _, high in difference) <= 1  # the same but for rounding
         assert fresh.prefilled - cached.prefilled >= read_before  # the earlier prompt was not read again
         read_before = fresh.prefilled
         talk = Conversation((*talk.messages, messages[0])).add("user", "and then?")
@@ -129,7 +131,7 @@ def test_unconditional_branch_is_the_mapper_on_zeros_and_computed_once(model):
 
 def test_vokens_start_at_the_mean_row(model):
     core, ids = model.backbone.core, list(model.head.ids)
-    for weight in (core.get_input_embeddings().weight, core.lm_head.weight):
+    for weight in (core.get_input_embeddings().weight, model.backbone.lm_head.weight):
         known = weight[: len(model.backbone.tokenizer) - len(ids)]
         torch.testing.assert_close(weight[ids], known.mean(0).expand(len(ids), -1), atol=1e-6, rtol=1e-4)
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.schedulers import (
     scheduling_ddim,
     scheduling_dpmsolver_multistep,
     scheduling_euler_discrete,
+    scheduling_flow_match_euler_discrete,
     scheduling_pndm,
 )
 
 from mgp5 import Mgp5Error
+from mgp5.diffusion.flow import FlowSchedule
 from mgp5.diffusion.sampler import SAMPLERS, denoise, linear_update, sampler_table
 from mgp5.diffusion.schedule import NoiseSchedule
 
@@ -59,7 +67,13 @@ class Double:
 
 @pytest.fixture
 def diffusers_in_float64(monkeypatch):
-    for module in (scheduling_ddim, scheduling_dpmsolver_multistep, scheduling_euler_discrete, scheduling_pndm):
+    for module in (
+        scheduling_ddim,
+        scheduling_dpmsolver_multistep,
+        scheduling_euler_discrete,
+        scheduling_flow_match_euler_discrete,
+        scheduling_pndm,
+    ):
         monkeypatch.setattr(module, "torch", Double(torch))
         monkeypatch.setattr(module, "np", Double(np))
 
@@ -91,6 +105,23 @@ def reference(name, config, steps, dtype, guidance=3.0):
     return torch.stack(all_latents), scheduler.timesteps
 
 
+def flow_reference(name, shift, steps, dtype, guidance=3.0):
+    """All latents of a run of the diffusers scheduler of a flow model, with the times as fractions for both."""
+    if name == "dpm++":
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        scheduler = DPMSolverMultistepScheduler(**flow)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    latents, all_latents = NOISE.to(dtype), []
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        prediction = guide(latents, 1000 * sigma.to(dtype), guidance)
+        latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+        all_latents.append(latents)
+    assert latents.dtype == dtype
+    return torch.stack(all_latents), scheduler.timesteps
+
+
 def run_table(table, guidance=3.0):
     """What `denoise` does, in float64."""
     latents, history, all_latents = NOISE.double() * table.noise_scale, [], []
@@ -108,7 +139,7 @@ def difference(found, expected):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NoiseSchedule.samplers)
 def test_stable_diffusion_2_1_in_float64(name, prediction, steps, diffusers_in_float64):
     config = SD21 | {"prediction_type": prediction}
     table = sampler_table(name, NoiseSchedule.from_config(config), steps)
@@ -120,7 +151,7 @@ def test_stable_diffusion_2_1_in_float64(name, prediction, steps, diffusers_in_f
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NoiseSchedule.samplers)
 def test_other_schedules_in_float64(name, betas, spacing, diffusers_in_float64):
     for prediction in ("epsilon", "v_prediction") if name == "pndm" else ("epsilon", "v_prediction", "sample"):
         config = {"beta_schedule": betas, "timestep_spacing": spacing, "prediction_type": prediction}
@@ -145,7 +176,7 @@ def test_zero_terminal_snr_in_float64(name, diffusers_in_float64):
 
 @pytest.mark.parametrize("steps", [5, 20, 50])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NoiseSchedule.samplers)
 def test_denoise_in_float32(name, prediction, steps):
     config = SD21 | {"prediction_type": prediction}
     table = sampler_table(name, NoiseSchedule.from_config(config), steps)
@@ -153,6 +184,26 @@ def test_denoise_in_float32(name, prediction, steps):
     expected, _ = reference(name, config, steps, torch.float32)
     assert found.dtype == torch.float32
     assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", FlowSchedule.samplers)
+def test_flow_matching_in_float64(name, shift, diffusers_in_float64):
+    for steps in (1, 2, 5, 14, 20, 50):
+        table = sampler_table(name, FlowSchedule(shift=shift), steps)
+        expected, timesteps = flow_reference(name, shift, steps, torch.float64)
+        found = table.timesteps.floor() if name == "dpm++" else table.timesteps
+        torch.testing.assert_close(found, timesteps.double(), rtol=1e-12, atol=0)
+        assert difference(run_table(table), expected) < 1e-11
+
+
+@pytest.mark.parametrize("name", FlowSchedule.samplers)
+def test_flow_matching_with_denoise_in_float32(name):
+    for steps in range(1, 51):
+        table = sampler_table(name, FlowSchedule.from_config({"shift": 3.0}), steps)
+        found = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
+        expected, _ = flow_reference(name, 3.0, steps, torch.float32)
+        assert difference(found, expected) < 1e-5
 
 
 def test_config_of_a_scheduler_is_read_as_from_config_reads_it():
@@ -199,6 +250,21 @@ def test_training_targets_agree_with_diffusers():
     torch.testing.assert_close(schedule.snr(timesteps), level / (1 - level), rtol=1e-4, atol=0)  # theirs is float32
 
 
+def test_flow_targets_and_times():
+    """Noisy latents as diffusers' scheduler makes them; times logit-normal before the shift of sampling."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    schedule = FlowSchedule.from_config(scheduler.config)
+    timesteps = scheduler.timesteps[[3, 700]]
+    noisy = schedule.add_noise(NOISE.flip(0), NOISE, timesteps)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(NOISE.flip(0), timesteps, NOISE))
+    clean = noisy - (timesteps / 1000).view(2, 1, 1, 1) * schedule.target(NOISE.flip(0), NOISE, timesteps)
+    torch.testing.assert_close(clean, NOISE.flip(0))
+    drawn = schedule.draw_timesteps(20000, torch.Generator().manual_seed(0)) / 1000
+    normal = (drawn / (3 - 2 * drawn)).logit()
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+
+
 def test_tables_are_made_once():
     config = NoiseSchedule.from_config(SD21)
     assert sampler_table("ddim", config, 7) is sampler_table("ddim", NoiseSchedule.from_config(SD21), 7)
@@ -206,8 +272,11 @@ def test_tables_are_made_once():
 
 def test_errors_say_what_was_expected():
     schedule = NoiseSchedule.from_config(SD21)
-    with pytest.raises(Mgp5Error, match="unknown sampler 'heun', expected one of dpm"):
+    with pytest.raises(Mgp5Error, match="no sampler 'heun' for a model with epsilon, expected one of dpm"):
         sampler_table("heun", schedule, 5)
+    for name in SAMPLERS.keys() - set(FlowSchedule.samplers):
+        with pytest.raises(Mgp5Error, match=f"no sampler '{name}' for a model with flow_prediction"):
+            sampler_table(name, FlowSchedule(), 5)
     with pytest.raises(Mgp5Error, match="0 steps, expected 1 to 1000"):
         sampler_table("ddim", schedule, 0)
     with pytest.raises(Mgp5Error, match="leaves the range"):
@@ -217,5 +286,9 @@ def test_errors_say_what_was_expected():
         sampler_table("ddim", zero, 5)
     with pytest.raises(Mgp5Error, match=r"use_karras_sigmas is True.*FlowMatchEulerDiscreteScheduler"):
         NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True})
+    with pytest.raises(Mgp5Error, match=r"_class_name is 'DDIM.*use_dynamic_shifting is True, expected False"):
+        FlowSchedule.from_config({"_class_name": "DDIMScheduler", "use_dynamic_shifting": True})
+    with pytest.raises(Mgp5Error, match=r"shift 0.*expected at least 2 and above 0"):
+        FlowSchedule(shift=0)
     with pytest.raises(Mgp5Error, match=r"beta_schedule is 'sigmoid'.*betas run from 1"):
         NoiseSchedule(beta_schedule="sigmoid", beta_start=1)

@@ -112,6 +112,23 @@ def test_loss_is_plain_or_weighted_by_min_snr(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_checkpointing_computes_again_and_gives_the_same_gradients(model):
+    latents = torch.randn(3, 4, SIZE, SIZE, generator=seeded(3))
+    calls, counts, gradients = [], [], []
+    block = model.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for on in (False, True):
+        condition = conditions()[0].requires_grad_()
+        model.checkpointing(on)
+        model.loss(latents, condition, seeded(4)).sum().backward()
+        gradients.append(condition.grad)
+        counts.append(len(calls))
+    hook.remove()
+    model.checkpointing(False)
+    assert counts == [1, 1 + 2]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
 def test_text_is_encoded_as_the_pipeline_does(model, folder):
     texts = ["a red fox", "", "a very long text that goes on and on beyond the end"]
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
@@ -127,7 +144,10 @@ def test_pixels_to_latents_and_back(epsilon_folder):
     posterior = model.vae.encode(pixels).latent_dist
     scale = model.vae.config.scaling_factor
     torch.testing.assert_close(model.encode(pixels), posterior.mean * scale)
+    moments = model.moments(pixels)
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.std], dim=1))
     sampled = model.encode(pixels, seeded(6))
+    torch.testing.assert_close(model.sample(moments, seeded(6)), sampled, rtol=0, atol=0)
     torch.testing.assert_close(sampled, posterior.sample(generator=seeded(6)) * scale)
     assert sampled.shape == (2, *model.latent_shape(16, 16))
     decoded = model.decode(sampled)
@@ -152,6 +172,7 @@ def test_autoencoder_tiny_in_bfloat16_without_text_encoder(epsilon_folder, tmp_p
     pixels = torch.zeros(1, 3, 16, 16)
     latents = model.encode(pixels, seeded(0))
     assert latents.dtype == torch.float32
+    assert torch.equal(latents, model.encode(pixels))
     assert model.decode(latents).shape == pixels.shape
     condition = conditions()[0][:1]
     drawn = last(model.draw(condition, steps=2, guidance=1.0, generators=[seeded(0)]))
@@ -176,7 +197,7 @@ def test_errors_of_draw_come_at_the_call(model):
         model.draw(condition, unconditional, height=15, generators=generators)
     with pytest.raises(Mgp5Error, match="without an unconditional"):
         model.draw(condition, generators=generators)
-    with pytest.raises(Mgp5Error, match="unknown sampler"):
+    with pytest.raises(Mgp5Error, match="no sampler 'none' for a model with"):
         model.draw(condition, unconditional, sampler="none", generators=generators)
 
 

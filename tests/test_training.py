@@ -1,80 +1,28 @@
-"""The two stages on tiny models: what trains, what does not, and that a run can be cut into pieces."""
+"""The two stages on tiny models: what trains, what does not, the losses."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
+import hashlib
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from click.testing import CliRunner
+from safetensors.torch import load_file
 from tiny import picture
+from tiny_training import VOKENS, batch_of, config, finish, fresh
 
-from mgp5 import Conversation, Image, Mgp5Error, cli
-from mgp5.checkpoint import trained_tensors
-from mgp5.collate import Collator
-from mgp5.config import LoraConfig, TrainConfig, preset
-from mgp5.data import load_data
-from mgp5.data.storyland.write import write
+from mgp5 import Conversation, Image, Mgp5Error
+from mgp5.config import LoraConfig, PrefixConfig, preset
 from mgp5.losses import Losses
-from mgp5.model import MiniGPT5, build, load
+from mgp5.model import MiniGPT5
+from mgp5.processes import Step
 from mgp5.prompt import IGNORE
-from mgp5.train import rate, total_steps, train
-from mgp5.training import start
 
-VOKENS = 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of the first run for the whole process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-@pytest.fixture(scope="session")
-def storyland(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("storyland") / "train"
-    write(folder, "train", pairs=6, stories=1, dialogs=2, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pairs(storyland):
-    return load_data("cc3m", storyland / "cc3m")
-
-
-@pytest.fixture(scope="session")
-def tales(storyland):
-    return load_data("vist", storyland / "vist")
-
-
-def config(stage: str, steps: int = 2, **values) -> TrainConfig:
-    """The demo preset, small."""
-    own = {"batch": 2, "warmup": 0, "precision": "fp32", "lr": 1e-3, "weight_decay": 0.1}
-    return replace(preset(stage, "demo"), steps=steps, **own | values)
-
-
-def fresh(mllm: Path, diffusion: Path) -> MiniGPT5:
-    torch.manual_seed(1)
-    return build(str(mllm), str(diffusion), num_vokens=VOKENS, guidance=3.0)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
 def llava(llava_folder, diffusion_folder) -> MiniGPT5:
     return fresh(llava_folder, diffusion_folder)
-
-
-def finish(*args, **more) -> list:
-    return list(train(*args, **more))
-
-
-def batch_of(model: MiniGPT5, *conversations: Conversation):
-    size = (model.diffusion.native_size,) * 2
-    return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length)(conversations)
 
 
 def weights(model: MiniGPT5) -> dict[str, torch.Tensor]:
@@ -137,8 +85,67 @@ def test_finetuning_trains_rows_lora_and_the_mappers_transformer(
     check_rows(model, before)
 
 
+@pytest.mark.parametrize(
+    "stage, adapter, trained",
+    [
+        ("pretrain", {}, "head.mapper."),
+        ("finetune", {"lora": LoraConfig()}, "head.mapper.transformer."),
+        ("finetune", {"lora": None, "prefix": PrefixConfig(tokens=2, hidden=8)}, "head.mapper.transformer."),
+    ],
+)
+def test_all_other_tensors_are_the_same_after_50_steps(stage, adapter, trained, llava, tales, tmp_path):
+    tensors = dict(llava.named_parameters()) | dict(llava.named_buffers())  # peft puts its own beside them
+
+    def hashes() -> dict[str, bytes]:
+        return {name: hashlib.sha256(value.detach().numpy().tobytes()).digest() for name, value in tensors.items()}
+
+    before = hashes()
+    finish(
+        llava, tales, config(stage, steps=50, batch=1, save_every=100, weight_decay=0.5, **adapter), tmp_path / "run"
+    )
+    after = hashes()
+    assert {name for name in before if before[name] != after[name]} == {n for n in before if n.startswith(trained)}
+    assert all(p.requires_grad == n.startswith(trained) for n, p in llava.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_what_trains_stays_in_float32_beside_a_half_precision_llm(
+    stage, llava_folder, diffusion_folder, tales, tmp_path
+):
+    model = fresh(llava_folder, diffusion_folder, dtype=torch.bfloat16)
+    (last,) = finish(model, tales, config(stage, steps=1, precision="bf16", checkpointing=True), tmp_path / "run")
+    assert last.losses.keys() == {"text", "ldm"}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.backbone.parameters() if not p.requires_grad} == {torch.bfloat16}
+    saved = load_file(tmp_path / "run/mgp5/model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_what_cannot_be_had_here_is_told(llava, pairs, tmp_path):
+    for values, words in (
+        ({"precision": "fp16"}, "precision is fp16, but a CPU cannot"),
+        ({"optimizer": "adamw8bit"}, "optimizer is adamw8bit"),
+        ({"trackers": ("telegraph",)}, r"no tracker telegraph: pip install 'mgp5\[track\]'"),
+    ):
+        with pytest.raises(Mgp5Error, match=words):
+            finish(llava, pairs, config("pretrain", **values), tmp_path / "run")
+
+
+def test_every_weight_has_a_gradient_whatever_a_batch_holds(llava, tales):
+    llava.prepare(config("finetune"))
+    step = Step(llava.train())
+    empty = batch_of(llava)
+    for batch in (empty, batch_of(llava, Conversation().add("user", "hi").add("assistant", "hello"))):
+        loss, terms = step(batch, config("finetune"), torch.Generator().manual_seed(0))
+        loss.backward()
+        assert all(p.grad is not None for p in llava.parameters() if p.requires_grad)
+        if batch is empty:
+            assert loss == 0 and not terms
+            assert not any(p.grad.any() for p in llava.parameters() if p.requires_grad)
+
+
 def test_embedding_rows_have_no_weight_decay(llava):
-    llava.prepare("pretrain", None)
+    llava.prepare(config("pretrain"))
     rows, rest = llava.parameter_groups(config("pretrain", rows_lr=5e-5))
     assert (rows["lr"], rows["weight_decay"]) == (5e-5, 0.0)
     assert rest["weight_decay"] == 0.1
@@ -152,8 +159,8 @@ def test_losses_fall_when_one_batch_is_repeated(llava, pairs, tmp_path):
 
     @torch.no_grad()
     def losses() -> dict[str, float]:
-        terms = llava.eval()(batch, settings, torch.Generator().manual_seed(0)).terms
-        return {name: value.item() for name, value in terms.items()}
+        draws = [llava.eval()(batch, settings, torch.Generator().manual_seed(i)).terms for i in range(8)]
+        return {name: sum(terms[name].item() for terms in draws) / 8 for name in draws[0]}
 
     before = losses()
     finish(llava, torch.utils.data.Subset(pairs, range(4)), settings, tmp_path / "run")
@@ -232,154 +239,3 @@ def test_only_the_first_voken_of_a_run_has_a_label(model, tales):
 def test_a_batch_without_pictures_has_a_text_loss_only(llava):
     batch = batch_of(llava, Conversation().add("user", "hi").add("assistant", "hello"))
     assert llava(batch, config("finetune"), torch.Generator()).terms.keys() == {"text"}
-
-
-# Runs
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_resumed_run_equals_an_uninterrupted_one(stage, llava_folder, diffusion_folder, pairs, tales, tmp_path):
-    data = torch.utils.data.Subset({"pretrain": pairs, "finetune": tales}[stage], range(5))  # epochs end inside pieces
-    extra = {"lora": LoraConfig(dropout=0.3)} if stage == "finetune" else {}
-    settings = config(stage, steps=5, accumulation=2, log_every=1, **extra)
-
-    def piece(out: str, **more) -> MiniGPT5:
-        model = fresh(llava_folder, diffusion_folder)
-        finish(model, data, settings, tmp_path / out, **more)
-        return model
-
-    whole = piece("whole")
-    piece("pieces", stop_after=2)
-    (tmp_path / "pieces/mgp5/model.safetensors").write_bytes(b"of another step")  # a run resumes from its state alone
-    piece("pieces", stop_after=1, resume=True)
-    last = piece("pieces", resume=True)
-    expected, found = trained_tensors(whole), trained_tensors(last)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-    def log(out: str) -> list[dict]:
-        rows = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
-        return [{name: value for name, value in row.items() if name != "rate"} for row in rows]
-
-    assert log("whole") == log("pieces") and len(log("whole")) == 5
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_loaded_model_gives_the_states_of_the_trained_one(stage, mllm_folder, diffusion_folder, tales, tmp_path):
-    model = fresh(mllm_folder, diffusion_folder)
-    finish(model, tales, config(stage, rows_lr=1e-2, lr=1e-2), tmp_path / "run")
-    again = load(tmp_path / "run")
-    batch = batch_of(model, tales[0], tales[4])
-    with torch.no_grad():
-        expected, found = model.hidden(batch), again.hidden(batch)
-        untrained = fresh(mllm_folder, diffusion_folder).hidden(batch)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(found, untrained, atol=1e-3)
-        torch.testing.assert_close(again.backbone.logits(found), model.backbone.logits(expected), atol=1e-4, rtol=1e-4)
-    for name, value in model.head.mapper.state_dict().items():
-        assert torch.equal(again.head.mapper.state_dict()[name], value)
-
-
-def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_folder, pairs, tales, tmp_path):
-    first = fresh(mllm_folder, diffusion_folder)
-    finish(first, pairs, config("pretrain", rows_lr=1e-2), tmp_path / "pretrain")
-    model = start({"model": str(tmp_path / "pretrain"), "vokens": 8}, config("finetune"))
-    assert model.config.num_vokens == VOKENS  # the run's, not the flag's
-    batch = batch_of(model, tales[3])
-    with torch.no_grad():
-        torch.testing.assert_close(model.hidden(batch), first.hidden(batch), atol=1e-5, rtol=1e-4)
-    finish(model, tales, config("finetune", rows_lr=1e-2), tmp_path / "finetune")
-    again = load(tmp_path / "finetune")
-    with torch.no_grad():
-        torch.testing.assert_close(again.hidden(batch), model.hidden(batch), atol=1e-5, rtol=1e-4)
-    with pytest.raises(Mgp5Error, match="finetuned already"):
-        start({"model": str(tmp_path / "finetune"), "vokens": 8}, config("finetune"))
-    for name in ("mlp.0.weight", "queries"):
-        assert torch.equal(again.head.mapper.state_dict()[name], first.head.mapper.state_dict()[name])
-
-
-def test_a_run_is_never_overwritten(llava_folder, diffusion_folder, pairs, tmp_path):
-    def run(steps: int = 1, out: str = "run", **more):
-        settings = config("pretrain", steps=steps, **more.pop("settings", {}))
-        return finish(fresh(llava_folder, diffusion_folder), pairs, settings, tmp_path / out, **more)
-
-    run()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(Mgp5Error, match=r"run already holds a run.*--resume"):
-        run()
-    with pytest.raises(Mgp5Error, match=r"run is a run with another lr, batch"):
-        run(settings={"lr": 1e-5, "batch": 3}, resume=True)
-    with pytest.raises(Mgp5Error, match=r"holds no run to resume"):
-        run(out="other", resume=True)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(Mgp5Error, match=r"--out .*file.* cannot be written"):
-        run(out="file")
-    (tmp_path / "somebody's").mkdir()
-    (tmp_path / "somebody's/config.json").write_text("{}")
-    with pytest.raises(Mgp5Error, match=r"already holds"):
-        run(out="somebody's")
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert [event.step for event in run(steps=2, resume=True)] == [2]  # a run may be made longer
-
-
-def test_a_run_that_saved_nothing_may_begin_again(llava_folder, diffusion_folder, pairs, tmp_path):
-    events = train(fresh(llava_folder, diffusion_folder), pairs, config("pretrain", steps=3), tmp_path / "run")
-    next(events)
-    events.close()
-    assert len(finish(fresh(llava_folder, diffusion_folder), pairs, config("pretrain", steps=1), tmp_path / "run")) == 1
-
-
-def test_samples_that_do_not_fit_the_context_are_left_out_and_counted(llava, tmp_path):
-    talk = Conversation().add("user", "word " * 2000).add("assistant", "hm")
-    finish(llava, [talk, talk], config("finetune", steps=1), tmp_path / "run")
-    (row,) = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
-    assert row["too_long"] >= 2 and "text" not in row
-
-
-def test_the_rate_warms_up_and_decays():
-    settings = config("pretrain", warmup=10)
-    rates = [rate(settings, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.02
-    assert rate(config("pretrain", warmup=0), 0, 5) == 1.0
-    assert total_steps(preset("pretrain"), 4800) == 200
-    assert total_steps(preset("finetune"), 320) == 40
-
-
-# The command
-
-
-def test_both_stages_from_the_command_line(llava_folder, diffusion_folder, storyland, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("base").mkdir()
-    Path("base/mllm").symlink_to(llava_folder)
-    Path("base/diffusion").symlink_to(diffusion_folder)
-    Path("settings.toml").write_text("batch = 2\naccumulation = 1\nlog_every = 1\n")
-
-    def run(stage: str, model: str, *args: str):
-        given = ["train", "--stage", stage, "--model", model, "--config", "settings.toml", "--out", stage, *args]
-        result = CliRunner().invoke(cli.main, given, catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-        return result
-
-    cc3m = ["--data", str(storyland / "cc3m"), "--format", "cc3m", "--vokens", "4"]
-    result = run("pretrain", "base", *cc3m, "--preset", "demo", "--dry-run")
-    assert "6 samples, 6 updates" in result.stderr and "trainable parameters" in result.stderr
-    assert not Path("pretrain").exists()
-    result = run("pretrain", "base", *cc3m, "--preset", "demo", "--max-steps", "2", "--json")
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and {"text", "ldm", "caption", "total"} <= lines[0].keys()
-    both = ["--data", str(storyland / "vist"), "--format", "vist", "--data", str(storyland / "mmdialog")]
-    both += ["--format", "mmdialog", "--set", "lora.rank=2", "--max-steps", "1"]
-    result = run("finetune", "pretrain", *both)
-    assert not result.stdout and "finetune" in result.stderr
-    monkeypatch.chdir("/")  # a run knows its parts from anywhere
-    assert load(tmp_path / "finetune").config.lora == LoraConfig(rank=2)
-    saved = json.loads((tmp_path / "finetune/config.json").read_text())
-    assert (saved["batch"], saved["lora"]["rank"], saved["stage"]) == (2, 2, "finetune")
-
-
-def test_each_data_needs_its_format(storyland, tmp_path):
-    args = ["train", "--stage", "pretrain", "--data", str(storyland / "cc3m"), "--data", "x", "--format", "cc3m"]
-    result = CliRunner().invoke(cli.main, [*args, "--model", "demo", "--out", str(tmp_path / "run")])
-    assert result.exit_code == 2 and "2 --data but 1 --format" in result.stderr

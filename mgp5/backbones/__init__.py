@@ -1,4 +1,8 @@
-"""Multimodal LLMs behind one protocol. B batch, T tokens, D width, S slots of one picture, V vocabulary."""
+"""Multimodal LLMs behind one protocol. B batch, T tokens, D width, S slots of one picture, V vocabulary.
+
+E is the width of embeddings: D, or for pictures of Qwen3-VL D (1 + k), where the features that k of its vision layers
+give to the first layers of the LLM stand behind the D features that every model has. Nothing else looks into them.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,11 @@ class Backbone(Protocol):
         ...
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """One (S, D) tensor of features per picture."""
+        """One (S, E) tensor of features per picture."""
         ...
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
-        """ids (B, T) -> embeddings (B, T, D), with picture features in the image slots, in reading order."""
+        """ids (B, T) -> embeddings (B, T, E), with picture features in the image slots, in reading order."""
         ...
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -41,7 +45,7 @@ class Backbone(Protocol):
         ...
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """embeddings (B, T, D) -> last hidden states (B, T, D) after the final norm; `cache` grows in place."""
+        """embeddings (B, T, E) -> last hidden states (B, T, D) after the final norm; `cache` grows in place."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ class Backbone(Protocol):
         ...
 
     def new_cache(self) -> Any:
-        """An empty key-value cache with `get_seq_length()` and `crop(-n)`."""
+        """A key-value cache with `crop(-n)` that holds no token yet, only the prefix where there is one."""
         ...
 
     def to(self, device: torch.device) -> Backbone:

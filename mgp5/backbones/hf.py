@@ -1,29 +1,34 @@
-"""Any transformers AutoModelForImageTextToText as a backbone. B batch, T tokens, D width, S slots of one picture.
+"""Any transformers AutoModelForImageTextToText as a backbone. B batch, T tokens, D width, S slots of one picture, k
+deep levels of Qwen3-VL, P virtual tokens of a prefix.
 
-Proved on the LLaVA-1.5 and Qwen2.5-VL classes. Only three things differ between families and live here: how a
-picture is written in the chat template, how many slots it takes, and where rotary positions come from.
+Proved on LLaVA-1.5, Qwen2.5-VL, Qwen3-VL and MiniGPT-4 (BLIP-2 around a LLaMA). What differs between families lives
+here: how a picture is written, how many slots it takes, where rotary positions come from, and deep features.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
+from ..quant import Quantize, keep_layout, quantization
+from .prefix import fixed_cache, prefix_encoder, prefix_states
 
 if TYPE_CHECKING:
     import PIL.Image
 
-# How pictures are written in a prompt: (text in the template, repeated token), by model_type.
+# How a picture is written in a prompt, by the token that is repeated once per slot; others stand alone.
 PICTURE_MARKS = {
-    "qwen2_5_vl": ("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"),
-    "qwen2_vl": ("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"),
-    "qwen3_vl": ("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"),
+    "<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>",  # Qwen
+    "<ImageHere>": "<Img><ImageHere></Img>",  # MiniGPT-4
 }
 
 
@@ -41,7 +46,8 @@ class HFBackbone(nn.Module):
         self.context_length: int = text.max_position_embeddings
         self.image_token_id: int = config.image_token_id
         mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.image_token: str = PICTURE_MARKS.get(config.model_type, (mark, mark))[0]
+        self.image_token: str = PICTURE_MARKS.get(mark, mark)
+        self.prefix: nn.Module | None = None
         stops = getattr(model.generation_config, "eos_token_id", None)
         listed = stops if isinstance(stops, list) else [stops]
         self.stop_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
@@ -52,6 +58,7 @@ class HFBackbone(nn.Module):
         name: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
+        quantize: Quantize = "none",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> HFBackbone:
@@ -61,8 +68,9 @@ class HFBackbone(nn.Module):
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
         image_processor = AutoImageProcessor.from_pretrained(name, **options)
+        options |= quantization(quantize, dtype)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-        return cls(model.eval().requires_grad_(False), tokenizer, image_processor)
+        return cls(keep_layout(model).eval().requires_grad_(False), tokenizer, image_processor)
 
     @property
     def core(self) -> nn.Module:
@@ -70,8 +78,18 @@ class HFBackbone(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
+    def language(self) -> nn.Module:
+        """The decoder without its LM head, from embeddings to `last_hidden_state`."""
+        decoder = self.core.get_decoder()
+        return getattr(decoder, "model", decoder)  # BLIP-2 holds a whole causal LM
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.core.get_output_embeddings()
+
+    @property
     def device(self) -> torch.device:
-        return self.core.lm_head.weight.device
+        return self.lm_head.weight.device
 
     def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
@@ -80,6 +98,8 @@ class HFBackbone(nn.Module):
         if "image_grid_thw" in inputs:  # patches of any resolution, merged in squares
             return (inputs["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
         pixels, config = inputs["pixel_values"], self.core.config
+        if hasattr(config, "num_query_tokens"):  # a Q-Former
+            return [config.num_query_tokens] * len(pixels)
         side = config.vision_config.patch_size
         patches = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
         extra = 0 if config.vision_feature_select_strategy == "default" else 1  # "full" keeps the class token
@@ -89,7 +109,11 @@ class HFBackbone(nn.Module):
         tensors = {key: value.to(self.device) for key, value in inputs.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.core.dtype)
         output = self.core.get_image_features(**tensors)
-        return list(output.pooler_output if isinstance(output, ModelOutput) else output)
+        features = output.pooler_output if isinstance(output, ModelOutput) else output
+        if deep := getattr(output, "deepstack_features", None):  # Qwen3-VL, from k layers of its vision tower
+            levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in deep]
+            return list(torch.cat([torch.cat(features), *levels], dim=-1).split([len(f) for f in features]))
+        return list(features)
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
         embeds = self.core.get_input_embeddings()(ids)
@@ -98,33 +122,61 @@ class HFBackbone(nn.Module):
             found, expected = int(slots.sum()), sum(len(f) for f in features)
             if found != expected:
                 raise ValueError(f"{found} image slots in the prompt, but pictures with {expected} features")
+            embeds = nn.functional.pad(embeds, (0, features[0].shape[-1] - embeds.shape[-1]))  # deep: 0 for text
             embeds = embeds.masked_scatter(slots.unsqueeze(-1), torch.cat(features).to(embeds.dtype))
         return embeds
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        if hasattr(self.core.model, "get_rope_index"):  # rotary positions in time, height and width
+        rope_index = getattr(getattr(self.core, "model", None), "get_rope_index", None)
+        if rope_index is not None:  # rotary positions in time, height and width
             kinds = (ids == self.image_token_id).int()
             mask = torch.ones_like(ids) if mask is None else mask
-            return self.core.model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)[0]
+            return rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)[0]
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
     def forward(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: DynamicCache | None = None
+        self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        output = self.core.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
+        embeds, deep = embeds[..., : self.width], embeds[..., self.width :]
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if deep.shape[-1]:  # added to the states behind the first k layers; to those of text as zeros
+            options["visual_pos_masks"] = torch.ones_like(deep[..., 0], dtype=torch.bool)
+            options["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in deep.split(self.width, dim=-1)]
+        if self.prefix is not None and cache is None:
+            cache = fixed_cache(prefix_states(self.prefix, len(embeds)))
+            if mask is not None:
+                mask = nn.functional.pad(mask, (cache.get_seq_length(), 0), value=1)
+        output = self.language(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, **options
         )
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.core.lm_head(hidden)
+        return self.lm_head(hidden)
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.core.config.get_text_config())
+        states = None if self.prefix is None else prefix_states(self.prefix, 1, self.lm_head.weight.dtype)
+        return DynamicCache(states, config=self.core.config.get_text_config())
+
+    def add_prefix(self, num_tokens: int, hidden: int) -> None:
+        """Prefix tuning (Li & Liang, arXiv 2101.00190): keys and values of P virtual tokens before all tokens, in every
+        layer, from an MLP of hidden width `hidden`. They train in float32; positions of the tokens do not shift."""
+        self.prefix = prefix_encoder(self.core.config.get_text_config(), num_tokens, hidden).to(self.device)
+
+    def checkpointing(self, on: bool) -> None:
+        """Turn gradient checkpointing of the language model on or off; it is active in training mode."""
+        for layer in self.language.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = on
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                layer._can_checkpoint_with_cache = True  # a prefix: it does not grow when a layer runs again
+
+    def train(self, mode: bool = True) -> HFBackbone:
+        """Only the language model changes mode: it holds what trains, and the Q-Former has dropout."""
+        super().train(False)
+        self.language.train(mode)
+        self.training = mode
+        return self
 
     def add_tokens(self, tokens: list[str]) -> list[int]:
         """Add special tokens; new rows of embedding and LM head start at the mean of the rows of known tokens.
@@ -140,7 +192,7 @@ class HFBackbone(nn.Module):
             core.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
         if fresh:
             rows = self.tokenizer.convert_tokens_to_ids(fresh)
-            for weight in {id(w): w for w in (core.get_input_embeddings().weight, core.lm_head.weight)}.values():
+            for weight in {id(w): w for w in (core.get_input_embeddings().weight, self.lm_head.weight)}.values():
                 with torch.no_grad():
                     weight[rows] = weight[:known].float().mean(dim=0).to(weight.dtype)
         core.requires_grad_(False)

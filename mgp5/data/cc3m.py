@@ -29,6 +29,16 @@ def clean_caption(caption: str) -> str:
     return " ".join(_DROPPED.sub(" ", caption.lower()).split())
 
 
+def pair(image: Image, instruction: int | None = None) -> Conversation:
+    """Caption -> picture; with the words of an instruction before the caption if one is chosen."""
+    conversation = Conversation()
+    if instruction is None:
+        conversation = conversation.add("user", image.caption)
+    else:
+        conversation = conversation.add("system", SYSTEM).add("user", f"{INSTRUCTIONS[instruction]} {image.caption}")
+    return conversation.add("assistant", image)
+
+
 class CC3M:
     """One sample per row, and after every `instruct_every`-th row the same row again as an instruction.
 
@@ -50,13 +60,8 @@ class CC3M:
         """Caption -> picture. Raises IndexError."""
         row, instruct = self._locate(index)
         caption, name = self._rows[row].decode().split("\t")
-        conversation = Conversation()
-        if instruct:
-            prompt = INSTRUCTIONS[pick(len(INSTRUCTIONS), self._seed, name)]
-            conversation = conversation.add("system", SYSTEM).add("user", f"{prompt} {caption}")
-        else:
-            conversation = conversation.add("user", caption)
-        return conversation.add("assistant", Image(path=self.root / name, caption=caption))
+        image = Image(path=self.root / name, caption=caption)
+        return pair(image, pick(len(INSTRUCTIONS), self._seed, name) if instruct else None)
 
     def key(self, index: int) -> str:
         """Path of the picture, relative to the folder; instructions end in "#instruction"."""

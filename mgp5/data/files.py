@@ -8,16 +8,24 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, inside
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
 SPLITS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 
 
+class Skipped(NamedTuple):
+    """A note on a sample that could not be used, or not as it is: the kind of problem, and where and why."""
+
+    kind: str
+    place: str
+
+
 class Problems(dict[str, int]):
-    """How often something was skipped at load, by kind; `first` names the first place of each kind."""
+    """How often something was skipped, by kind; `first` names the first place of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,6 +35,12 @@ class Problems(dict[str, int]):
         """Count one more of a kind."""
         self[kind] = self.get(kind, 0) + 1
         self.first.setdefault(kind, place)
+
+    def merge(self, other: Problems) -> None:
+        """Add the counts of another."""
+        for kind, count in other.items():
+            self[kind] = self.get(kind, 0) + count
+            self.first.setdefault(kind, other.first[kind])
 
     def __str__(self) -> str:
         return "; ".join(f"{count} x {kind} (first: {self.first[kind]})" for kind, count in self.items()) or "none"

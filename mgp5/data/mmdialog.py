@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Part, Text
-from .files import Pictures, Problems, Rows, check_usable, find_table, lines
+from .files import SUFFIXES, Pictures, Problems, Rows, check_usable, find_table, lines
 
 # The text is that of the MiniGPT-5 release; `mgp5 chat` begins with it too.
 SYSTEM = (
@@ -17,7 +18,6 @@ SYSTEM = (
     "You will be able to see the images once I provide it to you. "
     "Please generate conversations with appropriate images."
 )
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # MMDialog itself has .jpg only
 
 Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
 
@@ -26,7 +26,7 @@ class MMDialog:
     """One sample per answer, with what was said before as context.
 
     Attributes:
-        problems: skipped at load: "missing image" and "bad turn" (the dialogue ends before it), "bad row".
+        problems: skipped at load: "missing image", "bad turn" and "long turn" (the dialogue ends before it), "bad row".
     """
 
     def __init__(self, root: Path, history: int | None, user_targets: bool) -> None:
@@ -70,7 +70,15 @@ class MMDialog:
         return Text(value) if kind == "text" else Image(path=self.root / value)
 
 
-def load(path: Path, split: str = "train", *, history: int | None = None, user_targets: bool = False) -> MMDialog:
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    history: int | None = None,
+    user_targets: bool = False,
+    turn_tokens: int | None = None,
+    count: Callable[[str], int] | None = None,
+) -> MMDialog:
     """Dialogues from `<split>/<split>_conversations.txt`: one JSON object per line, pictures beside it as `<id>.jpg`.
 
     Args:
@@ -80,11 +88,22 @@ def load(path: Path, split: str = "train", *, history: int | None = None, user_t
             An even number makes the assistant speak first, which some chat templates refuse.
         user_targets: also learn the turns at even positions (as the release does), roles swapped, so that
             the assistant speaks first and answers last; never the very first turn.
+        turn_tokens: a dialogue ends before a turn with more tokens (the release: 50); None = no limit.
+        count: the number of tokens of a text, at most that of its UTF-8 bytes; needed for `turn_tokens`.
 
     Raises Mgp5Error for a missing file, an id that leaves the folder, or if no dialogue is usable.
     """
     if history is not None and history < 0:
         raise Mgp5Error(f"history is {history}", "expected 0 or more", usage=True)
+    if turn_tokens is not None and (turn_tokens < 1 or count is None):
+        raise Mgp5Error(
+            f"turn_tokens is {turn_tokens}", "expected 1 or more, and a tokenizer to count them", usage=True
+        )
+
+    def too_long(text: str) -> bool:
+        raw = text.encode(errors="replace")  # a token has one byte or more: short texts need no tokenizer
+        return turn_tokens is not None and len(raw) > turn_tokens and count(raw.decode()) > turn_tokens
+
     table = find_table(path, split, "{split}/{split}_conversations.txt", "{split}_conversations.txt")
     dataset, pictures = MMDialog(table.parent, history, user_targets), Pictures(table.parent)
     for place, line in lines(table):
@@ -94,19 +113,24 @@ def load(path: Path, split: str = "train", *, history: int | None = None, user_t
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             dataset.problems.note("bad row", place)
             continue
-        dataset.append(name, _turns(turns, pictures, dataset.problems, place))
+        dataset.append(name, _turns(turns, pictures, dataset.problems, place, too_long))
     check_usable(dataset, table)
     return dataset
 
 
-def _turns(raw: list[Any], pictures: Pictures, problems: Problems, place: str) -> list[Turn]:
-    """The turns up to the first one that is malformed, empty or without its picture."""
+def _turns(
+    raw: list[Any], pictures: Pictures, problems: Problems, place: str, too_long: Callable[[str], bool]
+) -> list[Turn]:
+    """The turns up to the first one that is malformed, empty, too long or without its picture."""
     turns = []
     for number, elements in enumerate(raw):
         spot = f"{place} turn {number}"
         parts = _elements(elements)
         if not parts:
             problems.note("bad turn", spot)
+            break
+        if too_long(" ".join(value for kind, value in parts if kind == "text")):
+            problems.note("long turn", spot)
             break
         for part in parts:
             if part[0] == "image":

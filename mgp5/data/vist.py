@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
-from .files import Pictures, Problems, check_usable, find_table, pick, read_object
+from .files import SUFFIXES, Pictures, Problems, check_usable, find_table, pick, read_object
 
 Scene = tuple[str, Image]  # what a step of a story says, and its picture
 Task = Literal["illustrate", "continue", "narrate"]
 Context = Literal["full", "text", "none"]
+Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the picture
 
 # The texts are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each).
 SYSTEM = (
@@ -81,7 +82,7 @@ class VIST:
 
     Attributes:
         stories: what was read, in file order.
-        problems: skipped at load: "missing image" (the story ends before it), "bad story".
+        problems: skipped at load: "missing image" (the story ends before it), "bad story", "bad annotation".
     """
 
     def __init__(
@@ -130,12 +131,14 @@ def load(
     narrate_first: bool = False,
     seed: int = 0,
 ) -> VIST:
-    """Stories from `<split>_cleaned.json` and `<split>_image_mapping.json`.
+    """Stories from `<split>_cleaned.json` and `<split>_image_mapping.json`, or the official files.
 
-    The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: picture path}.
+    The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: picture path}. The
+    official `<split>.story-in-sequence.json`, also in `sis/`, goes with pictures `<flickr id>.jpg` (or another suffix)
+    in `images/`, `<split>/`, `images/<split>/` or beside the file.
 
     Args:
-        path: folder of the two files, or the first file; picture paths are relative to their folder.
+        path: folder of the files, or the file of the stories; picture paths are relative to the folder.
         split: "train", "val" or "test"; the last two stand in for each other.
         tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
         context: how much of the history the prompt shows: "full", "text" or "none".
@@ -148,11 +151,16 @@ def load(
         raise Mgp5Error(f"unknown tasks {tuple(tasks)}", f"expected some of {', '.join(TASKS)}", usage=True)
     if context not in ("full", "text", "none"):
         raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
-    table = find_table(path, split, "{split}_cleaned.json")
-    names = read_object(table.with_name(table.name.replace("cleaned", "image_mapping")))
-    problems, pictures, stories = Problems(), Pictures(table.parent), []
-    for name, raw in read_object(table).items():
-        scenes = _scenes(raw, names, pictures, problems, f"{table.name} story {name}")
+    official = "{split}.story-in-sequence.json"
+    table = find_table(path, split, "{split}_cleaned.json", official, f"sis/{official}")
+    pictures = Pictures(path if path.is_dir() else table.parent)
+    problems, stories, told = Problems(), [], read_object(table)
+    if isinstance(told.get("annotations"), list):
+        told, find = _official(told["annotations"], problems, table), _photos(pictures, table)
+    else:
+        find = _mapped(pictures, read_object(table.with_name(table.name.replace("cleaned", "image_mapping"))))
+    for name, raw in told.items():
+        scenes = _scenes(raw, find, pictures.root, problems, f"{table.name} story {name}")
         if scenes:
             stories.append(Story(name, scenes))
     dataset = VIST(stories, problems, tasks, context, 0 if narrate_first else 1, seed)
@@ -160,7 +168,47 @@ def load(
     return dataset
 
 
-def _scenes(raw: Any, names: dict[str, Any], pictures: Pictures, problems: Problems, place: str) -> tuple[Scene, ...]:
+def _mapped(pictures: Pictures, names: dict[str, Any]) -> Find:
+    """Pictures of the cleaned files: the path that the mapping gives."""
+
+    def find(image_id: str, place: str) -> str | None:
+        name = names.get(image_id)
+        return pictures.find(name, place) if isinstance(name, str) else None
+
+    return find
+
+
+def _photos(pictures: Pictures, table: Path) -> Find:
+    """Pictures of the official files: no list says where they are, so they are looked for."""
+    split = table.name.partition(".")[0]
+    beside = table.parent.relative_to(pictures.root).as_posix()
+    folders = ("images", split, f"images/{split}", beside)
+
+    def find(image_id: str, place: str) -> str | None:
+        names = (f"{folder}/{image_id}{suffix}" for folder in folders for suffix in SUFFIXES)
+        return next((found for name in names if (found := pictures.find(name, place))), None)
+
+    return find
+
+
+def _official(annotations: list[Any], problems: Problems, table: Path) -> dict[str, list[dict[str, Any]]]:
+    """The steps of each story in the form of the cleaned files.
+
+    "original_text" is what people wrote, "text" the same with names made "[male]" and split into tokens.
+    """
+    stories: dict[str, list[dict[str, Any]]] = {}
+    for number, annotation in enumerate(annotations):
+        for step in annotation if isinstance(annotation, list) else [annotation]:
+            try:
+                text, order = step.get("original_text") or step["text"], step["worker_arranged_photo_order"]
+                scene = {"caption": text, "image_id": step["photo_flickr_id"], "sequence_index": order}
+                stories.setdefault(str(step["story_id"]), []).append(scene)
+            except (KeyError, AttributeError, TypeError):
+                problems.note("bad annotation", f"{table.name} annotation {number}")
+    return stories
+
+
+def _scenes(raw: Any, find: Find, root: Path, problems: Problems, place: str) -> tuple[Scene, ...]:
     """Scenes of a story up to the first one without a picture; none when the story is malformed."""
     try:
         steps = [
@@ -174,10 +222,9 @@ def _scenes(raw: Any, names: dict[str, Any], pictures: Pictures, problems: Probl
         return ()
     scenes: list[Scene] = []
     for text, image_id in steps:
-        name = names.get(image_id)
-        found = pictures.find(name, place) if isinstance(name, str) else None
+        found = find(image_id, place)
         if not found:
-            problems.note("missing image", f"{place} {name or image_id}")
+            problems.note("missing image", f"{place} {image_id}")
             break
-        scenes.append((text, Image(path=pictures.root / found)))
+        scenes.append((text, Image(path=root / found)))
     return tuple(scenes)

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .sampler import Schedule
+
 # What model_index.json calls a pipeline -> the module and class here that load it.
 PIPELINES = {
     "StableDiffusionPipeline": ("sd2", "StableDiffusion"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
 }
 
 
 class LatentDiffusion(Protocol):
     """What the rest of mgp5 asks of a diffusion model; it is frozen, and gradients reach only the condition."""
+
+    schedule: Schedule
 
     @property
     def native_size(self) -> int:
@@ -31,11 +36,24 @@ class LatentDiffusion(Protocol):
     def condition_shape(self) -> tuple[int, int]:
         """(L, D) of a condition."""
 
+    @property
+    def pooled_width(self) -> int:
+        """How many numbers of a condition's last row are a pooled vector, before zeros; 0: it is a row like all."""
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of height x width pixels."""
 
+    def checkpointing(self, on: bool) -> None:
+        """Turn gradient checkpointing of the denoiser on or off."""
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to float32 (B, 2C, h, w): mean and deviation of the VAE's posterior."""
+
+    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Moments to float32 latents (B, C, h, w) of about unit variance: the mean without a generator."""
+
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to float32 latents (B, C, h, w) of about unit variance."""
+        """Pixels (B, 3, H, W) in [-1, 1] to float32 latents (B, C, h, w): `sample` of `moments`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to float32 pixels (B, 3, H, W) in [-1, 1]."""

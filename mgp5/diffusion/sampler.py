@@ -7,8 +7,9 @@ With a fixed schedule each sampler is linear: a step is
     x' = c0 x + c1 p + c2 m1 + ... + c(K+1) mK        (coefficients, one row per step)
     m  = d0 x + d1 p                                  (conversion; it is m1 in the next step)
 where m is whatever the multistep method keeps of a step (the clean latents for DPM-Solver++, the prediction for PNDM).
-All samplers run on variance-preserving latents, Euler too: then no sampler needs to scale the model's input, and what
-comes out of any step can be previewed.
+All samplers run on the latents that the model is called with, Euler too: then no sampler needs to scale the model's
+input, and what comes out of any step can be previewed. Flow matching needs no samplers of its own: Euler and
+DPM-Solver++ see only levels (alpha, sigma) and what a prediction means there.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import Mgp5Error
-from .schedule import NoiseSchedule
+from .flow import FlowSchedule
+from .schedule import Level, NoiseSchedule
 
 # Latents (B, C, h, w), timestep (), condition (B, L, D) -> (B, C, h, w)
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-Level = tuple[float, float]  # (alpha, sigma)
+Schedule = NoiseSchedule | FlowSchedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,21 +61,22 @@ class SamplerTable:
         return self.coefficients.shape[1] - 2
 
 
-def sampler_table(name: str, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+def sampler_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
     """The table of the sampler `name`, a key of SAMPLERS, for a schedule and a number of steps; cached.
 
     Raises:
         Mgp5Error: the name is unknown, or the schedule cannot be sampled so.
     """
-    if name not in SAMPLERS:
-        raise Mgp5Error(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}", "choose one of these")
+    if name not in schedule.samplers:
+        found = f"no sampler {name!r} for a model with {schedule.prediction_type}"
+        raise Mgp5Error(f"{found}, expected one of {', '.join(schedule.samplers)}", "choose one of these", usage=True)
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise Mgp5Error(f"{steps} steps, expected 1 to {schedule.num_train_timesteps}", "change --steps")
     return _cached_table(name, schedule, steps)
 
 
 @lru_cache(maxsize=64)
-def _cached_table(name: str, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+def _cached_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
     hint = "take fewer steps or another sampler"
     try:
         # What cannot be shows up as inf or nan (a zero SNR with epsilon prediction, a timestep twice in DPM-Solver++).
@@ -87,7 +91,7 @@ def _cached_table(name: str, schedule: NoiseSchedule, steps: int) -> SamplerTabl
 
 def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """DDIM without noise (Song et al., arXiv 2010.02502, eq. 12)."""
-    timesteps = _timesteps(schedule, steps, default="leading")
+    timesteps = schedule.spaced_timesteps(steps, default="leading")
     final = _final_alpha_bar(schedule, default=True)
     rows = []
     for t in timesteps:
@@ -96,23 +100,21 @@ def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     return _table("ddim", timesteps, rows)
 
 
-def euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Euler's method (Karras et al., arXiv 2206.00364), written for variance-preserving latents.
+def euler(schedule: Schedule, steps: int) -> SamplerTable:
+    """Euler's method (Karras et al., arXiv 2206.00364), written for variance-preserving latents; and for flow matching.
 
     Dividing its latents by sqrt(1 + s^2), s being its noise level sigma / alpha, makes it a first-order step like
-    DDIM's that ends without noise, and the scaled input of the model becomes the latents themselves.
+    DDIM's that ends without noise, and the scaled input of the model becomes the latents themselves. With flow matching
+    the same step is x' = x + (sigma' - sigma) p (Esser et al., arXiv 2403.03206).
     """
-    timesteps = _timesteps(schedule, steps, default="linspace", whole=False)
-    levels = [_ratio_level(schedule, t) for t in timesteps] + [(1.0, 0.0)]
+    timesteps, levels, noise_scale = schedule.euler_route(steps)
     rows = [_first_order(schedule, source, target) for source, target in pairwise(levels)]
-    leading = (schedule.timestep_spacing or "linspace") == "leading"
-    return _table("euler", timesteps, rows, noise_scale=1.0 if leading else levels[0][1])
+    return _table("euler", timesteps, rows, noise_scale=noise_scale)
 
 
-def dpm_solver(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
     """DPM-Solver++ 2M, midpoint (Lu et al., arXiv 2211.01095, algorithm 2); first order in the first and last step."""
-    timesteps = _dpm_timesteps(schedule, steps)
-    levels = [_ratio_level(schedule, t) for t in timesteps] + [(1.0, 0.0)]
+    timesteps, levels, _ = schedule.dpm_route(steps)
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in levels]
     rows, conversion = [], []
     for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(pairwise(levels)):
@@ -136,7 +138,7 @@ def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         raise Mgp5Error("pndm cannot sample a model with prediction_type 'sample'", "choose another sampler")
     stride = schedule.num_train_timesteps // steps
     final = _final_alpha_bar(schedule, default=False)
-    timesteps = _timesteps(schedule, steps, default="leading")
+    timesteps = schedule.spaced_timesteps(steps, default="leading")
     moves = [(t, t - stride) for t in timesteps]
     if steps > 1:
         timesteps = np.insert(timesteps, 1, timesteps[1])
@@ -155,11 +157,12 @@ def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     return _table("pndm", timesteps, rows, conversion=[(0.0, 1.0)] * len(rows))
 
 
-SAMPLERS: dict[str, Callable[[NoiseSchedule, int], SamplerTable]] = {
+SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
     "dpm++": dpm_solver,
     "ddim": ddim,
     "euler": euler,
     "pndm": pndm,
+    "flow-euler": euler,  # what "euler" is with flow matching, for whoever wants to be refused without it
 }
 
 
@@ -239,16 +242,18 @@ def _table(
     )
 
 
-def _clean_and_noise(schedule: NoiseSchedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+def _clean_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """The clean latents and the noise that a prediction means, each as coefficients of (x, p)."""
     if schedule.prediction_type == "epsilon":
         return np.array([1, -sigma]) / alpha, np.array([0.0, 1.0])
     if schedule.prediction_type == "v_prediction":
         return np.array([alpha, -sigma]), np.array([sigma, alpha])
+    if schedule.prediction_type == "flow_prediction":
+        return np.array([1, -sigma]), np.array([1, alpha])
     return np.array([0.0, 1.0]), np.array([1, -alpha]) / sigma
 
 
-def _first_order(schedule: NoiseSchedule, source: Level, target: Level) -> np.ndarray:  # (2,)
+def _first_order(schedule: Schedule, source: Level, target: Level) -> np.ndarray:  # (2,)
     """Move the clean latents and the noise that the prediction means to another level (alpha, sigma)."""
     clean, noise = _clean_and_noise(schedule, *source)
     return target[0] * clean + target[1] * noise
@@ -260,38 +265,6 @@ def _level(schedule: NoiseSchedule, t: int, final_alpha_bar: float = 1.0) -> Lev
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 
-def _ratio_level(schedule: NoiseSchedule, t: float) -> Level:
-    """(alpha, sigma) at any timestep, by interpolation of the ratio sigma / alpha."""
-    alpha_bar = schedule.alphas_cumprod.copy()
-    if schedule.rescale_betas_zero_snr:
-        alpha_bar[-1] = 2.0**-24  # as diffusers: the ratio must stay finite
-    if t > len(alpha_bar) - 1:
-        raise IndexError(t)
-    ratio = np.interp(t, np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
-    return 1 / np.sqrt(1 + ratio**2), ratio / np.sqrt(1 + ratio**2)
-
-
 def _final_alpha_bar(schedule: NoiseSchedule, default: bool) -> float:
     to_one = default if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
     return 1.0 if to_one else schedule.alphas_cumprod[0]
-
-
-def _timesteps(schedule: NoiseSchedule, steps: int, default: str, whole: bool = True) -> np.ndarray:  # (steps,)
-    """The timesteps of one spacing, falling (Lin et al., arXiv 2305.08891, table 2)."""
-    spacing, total = schedule.timestep_spacing or default, schedule.num_train_timesteps
-    if spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, steps)[::-1]
-        return timesteps.round().astype(np.int64) if whole else timesteps
-    if spacing == "leading":
-        return np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
-    return (total - np.arange(steps) * (total / steps)).round().astype(np.int64) - 1
-
-
-def _dpm_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:  # (steps,)
-    """As `_timesteps`, but DPM-Solver++ leaves out the last of one step more."""
-    spacing, total = schedule.timestep_spacing or "linspace", schedule.num_train_timesteps
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
-    if spacing == "leading":
-        return np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + schedule.steps_offset
-    return _timesteps(schedule, steps, default="trailing")

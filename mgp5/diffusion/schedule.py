@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,15 @@ ACCEPTED = {
     "interpolation_type": (None, "linear"),
     "final_sigmas_type": (None, "zero"),
 }
+Level = tuple[float, float]  # (alpha, sigma)
+
+
+class Route(NamedTuple):
+    """Where a sampler of n steps calls the model, the levels it passes, and the scale of the noise it starts from."""
+
+    timesteps: np.ndarray  # (n,)
+    levels: list[Level]  # n + 1, the last is (1, 0)
+    noise_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +81,11 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
 
+    samplers: ClassVar[tuple[str, ...]] = ("dpm++", "ddim", "euler", "pndm")
+
     def __post_init__(self) -> None:
         values = vars(self)
-        problems = _problems({name: values[name] for name in ACCEPTED if name in values})
+        problems = disagreements({name: values[name] for name in ACCEPTED if name in values}, ACCEPTED)
         if not 0 < self.beta_start <= self.beta_end < 1:
             problems.append(f"betas run from {self.beta_start} to {self.beta_end}, expected 0 < start <= end < 1")
         if problems:
@@ -89,9 +100,8 @@ class NoiseSchedule:
         Raises:
             Mgp5Error: the config is of another family (flow matching, say) or has settings we would get wrong.
         """
-        used_defaults = config.get("_use_default_values", [])
-        given = {name: value for name, value in config.items() if name not in used_defaults}
-        problems = _problems(given)
+        given = without_defaults(config)
+        problems = disagreements(given, ACCEPTED)
         if given.get("_class_name", "DDIMScheduler") not in UNDERSTOOD:
             problems.append(f"_class_name is {given['_class_name']}, expected one of {', '.join(sorted(UNDERSTOOD))}")
         if problems:
@@ -123,6 +133,10 @@ class NoiseSchedule:
         level = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return np.minimum(1 - level[1:] / level[:-1], 0.999)
 
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:  # (B,)
+        """Timesteps to train on, uniform, int64 on the CPU."""
+        return torch.randint(self.num_train_timesteps, (count,), generator=generator)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
         """Noisy latents at `timesteps`, int64 in [0, T); timesteps on the CPU spare a wait for the device."""
         alpha, sigma = self._levels(timesteps, latents)
@@ -142,16 +156,67 @@ class NoiseSchedule:
         alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
         return (alpha_bar / (1 - alpha_bar)).to(timesteps.device, torch.float32)
 
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # (B,) -> (B,)
+        """min(SNR, gamma), the weight of the clean latents, expressed for what the model predicts."""
+        snr = self.snr(timesteps)
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1)
+        return snr.clamp(max=gamma) / (snr + 1 if self.prediction_type == "v_prediction" else 1)
+
+    def euler_route(self, steps: int) -> Route:
+        """The route of Euler's method, through fractions of timesteps."""
+        timesteps = self.spaced_timesteps(steps, default="linspace", whole=False)
+        levels = [self._ratio_level(t) for t in timesteps] + [(1.0, 0.0)]
+        leading = (self.timestep_spacing or "linspace") == "leading"
+        return Route(timesteps, levels, noise_scale=1.0 if leading else levels[0][1])
+
+    def dpm_route(self, steps: int) -> Route:
+        """The route of DPM-Solver++, which leaves out the last timestep of one step more."""
+        spacing, total = self.timestep_spacing or "linspace", self.num_train_timesteps
+        if spacing == "linspace":
+            timesteps = np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
+        elif spacing == "leading":
+            timesteps = np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + self.steps_offset
+        else:
+            timesteps = self.spaced_timesteps(steps, default="trailing")
+        return Route(timesteps, [self._ratio_level(t) for t in timesteps] + [(1.0, 0.0)])
+
+    def spaced_timesteps(self, steps: int, default: str, whole: bool = True) -> np.ndarray:  # (steps,)
+        """The timesteps of one spacing, falling (Lin et al., arXiv 2305.08891, table 2)."""
+        spacing, total = self.timestep_spacing or default, self.num_train_timesteps
+        if spacing == "linspace":
+            timesteps = np.linspace(0, total - 1, steps)[::-1]
+            return timesteps.round().astype(np.int64) if whole else timesteps
+        if spacing == "leading":
+            return np.arange(steps)[::-1] * (total // steps) + self.steps_offset
+        return (total - np.arange(steps) * (total / steps)).round().astype(np.int64) - 1
+
+    def _ratio_level(self, t: float) -> Level:
+        """(alpha, sigma) at any timestep, by interpolation of the ratio sigma / alpha."""
+        alpha_bar = self.alphas_cumprod.copy()
+        if self.rescale_betas_zero_snr:
+            alpha_bar[-1] = 2.0**-24  # as diffusers: the ratio must stay finite
+        if t > len(alpha_bar) - 1:
+            raise IndexError(t)
+        ratio = np.interp(t, np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
+        return 1 / np.sqrt(1 + ratio**2), ratio / np.sqrt(1 + ratio**2)
+
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:  # two of (B, 1, ...)
         alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
         alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().to(like.device, like.dtype), (1 - alpha_bar).sqrt().to(like.device, like.dtype)
 
 
-def _problems(values: Mapping[str, Any]) -> list[str]:
-    """Say which settings have a value outside ACCEPTED."""
+def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a scheduler config that somebody chose: diffusers lists those that it filled in."""
+    filled_in = config.get("_use_default_values", [])
+    return {name: value for name, value in config.items() if name not in filled_in}
+
+
+def disagreements(values: Mapping[str, Any], accepted: Mapping[str, tuple]) -> list[str]:
+    """Say which settings have a value that is not accepted."""
     return [
         f"{name} is {values[name]!r}, expected {' or '.join(str(choice) for choice in choices if choice is not None)}"
-        for name, choices in ACCEPTED.items()
+        for name, choices in accepted.items()
         if name in values and values[name] not in choices
     ]

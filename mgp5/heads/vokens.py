@@ -47,10 +47,19 @@ def predicting_states(
 
 
 class VokenHead(nn.Module):
-    """Draws a picture from the states that predict a run of vokens (MiniGPT-5, section 3.2)."""
+    """Draws a picture from the states that predict a run of vokens (MiniGPT-5, section 3.2).
 
-    def __init__(self, mapper: FeatureMapper, diffusion: LatentDiffusion, ids: Sequence[int]) -> None:
+    Args:
+        ids: of the vokens, in order.
+        empty_text: guidance takes the generator's own encoding of the empty text for its other half, not the mapper
+            at zeros: for models trained without guidance dropout.
+    """
+
+    def __init__(
+        self, mapper: FeatureMapper, diffusion: LatentDiffusion, ids: Sequence[int], empty_text: bool = False
+    ) -> None:
         super().__init__()
+        self.empty_text = empty_text
         self.mapper = mapper
         self.tokens = voken_tokens(len(ids))
         self.ids = tuple(ids)
@@ -78,9 +87,10 @@ class VokenHead(nn.Module):
         return self.mapper(predicting_states(hidden, [0], [1], self.num_vokens))
 
     def unconditional(self, condition: Tensor) -> Tensor:
-        """The mapper applied to zeros (1, L, C), computed once and kept until the mapper trains again."""
+        """The other half of guidance (1, L, C), computed once and kept until the mapper trains again."""
         if self._zeros is None or self._zeros.device != condition.device or self.training:
-            self._zeros = self.mapper.unconditional(self.num_vokens)
+            zeros = self.diffusion.encode_text([""]) if self.empty_text else self.mapper.unconditional(self.num_vokens)
+            self._zeros = zeros.to(condition)
         return self._zeros
 
     def train(self, mode: bool = True) -> VokenHead:

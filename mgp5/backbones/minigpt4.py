@@ -1,0 +1,135 @@
+"""MiniGPT-4 as an ordinary BLIP-2 checkpoint: EVA ViT-g, Q-Former, one linear layer, Vicuna (D width of the LLM).
+
+Such a folder loads like any other backbone (`hf.HFBackbone`); here it is put together from what was published.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+)
+
+from ..errors import Mgp5Error
+from ..hub import from_hub
+
+IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
+# The release's layout: system text, then "###Human: ... ###Assistant: ... ###Human: ...". The begin token is the LLM's
+# own, which Vicuna's versions do not agree on.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ {'system': '', 'user': '###Human: ', 'assistant': '###Assistant: '}[m['role']] }}"
+    "{% for c in m['content'] %}{{ '<Img><ImageHere></Img>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ '' if m['role'] == 'system' else ' ' }}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"
+)
+
+
+def compose(
+    blip2: str | Path, llm: str | Path, out: Path, projection: Path | None = None, *, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write a MiniGPT-4 folder: BLIP-2's vision tower and Q-Former, a LLaMA, and the linear layer between them.
+
+    A turn ends with "###". Where the vocabulary has " ###" as a token, it becomes the tokenizer's end of text, which
+    training targets end with; generation also stops at the LLM's own end of text and at "##", with which LLaMA spells
+    "###" behind other characters than a blank.
+
+    Args:
+        blip2: folder or hub id; the paper's is Salesforce/blip2-flan-t5-xxl (its T5 is not read).
+        llm: folder or hub id; the paper's is Vision-CAIR/vicuna-7b (Vicuna v0).
+        out: a new folder.
+        projection: MiniGPT-4's prerained_minigpt4_7b.pth; None leaves the layer random, to be trained elsewhere.
+        dtype: of the weights on disk; the Q-Former's stay float32.
+
+    Raises:
+        Mgp5Error: `out` exists, or the projection is not one for these parts.
+    """
+    if out.exists():
+        raise Mgp5Error(f"{out} exists already", "choose another folder", usage=True)
+    language, tokenizer, stops = from_hub(str(llm), partial(_language, dtype=dtype))
+    if len(tokenizer) > language.config.vocab_size:
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = from_hub(str(blip2), partial(_vision, width=language.config.hidden_size, dtype=dtype))
+    model.language_model = language
+    model.config.text_config = language.config
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    model.language_projection = _linear(model.config, projection).to(dtype)
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
+    part = out.with_name(f"{out.name}.part")
+    for piece in (model, tokenizer, _image_processor(model.config.vision_config.image_size)):
+        piece.save_pretrained(part)
+    os.replace(part, out)
+    return out
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `torch.save` has written: plain data and tensors only. Raises Mgp5Error for anything else."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    except OSError as error:
+        raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path") from None
+    except Exception as error:  # the unpickler raises whatever it stumbles over
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {blocked[1]}" if blocked else f"no file of torch.save, {type(error).__name__}"
+        raise Mgp5Error(f"cannot read {path} ({reason})", "expected tensors by name and plain data") from None
+
+
+def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[int]]:
+    """The LLM, its tokenizer with picture token and template, and the ids that end a reply."""
+    # Pickled weights are read too (weights_only, no code): Vicuna has no others.
+    language = AutoModelForCausalLM.from_pretrained(llm, revision=revision, dtype=dtype)
+    # legacy as in the release: a blank behind special tokens.
+    tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, legacy=True)
+    tokenizer.init_kwargs["legacy"] = True  # else it is not saved
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    end, vocabulary = tokenizer.eos_token, tokenizer.get_vocab()
+    tokenizer.pad_token = tokenizer.pad_token or end
+    if STOP in vocabulary:
+        tokenizer.add_special_tokens({"eos_token": STOP})
+    return language, tokenizer, [vocabulary[token] for token in (STOP, end, "##") if token in vocabulary]
+
+
+def _vision(blip2: str, revision: str | None, width: int, dtype: torch.dtype) -> Blip2ForConditionalGeneration:
+    """A BLIP-2 with its vision tower and Q-Former read, and an empty language model of a width."""
+    config = Blip2Config.from_pretrained(blip2, revision=revision)
+    empty = {"num_hidden_layers": 0, "vocab_size": 1, "intermediate_size": 1, "hidden_size": width}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = Blip2Config(
+        vision_config=config.vision_config.to_dict(),
+        qformer_config=config.qformer_config.to_dict(),
+        text_config={"model_type": "llama", **empty, **ends},
+        num_query_tokens=config.num_query_tokens,
+    )
+    options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    return Blip2ForConditionalGeneration.from_pretrained(blip2, revision=revision, config=config, **options)
+
+
+def _linear(config: Blip2Config, path: Path | None) -> nn.Linear:
+    linear = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+    if path is not None:
+        state = read_state(path)
+        state = state.get("model", state)
+        found: dict[str, Tensor] = {name: state.get(f"llama_proj.{name}") for name in ("weight", "bias")}
+        shapes = [None if value is None else tuple(value.shape) for value in found.values()]
+        if shapes != (expected := [tuple(linear.weight.shape), tuple(linear.bias.shape)]):
+            raise Mgp5Error(f"{path} holds llama_proj of shapes {shapes}, expected {expected}", "use the LLM it is for")
+        linear.load_state_dict(found)
+    return linear
+
+
+def _image_processor(size: int) -> CLIPImageProcessorPil:
+    """The release's: the shorter side resized (bilinear), centre cropped, CLIP's mean and deviation."""
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)

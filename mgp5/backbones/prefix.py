@@ -1,0 +1,61 @@
+"""Prefix tuning: learned keys and values before all tokens of every layer. B batch, P virtual tokens, L layers, H key
+and value heads, d width of a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+States = list[tuple[Tensor, Tensor]]  # L x (keys, values), each (B, H, P, d)
+
+
+def prefix_encoder(text: Any, num_tokens: int, hidden: int) -> nn.Module:
+    """The trainable part: P embeddings and an MLP to all keys and values (Li & Liang, arXiv 2101.00190, section 4.3).
+
+    Args:
+        text: configuration of the language model.
+    """
+    from peft import PrefixEncoder, PrefixTuningConfig
+
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    config = PrefixTuningConfig(
+        num_virtual_tokens=num_tokens,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_key_value_heads,
+        token_dim=text.num_key_value_heads * width,
+        encoder_hidden_size=hidden,
+        prefix_projection=True,
+    )
+    encoder = PrefixEncoder(config)
+    encoder.shape = (num_tokens, 2 * config.num_layers, config.num_attention_heads, width)
+    return encoder
+
+
+def prefix_states(encoder: nn.Module, batch: int, dtype: torch.dtype = torch.float32) -> States:
+    """What the prefix puts into the cache of each layer."""
+    tokens = torch.arange(encoder.shape[0], device=encoder.embedding.weight.device)
+    states = encoder(tokens).to(dtype).view(encoder.shape).permute(1, 2, 0, 3)  # (2L, H, P, d)
+    pairs = states.expand(batch, *states.shape).transpose(0, 1).split(2)
+    return [(keys, values) for keys, values in pairs]
+
+
+def fixed_cache(states: States) -> Cache:
+    """A cache for training: it shows the prefix to every layer and keeps nothing of the tokens."""
+    return Cache(layers=[_FixedLayer(*pair) for pair in states])
+
+
+class _FixedLayer(DynamicLayer):
+    """Does not grow: under gradient checkpointing a layer runs twice and must see the same both times."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        super().update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = (self.keys, key_states), (self.values, value_states)
+        keys, values = (torch.cat([prefix.to(own.dtype), own], dim=-2) for prefix, own in states)
+        return keys, values

@@ -1,0 +1,152 @@
+"""The release's published checkpoints -> a model folder of ours (V vocabulary, D width of the LLM).
+
+Their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine of them
+belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; ours are the
+LLM's own, and `Converted.shrunk` tells the difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backbones.minigpt4 import compose, read_state
+from .checkpoint import put, save_checkpoint, trained_tensors
+from .config import LoraConfig
+from .errors import Mgp5Error
+from .hub import Parts, explain, place, resolve
+from .model import MiniGPT5, build
+
+NAMES = {"fc.": "mapper.mlp.", "llm_to_t2i_mapping.": "mapper.transformer.", "t2i_decoder_prompt": "mapper.queries"}
+ROWS = ("embed_tokens", "lm_head")
+NEEDED = (*ROWS, "mapper.mlp.0.weight", "mapper.queries")
+LORA = re.compile(r"layers\.\d+\.self_attn\.[qv]_proj\.lora_[AB]")
+VOKENS, ADDED = 8, 9
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of the checkpoints.
+
+    Attributes:
+        stage: which one they were of; None: only a MiniGPT-4 was put together.
+        shrunk: largest difference of a row that is no voken's to the LLM's own, in embedding and LM head.
+        unused: names of tensors that have no place here.
+    """
+
+    stage: str | None
+    shrunk: dict[str, float]
+    unused: tuple[str, ...]
+
+
+def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Converted:
+    """Write `out/mgp5` from stage1_cc3m.ckpt, or from it and stage2_vist.ckpt or stage2_mmdialog.ckpt.
+
+    Args:
+        checkpoints: later ones win; also MiniGPT-4's prerained_minigpt4_7b.pth if the model is to be put together.
+        model: "MINIGPT4+GENERATOR" as everywhere, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first.
+        out: a folder without a model.
+        dtype: in which the frozen parts are loaded.
+
+    Raises:
+        Mgp5Error: a file cannot be read, something is missing in all of them, or does not fit the model.
+    """
+    if (out / "mgp5").exists():
+        raise Mgp5Error(f"{out} holds a model already", "choose another --out", usage=True)
+    states = {path: read_state(path) for path in checkpoints}
+    projections = [path for path, state in states.items() if "llama_proj.weight" in state.get("model", state)]
+    trained = [state for path, state in states.items() if path not in projections]
+    released = _released(trained) if trained or model.count("+") != 2 else {}
+    model, own = _base(model, out, projections)
+    if own and not released:
+        return Converted(None, {}, ())
+    parts = resolve(model)
+    minigpt5 = build(parts.mllm, parts.diffusion, num_vokens=VOKENS, dtype=dtype)
+    shrunk = _check_rows(minigpt5, released)
+    unused = _fill(minigpt5, released, parts)
+    places = ("mllm" if own else _absolute(parts.mllm)), _absolute(parts.diffusion)
+    minigpt5.config = replace(minigpt5.config, mllm=places[0], diffusion=places[1])
+    save_checkpoint(minigpt5, out)
+    return Converted(minigpt5.config.stage, shrunk, unused)
+
+
+def _base(model: str, out: Path, projections: list[Path]) -> tuple[str, bool]:
+    """The model's parts as `resolve` takes them, and whether its MiniGPT-4 was put together in `out/mllm`."""
+    names = model.split("+")
+    if len(names) != 3:
+        return model, False
+    blip2, llm = (place(name, "part") for name in names[:2])
+    if not (blip2 and llm and len(projections) == 1):
+        raise Mgp5Error(
+            f"{model} is to be put together of BLIP2+LLM+GENERATOR, with {len(projections)} projections",
+            "give folders or hub ids, and prerained_minigpt4_7b.pth among the checkpoints",
+            usage=True,
+        )
+    try:
+        compose(blip2, llm, out / "mllm", projections[0])
+    except (OSError, ValueError) as error:
+        raise explain(error, model) from error
+    return f"{out / 'mllm'}+{names[2]}", True
+
+
+def _released(states: list[dict]) -> dict[str, Tensor]:
+    """All tensors under names that ours can be given too."""
+    tensors = {}
+    for state in states:
+        for name, value in state.get("state_dict", {}).items():
+            if "original_module" not in name:
+                tensors[_common(name)] = value
+    if missing := [name for name in NEEDED if name not in tensors]:
+        raise Mgp5Error(
+            f"the checkpoints hold no {' and no '.join(missing)}",
+            "give stage1_cc3m.ckpt before a file of stage 2, which lacks what that stage does not train",
+        )
+    return tensors
+
+
+def _common(name: str) -> str:
+    """One name for what is the same in the release and here, where peft has put prefixes of its own."""
+    if lora := LORA.search(name):
+        return lora[0]
+    for rows in ROWS:
+        if rows in name:
+            return rows
+    theirs = next((theirs for theirs in NAMES if name.startswith(theirs)), "")
+    return NAMES.get(theirs, "") + name.removeprefix(theirs)
+
+
+def _check_rows(model: MiniGPT5, released: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of the LLM's rows. Raises Mgp5Error when they are of another vocabulary or width."""
+    weights = model.backbone.core.get_input_embeddings().weight, model.backbone.lm_head.weight
+    known = len(model.backbone.tokenizer) - ADDED
+    shrunk = {}
+    for name, weight in zip(ROWS, weights, strict=True):
+        expected, found = (known + ADDED, weight.shape[1]), tuple(released[name].shape)
+        if found != expected:
+            raise Mgp5Error(
+                f"{name} of the checkpoints is {found}, of {model.config.mllm} with 9 tokens more {expected}",
+                "give the MiniGPT-4 with the LLM that they were trained with",
+            )
+        shrunk[name] = float((released[name][:known].float() - weight[:known].float()).abs().max())
+    return shrunk
+
+
+def _fill(model: MiniGPT5, released: dict[str, Tensor], parts: Parts) -> tuple[str, ...]:
+    """Put what was released into the model; returns the names that were of no use."""
+    ranks = [len(value) for name, value in released.items() if name.endswith("lora_A")]
+    model.adapt(LoraConfig(rank=ranks[0], alpha=2 * ranks[0]) if ranks else None, None)
+    model.config = replace(model.config, stage="finetune" if ranks else "pretrain")
+    names = {name: _common(name.removeprefix("adapter.")) for name in trained_tensors(model)}
+    cut = {name: value[-ADDED : VOKENS - ADDED] if name in ROWS else value for name, value in released.items()}
+    tensors = {ours: cut[common].float() for ours, common in names.items() if common in cut}
+    put(model, tensors, replace(parts, trained=Path("the checkpoints")))
+    return tuple(sorted(released.keys() - set(names.values())))
+
+
+def _absolute(part: str) -> str:
+    return str(Path(part).resolve()) if Path(part).is_dir() else part

@@ -1,0 +1,240 @@
+"""Conversations -> batches: what is left out and told, how history is cut, and several pictures in a turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as pil
+from tiny import picture
+
+from mgp5.backbones.hf import HFBackbone
+from mgp5.collate import Collator, to_pixels
+from mgp5.data import Keyed, Skipped, load_data, vist
+from mgp5.heads.vokens import voken_tokens
+from mgp5.messages import Conversation, Image, Message, Text
+from mgp5.prompt import IGNORE, example, shorter
+
+REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
+STORIES = Path(__file__).resolve().parents[1] / "examples/train/stories"
+VOKENS = voken_tokens(4)
+RED, BLUE, GREEN = (Image(pixels=picture(color)) for color in ("red", "blue", "green"))
+
+
+@pytest.fixture(scope="module")
+def backbone(mllm_folder) -> HFBackbone:
+    loaded = HFBackbone.load(mllm_folder)
+    loaded.add_tokens(list(VOKENS))
+    return loaded
+
+
+@pytest.fixture
+def collate(backbone):
+    """Collates with a limit of tokens."""
+    return lambda *samples, limit=1000, **more: Collator(backbone, VOKENS, (8, 8), limit, **more)(samples)
+
+
+def talk(*turns: str | Image | tuple, system: str = "") -> Conversation:
+    """Turns by user and assistant in turn, the last one by the assistant."""
+    conversation = Conversation().add("system", system) if system else Conversation()
+    for number, turn in enumerate(turns):
+        parts = turn if isinstance(turn, tuple) else (turn,)
+        conversation = conversation.add("user" if (len(turns) - number) % 2 == 0 else "assistant", *parts)
+    return conversation
+
+
+def same(one, other) -> bool:
+    """Whether two batches hold the same tensors."""
+    pairs = [(getattr(one, name), getattr(other, name)) for name in ("ids", "mask", "labels", "pixels")]
+    pairs += [(one.seen[key], other.seen[key]) for key in one.seen.keys() | other.seen.keys()]
+    return one.starts == other.starts and all(
+        left is right or (left.shape == right.shape and torch.equal(left, right)) for left, right in pairs
+    )
+
+
+# What cannot be used
+
+
+def write_pictures(folder: Path) -> dict[str, Path]:
+    """Files that are no usable picture."""
+    picture().save(folder / "good.png")
+    pil.effect_noise((64, 64), 90).save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "page.jpg").write_text("<html>404</html>")
+    return {name: folder / f"{name}.jpg" for name in ("cut", "empty", "page", "gone")}
+
+
+def test_broken_samples_are_left_out_and_named_never_replaced(collate, tmp_path) -> None:
+    broken = write_pictures(tmp_path)
+    good = [talk("a", RED), talk(("b", BLUE), "c")]
+    samples: list = [("one", good[0])]
+    samples += [(f"drawn {name}", talk("x", Image(path=path))) for name, path in broken.items()]
+    samples += [(f"seen {name}", talk(("x", Image(path=path)), "y")) for name, path in broken.items()]
+    samples += [
+        Skipped("broken shard", "00012.tar"),
+        ("bytes", talk("x", Image(data=b"no picture"))),
+        ("text", talk("half a character \ud800", "x")),
+        ("two", good[1]),
+    ]
+    batch = collate(*samples)
+    assert same(batch, collate(*good))
+    kinds = [note.kind for note in batch.skipped]
+    assert kinds == ["broken image"] * 8 + ["broken shard", "broken image", "unfit text"]
+    places = [note.place for note in batch.skipped]
+    assert [place.split(" (")[0] for place in places[:8]] == [key for key, _ in samples[1:9]]
+    assert str(broken["cut"]) in places[0] and "truncated" in places[0] and "no image at" in places[3]
+    assert not collate(*good).skipped
+
+
+def test_nothing_left_is_an_empty_batch(collate, backbone) -> None:
+    batch = collate(("k", talk("x", Image(data=b""))))
+    assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (0, 0) and batch.ids.dtype == torch.int64
+    assert batch.starts == batch.rows == batch.captions == () and batch.pixels is None and batch.drawn == 0
+    assert batch.to(torch.device("cpu")).skipped == batch.skipped == (Skipped("broken image", batch.skipped[0].place),)
+
+
+def test_a_template_that_refuses_a_dialogue_leaves_it_out(collate, backbone, monkeypatch) -> None:
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
+    monkeypatch.setattr(backbone.tokenizer, "chat_template", strict + backbone.tokenizer.chat_template)
+    batch = collate(("swapped", talk("a", "b", "c")), ("plain", talk("a", "b")))
+    assert batch.skipped == (Skipped("unfit text", "swapped (the user begins)"),) and len(batch.ids) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 900), (900, 3), (3000, 40)])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "I;16", "P", "LA"])
+def test_odd_pictures_do_not_stop_a_run(size, mode, collate) -> None:
+    odd = Image(pixels=pil.new("RGB", size, "blue").convert(mode) if mode != "I;16" else pil.new(mode, size, 9000))
+    batch = collate(("drawn", talk("x", odd)), ("seen", talk(("x", odd), "y")))
+    assert batch.pixels.shape == (1, 3, 8, 8)
+    assert len(batch.ids) + len(batch.skipped) == 2 and all(note.kind == "broken image" for note in batch.skipped)
+
+
+def test_pictures_to_be_drawn_are_cropped_in_the_middle() -> None:
+    wide = pil.new("RGB", (30, 10), "red")
+    wide.paste(pil.new("RGB", (10, 10), "blue"), (10, 0))
+    assert to_pixels(wide, (10, 10)).unique().tolist() == [-1.0, 1.0] and to_pixels(wide, (10, 10))[2].min() == 1
+    tall = to_pixels(wide.rotate(90, expand=True), (5, 4))
+    assert tall.shape == (3, 5, 4) and tall[2, 1:-1].min() > 0.9 > -0.9 > tall[0, 1:-1].max()
+
+
+# History
+
+
+def contents(conversation: Conversation) -> list[list]:
+    return [[part.text if isinstance(part, Text) else part for part in m.content] for m in conversation.messages]
+
+
+def test_cuts_are_whole_turns_then_scenes() -> None:
+    chat = talk(("a", RED), "b", "c", ("d", BLUE), "one", RED, "two", BLUE, ("e", GREEN), ("f", RED), system="s")
+    first = [["c"], ["one"], ["two"], ["e", GREEN]]
+    assert [contents(cut)[:2] for cut in shorter(chat)] == [[["s"], turn] for turn in first]
+    assert all(cut.messages[-1] == chat.messages[-1] and cut.messages[1].role == "user" for cut in shorter(chat))
+    story = vist.narrate([("one", RED), ("two", BLUE), ("three", GREEN)], RED).add("assistant", "four")
+    ends = [["two", BLUE, "three", GREEN], ["three", GREEN], []]
+    assert [contents(cut)[1] for cut in shorter(story)] == [[*end, vist.NARRATE[0], RED] for end in ends]
+    assert not any(shorter(c) for c in (talk((RED, BLUE, "what is this?"), "x"), talk("hello", "x"), talk("x")))
+    swapped = Conversation((*talk("a", "b").messages[::-1], Message("assistant", (Text("c"),))))  # the assistant begins
+    assert [contents(cut) for cut in shorter(swapped)] == [[["a"], ["c"]]]
+
+
+def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
+    story = vist.continue_([(f"scene {n} " + "x" * 20, image) for n, image in enumerate((RED, BLUE, GREEN))])
+    chat = Conversation(
+        (*talk("hello there", ("hi", RED), "and", "so", system="be kind").messages, *story.messages[1:])
+    ).add("assistant", "the end", BLUE)
+    forms = [collate(form) for form in (chat, *shorter(chat))]
+    lengths = [form.ids.shape[1] for form in forms]
+    assert len(forms) == 6 and lengths == sorted(lengths, reverse=True)
+    assert len(forms[0].seen["pixel_values"]) > len(forms[2].seen["pixel_values"])
+    for limit in range(lengths[-1] - 2, lengths[0] + 2, 3):
+        batch = collate(("k", chat), limit=limit)
+        fitting = [form for form in forms if form.ids.shape[1] <= limit]
+        if not fitting:
+            note = Skipped("too long", f"k ({lengths[0]} tokens, {limit} fit)")
+            assert batch.skipped == (note,) and not len(batch.ids)
+        else:
+            assert same(batch, fitting[0])
+            assert [note.kind for note in batch.skipped] == ["history cut"] * (fitting[0] is not forms[0])
+    instruction = example(backbone, forms_last := shorter(chat)[-1], VOKENS)
+    assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [vist.CONTINUE[0]]
+
+
+# Several pictures in a turn
+
+
+def write_dialog(folder: Path) -> Path:
+    turns = [[{"__TEXT__": "look"}, {"__MEDIA__": "a"}, {"__MEDIA__": "b"}]]
+    turns += [[{"__TEXT__": "mine"}, {"__MEDIA__": "c"}, {"__MEDIA__": "a"}]]
+    (folder / "train").mkdir()
+    for name, image in zip("abc", (RED, BLUE, GREEN), strict=True):
+        image.load().save(folder / f"train/{name}.png")
+    row = {"conversation_id": 7, "conversation": [{"turn": turn} for turn in turns]}
+    (folder / "train/train_conversations.txt").write_text(json.dumps(row))
+    seen, drawn = ([{"type": "image", "path": f"{name}.png"} for name in names] for names in ("ab", "ca"))
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "look"}, *seen]},
+        {"role": "assistant", "content": [{"type": "text", "text": "mine"}, *drawn]},
+    ]
+    (folder / "train/train.jsonl").write_text(json.dumps({"messages": chat}))
+    return folder
+
+
+def test_several_pictures_in_a_turn_are_several_runs_and_several_seen(collate, backbone, tmp_path) -> None:
+    folder = write_dialog(tmp_path)
+    (key, dialog), (line, own) = (
+        Keyed([load_data("mmdialog", folder)])[0],
+        Keyed([load_data("jsonl", folder / "train")])[0],
+    )
+    assert (key, line) == ("7/1", "train.jsonl:1/1") and dialog.messages[1:] == own.messages
+    batch = collate((key, dialog), (line, own))
+    assert batch.rows == (0, 0, 1, 1) and batch.captions == ("",) * 4 and not batch.skipped
+    trigger, *forced = backbone.tokenizer.convert_tokens_to_ids(list(VOKENS))
+    for row, start in zip(batch.rows, batch.starts, strict=True):
+        assert batch.ids[row, start : start + 4].tolist() == [trigger, *forced]
+    assert batch.starts[1] == batch.starts[0] + 4  # nothing stands between two pictures
+    expected = torch.stack([to_pixels(image.load(), (8, 8)) for image in (GREEN, RED)] * 2)
+    assert torch.equal(batch.pixels, expected)
+    together = backbone.preprocess([image.load() for image in (RED, BLUE)] * 2)
+    assert all(torch.equal(batch.seen[name], value) for name, value in together.items())
+    slots = (batch.ids == backbone.image_token_id).sum(dim=1)
+    assert slots.tolist() == [sum(backbone.slots(together)) // 2] * 2
+
+
+def test_labels_of_vokens_are_chosen(collate) -> None:
+    batches = {labels: collate(talk("x", ("y", RED)), voken_labels=labels) for labels in ("all", "first", "ends")}
+    losses = {}
+    for labels, batch in batches.items():
+        run = range(batch.starts[0], batch.starts[0] + 4)
+        losses[labels] = [int(batch.labels[0, at]) != IGNORE for at in run]
+        assert all(value in (IGNORE, token) for value, token in zip(batch.labels[0], batch.ids[0], strict=True))
+    assert losses == {"all": [True] * 4, "first": [True] + [False] * 3, "ends": [True, False, False, True]}
+    assert (batches["all"].labels != IGNORE).sum() == (batches["first"].labels != IGNORE).sum() + 3
+
+
+# Data
+
+
+def test_ten_lines_of_ones_own_stories(collate) -> None:
+    data = Keyed([load_data("jsonl", STORIES)])
+    batch = collate(*data)
+    assert len((STORIES / "train.jsonl").read_text().splitlines()) == 10
+    assert len(data) == 12 and not data.problems and not batch.skipped
+    assert batch.ids.shape[0] == 12 and batch.drawn == 10 and batch.captions[0].startswith("a yellow bear")
+    assert sum(path.stat().st_size for path in STORIES.glob("*.png")) < 30_000
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
+def test_real_samples_fit_and_are_cut_where_they_must(collate) -> None:
+    parts = [load_data("cc3m", REAL / "CC3M", "val"), load_data("vist", REAL / "VIST", "val")]
+    parts.append(load_data("mmdialog", REAL / "MMDialog", "test"))
+    data = Keyed(parts)
+    batch = collate(*data, limit=4000)
+    assert len(batch.ids) == len(data) == 19 and not batch.skipped and batch.pixels.abs().max() <= 1
+    longest = int(batch.mask.sum(dim=1).max())
+    tight = collate(*data, limit=longest - 1)
+    assert len(tight.ids) == 19 and tight.ids.shape[1] < longest
+    assert {note.kind for note in tight.skipped} == {"history cut"}

@@ -1,0 +1,66 @@
+"""Every multimodal LLM with every generator: tiny checkpoints of real classes go through both stages and a reply."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import picture, save_pipeline
+from tiny_sd3 import save_sd3
+
+from mgp5 import Conversation, Image
+from mgp5.checkpoint import save_checkpoint
+from mgp5.collate import Collator
+from mgp5.config import preset
+from mgp5.events import ImageDone
+from mgp5.generation import Options, generate
+from mgp5.model import build, load
+
+MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
+GENERATORS = {
+    "epsilon": lambda folder: save_pipeline(folder, "epsilon"),  # SD 1.5, 2.1-base
+    "v": lambda folder: save_pipeline(folder, "v_prediction"),  # SD 2.1
+    "sd3": save_sd3,
+    "sd3.5": lambda folder: save_sd3(folder, sd35=True),
+}
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory):
+    return {name: save(tmp_path_factory.mktemp(name)) for name, save in GENERATORS.items()}
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("mllm", MLLMS)
+def test_a_combination_trains_saves_loads_and_replies(mllm, generator, generators, request, tmp_path):
+    torch.manual_seed(0)
+    model = build(str(request.getfixturevalue(f"{mllm}_folder")), str(generators[generator]), num_vokens=2)
+    size = (model.diffusion.native_size,) * 2
+    talk = Conversation().add("user", "a", Image(pixels=picture("blue")), "fox")
+    sample = talk.add("assistant", "here", Image(pixels=picture(), caption="a fox"))
+    batch = Collator(model.backbone, model.head.tokens, size, model.backbone.context_length)([sample])
+    for stage in ("pretrain", "finetune"):
+        config = replace(preset(stage), guidance_dropout=0.5)
+        model.prepare(config)
+        model.train()
+        losses = model(batch, config, torch.Generator().manual_seed(0))
+        assert set(losses.terms) == ({"text", "ldm", "caption"} if stage == "pretrain" else {"text", "ldm"})
+        losses.total.backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        without = [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
+        assert not without
+        assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+        assert any("lora" in name for name in trained) == (stage == "finetune")
+        optimizer = torch.optim.AdamW(model.parameter_groups(config))
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        save_checkpoint(model, tmp_path / stage)
+        model.merge()
+    again = load(tmp_path / "finetune")
+    with torch.no_grad():
+        model.eval()
+        torch.testing.assert_close(again.hidden(batch), model.hidden(batch), atol=1e-4, rtol=1e-3)
+    options = Options(seed=0, steps=2, guidance=2.0, max_tokens=3, image="always")
+    images = [event for event in generate(again, talk, options) if isinstance(event, ImageDone)]
+    assert images

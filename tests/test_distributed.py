@@ -1,0 +1,116 @@
+"""Two processes, as `torchrun` and `accelerate launch` start them, against one: DDP and FSDP on CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mgp5 import cli
+from mgp5.model import load
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+PIECES = """
+import sys
+from accelerate.state import AcceleratorState
+from mgp5.cli import main
+
+for more in (["--stop-after", "5"], ["--resume"]):
+    main([*sys.argv[1:], *more], standalone_mode=False)
+    AcceleratorState._reset_state(True)
+"""
+
+
+@pytest.fixture(scope="module")
+def usual(llava_folder, diffusion_folder, storyland, tmp_path_factory) -> list[str]:
+    """Arguments of a run whose microbatches are one sample: with pictures, without, and broken ones."""
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "base").mkdir()
+    (folder / "base/mllm").symlink_to(llava_folder)
+    (folder / "base/diffusion").symlink_to(diffusion_folder)
+    shutil.copytree(storyland / "vist", folder / "vist")
+    (folder / "vist/train_images/000000003.jpg").write_bytes(b"not a picture")
+    given = ["train", "--stage", "finetune", "--preset", "demo", "--model", f"{folder}/base", "--vokens", "4", "--json"]
+    given += ["--data", f"{folder}/vist", "--format", "vist", "--data", f"{storyland}/mmdialog", "--format", "mmdialog"]
+    for item in ("batch=1", "log_every=1", "precision=fp32", "lora.dropout=0.3", "ema=0.8", "sample_every=6"):
+        given += ["--set", item]
+    return [*given, "--max-steps", "12"]
+
+
+def launch(command: list[str], cwd: Path, **env: str) -> subprocess.Popen:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*torchrun, *command], cwd=cwd, env=env, **pipes)
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{name: row.get(name, 0) for name in ("step", "text", "ldm", "lr", "problems")} for row in rows]
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    (newest,) = sorted(out.glob("checkpoints/*"))[-1:]
+    return load_file(newest / "mgp5/model.safetensors") | load_file(newest / "state/tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one(usual, tmp_path_factory) -> Path:
+    """A run of one process, that accumulates what the two do at once."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    result = CliRunner().invoke(cli.main, [*usual, "--out", str(out), "--set", "accumulation=4"])
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def check(found: Path, expected: Path) -> None:
+    """Losses, weights, moving average and optimizer agree, and so do the files."""
+    assert len(losses(found)) == len(losses(expected)) == 12 and losses(found)[-1]["problems"] > 0
+    for row, other in zip(losses(found), losses(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=2e-5)
+    found, expected = state(found), state(expected)
+    assert found.keys() == expected.keys() and any(name.startswith("weight.") for name in found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(usual, one, tmp_path):
+    two = [*usual, "--out", "two", "--set", "accumulation=2"]
+    launcher = launch(["-m", "mgp5", *two], tmp_path)
+    first = json.loads(launcher.stdout.readline())
+    assert first["step"] == 1 and {"samples", "images", "eta", "memory"} <= first.keys()
+    workers = [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
+    workers[1].send_signal(signal.SIGTERM)  # to one of them only
+    out, err = launcher.communicate()
+    assert len(workers) == 2 and err.count("mgp5: interrupted") == 1 and "exitcode  : 130" in err
+    assert [json.loads(line)["step"] for line in out.splitlines()] == list(range(2, len(losses(tmp_path / "two")) + 1))
+    # One process goes on where the two were.
+    given = [*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=4", "--resume"]
+    result = CliRunner().invoke(cli.main, given)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[0])["step"] <= 12
+    check(tmp_path / "two", one)
+    assert json.loads((one / "report.json").read_text())["problems"].keys() == {"broken image"}
+
+
+def test_sharded_weights_train_as_whole_ones(usual, one, tmp_path):
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch --use_fsdp sets them
+    two = [*usual, "--out", "two", "--set", "accumulation=2"]
+    (tmp_path / "pieces.py").write_text(PIECES)  # two commands, one start: it takes longer than they
+    launcher = launch(["pieces.py", *two], tmp_path, **sharded)
+    _, err = launcher.communicate()
+    assert launcher.returncode == 0, err
+    check(tmp_path / "two", one)
+    assert load(tmp_path / "two").config.lora is not None
+    pages = [(run / "samples/step-000006.html").read_text() for run in (one, tmp_path / "two")]
+    assert [page.count("<img") for page in pages] == [pages[0].count("<img")] * 2

@@ -1,0 +1,74 @@
+"""Names of models, combinations of parts, and mirrors of repositories that are gone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from mgp5.backbones.hf import HFBackbone
+from mgp5.diffusion import load_diffusion
+from mgp5.errors import Mgp5Error
+from mgp5.hub import REPOS, bases, from_hub, resolve
+
+
+def test_every_base_is_two_repositories_of_the_table():
+    for name in bases():
+        mllm, generator = name.split("+")
+        parts = resolve(name)
+        assert (parts.mllm, parts.diffusion, parts.trained) == (REPOS[mllm].id, REPOS[generator].id, None)
+    assert len(bases()) == 25 and "qwen3-vl-4b+sd-3.5-medium" in bases()
+
+
+def test_names_folders_and_ids_combine(llava_folder, diffusion_folder):
+    assert resolve(f"{llava_folder}+sd-1.5").mllm == str(llava_folder)
+    assert resolve(f"{llava_folder}+{diffusion_folder}").diffusion == str(diffusion_folder)
+    assert resolve("me/mine+you/yours").diffusion == "you/yours"
+
+
+@pytest.mark.parametrize("name", ["sd-1.5", "llava-1.5-7b+nothing", "a+b+c", "me/mine+", "vicuna-7b-v0+sd-1.5", "+"])
+def test_what_is_no_model_is_told_with_all_names(name):
+    with pytest.raises(Mgp5Error, match=r"no model .*llava-1\.5-7b.*sd-3") as error:
+        resolve(name)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name, load", [("llava-1.5-7b", HFBackbone.load), ("sd-2.1-base", load_diffusion)])
+def test_a_mirror_serves_where_the_first_cannot(name, load, llava_folder, diffusion_folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = str(llava_folder if load == HFBackbone.load else diffusion_folder)
+    monkeypatch.setitem(REPOS, name, replace(REPOS[name], id="mgp5-test/gone", mirrors=("mgp5-test/too", folder)))
+    asked = []
+
+    def record(place, revision):
+        asked.append((place, revision))
+        return load(place, revision=revision)
+
+    assert from_hub("mgp5-test/gone", record) is not None
+    assert asked == [("mgp5-test/gone", REPOS[name].revision), ("mgp5-test/too", None), (folder, None)]
+    assert capsys.readouterr().err.count("trying") == 2
+    asked.clear()
+    from_hub(folder, record)  # a mirror by its name
+    assert asked == [(folder, None)]
+
+
+def refuse(kind):
+    def load(place, revision):
+        try:
+            raise kind("no", response=SimpleNamespace(headers={}, request=None))
+        except kind as error:
+            raise OSError(f"{place} is not a model") from error
+
+    return load
+
+
+def test_a_gated_repository_tells_how_to_get_in():
+    with pytest.raises(Mgp5Error, match="accept it on its page on the hub"):
+        from_hub(REPOS["sd-3.5-medium"].id, refuse(GatedRepoError))
+
+
+def test_a_repository_without_mirror_fails_as_it_is():
+    with pytest.raises(OSError, match="me/mine is not a model"):
+        from_hub("me/mine", refuse(RepositoryNotFoundError))

@@ -1,0 +1,107 @@
+"""Frozen LLMs in 4 and 8 bits: what is quantised, what trains, and that checkpoints fit both kinds of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import picture
+
+from mgp5 import Conversation, Image
+from mgp5.backbones.hf import HFBackbone
+from mgp5.checkpoint import save_checkpoint
+from mgp5.collate import Collator
+from mgp5.config import preset
+from mgp5.errors import Mgp5Error
+from mgp5.events import ImageDone
+from mgp5.generation import Options, generate
+from mgp5.model import build, load
+from mgp5.quant import quantization
+
+MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
+TYPES = {"4bit": torch.uint8, "8bit": torch.int8}
+
+
+def batch_for(model):
+    size = (model.diffusion.native_size,) * 2
+    talk = Conversation().add("user", "a", Image(pixels=picture("blue")), "fox")
+    sample = talk.add("assistant", "here", Image(pixels=picture(), caption="a fox"))
+    return Collator(model.backbone, model.head.tokens, size, 1000)([sample, sample])
+
+
+def update(model, stage):
+    """One update of a stage; returns the names of what changed."""
+    config = replace(preset(stage), guidance_dropout=0.0, lr=1e-2, rows_lr=1e-2)
+    model.prepare(config)
+    before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameter_groups(config))
+    for _ in range(2):  # LoRA's first matrix has no gradient before its second has changed
+        model(batch_for(model), config, torch.Generator().manual_seed(0)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        model.hidden(batch_for(model))
+    after = model.state_dict()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("mgp5.quant.find_spec", lambda name: None)
+    assert quantization("none") == {}
+    with pytest.raises(Mgp5Error, match="quantize=4bit needs bitsandbytes"):
+        quantization("4bit")
+
+
+@pytest.mark.parametrize("mllm", MLLMS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_only_the_decoders_layers_are_quantised(kind, mllm, request):
+    pytest.importorskip("bitsandbytes")
+    backbone = HFBackbone.load(request.getfixturevalue(f"{mllm}_folder"), quantize=kind)
+    found = {name for name, p in backbone.core.named_parameters() if p.dtype == TYPES[kind]}
+    language = {id(m) for m in backbone.language.layers.modules()}
+    linears = {
+        f"{name}.weight"
+        for name, m in backbone.core.named_modules()
+        if "Linear" in type(m).__name__ and id(m) in language
+    }
+    assert found == linears
+    assert len(found) == 7 * len(backbone.language.layers)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
+    kind, llava_folder, diffusion_folder, tmp_path
+):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = build(str(llava_folder), str(diffusion_folder), num_vokens=2, quantize=kind)
+    changed = update(model, "pretrain")
+    assert all("trainable_tokens_delta" in name or "head.mapper." in name for name in changed)
+    assert {name.split(".")[-2] for name in changed if "tokens_delta" in name} == {"trainable_tokens_delta"}
+    model.merge()
+    changed = update(model, "finetune")
+    assert {"lora_A", "lora_B"} <= {part for name in changed for part in name.split(".")}
+    assert all(
+        any(part in name for part in ("lora_", "trainable_tokens_delta", "mapper.transformer")) for name in changed
+    )
+    save_checkpoint(model, tmp_path)
+    told = batch_for(model)
+    with torch.no_grad():
+        states = model.hidden(told)
+        model.merge()
+        merged = model.hidden(told)
+        quantised = load(tmp_path, quantize=kind).hidden(told)
+        plain = load(tmp_path).hidden(told)
+    assert torch.equal(states, merged)  # LoRA stays beside the quantised layers
+    assert torch.equal(quantised, merged)
+    close = torch.nn.functional.cosine_similarity(plain, quantised, dim=-1)[told.mask.bool()]
+    assert 0.9 < close.mean() < 1 - 1e-7  # the same model, but for rounding
+    events = generate(
+        load(tmp_path, quantize=kind),
+        Conversation().add("user", "fox"),
+        Options(seed=1, steps=2, max_tokens=4, image="always"),
+    )
+    assert any(isinstance(event, ImageDone) for event in events)

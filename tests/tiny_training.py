@@ -1,0 +1,43 @@
+"""Short runs on tiny models, for the tests of both stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mgp5 import Conversation
+from mgp5.checkpoint import trained_tensors
+from mgp5.collate import Batch, Collator
+from mgp5.config import TrainConfig, preset
+from mgp5.model import MiniGPT5, build
+from mgp5.train import Progress, train
+
+VOKENS = 4
+
+
+def config(stage: str, steps: int | None = 2, **values) -> TrainConfig:
+    """The demo preset, small."""
+    own = {"batch": 2, "warmup": 0, "precision": "fp32", "lr": 1e-3, "weight_decay": 0.1}
+    return replace(preset(stage, "demo"), steps=steps, **own | values)
+
+
+def fresh(mllm: Path, diffusion: Path, **options) -> MiniGPT5:
+    torch.manual_seed(1)
+    return build(str(mllm), str(diffusion), num_vokens=VOKENS, guidance=3.0, **options)
+
+
+def finish(*args, **more) -> list[Progress]:
+    return list(train(*args, **more))
+
+
+def batch_of(model: MiniGPT5, *conversations: Conversation) -> Batch:
+    size = (model.diffusion.native_size,) * 2
+    return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, "first")(conversations)
+
+
+def same(one: MiniGPT5 | dict, other: MiniGPT5 | dict) -> bool:
+    """Whether all trained tensors are equal, bit for bit."""
+    one, other = (x if isinstance(x, dict) else trained_tensors(x) for x in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
