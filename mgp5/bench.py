@@ -1,4 +1,4 @@
-"""`mgp5 bench`: how fast and in how much memory this machine trains, with real shapes and random weights and data.
+"""`mgp5 bench`: how fast this machine draws and trains, and in how much memory.
 
 A row is one way to do the same work; its times are the median, and the 20th and 80th percentile. B samples, T tokens.
 """
@@ -36,6 +36,7 @@ from .shapes import skeleton
 from .trainer import Trainer
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from .model import MiniGPT5
@@ -47,18 +48,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a suite is asked for: updates to time in each row, after one that is not timed, and samples of an update
-    (None: the papers' 48, and 8 on a CPU)."""
+    """What a suite is asked for: updates or images to time in each row, after one that is not timed, and samples of an
+    update (None: the papers' 48, and 8 on a CPU)."""
 
     parts: Parts
     device: str = "auto"
-    steps: int = 3
+    steps: int
     batch: int | None = None
 
 
 def train_suite(setting: Setting) -> Iterator[Row]:
-    """Updates of the first stage, by the training loop's own code: features live or from a cache, activations kept or
-    computed again, several micro-batches; the last rows let cuDNN try its algorithms first."""
+    """Updates of the first stage, by the training loop's own code: features live or cached, activations kept or
+    recomputed (checkpointing), several micro-batches; for rows called tuned cuDNN tries its algorithms first."""
     device, _ = pick_device(setting.device)
     config = replace(preset("pretrain"), precision="bf16" if device.type == "cuda" else "fp32")
     names = setting.parts.mllm, setting.parts.diffusion
@@ -68,18 +69,26 @@ def train_suite(setting: Setting) -> Iterator[Row]:
     tuned = [(True, False, size, True) for size in sizes if device.type == "cuda"]
     for cached, checkpointing, size, tune in [*product((True, False), (True, False), sizes, (False,)), *tuned]:
         own = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
-        kinds = "cached" if cached else "live", "checkpointing" if checkpointing else "no checkpointing"
+        kinds = "cached" if cached else "live", "recomputed" if checkpointing else "kept"
         row = {
             "name": "pretrain update",
             "size": f"{setting.parts.name}, {model.diffusion.native_size} px, {batch} samples",
-            "provider": f"{kinds[0]}, {kinds[1]}, {size} at a time{', cudnn.benchmark' if tune else ''}",
+            "provider": f"{kinds[0]}, {kinds[1]}, by {size}{', tuned' if tune else ''}",
         }
         torch.backends.cudnn.benchmark = tune
         row |= _expected(names, own, cached, made_up(model, size, cached).ids.shape[1])
         yield row | _measured(model, own, cached, setting, row["tflop"])
 
 
-SUITES = {"train": train_suite}
+def cpu_suite(setting: Setting) -> Iterator[Row]:
+    """A guided image by diffusers' pipeline and by our engine, by turns."""
+    from .engines.measure import bench_denoise
+
+    yield from bench_denoise(setting.parts.diffusion, ("eager",), images=setting.steps)
+
+
+# What measures, of which model and how often unless the user says.
+SUITES = {"cpu": (cpu_suite, "demo", 15), "train": (train_suite, "llava-1.5-7b+sd-2.1-base", 3)}
 
 
 def made_up(model: MiniGPT5, count: int, cached: bool) -> Batch:
@@ -176,9 +185,9 @@ class Spans:
         """Watch a model's parts."""
         generator = model.diffusion
         parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
-        texts = {name: part for name, part in generator.named_children() if name.startswith("text_encoder")}
+        parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
         handles = []
-        for name, part in (parts | texts).items():
+        for name, part in parts.items():
             handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._begin(name)))
             handles.append(part.register_forward_hook(self._after(name), with_kwargs=True))
         try:
@@ -198,9 +207,9 @@ class Spans:
             self._end(name)
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
             if inputs and torch.is_grad_enabled():
-                output[0].register_hook(lambda _: self._begin(f"{name} backward"))
+                output[0].register_hook(lambda _: self._begin(f"{name} back"))
                 for tensor in inputs:
-                    tensor.register_hook(lambda _: self._end(f"{name} backward"))
+                    tensor.register_hook(lambda _: self._end(f"{name} back"))
 
         return hook
 
@@ -234,31 +243,43 @@ def machine() -> dict[str, Any]:
     return facts | {name: version(name) for name in libraries}
 
 
-def table(rows: list[Row]) -> Table:
+def tables(rows: list[Row]) -> Group:
     """Rows for the terminal."""
+    from rich.console import Group
+
+    figures = {"ms": "median", "per s": "updates_per_s", "TFLOP/s": "tflop_per_s", "peak GB": "peak_gb"}
+    figures |= {"estimate": "estimated_gb", "first s": "first_s", "PSNR dB": "psnr"}
+    figures = {name: key for name, key in figures.items() if any(key in row for row in rows)}
+    parts = list(dict.fromkeys(name for row in rows for name in row.get("parts", {})))
+    none = {"median": "no memory"}  # of what was skipped
+    reached = [[row["provider"], *(str(row.get(f) or none.get(f, "")) for f in figures.values())] for row in rows]
+    done = [row for row in rows if "parts" in row]
+    spent = [[row["provider"], *(f"{row['parts'].get(name, 0):.0%}" for name in parts)] for row in done]
+    title = f"{rows[0]['name']}: {rows[0]['size']}"
+    where = [_table("where the time goes", parts, spent)] if parts else []
+    return Group(_table(title, [*figures], reached), *where)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    view = Table(title=f"{rows[0]['name']}: {rows[0]['size']}" if rows else None)
-    numbers = ("ms", "20-80 %", "samples/s", "updates/s", "TFLOP/s", "peak GB", "estimate")
-    for column in ("way", *numbers, "where the time goes"):
-        view.add_column(column, justify="right" if column in numbers else "left")
+    view = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("way", no_wrap=True)
+    for column in columns:
+        view.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
-        if "skipped" in row:
-            view.add_row(row["provider"], row["skipped"], *[""] * 5, str(row["estimated_gb"]))
-            continue
-        figures = (row[name] for name in ("samples_per_s", "updates_per_s", "tflop_per_s", "peak_gb", "estimated_gb"))
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in row["parts"].items())
-        spread = f"{row['p20']:.0f}-{row['p80']:.0f}"
-        view.add_row(row["provider"], f"{row['median']:.0f}", spread, *map(str, figures), shares)
+        view.add_row(*row)
     return view
 
 
-def report(suite: str, out: Path, as_json: bool, *, model: str, **options: Any) -> None:
+def report(suite: str, out: Path, as_json: bool, *, model: str | None, steps: int | None, **options: Any) -> None:
     """Run a suite, show its rows, and write them as they come.
 
     Args:
         out: a new file: {"machine": {...}, "rows": [{...}, ...]}.
-        model: as `hub.resolve` takes it.
+        model: as `hub.resolve` takes it; None is the suite's.
+        steps: to time in each row; None is the suite's number.
         options: of `Setting`.
 
     Raises:
@@ -269,15 +290,16 @@ def report(suite: str, out: Path, as_json: bool, *, model: str, **options: Any) 
     if out.exists():
         raise Mgp5Error(f"--out {out} exists already", "choose another file", usage=True)
     quiet_libraries()
+    measure, usual, often = SUITES[suite]
     rows: list[Row] = []
     with Console(stderr=True).status("measuring"):
-        for row in SUITES[suite](Setting(parts=resolve(model), **options)):
+        for row in measure(Setting(parts=resolve(model or usual), steps=steps or often, **options)):
             rows.append(row)
             write_json(out, {"machine": machine(), "rows": rows})
             if as_json:
                 print(json.dumps(row), flush=True)
     if not as_json:
-        Console().print(table(rows))
+        Console().print(tables(rows))
 
 
 def _processor() -> str:

@@ -71,6 +71,13 @@ def generation_options(command: Command) -> Command:
             click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
             click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+            click.option(
+                "--backend",
+                type=click.Choice(["auto", "eager", "compile", "triton"]),
+                default="auto",
+                show_default=True,
+                help="What draws: auto takes the fastest that works here.",
+            ),
             click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
             click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
             click.option(
@@ -173,11 +180,11 @@ def chat(
     "--data", "sources", required=True, multiple=True, type=click.Path(path_type=Path), help="Folder; repeatable."
 )
 @click.option(
-    "--format", "formats", required=True, multiple=True, help="cc3m, vist, mmdialog or jsonl; one per --data."
+    "--format", "formats", required=True, multiple=True, help="cc3m, shards, vist, mmdialog or jsonl; one per --data."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
-@click.option("--preset", default="paper", show_default=True, help="paper or demo.")
+@click.option("--preset", default="paper", show_default=True, help="paper, release, prefix, gill or demo.")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. lr=1e-4 or lora.rank=4."
@@ -199,7 +206,14 @@ def chat(
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
 def train(**flags: Any) -> None:
-    """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune)."""
+    """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
+
+    Ctrl-C saves before it ends the run, a second one does not wait. On several GPUs:
+
+      torchrun --nproc-per-node 8 --no-python mgp5 train ...
+
+      accelerate launch --use_fsdp $(which mgp5) train ...    (weights shared out between them)
+    """
     from .training import run
 
     run(flags)
@@ -233,15 +247,18 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
 
 
 @main.command()
-@click.option("--suite", type=click.Choice(["train"]), default="train", show_default=True)
-@click.option("--model", default="llava-1.5-7b+sd-2.1-base", show_default=True, help="Shapes; nothing is downloaded.")
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Updates to time in each row.")
+@click.option("--suite", type=click.Choice(["cpu", "train"]), default="cpu", show_default=True)
+@click.option("--model", help="train takes its shapes only.  [default: demo; llava-1.5-7b+sd-2.1-base to train]")
+@click.option("--steps", type=click.IntRange(1), help="Images or updates to time in each row.  [default: 15; 3]")
 @click.option("--batch", type=click.IntRange(1), help="Samples of an update.  [default: 48; 8 on a CPU]")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
 def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
-    """Measure training here, with random weights: --model demo on a CPU, the papers' sizes on a GPU."""
+    """Measure images (cpu), or the first stage of training with random weights (train; --model demo on a CPU)."""
+    from .device import quiet_libraries
+
+    quiet_libraries()
     from .bench import report
 
     report(suite, out, as_json, **flags)
@@ -313,13 +330,18 @@ def _options(flags: dict[str, Any]) -> Options:
 
 
 def _model(flags: dict[str, Any]) -> MiniGPT5:
+    from . import engines
     from .device import pick_device, quiet_libraries, spare_threads
     from .model import load
 
     quiet_libraries()
     device, dtype = pick_device(flags["device"])
-    model = load(flags["model"], dtype=dtype, device=str(device))
+    engines.choose(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
+    model = load(flags["model"], dtype=dtype, device=str(device), backend=None)
     spare_threads(model)
+    choice = engines.apply(model.diffusion, flags["backend"])
+    if choice.why:
+        _tell(flags, f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model
 
 

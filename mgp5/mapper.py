@@ -78,7 +78,7 @@ class FeatureMapper(nn.Module):
     There is no position on the vokens and no mask. For Stable Diffusion 1 and 2 the decoder's output is the condition.
     Stable Diffusion 3 wants 333 rows of width 4096 and a pooled vector of 2048: a transformer so wide would have 16
     times the parameters, so there W is 1024, as for 2.1, with a projection to C behind it, and one more query with a
-    projection of its own gives the pooled vector. (The paper has no recipe; examples/storyland/README.md compares.)
+    projection of its own gives the pooled vector. (The paper has no recipe; examples/storyland/README.md tries it.)
 
     The parts are named `mlp`, `transformer` and `queries` because the stages train different ones of them.
     """

@@ -179,13 +179,13 @@ def table(told: Estimate) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    names = ("parameters", "trained", "weights", "gradients", "optimizer", "GB")
+    names = ("parameters (M)", "trained (M)", "weights", "gradients", "optimizer", "GiB")
     view = Table("part", *names, box=SIMPLE_HEAD)
     view.columns[0].no_wrap = True
     for column in view.columns[1:]:
         column.justify = "right"
     for row in [*told.rows, told.total]:
-        counts = (f"{n / 1e6:,.2f} M" if n else "" for n in (row.parameters, row.trained))
+        counts = (f"{n / 1e6:,.2f}" if n else "" for n in (row.parameters, row.trained))
         sizes = (f"{n / GB:.2f}" if n else "" for n in (row.weights, row.gradients, row.optimizer, row.total))
         view.add_row(row.part, *counts, *sizes, style="bold" if row.part == "total" else None)
     return view

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,9 @@ from .hub import explain, from_hub, resolve
 from .losses import Losses, caption_loss, labelled, text_loss
 from .mapper import FeatureMapper, MapperConfig
 from .quant import Quantize, is_quantized, merge_rows
+
+if TYPE_CHECKING:
+    from .engines import Backend
 
 
 class MiniGPT5(nn.Module):
@@ -240,6 +243,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantize: Quantize = "none",
+    backend: Backend | None = "auto",
 ) -> MiniGPT5:
     """A trained model, ready to generate.
 
@@ -247,10 +251,12 @@ def load(
         name: "demo" or a folder that `mgp5 train` has written.
         dtype: of the LLM and the diffusion model; the mapper stays in float32.
         quantize: "4bit" or "8bit" for the LLM's layers.
+        backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone.
 
     Raises:
-        Mgp5Error: no such model, nothing trained in it, or parts that do not fit together.
+        Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or a backend that cannot run.
     """
+    from . import engines
     from .checkpoint import load_checkpoint
 
     parts = resolve(str(name))
@@ -258,7 +264,10 @@ def load(
         raise Mgp5Error(f"{name} has no trained mapper", f"train one: mgp5 train --stage pretrain --model {name}")
     model = load_checkpoint(parts, dtype=dtype, quantize=quantize)
     model.merge()
-    return model.to(device).eval()
+    model.to(device).eval()
+    if backend:
+        engines.apply(model.diffusion, backend)
+    return model
 
 
 def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:

@@ -23,7 +23,14 @@ def fixed_samples(data: Any, seed: int) -> list[Conversation]:
     else:
         items = (data[number] for number in range(0, len(data), -(-len(data) // COUNT)))
     samples = (item if isinstance(item, Conversation) else item[1] for item in items)
-    return [sample for sample in samples if isinstance(sample, Conversation)]  # a stream tells of what it skips
+    return [s for s in samples if isinstance(s, Conversation) and _readable(s)]  # a stream tells what it skips
+
+
+def _readable(sample: Conversation) -> bool:
+    try:
+        return all(image.load() for image in sample.images)
+    except Mgp5Error:
+        return False
 
 
 def reply_to(model: MiniGPT5, sample: Conversation) -> Message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -43,9 +44,9 @@ class Progress:
     Attributes:
         losses: means over the microbatches of the update.
         lr: of the mapper.
-        samples, images: read, and drawn, per second since this piece of the run began.
+        samples_per_second, images_per_second: read, and drawn, since this piece of the run began.
         eta: seconds to the end of the run.
-        memory: GB at most so far, of the GPU; of the process, on a CPU.
+        memory_gb: at most so far, of the GPU; of the process, on a CPU.
         problems: samples that were left out or cut since the run began.
         stopped: before the end, by a signal.
     """
@@ -54,10 +55,10 @@ class Progress:
     total: int
     losses: dict[str, float]
     lr: float
-    samples: float
-    images: float
+    samples_per_second: float
+    images_per_second: float
     eta: float
-    memory: float
+    memory_gb: float
     problems: int
     stopped: bool = False
 
@@ -161,11 +162,11 @@ def train(
             step=step,
             total=total,
             losses=counts.losses,
-            lr=lr,
-            samples=round(samples / seconds, 2),
-            images=round(images / seconds, 2),
+            lr=float(f"{lr:.6g}"),
+            samples_per_second=round(samples / seconds, 2),
+            images_per_second=round(images / seconds, 2),
             eta=round((total - step) * seconds / (step - first), 1),
-            memory=_peak_memory(accelerator.device),
+            memory_gb=_peak_memory(accelerator.device),
             problems=trainer.num_problems,
             stopped=counts.stop > 0 and step < last,
         )
@@ -199,20 +200,24 @@ def _batches(
         data,
         collate_fn=Collator(backbone, model.head.tokens, size, backbone.context_length, config.voken_labels, caches),
         num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_own_session,
         multiprocessing_context="fork" if config.workers else None,  # the collator holds the model: not to be copied
         **source,
     )
-    for batch in loader:
-        if caches:
-            caches.note(batch)
-        yield batch
+    try:
+        for batch in loader:
+            if caches:
+                caches.note(batch)
+            yield batch
+    except Mgp5Error as error:  # that of a worker comes with its traceback: the last line is what it says
+        raise Mgp5Error(str(error).splitlines()[-1].partition("Mgp5Error: ")[2] or str(error)) from None
 
 
-def _ignore_signals(worker: int) -> None:
-    """A launcher or terminal signals all processes; the one that trains decides when its workers end."""
+def _own_session(worker: int) -> None:
+    """A launcher or terminal signals all processes of its group; the one that trains decides when its workers end."""
+    os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)  # not the handlers of the process that was forked
 
 
 def _peak_memory(device: torch.device) -> float:

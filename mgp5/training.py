@@ -28,6 +28,8 @@ from .processes import DTYPES, frozen_dtype, launch
 from .train import Progress, num_samples, total_steps, train
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .data.shards import Shards
 
 
@@ -115,10 +117,9 @@ def run(flags: dict[str, Any]) -> None:
 def _run(flags: dict[str, Any]) -> None:
     quiet_libraries()
     config, out = settings(flags), flags["out"]
-    if not flags["dry_run"]:
-        runs.check(out, config, flags["resume"])
     if flags["dry_run"]:
         return _dry_run(flags, config)
+    runs.check(out, config, flags["resume"])
     data = sources(flags, config, tokenizer_of(flags["model"]))
     accelerator = launch(config, flags["device"], out)
     total_steps(config, num_samples(data), accelerator.num_processes)  # an error is told before weights are loaded
@@ -132,7 +133,7 @@ def _run(flags: dict[str, Any]) -> None:
     if not flags["as_json"]:
         if caches:
             click.echo(f"taken from the caches: {caches}", err=True)
-        _tell(flags, data)
+        _tell(flags["out"], bool(last and last.stopped))
     if last and last.stopped:
         raise KeyboardInterrupt
 
@@ -194,11 +195,11 @@ class Interruption:
         self.asked = True
 
 
-def _tell(flags: dict[str, Any], data: Any) -> None:
+def _tell(out: Path, stopped: bool) -> None:
     """Where the result is, and what was not trained on."""
-    for kind, (number, place) in runs.read_json(flags["out"] / runs.REPORT)["problems"].items():
+    for kind, (number, place) in runs.read_json(out / runs.REPORT)["problems"].items():
         click.echo(f"{number} x {kind} (first: {place})", err=True)
-    click.echo(f"What was trained is in {flags['out']}", err=True)
+    click.echo(f"What was trained is in {out}{': go on with --resume' if stopped else ''}", err=True)
 
 
 def _show(events: Iterator[Progress], flags: dict[str, Any]) -> Progress | None:
@@ -207,7 +208,7 @@ def _show(events: Iterator[Progress], flags: dict[str, Any]) -> Progress | None:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn(flags["stage"]), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (TextColumn(flags["stage"]), BarColumn(8), MofNCompleteColumn(), TextColumn("{task.description}"))
     event = None
     with Bar(*columns, console=Console(stderr=True), disable=flags["as_json"]) as bar:
         task = bar.add_task("", total=None)
@@ -220,8 +221,8 @@ def _show(events: Iterator[Progress], flags: dict[str, Any]) -> Progress | None:
 
 
 def _line(event: Progress) -> str:
-    """An update in short."""
+    """An update in short: it has to fit a terminal of 80 columns; the log has the rest."""
     hours, seconds = divmod(round(event.eta), 3600)
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in event.losses.items())
-    speed = f"{event.samples:.1f} samples/s  {event.images:.1f} images/s"
-    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}  {losses}  lr {event.lr:.1e}  {speed}  {event.memory:.1f} GB"
+    losses = " ".join(f"{name} {value:.3f}" for name, value in event.losses.items())
+    eta = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+    return f"{eta} {losses} {event.images_per_second:.1f} images/s {event.memory_gb:.1f} GB"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mgp5 import Conversation
+from mgp5 import Conversation, cli
 from mgp5.checkpoint import trained_tensors
 from mgp5.collate import Batch, Collator
 from mgp5.config import TrainConfig, preset
@@ -35,6 +37,18 @@ def finish(*args, **more) -> list[Progress]:
 def batch_of(model: MiniGPT5, *conversations: Conversation) -> Batch:
     size = (model.diffusion.native_size,) * 2
     return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, "first")(conversations)
+
+
+def fork(args: list[str], **env: str) -> multiprocessing.Process:
+    """`mgp5 ARGS` in a process of its own, which has torch already."""
+
+    def work() -> None:
+        os.environ.update(env)
+        cli.main(args)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
 def same(one: MiniGPT5 | dict, other: MiniGPT5 | dict) -> bool:

@@ -32,7 +32,7 @@ from transformers import (
 )
 from unet import EMPTY, SHOWN, moments, sheet
 
-import mgp5.diffusion.sd3
+import mgp5
 from mgp5.data.storyland.world import ATTRIBUTES
 from mgp5.diffusion.flow import FlowSchedule
 from mgp5.diffusion.sd3 import StableDiffusion3
@@ -40,7 +40,6 @@ from mgp5.diffusion.sd3 import StableDiffusion3
 DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
 WIDTH = 256  # D, and the width of T5
 LENGTH = 32  # tokens of each encoder: no caption is longer, and 256 rows of T5 would cost three times as much
-mgp5.diffusion.sd3.T5_LENGTH = LENGTH
 
 
 def new_transformer(pooled: int) -> SD3Transformer2DModel:

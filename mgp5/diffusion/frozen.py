@@ -6,8 +6,10 @@ Letters: B batch, H and W pixels, C, h and w of the latents, L length and D widt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from .sampler import Schedule, denoise, sampler_table
+
+if TYPE_CHECKING:
+    from ..engines import Engine
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CLIP_LENGTH = 77  # CLIP's tokens for a model that comes without its text encoder
@@ -26,6 +31,7 @@ class FrozenDiffusion(nn.Module):
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     pooled_width = 0
+    engine: Engine | None = None  # what `draw` runs by, see `mgp5.engines`
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -89,7 +95,8 @@ class FrozenDiffusion(nn.Module):
 
         This is all that a cache needs to keep of a picture. AutoencoderTiny has no posterior: its deviation is zero.
         """
-        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        with self._own_precision():
+            encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if isinstance(self.vae, AutoencoderTiny):
             moments = encoded.latents, torch.zeros_like(encoded.latents)
         else:
@@ -139,9 +146,17 @@ class FrozenDiffusion(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
         target = self.schedule.target(latents.float(), noise, timesteps)
-        prediction = self.predict(noisy, timesteps.to(latents.device), condition)
+        with self._own_precision():
+            prediction = self.predict(noisy, timesteps.to(latents.device), condition)
         loss = (prediction - target).square().flatten(1).mean(1)
         return loss if weight is None else loss * weight.to(loss.device)
+
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Without autocast where the weights are half precision already: it would run every norm in float32 beside."""
+        if self.denoiser.dtype == torch.float32:
+            return nullcontext()
+        kind = self.denoiser.device.type
+        return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
     def draw(
         self,
@@ -175,7 +190,8 @@ class FrozenDiffusion(nn.Module):
         table = sampler_table(sampler, self.schedule, steps)
         shape = self.latent_shape(height or self.native_size, width or self.native_size)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        return denoise(self.predict, noise.to(self.denoiser.device), condition, unconditional, table, guidance)
+        run = partial(denoise, self.predict) if self.engine is None else self.engine.denoise
+        return run(noise.to(self.denoiser.device), condition, unconditional, table, guidance)
 
 
 def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:

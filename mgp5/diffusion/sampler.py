@@ -30,6 +30,7 @@ from .schedule import Level, NoiseSchedule
 
 # Latents (B, C, h, w), timestep (), condition (B, L, D) -> (B, C, h, w)
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, int], Tensor]  # latents (B, C, h, w) and the number of the step -> (B, C, h, w)
 Schedule = NoiseSchedule | FlowSchedule
 
 
@@ -166,7 +167,6 @@ SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
 }
 
 
-@torch.no_grad()
 def denoise(
     predict: Predict,
     noise: Tensor,  # (B, C, h, w)
@@ -174,7 +174,6 @@ def denoise(
     unconditional: Tensor | None,  # (1 or B, L, D)
     table: SamplerTable,
     guidance: float,
-    update: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the float32 latents (B, C, h, w) after each of the `len(table)` steps; the last are the result.
 
@@ -183,23 +182,45 @@ def denoise(
         noise: standard normal noise.
         unconditional: the condition of the other half; may be None with guidance 1.
         guidance: scale of classifier-free guidance; 1.0 runs no unconditional half.
-        update: takes the place of `linear_update`, say by a fused kernel.
-
-    Timesteps go to the device before the first step and coefficients are plain numbers: no step waits for the device.
     """
-    guided = guidance != 1.0 and unconditional is not None
-    if guided:
-        condition = torch.cat([unconditional.expand_as(condition).to(condition), condition])  # (2B, L, D)
-    update = update or linear_update
-    timesteps = table.timesteps.to(noise.device, torch.float32)
+
+    def prepare(timesteps: Tensor, condition: Tensor) -> Step:
+        return lambda latents, step: predict(latents, timesteps[step], condition)
+
+    return denoise_prepared(prepare, noise, condition, unconditional, table, guidance)
+
+
+@torch.no_grad()
+def denoise_prepared(
+    prepare: Callable[[Tensor, Tensor], Step],
+    noise: Tensor,  # (B, C, h, w)
+    condition: Tensor,  # (B, L, D)
+    unconditional: Tensor | None,  # (1 or B, L, D)
+    table: SamplerTable,
+    guidance: float,
+) -> Iterator[Tensor]:
+    """`denoise` by a model that is given all timesteps (n,) and the condition (B or 2B, L, D) before the first step.
+
+    Coefficients are plain numbers: no step waits for the device.
+    """
+    batch = guidance_batch(condition, unconditional, guidance)
+    halves = len(batch) // len(condition)
+    step = prepare(table.timesteps.to(noise.device, torch.float32), batch)
     rows, conversions = table.coefficients.tolist(), table.conversion.tolist()
     latents = noise.float() * table.noise_scale
     history: list[Tensor] = []
     for i, row in enumerate(rows):
-        prediction = predict(latents.repeat(2, 1, 1, 1) if guided else latents, timesteps[i], condition)
-        latents, kept = update(latents, prediction, history, row, conversions[i], guidance if guided else 1.0)
+        prediction = step(latents.repeat(2, 1, 1, 1) if halves == 2 else latents, i)
+        latents, kept = linear_update(latents, prediction, history, row, conversions[i], guidance)
         history = [kept, *history][: table.history]
         yield latents
+
+
+def guidance_batch(condition: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:  # (B or 2B, L, D)
+    """Conditions (B, L, D) behind as many unconditional ones (1 or B, L, D), which guidance 1 does not need."""
+    if guidance == 1.0 or unconditional is None:
+        return condition
+    return torch.cat([unconditional.expand_as(condition).to(condition), condition])
 
 
 def linear_update(

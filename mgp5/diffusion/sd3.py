@@ -17,7 +17,7 @@ from . import read_index
 from .flow import FlowSchedule
 from .frozen import CLIP_LENGTH, FrozenDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
 
-T5_LENGTH = 256  # tokens of T5, as StableDiffusion3Pipeline takes them by default
+T5_LENGTH = 256  # tokens of T5, as StableDiffusion3Pipeline takes them by default, where its tokenizer allows as many
 TEXT_PARTS = {
     "text_encoder": (CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
     "text_encoder_2": (CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
@@ -84,7 +84,7 @@ class StableDiffusion3(FrozenDiffusion):
     @property
     def condition_shape(self) -> tuple[int, int]:
         """(L, D) of a condition: CLIP's rows, T5's, and one of the pooled vector; (334, 4096) for the real models."""
-        return self._clip_length + T5_LENGTH + 1, self.transformer.config.joint_attention_dim
+        return self._clip_length + self._t5_length + 1, self.transformer.config.joint_attention_dim
 
     @property
     def pooled_width(self) -> int:
@@ -94,6 +94,10 @@ class StableDiffusion3(FrozenDiffusion):
     @property
     def _clip_length(self) -> int:
         return CLIP_LENGTH if self.text_encoder is None else self.text_encoder.config.max_position_embeddings
+
+    @property
+    def _t5_length(self) -> int:
+        return T5_LENGTH if self.tokenizer_3 is None else min(T5_LENGTH, self.tokenizer_3.model_max_length)
 
     @property
     def _unit(self) -> int:
@@ -129,9 +133,9 @@ class StableDiffusion3(FrozenDiffusion):
         rows = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # (B, 77, D1 + D2)
         pooled = torch.cat([state.text_embeds for state in states], dim=-1)[:, None]  # (B, 1, P)
         if self.text_encoder_3 is None:
-            last = rows.new_zeros(len(texts), T5_LENGTH, width)
+            last = rows.new_zeros(len(texts), self._t5_length, width)
         else:
-            ids = _ids(texts, self.tokenizer_3, T5_LENGTH).to(self.text_encoder_3.device)
+            ids = _ids(texts, self.tokenizer_3, self._t5_length).to(self.text_encoder_3.device)
             last = self.text_encoder_3(ids).last_hidden_state  # (B, 256, D)
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in (rows, last, pooled)], dim=1)
 

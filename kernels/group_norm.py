@@ -1,0 +1,242 @@
+"""GroupNorm in channels-last, with the time embedding before it and the SiLU after it, as in a ResNet block of a UNet.
+
+Letters: B batch, C channels, G groups, P pixels (h w), S splits of the pixels.
+
+A tile is some pixels by some whole groups; a group has C / G channels, which is no power of two in any UNet. The groups
+of a tile are therefore picked so that they fill a power of two well (12 groups of 10 channels, of 128) and start at a
+multiple of 8 channels, where loads of 16 bytes are possible; sums over columns become sums over groups by a matrix of
+ones and zeros. A small map is one tile high and needs one kernel that reads it once. Of a larger map, S splits each
+write mean and squared deviations of their groups, and a second kernel merges these (Chan et al., 1983) and normalizes;
+between the two the map stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .language import ceil_div, jit, operator, power_of_2, tl
+
+ONE_TILE = 16384  # elements of the largest map that one program holds
+TILE = 4096  # elements of a tile of a larger map
+# Tiles of a split: at least 2, or merging all splits in each program costs more than it reads of the map.
+MIN_TILES, MAX_SPLITS = 2, 128
+
+
+def group_norm_reference(
+    x: Tensor,  # (B, C, *)
+    weight: Tensor,  # (C)
+    bias: Tensor,  # (C)
+    groups: int,
+    eps: float,
+    silu: bool,
+    time: Tensor | None = None,  # (B, C)
+) -> Tensor:  # (B, C, *)
+    """GroupNorm (Wu and He, arXiv 1803.08494) of x + time, then SiLU where asked."""
+    if time is not None:
+        x = x + time.view(*time.shape, *[1] * (x.ndim - 2))
+    normed = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    return torch.nn.functional.silu(normed) if silu else normed
+
+
+def group_tile(channels: int, groups: int, columns: int) -> tuple[int, int]:
+    """How many groups a tile has, aligned if possible and leaving few columns empty; and how many columns it has."""
+    width = channels // groups
+    columns = max(columns, power_of_2(width))
+
+    def merit(count: int) -> tuple[bool, float]:
+        return count * width % 8 == 0 or count == groups, channels / (ceil_div(groups, count) * columns)
+
+    return max(range(1, min(groups, columns // width) + 1), key=merit), columns
+
+
+@jit
+def _load(x, time, pixel, P, channel, inside, x_p, x_c, TIMED: tl.constexpr):
+    """A tile in float32 with its time embedding, 0 outside its mask; and the mask."""
+    mask = (pixel < P) & inside
+    value = tl.load(x + pixel * x_p + channel * x_c, mask=mask, other=0.0).to(tl.float32)
+    if TIMED:
+        value = tl.where(mask, value + tl.load(time + channel, mask=inside, other=0.0).to(tl.float32), 0.0)
+    return value, mask
+
+
+@jit
+def _by_group(columns, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum what belongs to columns over each group: (COLUMNS) -> (COUNT)."""
+    member = tl.arange(0, COLUMNS)[:, None] // WIDTH == tl.arange(0, COUNT)[None, :]
+    return tl.sum(tl.where(member, columns[:, None], 0.0), axis=0)
+
+
+@jit
+def _by_column(groups, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Hand what belongs to groups to their columns: (COUNT) -> (1, COLUMNS)."""
+    member = tl.arange(0, COLUMNS)[:, None] // WIDTH == tl.arange(0, COUNT)[None, :]
+    return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)[None, :]
+
+
+@jit
+def _store(out, value, weight, bias, pixel, channel, C, inside, mask, SILU: tl.constexpr):
+    """Weight and bias of normalized values, SiLU, and the store."""
+    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    value = value * gain + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        value = value * tl.sigmoid(value)
+    tl.store(out + pixel * C + channel, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _norm_one_tile(
+    x, time, weight, bias, out, P, C, G, x_b, x_p, x_c, time_b, eps, TIMED: tl.constexpr, SILU: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    channel = tl.program_id(1) * SPAN + column
+    inside = (column < SPAN) & (channel < C)
+    pixel = tl.arange(0, ROWS)[:, None]
+    value, mask = _load(
+        x + image * x_b, time + image * time_b if TIMED else None, pixel, P, channel, inside, x_p, x_c, TIMED
+    )
+    mean = _by_group(tl.sum(value, axis=0), WIDTH, COUNT, COLUMNS) / (P * WIDTH)
+    value = tl.where(mask, value - _by_column(mean, WIDTH, COUNT, COLUMNS), 0.0)
+    variance = _by_group(tl.sum(value * value, axis=0), WIDTH, COUNT, COLUMNS) / (P * WIDTH)
+    value *= _by_column(tl.rsqrt(variance + eps), WIDTH, COUNT, COLUMNS)
+    _store(out + image * P * C, value, weight, bias, pixel, channel, C, inside, mask, SILU)
+
+
+@jit
+def _statistics(
+    x, time, partial, P, C, G, x_b, x_p, x_c, time_b, split_rows, TIMED: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    split, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    channel = tl.program_id(1) * SPAN + column
+    inside = (column < SPAN) & (channel < C)
+    start = split * split_rows
+    end = tl.minimum(start + split_rows, P)
+    mean = tl.zeros((COUNT,), tl.float32)
+    squares = tl.zeros((COUNT,), tl.float32)
+    for row in range(start, end, ROWS):
+        pixel = row + tl.arange(0, ROWS)[:, None]
+        value, mask = _load(
+            x + image * x_b, time + image * time_b if TIMED else None, pixel, end, channel, inside, x_p, x_c, TIMED
+        )
+        rows = tl.minimum(end - row, ROWS)
+        here = _by_group(tl.sum(value, axis=0), WIDTH, COUNT, COLUMNS) / (rows * WIDTH)
+        value = tl.where(mask, value - _by_column(here, WIDTH, COUNT, COLUMNS), 0.0)
+        # Merge with the rows before: their number is row - start.
+        share = rows / (row - start + rows).to(tl.float32)
+        step = here - mean
+        squares += _by_group(tl.sum(value * value, axis=0), WIDTH, COUNT, COLUMNS)
+        squares += step * step * share * ((row - start) * WIDTH)
+        mean += step * share
+    first = tl.program_id(1) * (SPAN // WIDTH)
+    group = tl.arange(0, COUNT)
+    place = partial + (image * tl.num_programs(0) + split) * 2 * G + first + group
+    mask = (group < SPAN // WIDTH) & (first + group < G)
+    tl.store(place, mean, mask=mask)
+    tl.store(place + G, squares, mask=mask)
+
+
+@jit
+def _normalize(
+    x, time, partial, weight, bias, out, P, C, G, x_b, x_p, x_c, time_b, split_rows, eps,
+    TIMED: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * (SPAN // WIDTH)
+    split = tl.arange(0, SPLITS)[:, None]
+    group = tl.arange(0, COUNT)[None, :]
+    place = partial + (image * tl.num_programs(0) + split) * 2 * G + first + group
+    known = (split < tl.num_programs(0)) & (group < SPAN // WIDTH) & (first + group < G)
+    size = (tl.maximum(tl.minimum(P - split * split_rows, split_rows), 0) * WIDTH).to(tl.float32)
+    means = tl.load(place, mask=known, other=0.0)
+    mean = tl.sum(size * means, axis=0) / (P * WIDTH)
+    means -= mean[None, :]
+    squares = tl.sum(tl.load(place + G, mask=known, other=0.0) + size * means * means, axis=0)
+    mean = _by_column(mean, WIDTH, COUNT, COLUMNS)
+    scale = _by_column(tl.rsqrt(squares / (P * WIDTH) + eps), WIDTH, COUNT, COLUMNS)
+
+    column = tl.arange(0, COLUMNS)[None, :]
+    channel = tl.program_id(1) * SPAN + column
+    inside = (column < SPAN) & (channel < C)
+    start = tl.program_id(0) * split_rows
+    end = tl.minimum(start + split_rows, P)
+    for row in range(start, end, ROWS):
+        pixel = row + tl.arange(0, ROWS)[:, None]
+        value, mask = _load(
+            x + image * x_b, time + image * time_b if TIMED else None, pixel, end, channel, inside, x_p, x_c, TIMED
+        )
+        _store(out + image * P * C, (value - mean) * scale, weight, bias, pixel, channel, C, inside, mask, SILU)
+
+
+@operator("group_norm")
+def group_norm(
+    x: Tensor,  # (B, C, *)
+    weight: Tensor,  # (C)
+    bias: Tensor,  # (C)
+    groups: int,
+    eps: float,
+    silu: bool,
+    time: Tensor | None = None,  # (B, C)
+) -> Tensor:  # (B, C, *)
+    """`group_norm_reference` by Triton, in float32 from load to store; the result is channels-last.
+
+    Any strides give the right result; it is fast where x is channels-last. Rows of `time` may be slices of a table.
+    """
+    if time is not None and time.stride(1) != 1:
+        raise ValueError(f"a time embedding of strides {time.stride()}, expected its channels side by side")
+    flat = x.flatten(2)  # (B, C, P); a view, unless pixels lie oddly
+    batch, channels, pixels = flat.shape
+    out = x.new_empty(batch, *x.shape[2:], channels).movedim(-1, 1)
+    sizes = (
+        pixels,
+        channels,
+        groups,
+        flat.stride(0),
+        flat.stride(2),
+        flat.stride(1),
+        0 if time is None else time.stride(0),
+    )
+    count, columns = group_tile(channels, groups, 64)
+    if (rows := power_of_2(pixels)) * columns <= ONE_TILE:
+        tile = _tile(channels // groups, count, rows, columns)
+        wrap_triton(_norm_one_tile)[(batch, ceil_div(groups, count))](
+            flat, time, weight, bias, out, *sizes, eps, TIMED=time is not None, SILU=silu, **tile
+        )
+    else:
+        _norm_large(flat, time, weight, bias, out, sizes, eps, silu)
+    return out
+
+
+def _norm_large(
+    x: Tensor,  # (B, C, P)
+    time: Tensor | None,  # (B, C)
+    weight: Tensor,  # (C)
+    bias: Tensor,  # (C)
+    out: Tensor,  # (B, C, *)
+    sizes: tuple[int, ...],
+    eps: float,
+    silu: bool,
+) -> None:
+    """Statistics of splits, then the normalization: two launches."""
+    batch, channels, pixels = x.shape
+    groups = sizes[2]
+    count, columns = group_tile(channels, groups, 128)
+    tile = _tile(channels // groups, count, max(1, TILE // columns), columns) | {"TIMED": time is not None}
+    split_rows = tile["ROWS"] * max(MIN_TILES, ceil_div(pixels, tile["ROWS"] * MAX_SPLITS))
+    grid = ceil_div(pixels, split_rows), ceil_div(groups, count), batch
+    partial = torch.empty(batch, grid[0], 2, groups, device=x.device, dtype=torch.float32)  # mean, squared deviations
+    wrap_triton(_statistics)[grid](x, time, partial, *sizes, split_rows, **tile)
+    wrap_triton(_normalize)[grid](
+        x, time, partial, weight, bias, out, *sizes, split_rows, eps, SILU=silu, SPLITS=MAX_SPLITS, **tile
+    )
+
+
+def _tile(width: int, count: int, rows: int, columns: int) -> dict[str, int]:
+    """The constants of a tile of `count` groups of `width` channels: 32 elements a thread."""
+    sizes = {"WIDTH": width, "SPAN": count * width, "COUNT": power_of_2(count), "ROWS": rows, "COLUMNS": columns}
+    return sizes | {"num_warps": min(16, max(4, rows * columns // 1024))}

@@ -1,0 +1,199 @@
+"""Engines: ways to run the denoising loop, chosen by one call, put onto a diffusion model and taken off again.
+
+Every engine takes constant work out of the loop: keys and values of cross-attention, time embeddings, modulations. On
+top of that `compile` compiles the rest, and `triton` puts fused kernels in; on a GPU both make a step one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..device import SMALL
+from ..diffusion.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
+from ..errors import Mgp5Error
+from ..kernels.guided_step import step_rows
+from .graph import Inputs, WholeStep
+from .hoisted import Hoisted, hoist
+from .layers import Ops
+
+if TYPE_CHECKING:
+    from ..diffusion.frozen import FrozenDiffusion
+
+Backend = Literal["auto", "eager", "compile", "triton"]
+GRAPHS = 4  # kept for sizes, batches and numbers of steps that were used last; each holds the memory of a step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine's name, None for no engine, and why it was chosen or what to know of it."""
+
+    name: Backend | None
+    why: str = ""
+
+
+def choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Which engine runs where; `auto` takes the fastest, with the time to get started counted.
+
+    Raises:
+        Mgp5Error: the backend is unknown, or cannot run here.
+    """
+    if backend not in get_args(Backend):
+        raise Mgp5Error(f"no backend {backend!r}, expected {', '.join(get_args(Backend))}", "choose one", usage=True)
+    missing = {"triton": _triton_refusal(device, dtype), "compile": _compile_refusal(device)}
+    if reason := missing.get(backend):
+        raise Mgp5Error(f"--backend {backend} cannot run here: {reason}", "take --backend auto", usage=True)
+    if backend == "compile":
+        return Choice("compile", f"the first image waits for the compiler, whose results are kept in {_cache()}")
+    if backend != "auto":
+        return Choice(backend)
+    if device.type == "cpu":
+        return Choice("eager", "the fastest on a CPU that starts at once")
+    if not missing["triton"]:
+        return Choice("triton", "the fastest here")
+    return Choice("eager", f"no triton: {missing['triton']}")
+
+
+def apply(diffusion: FrozenDiffusion, backend: Backend = "auto") -> Choice:
+    """Let `diffusion.draw` run by an engine, instead of the one it had. Do it when weights are in their place.
+
+    Returns what was chosen; `auto` chooses none for a denoiser that engines do not know.
+
+    Raises:
+        Mgp5Error: the backend is unknown or cannot run here, or it was asked for and does not know the denoiser.
+    """
+    denoiser = diffusion.denoiser
+    choice = choose(backend, denoiser.device, denoiser.dtype)
+    remove(diffusion)
+    try:
+        diffusion.engine = Engine(choice.name, denoiser)
+    except Mgp5Error as error:
+        if backend != "auto":
+            raise
+        return Choice(None, error.message)
+    return choice
+
+
+def remove(diffusion: FrozenDiffusion) -> None:
+    """Take the engine off; the model is then, bit for bit, what it was."""
+    if diffusion.engine is not None:
+        diffusion.engine.model.restore()
+        diffusion.engine = None
+
+
+class Engine:
+    """Runs the denoising loop of one model; see `denoise`. Its modules share the model's weights.
+
+    Whole steps and their CUDA graphs have been tested on a CPU only, that is without graphs.
+    """
+
+    def __init__(self, name: Backend, denoiser: torch.nn.Module) -> None:
+        device, dtype = denoiser.device, denoiser.dtype
+        on_gpu = device.type == "cuda"
+        flat = on_gpu and name == "eager"  # PyTorch's own GroupNorm on a GPU copies channels-last maps
+        self.ops = operations(name, device, dtype)
+        self.model: Hoisted = hoist(
+            denoiser,
+            self.ops,
+            packed=name == "eager" and _packs(denoiser),
+            layout=torch.contiguous_format if flat else torch.channels_last,
+        )
+        if name == "compile":
+            _compile(self.model, on_gpu)
+        self.whole = on_gpu and name != "eager"
+        self.idle: dict[tuple, WholeStep] = {}
+
+    def denoise(
+        self,
+        noise: Tensor,  # (B, C, h, w)
+        condition: Tensor,  # (B, L, D)
+        unconditional: Tensor | None,  # (1 or B, L, D)
+        table: SamplerTable,
+        guidance: float,
+    ) -> Iterator[Tensor]:
+        """What `diffusion.sampler.denoise` yields, within rounding."""
+        if self.whole:
+            return self.denoise_whole(noise, condition, unconditional, table, guidance)
+        return denoise_prepared(self._prepare, noise, condition, unconditional, table, guidance)
+
+    def _prepare(self, timesteps: Tensor, condition: Tensor) -> Step:
+        rows, context = self.model.constants(timesteps, condition)
+        return lambda latents, step: self.model(latents, rows[step], context)
+
+    @torch.no_grad()
+    def denoise_whole(
+        self,
+        noise: Tensor,  # (B, C, h, w)
+        condition: Tensor,  # (B, L, D)
+        unconditional: Tensor | None,  # (1 or B, L, D)
+        table: SamplerTable,
+        guidance: float,
+    ) -> Iterator[Tensor]:
+        """The same with each step as a whole, on a GPU one CUDA graph."""
+        rows = step_rows(table, guidance).to(noise.device, torch.float32)
+        batch = guidance_batch(condition, unconditional, guidance)
+        timesteps = table.timesteps.to(noise.device, torch.float32)
+        times, context = self.model.constants(timesteps, batch)
+        inputs = Inputs(noise=noise.float() * table.noise_scale, table=times, context=context, rows=rows)
+        weight = next(self.model.model.parameters())  # a graph reads weights where they lay
+        key = weight.data_ptr(), *inputs.key()
+        # Taken out while it runs: another image drawn meanwhile gets buffers of its own.
+        step = self.idle.pop(key, None) or WholeStep(self.model, self.ops.guided_step, inputs)
+        try:
+            yield from step.run(inputs)
+        finally:
+            self.idle[key] = step
+            while len(self.idle) > GRAPHS:
+                self.idle.pop(next(iter(self.idle)))
+
+
+def operations(name: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
+    """PyTorch's operations, or for `triton` kernels where they can run."""
+    if name == "triton":
+        found = {choice.operation: choice.function for choice in kernels.choices(device, dtype)}
+    else:
+        found = {operation: kernels.implementations(operation)[-1].load() for operation in kernels.OPERATIONS}
+    return Ops(**{field: found[field] for field in Ops.__dataclass_fields__})
+
+
+def _packs(denoiser: torch.nn.Module) -> bool:
+    """Whether packed weights pay: for a small model, as of a large one they take much memory and gain nothing."""
+    small = sum(p.numel() for p in denoiser.parameters()) < SMALL
+    on_cpu = denoiser.device.type == "cpu" and denoiser.dtype == torch.float32
+    return on_cpu and small and torch.backends.mkldnn.is_available()
+
+
+def _compile(model: Hoisted, on_gpu: bool) -> None:
+    """Compile for the shapes that come; what was compiled is kept for the next run."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache()
+    model.model.compile(dynamic=False, **({"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}))
+
+
+def _cache() -> str:
+    """Where compiled code is kept: the user's cache, unless PyTorch was told a place."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "inductor"
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _compile_refusal(device: torch.device) -> str:
+    """Why nothing can be compiled here, or ""."""
+    if device.type == "cuda":
+        from ..kernels.language import triton
+
+        return "" if triton else "Triton is not installed: pip install 'mgp5[triton]'"
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    return "" if any(map(shutil.which, compilers)) else "there is no C++ compiler: install g++ or set CXX"
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
+    """Why kernels cannot run here, or ""."""
+    chosen = kernels.choose("group_norm", device, dtype)
+    return "" if chosen.implementation == "triton" else chosen.why.removeprefix("no triton: ")

@@ -1,0 +1,100 @@
+"""A whole step of guided denoising on buffers that stay where they are, so that it can be one CUDA graph.
+
+Letters: n steps, K predictions kept, B batch, R rows of the guidance batch (B or 2B), C, h and w of the latents, S
+columns of a step's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hoisted import Hoisted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a denoising starts with.
+
+    Args:
+        noise: (B, C, h, w), float32; becomes the latents.
+        table: (n, 1 or R, S), see `Hoisted.constants`.
+        context: see there too; each (R, ...).
+        rows: (n, 6 + K), see `kernels.guided_step.step_rows`; float32.
+    """
+
+    noise: Tensor
+    table: Tensor
+    context: list[Tensor]
+    rows: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [self.noise, self.table, self.rows, *self.context]
+
+    def key(self) -> tuple:
+        """What buffers must agree in."""
+        return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors())
+
+    def empty(self) -> Inputs:
+        """Buffers for such tensors, of zeros."""
+        noise, table, rows, *context = (torch.zeros_like(tensor) for tensor in self.tensors())
+        return Inputs(noise=noise, table=table, rows=rows, context=context)
+
+
+class WholeStep:
+    """Model, guidance and sampler on buffers of their own: replayed for each step, filled anew for each image.
+
+    The index of the step lies on the device, so every step is the same work, and nothing waits for the host. On a CPU
+    the same code runs without a graph.
+
+    Args:
+        like: inputs of the shapes and types that it will run with.
+    """
+
+    def __init__(self, model: Hoisted, update: Callable[..., None], like: Inputs) -> None:
+        self.model, self.update = model, update
+        rows, keeps, shape = len(like.context[0]), like.rows.shape[1] - 6, like.noise.shape[1:]
+        with torch.inference_mode(False):  # else the buffers could be written to in inference mode only
+            self.inputs = like.empty()
+            self.history = like.noise.new_zeros(keeps, *like.noise.shape)
+            self.step = torch.zeros(2, dtype=torch.int32, device=like.noise.device)
+            batch = torch.zeros(rows, *shape, dtype=model.dtype, device=like.noise.device)
+            self.batch = batch.contiguous(memory_format=model.layout)
+        self.replay = self._capture() if like.noise.is_cuda else self._advance
+
+    def run(self, inputs: Inputs) -> Iterator[Tensor]:
+        """Yield the latents (B, C, h, w) after each step."""
+        self._fill(inputs)
+        for _ in range(len(inputs.rows)):
+            self.replay()
+            yield self.inputs.noise.clone()
+
+    def _fill(self, inputs: Inputs) -> None:
+        for own, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+            own.copy_(given)
+        self.batch.copy_(inputs.noise.repeat(len(self.batch) // len(inputs.noise), 1, 1, 1))
+        self.step.zero_()
+
+    def _advance(self) -> None:
+        own = self.inputs
+        row = own.table.index_select(0, self.step[:1])[0]
+        prediction = self.model(self.batch, row, own.context)
+        self.update(own.noise, self.history, self.step, self.batch, prediction, own.rows)
+
+    def _capture(self) -> Callable[[], None]:
+        """Record a step; before, it runs on a stream of its own, where compilers and libraries make up their minds."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):
+                self.step.zero_()
+                self._advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            self._advance()
+        return graph.replay

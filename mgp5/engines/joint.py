@@ -1,0 +1,102 @@
+"""Blocks of SD 3's transformer that take what time and pooled text make of them as columns of a step's row.
+
+Letters: R rows of the guidance batch (2B), T tokens of the image, L of the condition, D width, H heads, E width of a
+head, S columns of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import Ops, require
+
+
+class Modulated(nn.Module):
+    """An adaptive LayerNorm of scale and shift alone: the last of the model, and of the context in the last block."""
+
+    def __init__(self, norm: nn.LayerNorm, columns: slice, ops: Ops) -> None:
+        super().__init__()
+        require((isinstance(norm, nn.LayerNorm) and norm.weight is None, "adaptive norms with weights"))
+        self.eps, self.columns, self.ops = norm.eps, columns, ops
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, T, D), (R, S)
+        """The norm at this step."""
+        scale, shift = row[:, self.columns].chunk(2, dim=1)
+        return self.ops.adaln(x, scale, shift, self.eps)
+
+
+class JointBlock(nn.Module):
+    """One block of both streams.
+
+    Args:
+        columns: of the image's modulation, and of the context's.
+    """
+
+    def __init__(self, block: JointTransformerBlock, columns: tuple[slice, slice], ops: Ops) -> None:
+        super().__init__()
+        norms = [getattr(a, name) for a in (block.attn, block.attn2) if a for name in ("norm_q", "norm_k")]
+        require(
+            (all(norm is None or isinstance(norm, RMSNorm) for norm in norms), "unusual norms of queries"),
+            (block.norm2.weight is None and block.norm1.norm.weight is None, "adaptive norms with weights"),
+        )
+        self.attn, self.attn2, self.ff, self.ff_context = block.attn, block.attn2, block.ff, block.ff_context
+        self.own, self.context, self.eps, self.ops = columns[0], columns[1], block.norm2.eps, ops
+        self.last = Modulated(block.norm1_context.norm, columns[1], ops) if block.context_pre_only else None
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        """Context (R, L, D), None in the last block, and image (R, T, D) after the block, by a row `temb` (R, S)."""
+        hidden, context = hidden_states, encoder_hidden_states
+        shift, scale, gate, *mlp = temb[:, self.own].chunk(6 if self.attn2 is None else 9, dim=1)
+        x = self.ops.adaln(hidden, scale, shift, self.eps)
+        if self.last is None:
+            c_shift, c_scale, c_gate, *c_mlp = temb[:, self.context].chunk(6, dim=1)
+            y = self.ops.adaln(context, c_scale, c_shift, self.eps)
+        else:
+            y = self.last(context, temb)
+        attended, context_attended = self._attend(x, y)
+        if self.attn2 is not None:
+            *mlp, shift, scale, second = mlp
+            x = self.ops.adaln(hidden, scale, shift, self.eps)
+            hidden, gate, attended = hidden + gate[:, None] * attended, second, self._attend_again(x)
+        hidden = self._feed(self.ff, hidden, attended, gate, *mlp)
+        return None if self.last else self._feed(self.ff_context, context, context_attended, c_gate, *c_mlp), hidden
+
+    def _feed(
+        self, ff: nn.Module, hidden: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, last: Tensor
+    ) -> Tensor:  # (R, T, D)
+        hidden, x = self.ops.gated_adaln(hidden, update, gate, scale, shift, self.eps)
+        return hidden + last[:, None] * ff(x)
+
+    def _attend(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention of both streams to both: image (R, T, D) and context (R, L, D)."""
+        attn = self.attn
+        own = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
+        names = attn.add_q_proj(y), attn.add_k_proj(y), attn.add_v_proj(y)
+        others = self._heads(*names, attn.norm_added_q, attn.norm_added_k)
+        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(own, others, strict=True))
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (R, T + L, D)
+        image, context = out.split([x.shape[1], y.shape[1]], dim=1)
+        return attn.to_out[0](image), None if self.last else attn.to_add_out(context)
+
+    def _attend_again(self, x: Tensor) -> Tensor:  # (R, T, D)
+        """SD 3.5's attention of the image to itself."""
+        attn = self.attn2
+        heads = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, query_norm: Any, key_norm: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (R, T, H, E) each
+        query, key, value = (part.unflatten(-1, (self.attn.heads, -1)) for part in (query, key, value))
+        if query_norm is not None:
+            query, key = self.ops.rms_norm(query, key, query_norm.weight, key_norm.weight, query_norm.eps)
+        return query, key, value

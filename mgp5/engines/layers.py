@@ -1,0 +1,201 @@
+"""Layers of a denoiser that take what is constant as given: diffusers' modules over the same weights, with less to do.
+
+Letters: R rows of the guidance batch (2B), C channels, h and w of a map, T tokens (h w), D width, H heads, E width of a
+head, L length of the condition, S columns of a step's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import Mgp5Error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The operations that have kernels; see the references in `mgp5.kernels` for their shapes."""
+
+    group_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    geglu: Callable[..., Tensor]
+    adaln: Callable[..., Tensor]
+    gated_adaln: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    guided_step: Callable[..., None]
+
+
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raise Mgp5Error that names what does not hold: the layers here would compute something else."""
+    if found := [name for holds, name in conditions if not holds]:
+        raise Mgp5Error(f"engines do not know a denoiser with {', '.join(found)}", "take --backend auto")
+
+
+class Known(nn.Module):
+    """A module whose result is known: it is given in the place of its first input."""
+
+    def forward(self, known: Tensor, *_: Any) -> Tensor:
+        """The first input."""
+        return known
+
+
+class Linear(nn.Module):
+    """A linear layer or a convolution of single pixels, over the weight of `source`."""
+
+    def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C)
+        """The projection of the last axis."""
+        return F.linear(x, self.source.weight.flatten(1), self.source.bias)
+
+
+class PackedLinear(Linear):
+    """The same for a CPU: of few rows, the product with a weight that lies transposed is a fifth faster."""
+
+    def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
+        super().__init__(source)
+        self.packed = source.weight.flatten(1).t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C)
+        """The projection of the last axis."""
+        rows, bias = x.flatten(0, -2), self.source.bias
+        out = rows @ self.packed if bias is None else torch.addmm(bias, rows, self.packed)
+        return out.view(*x.shape[:-1], -1)
+
+
+class Conv(nn.Module):
+    """A convolution over the weight of `source`; it can be given another bias."""
+
+    linear = Linear
+
+    def __init__(self, source: nn.Conv2d) -> None:
+        super().__init__()
+        self.source = source
+        self.pixel = self.linear(source) if source.kernel_size == (1, 1) else None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (R, C, h, w)
+        """The convolution; of single pixels in channels-last it is a matrix product."""
+        if self.pixel is not None and x.is_contiguous(memory_format=torch.channels_last):
+            return self.pixel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.convolve(x, self.source.bias if bias is None else bias)
+
+    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:  # (R, C, h, w)
+        """The convolution itself."""
+        return F.conv2d(x, self.source.weight, bias, self.source.stride, self.source.padding)
+
+
+class PackedConv(Conv):
+    """The same with oneDNN on a CPU, whose convolutions otherwise pack their weights again at every call."""
+
+    linear = PackedLinear
+    packed: Tensor | None = None
+
+    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:  # (R, C, h, w)
+        """The convolution itself; weights are packed for the shape that comes first, and right for any."""
+        source = self.source
+        reach = source.padding, source.stride, source.dilation, source.groups
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(source.weight, *reach, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, bias, *reach, "none", [], "")
+
+
+class Resnet(nn.Module):
+    """A ResNet block. What the time embedding adds to the first convolution is in its bias, columns of a step's row."""
+
+    def __init__(self, block: ResnetBlock2D, columns: slice, ops: Ops) -> None:
+        super().__init__()
+        require(
+            (block.time_embedding_norm == "default" and block.time_emb_proj is not None, "unusual time embeddings"),
+            (block.upsample is None and block.downsample is None, "ResNet blocks that change the size"),
+            (isinstance(block.nonlinearity, nn.SiLU), "another activation than SiLU"),
+            (block.output_scale_factor == 1.0, "scaled ResNet blocks"),
+        )
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        self.conv_shortcut, self.columns, self.ops = block.conv_shortcut, columns, ops
+
+    @staticmethod
+    def bias(block: ResnetBlock2D, embedding: Tensor) -> Tensor:  # (n, 4C) -> (n, C)
+        """The bias of the first convolution at each step."""
+        active = embedding if block.skip_time_act else block.nonlinearity(embedding)
+        return block.time_emb_proj(active) + block.conv1.bias
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1, S)
+        """One block."""
+        hidden = self.conv1(_normed(self.ops, self.norm1, x), row[0, self.columns])
+        hidden = self.conv2(_normed(self.ops, self.norm2, hidden))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
+
+
+class Transformer(nn.Module):
+    """The transformer of one resolution; its cross-attention is given keys and values."""
+
+    def __init__(self, model: Transformer2DModel, first: int, ops: Ops) -> None:
+        super().__init__()
+        require((model.is_input_continuous, "transformers of patches"))
+        self.norm, self.proj_in, self.proj_out = model.norm, model.proj_in, model.proj_out
+        self.blocks = nn.ModuleList(Block(block, ops) for block in model.transformer_blocks)
+        self.first, self.ops = first, ops
+
+    def forward(self, x: Tensor, encoder_hidden_states: list[Tensor], **_: Any) -> tuple[Tensor]:  # (R, C, h, w)
+        """One transformer; `encoder_hidden_states` are keys and values by turns, ours from block `first` on."""
+        hidden = _normed(self.ops, self.norm, x, silu=False).permute(0, 2, 3, 1)  # (R, h, w, C)
+        _, height, width, _ = hidden.shape
+        hidden = self.proj_in(hidden.flatten(1, 2))  # (R, T, D)
+        for index, block in enumerate(self.blocks, start=self.first):
+            hidden = block(hidden, *encoder_hidden_states[2 * index : 2 * index + 2])
+        hidden = self.proj_out(hidden).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (x + hidden,)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to given keys and values, feed-forward."""
+
+    def __init__(self, block: BasicTransformerBlock, ops: Ops) -> None:
+        super().__init__()
+        own, cross = block.attn1, block.attn2
+        require(
+            (block.norm_type == "layer_norm" and block.pos_embed is None, "unusual transformer blocks"),
+            (not own.is_cross_attention and cross is not None and cross.is_cross_attention, "one kind of attention"),
+            (all(a.norm_q is None and a.added_kv_proj_dim is None for a in (own, cross) if a), "unusual attention"),
+            (type(block.ff.net[0]).__name__ == "GEGLU", "feed-forward layers without GEGLU"),
+        )
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.attn1, self.attn2, self.ff, self.ops = own, cross, block.ff, ops
+
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
+        """One block, keys and values (R, H, L, E)."""
+        x = self.norm1(hidden)
+        hidden, x = self._add_norm(_attend(self.attn1, x, *keys_and_values(self.attn1, x)), hidden, self.norm2)
+        hidden, x = self._add_norm(_attend(self.attn2, x, key, value), hidden, self.norm3)
+        return self.ff.net[2](self.ops.geglu(self.ff.net[0].proj(x))) + hidden
+
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (R, L, D) -> (R, H, L, E) twice
+    """What attention reads of x."""
+    return _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
+
+
+def _heads(attention: Any, x: Tensor) -> Tensor:  # (R, T, H E) -> (R, H, T, E)
+    return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def _attend(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
+    out = F.scaled_dot_product_attention(_heads(attention, attention.to_q(x)), key, value)
+    return attention.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _normed(ops: Ops, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:  # (R, C, h, w)
+    return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)

@@ -1,0 +1,190 @@
+"""Every kernel against its PyTorch reference in float64; run by test_kernels.py, in a process of its own.
+
+There TRITON_INTERPRET=1 runs kernels on the CPU, which must be set before they are imported; on a GPU they run as they
+are. The interpreter is slow: real shapes are few, and tiles are made small where a kernel must take several.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm
+
+from mgp5.diffusion.sampler import sampler_table
+from mgp5.diffusion.schedule import NoiseSchedule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Half an ulp of the result's type, or one where the interpreter cuts what a card rounds; and float32 arithmetic.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+
+
+def draw(*shape, dtype=torch.float32, mean=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (mean + torch.randn(shape, generator=generator)).to(DEVICE, dtype)
+
+
+def assert_equals(kernel, reference, *tensors, **options):
+    """The kernel's results are the reference's on the same values in float64."""
+    found = kernel(*tensors, **options)
+    precise = [x.double() if isinstance(x, torch.Tensor) else x for x in tensors]
+    expected = reference(*precise, **options)
+    for result, precise in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (found, expected)), strict=True):
+        assert result.dtype == tensors[0].dtype
+        rtol = TOLERANCES[result.dtype]
+        torch.testing.assert_close(result.double(), precise, rtol=rtol, atol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "groups", "last"),
+    [
+        ((1, 4, 1, 1), 2, True),  # minimal
+        ((2, 30, 5, 7), 3, True),  # groups of 10, as in SD's first blocks
+        ((2, 30, 5, 7), 3, False),
+        ((1, 128, 8, 8), 32, True),
+        ((2, 60, 17, 19), 6, True),  # two kernels
+        ((1, 8, 600), 4, False),  # a VAE's attention norms (B, C, T)
+    ],
+)
+def test_group_norm(shape, groups, last, dtype, monkeypatch):
+    monkeypatch.setattr(group_norm, "ONE_TILE", 8192)
+    monkeypatch.setattr(group_norm, "MAX_SPLITS", 2)  # each program of the larger maps then takes several tiles
+    x, (weight, bias) = draw(*shape, dtype=dtype, mean=2.0), draw(2, shape[1], dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    time = draw(shape[0], 3 * shape[1], dtype=dtype)[:, shape[1] : 2 * shape[1]]  # a slice of a table
+    options = {"groups": groups, "eps": 1e-5}
+    pair = group_norm.group_norm, group_norm.group_norm_reference
+    assert_equals(*pair, x, weight, bias, silu=False, **options)
+    assert_equals(*pair, x, weight, bias, silu=True, time=None if len(shape) == 3 else time, **options)
+    assert group_norm.group_norm(x, weight, bias, silu=True, **options).movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1280, 8), (320, 24)])
+def test_group_norm_at_sizes_of_sd(channels, size):
+    x, (weight, bias) = draw(1, channels, size, size, dtype=torch.bfloat16), draw(2, channels, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    options = {"groups": 32, "eps": 1e-5, "silu": True}
+    assert_equals(group_norm.group_norm, group_norm.group_norm_reference, x, weight, bias, **options)
+
+
+def test_group_norm_of_a_large_mean_and_of_oddly_lying_pixels():
+    """E[x^2] - E[x]^2 would lose all digits of the first; the second cannot be read as one row of pixels."""
+    weight, bias = draw(2, 8)
+    for x in (draw(1, 8, 40, 40, mean=3000.0), draw(2, 8, 9, 12)[:, :, ::2, ::3]):
+        found = group_norm.group_norm(x, weight, bias, 2, 1e-5, False)
+        expected = group_norm.group_norm_reference(x.double(), weight.double(), bias.double(), 2, 1e-5, False)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7, 34), (2, 9, 512), (20, 2560)])
+def test_geglu(shape, dtype):
+    assert_equals(geglu.geglu, geglu.geglu_reference, draw(*shape, dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3, 33), (2, 8, 256), (9, 320)])
+def test_add_layer_norm(shape, dtype):
+    x, residual = draw(*shape, dtype=dtype, mean=3.0), draw(*shape, dtype=dtype, seed=1)
+    weight, bias = draw(2, shape[-1], dtype=dtype)
+    assert_equals(layer_norm.add_layer_norm, layer_norm.add_layer_norm_reference, x, residual, weight, bias, 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 5, 33), (2, 8, 256), (1, 3, 1536)])
+def test_adaln(shape, dtype):
+    batch, _, width = shape
+    hidden, update = draw(*shape, dtype=dtype, mean=1.0), draw(*shape, dtype=dtype, seed=1)
+    scale, shift, gate = draw(batch, 3 * width, dtype=dtype).chunk(3, dim=1)
+    assert_equals(adaln.adaln, adaln.adaln_reference, hidden, scale, shift, 1e-6)
+    assert_equals(adaln.gated_adaln, adaln.gated_adaln_reference, hidden, update, gate, scale, shift, 1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 24), (2, 7, 4, 64)])
+def test_rms_norm(shape, dtype):
+    query, key, _ = draw(*shape[:2], 3, *shape[2:], dtype=dtype).unbind(2)  # slices of a fused projection
+    weights = draw(2, shape[-1], dtype=dtype)
+    assert_equals(rms_norm.rms_norm, rms_norm.rms_norm_reference, query, key, *weights, 1e-6)
+
+
+def test_elements_that_do_not_lie_side_by_side():
+    """Columns of a transposed map are handled, or refused where a copy would cost what the kernel saves."""
+    assert_equals(geglu.geglu, geglu.geglu_reference, draw(6, 5).T)
+    x, (weight, bias) = draw(6, 5).T, draw(2, 6)
+    assert_equals(layer_norm.add_layer_norm, layer_norm.add_layer_norm_reference, x, x, weight, bias, 1e-5)
+    odd = draw(2, 8, 3).transpose(1, 2)
+    assert_equals(adaln.adaln, adaln.adaln_reference, odd, draw(8, 2).T, draw(8, 2).T, 1e-6)
+    with pytest.raises(ValueError, match="last stride 1"):
+        rms_norm.rms_norm(odd[:, None], odd[:, None], weight, weight, 1e-6)
+    with pytest.raises(ValueError, match="side by side"):
+        group_norm.group_norm(draw(1, 4, 2, 2), weight[:4], bias[:4], 2, 1e-5, True, draw(4, 2).T[:1, :4])
+
+
+def steps(name, dtype, shape, *, guided=True, rescale=0.0, last=True):
+    """Buffers of a guided step as an engine keeps them; the history holds what an earlier run may have left."""
+    table = sampler_table(name, NoiseSchedule(), 7)
+    latents = draw(*shape)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return {
+        "latents": latents,
+        "history": torch.full((table.history, *shape), torch.nan, device=DEVICE),
+        "step": torch.zeros(2, dtype=torch.int32, device=DEVICE),
+        "model_input": torch.zeros(2 * shape[0], *shape[1:], dtype=dtype, device=DEVICE).to(memory_format=layout),
+        "rows": guided_step.step_rows(table, 7.5 if guided else 1.0, rescale).float().to(DEVICE),
+        "rescaled": rescale > 0,
+    }
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "guided", "rescale", "last"),
+    [((1, 1, 1, 1), True, 0.0, False), ((3, 4, 5, 7), True, 0.7, True), ((2, 4, 16, 16), False, 0.0, True)],
+)
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "pndm"])
+def test_guided_steps(name, shape, guided, rescale, last, dtype):
+    """Several in a row: the ring of kept predictions and the index on the device are part of it."""
+    found = steps(name, dtype, shape, guided=guided, rescale=rescale, last=last)
+    expected = {k: v.double() if k in ("latents", "history", "rows", "model_input") else v for k, v in found.items()}
+    expected["step"] = found["step"].clone()
+    for i in range(len(found["rows"])):
+        prediction = draw((2 if guided else 1) * shape[0], *shape[1:], dtype=dtype, seed=i)
+        prediction = prediction.to(memory_format=torch.channels_last) if last else prediction
+        guided_step.guided_step(prediction=prediction, **found)
+        guided_step.guided_step_reference(prediction=prediction.double(), **expected)
+        assert found["step"].tolist() == expected["step"].tolist() == [i + 1, 0]
+        for buffer in ("latents", "history"):
+            torch.testing.assert_close(
+                found[buffer].double(), expected[buffer], rtol=1e-4, atol=1e-4, equal_nan=buffer == "history"
+            )
+        inputs = found["latents"].to(dtype).repeat(2, 1, 1, 1)
+        torch.testing.assert_close(found["model_input"], inputs, rtol=TOLERANCES[dtype], atol=0)
+
+
+def test_what_a_guided_step_refuses():
+    buffers = steps("dpm++", torch.float16, (1, 4, 6, 6))
+    prediction = draw(2, 4, 6, 12)
+    with pytest.raises(ValueError, match="evenly spaced"):
+        guided_step.guided_step(prediction=prediction[..., :6], **buffers)
+    with pytest.raises(ValueError, match="contiguous float32"):
+        guided_step.guided_step(prediction=prediction, **buffers | {"latents": buffers["latents"].half()})
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_guided_step_in_a_cuda_graph():
+    """One graph replays for all steps: index, row and ring slot are read on the device."""
+    buffers = steps("pndm", torch.bfloat16, (2, 4, 64, 64), rescale=0.5)
+    expected = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in buffers.items()}
+    prediction, start = draw(4, 4, 64, 64, dtype=torch.bfloat16), buffers["latents"].clone()
+    guided_step.guided_step(prediction=prediction, **buffers)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        guided_step.guided_step(prediction=prediction, **buffers)
+    buffers["latents"].copy_(start)
+    buffers["step"].zero_()
+    for i in range(len(buffers["rows"])):
+        prediction.copy_(draw(4, 4, 64, 64, dtype=torch.bfloat16, seed=i))
+        graph.replay()
+        guided_step.guided_step_reference(prediction=prediction, **expected)
+    torch.testing.assert_close(buffers["latents"], expected["latents"], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,305 @@
+"""Engines against diffusers' own denoiser, on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
+from tiny import LENGTH, SIZE, WIDTH, save_pipeline, tiny_vae
+from tiny_sd3 import save_sd3
+
+from mgp5 import engines
+from mgp5.cli import main
+from mgp5.diffusion import load_diffusion
+from mgp5.diffusion.schedule import NoiseSchedule
+from mgp5.diffusion.sd2 import StableDiffusion
+from mgp5.engines.graph import WholeStep
+from mgp5.engines.measure import bench_denoise
+from mgp5.errors import Mgp5Error
+
+CPU = torch.device("cpu")
+SAVE = {
+    "epsilon": lambda folder: save_pipeline(folder, "epsilon"),
+    "sd3": save_sd3,
+    "sd3.5": lambda folder: save_sd3(folder, sd35=True),
+}
+
+
+def stable_diffusion(**config) -> StableDiffusion:
+    """As Stable Diffusion 2 is made, unless told otherwise: linear projections, own numbers of heads; two deep."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": SIZE,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**settings | config)
+    return StableDiffusion(unet, tiny_vae(), NoiseSchedule.from_config({"prediction_type": "v_prediction"}))
+
+
+def smallest() -> StableDiffusion:
+    """One ResNet block of a size, two transformers: little to compile."""
+    return stable_diffusion(
+        block_out_channels=(16,),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=2,
+    )
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction", "sd3", "sd3.5"])
+def diffusion(request, tmp_path_factory):
+    if request.param == "v_prediction":
+        return stable_diffusion()
+    return load_diffusion(str(SAVE[request.param](tmp_path_factory.mktemp(request.param))))
+
+
+@pytest.fixture
+def clean(diffusion):
+    """The model without an engine, before and after."""
+    yield diffusion
+    engines.remove(diffusion)
+
+
+def start(diffusion, seed: int, count: int = 1, **options):
+    """A drawing that has not begun; conditions and noise belong to the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    length, width = diffusion.condition_shape
+    if isinstance(diffusion, StableDiffusion):
+        length = LENGTH
+    conditions = torch.randn(count + 1, length, width, generator=generator)
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
+    settings = {"steps": 3, "guidance": 3.0, "sampler": "euler"} | options
+    return diffusion.draw(conditions[1:], conditions[:1], generators=generators, **settings)
+
+
+def draw(diffusion, seed: int, count: int = 1, **options):
+    return torch.stack(list(start(diffusion, seed, count, **options)))
+
+
+CALLS = [
+    {"seed": 1},
+    {"seed": 2},  # another condition
+    {"seed": 1, "count": 2, "sampler": "dpm++", "steps": 4},
+    {"seed": 1, "guidance": 1.0},
+    {"seed": 3, "height": 8, "width": 16},
+    {"seed": 1},
+]
+
+
+def all_calls(diffusion):
+    calls = [*CALLS, {"seed": 4, "sampler": "pndm", "steps": 6}] if isinstance(diffusion, StableDiffusion) else CALLS
+    return [draw(diffusion, **call) for call in calls]
+
+
+def close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).abs().max()) < 2e-5 * float(other.abs().max())
+
+
+def test_eager_draws_the_same_and_comes_off_again(clean):
+    weights = {name: (p.clone(), p.stride()) for name, p in clean.denoiser.named_parameters()}
+    before = all_calls(clean)
+    choice = engines.apply(clean, "eager")
+    assert choice.name == "eager"
+    close(all_calls(clean), before)
+    engines.remove(clean)
+    assert all(torch.equal(one, other) for one, other in zip(all_calls(clean), before, strict=True))
+    for name, p in clean.denoiser.named_parameters():
+        assert torch.equal(p, weights[name][0]) and p.stride() == weights[name][1]
+
+
+def test_whole_steps_draw_the_same(clean):
+    """The code of a CUDA graph, without a graph: indices and history on the device, buffers used again."""
+    before = all_calls(clean)
+    engines.apply(clean, "eager")
+    clean.engine.whole = True
+    close(all_calls(clean), before)
+    assert len(clean.engine.idle) == engines.GRAPHS
+    assert all(isinstance(step, WholeStep) for step in clean.engine.idle.values())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_images_at_a_time_do_not_see_each_other(clean, whole):
+    apart = [draw(clean, seed) for seed in (1, 2)]
+    engines.apply(clean, "eager")
+    clean.engine.whole = whole
+    together = zip(start(clean, 1), start(clean, 2), strict=True)
+    close([torch.stack(steps) for steps in zip(*together, strict=True)], apart)
+
+
+def test_constant_work_is_done_once(clean):
+    """Projections of the condition and of time run once per image, whatever the number of steps."""
+    engines.apply(clean, "eager")
+    names = ("attn2.to_k", "attn2.to_v", "time_emb_proj", "time_embedding", "time_text_embed", "context_embedder")
+    constant = {
+        name: module
+        for name, module in clean.denoiser.named_modules()
+        if name.endswith(names if isinstance(clean, StableDiffusion) else ("norm1.linear", *names[4:]))
+    }
+    others = dict(clean.engine.model.model.named_modules())
+    assert len(constant) > 2 and not any(module in others.values() for module in constant.values())
+    calls = dict.fromkeys(constant, 0)
+
+    def count(name):
+        return lambda *_: calls.update({name: calls[name] + 1})
+
+    handles = [module.register_forward_hook(count(name)) for name, module in constant.items()]
+    draw(clean, 1, steps=5)
+    for handle in handles:
+        handle.remove()
+    assert set(calls.values()) <= {0, 1} and sum(calls.values()) >= len(calls) - 1
+
+
+def test_training_does_not_see_an_engine(clean):
+    def loss():
+        generator = torch.Generator().manual_seed(5)
+        latents = torch.randn(2, *clean.latent_shape(16, 16), generator=generator)
+        condition = torch.randn(2, *clean.condition_shape, generator=generator).requires_grad_()
+        value = clean.loss(latents, condition, generator).sum()
+        value.backward()
+        return value.detach(), condition.grad
+
+    before = loss()
+    engines.apply(clean, "eager")
+    draw(clean, 1)
+    after = loss()
+    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+
+
+def test_engine_is_no_part_of_the_model(clean):
+    names = list(clean.state_dict())
+    engines.apply(clean, "auto")
+    assert list(clean.state_dict()) == names
+
+
+def test_convolutions_that_are_not_packed(monkeypatch):
+    """What a large model on a CPU takes."""
+    monkeypatch.setattr(engines, "SMALL", 0)
+    diffusion = stable_diffusion()
+    before = draw(diffusion, 1)
+    engines.apply(diffusion, "eager")
+    assert diffusion.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    close(draw(diffusion, 1), before)
+    engines.remove(diffusion)
+    assert torch.equal(draw(diffusion, 1), before)
+
+
+def test_choices_on_a_cpu(monkeypatch, tmp_path):
+    assert engines.choose("auto", CPU, torch.float32).name == "eager"
+    with pytest.raises(Mgp5Error, match=r"triton cannot run here: .*(GPU|not installed)"):
+        engines.choose("triton", CPU, torch.float32)
+    with pytest.raises(Mgp5Error, match="no backend 'fast', expected auto, eager, compile, triton"):
+        engines.choose("fast", CPU, torch.float32)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(Mgp5Error, match="compile cannot run here: there is no C\\+\\+ compiler"):
+        engines.choose("compile", CPU, torch.float32)
+
+
+def test_a_denoiser_that_is_not_known():
+    diffusion = stable_diffusion(resnet_time_scale_shift="scale_shift")
+    with pytest.raises(Mgp5Error, match="unusual time embeddings"):
+        engines.apply(diffusion, "eager")
+    choice = engines.apply(diffusion, "auto")
+    assert choice.name is None and "unusual time embeddings" in choice.why and diffusion.engine is None
+
+
+def test_compile_is_one_graph_for_all_steps_and_images(monkeypatch, tmp_path):
+    """Traced as for `compile`, without its minute of C++: no break, and nothing traced again for what is the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    diffusion = smallest()
+    calls = [{"seed": 1}, {"seed": 2}, {"seed": 1, "steps": 3, "guidance": 3.5, "sampler": "dpm++"}]
+    before = [draw(diffusion, **call) for call in calls]
+    assert str(tmp_path / "mgp5" / "inductor") in engines.apply(diffusion, "compile").why
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mgp5" / "inductor")
+    diffusion.engine.model.model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        close([draw(diffusion, **call) for call in calls], before)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_compile_draws_the_same(clean):
+    before = all_calls(clean)
+    engines.apply(clean, "compile")
+    close(all_calls(clean), before)
+    torch.compiler.reset()
+
+
+INTERPRETED = """
+from test_engines import close, draw, smallest
+from tiny_sd3 import tiny_sd3_vae, tiny_transformer
+from mgp5 import engines
+from mgp5.diffusion.flow import FlowSchedule
+from mgp5.diffusion.sd3 import StableDiffusion3
+
+for diffusion in (smallest(), StableDiffusion3(tiny_transformer(sd35=True), tiny_sd3_vae(), FlowSchedule())):
+    before = draw(diffusion, 1, steps=1)
+    assert engines.apply(diffusion, "triton").name == "triton"
+    diffusion.engine.whole = True
+    close(draw(diffusion, 1, steps=1), before)
+"""
+
+
+def test_kernels_in_place_by_the_interpreter():
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+def run(*words: str):
+    return CliRunner().invoke(main, ["chat", "--message", "A fox.", "--steps", "1", "--seed", "0", *words])
+
+
+def test_backend_on_the_command_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused = run("--backend", "triton", "--model", "demo")
+    assert refused.exit_code == 2 and "--backend triton cannot run here" in refused.stderr
+    told = run("--set", "max_tokens=0", "--set", "image=always", "--show", "off")
+    assert told.exit_code == 0, told.stderr
+    assert [line for line in told.stderr.splitlines() if line.startswith("backend eager: the fastest")]
+    quiet = run("--set", "max_tokens=0", "--set", "image=never", "--json")
+    assert quiet.exit_code == 0 and "backend" not in quiet.stderr
+
+
+def test_a_measurement_has_a_row_for_each_way(tmp_path):
+    folder = save_pipeline(tmp_path / "model", "epsilon")
+    rows = list(bench_denoise(str(folder), steps=2, images=2))
+    assert [row["provider"] for row in rows] == ["diffusers", "eager"]
+    assert all(0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms" for row in rows)
+    assert rows[1]["psnr"] > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
+def test_engines_on_a_gpu(clean, backend):
+    before = all_calls(clean)
+    clean.to("cuda")
+    try:
+        engines.apply(clean, backend)
+        for found, expected in zip(all_calls(clean), before, strict=True):
+            torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
+    finally:
+        engines.remove(clean)
+        clean.to("cpu")

@@ -1,0 +1,159 @@
+"""Kernels: their references, the choice between both, and (in a process of its own) kernels against references."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mgp5.kernels import bench
+from mgp5.kernels.guided_step import guided_step_reference, step_rows
+
+from mgp5 import kernels
+from mgp5.diffusion.flow import FlowSchedule
+from mgp5.diffusion.sampler import linear_update, sampler_table
+from mgp5.diffusion.schedule import NoiseSchedule
+from mgp5.errors import Mgp5Error
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+
+
+def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_cases(folder: Path, **variables: str) -> None:
+    cases = str(HERE / "kernel_cases.py")
+    found = run("-m", "pytest", cases, "--rootdir", str(HERE.parent), "--tb=short", folder=folder, **variables)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_kernels_match_their_references_in_tritons_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    run_cases(tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_match_their_references_on_the_gpu(tmp_path):
+    run_cases(tmp_path)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.3, 7.5])
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        (NoiseSchedule(prediction_type=kind), name)
+        for kind in ("epsilon", "v_prediction")
+        for name in NoiseSchedule.samplers
+    ]
+    + [(FlowSchedule(), name) for name in FlowSchedule.samplers],
+    ids=str,
+)
+def test_the_guided_step_is_the_samplers(schedule, name, guidance):
+    """Step by step in float64; the ring of kept predictions starts with what an earlier run left."""
+    table = sampler_table(name, schedule, 8)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)
+    own, history = latents.clone(), torch.full((table.history, *latents.shape), torch.nan, dtype=torch.float64)
+    step, model_input = torch.zeros(2, dtype=torch.int32), torch.empty(4, 4, 3, 5)
+    kept, rows, conversion = [], table.coefficients.tolist(), table.conversion.tolist()
+    for i, row in enumerate(rows):
+        count = 2 if guidance == 1.0 else 4
+        prediction = torch.randn(count, 4, 3, 5, generator=generator, dtype=torch.float64)
+        latents, newest = linear_update(latents, prediction, kept, row, conversion[i], guidance)
+        kept = [newest, *kept][: table.history]
+        guided_step_reference(own, history, step, model_input, prediction, step_rows(table, guidance))
+        torch.testing.assert_close(own, latents, rtol=1e-12, atol=1e-12)
+        assert torch.equal(model_input, latents.float().repeat(2, 1, 1, 1)) and step.tolist() == [i + 1, 0]
+
+
+def test_the_guidance_rescale_is_that_of_the_paper():
+    """Lin et al., arXiv 2305.08891, eq. 14 to 16, written out."""
+    table = sampler_table("ddim", NoiseSchedule(), 4)
+    latents, prediction = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    found, step, model_input = latents.clone(), torch.zeros(2, dtype=torch.int32), torch.empty(2, 3, 8, 8)
+    history = torch.empty(0, *latents.shape)
+    guided_step_reference(found, history, step, model_input, prediction, step_rows(table, 7.5, 0.7).float(), True)
+    without, given = prediction.chunk(2)
+    guided = without + 7.5 * (given - without)
+    matched = guided * given.flatten(1).std(1)[:, None, None, None] / guided.flatten(1).std(1)[:, None, None, None]
+    mixed = 0.7 * matched + 0.3 * guided
+    expected, _ = linear_update(latents, mixed, [], table.coefficients[0].tolist(), table.conversion[0].tolist(), 1.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_on_a_cpu_the_references_run_and_say_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for wanted, why in (("auto", "no triton: "), ("torch", "MGP5_KERNELS=torch")):
+        monkeypatch.setenv("MGP5_KERNELS", wanted)
+        found = kernels.choices(CPU, torch.float32)
+        assert [choice.operation for choice in found] == list(kernels.OPERATIONS)
+        assert all(choice.implementation == "torch" and choice.why.startswith(why) for choice in found)
+    x = torch.randn(3, 8)
+    hidden, gate = x.chunk(2, dim=1)
+    geglu = kernels.choose("geglu", CPU, torch.float32).function
+    assert torch.equal(geglu(x), hidden * torch.nn.functional.gelu(gate))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("triton", "geglu cannot run so"), ("cuda", "expected auto, triton or torch")]
+)
+def test_a_wrong_choice_is_one_line_and_a_usage_error(value, message, monkeypatch):
+    monkeypatch.setenv("MGP5_KERNELS", value)
+    with pytest.raises(Mgp5Error, match=message) as caught:
+        kernels.choose("geglu", CPU, torch.float32)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_what_triton_can_run_is_chosen(tmp_path):
+    """In the interpreter it runs on a CPU; not in float64, and not rows that no tile holds."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from mgp5.kernels import choices, choose
+device = torch.device("cpu")
+print(*(choice.implementation for choice in choices(device, torch.bfloat16)))
+print(choose("adaln", device, torch.float32, width=20000).why)
+print(choose("geglu", device, torch.float64).why)
+"""
+    lines = run("-c", code, folder=tmp_path, TRITON_INTERPRET="1").stdout.splitlines()
+    assert lines[0].split() == ["triton"] * len(kernels.OPERATIONS)
+    assert "20000 wide" in lines[1] and "float64" in lines[2]
+
+
+def test_nothing_needs_triton(tmp_path):
+    """Without it the package imports, references run, and MGP5_KERNELS=triton names what is missing."""
+    code = """
+import os, sys
+sys.modules["triton"] = None
+import torch, mgp5, mgp5.kernels as kernels
+from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm
+x = torch.randn(1, 4, 2, 2)
+print(group_norm.group_norm_reference(x, x[0, :, 0, 0], x[0, :, 0, 0], 2, 1e-5, True, x[:, :, 0, 0]).shape)
+print(kernels.choose("geglu", torch.device("cuda"), torch.float32).why)
+os.environ["MGP5_KERNELS"] = "triton"
+try:
+    kernels.choose("geglu", torch.device("cuda"), torch.float32)
+except mgp5.errors.Mgp5Error as error:
+    print(error)
+"""
+    found = run("-c", code, folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    shape, *reasons = found.stdout.splitlines()
+    assert shape == "torch.Size([1, 4, 2, 2])" and len(reasons) == 2
+    assert all("pip install 'mgp5[triton]'" in reason for reason in reasons)
+
+
+def test_the_benchmark_covers_every_operation_and_counts_its_bytes():
+    assert {case.operation for case in bench.cases(512)} == set(kernels.OPERATIONS)
+    row = next(bench.rows(CPU, torch.float32))
+    assert (row["name"], row["size"], row["provider"]) == ("group_norm", "1280x8x8 float32", "eager")
+    moved = 4 * (2 * 2 * 1280 * 8 * 8 + 2 * 1280 + 2 * 1280)  # the map read and written, weight and bias, time
+    assert row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "us"
+    assert row["gb_per_s"] == pytest.approx(moved / row["median"] / 1e3, rel=0.02, abs=0.1)
