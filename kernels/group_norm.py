@@ -230,7 +230,8 @@ def _norm_large(
     split_rows = tile["ROWS"] * max(MIN_TILES, ceil_div(pixels, tile["ROWS"] * MAX_SPLITS))
     grid = ceil_div(pixels, split_rows), ceil_div(groups, count), batch
     partial = torch.empty(batch, grid[0], 2, groups, device=x.device, dtype=torch.float32)  # mean, squared deviations
-    wrap_triton(_statistics)[grid](x, time, partial, *sizes, split_rows, **tile)
+    # Fewer elements a thread here: with its sums on top it would spill registers.
+    wrap_triton(_statistics)[grid](x, time, partial, *sizes, split_rows, **tile | {"num_warps": 8})
     wrap_triton(_normalize)[grid](
         x, time, partial, weight, bias, out, *sizes, split_rows, eps, SILU=silu, SPLITS=MAX_SPLITS, **tile
     )
