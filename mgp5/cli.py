@@ -330,11 +330,12 @@ def _options(flags: dict[str, Any]) -> Options:
 
 
 def _model(flags: dict[str, Any]) -> MiniGPT5:
-    from . import engines
     from .device import pick_device, quiet_libraries, spare_threads
+
+    quiet_libraries()  # before anything imports them
+    from . import engines
     from .model import load
 
-    quiet_libraries()
     device, dtype = pick_device(flags["device"])
     engines.choose(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
     model = load(flags["model"], dtype=dtype, device=str(device), backend=None)

@@ -35,6 +35,7 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel that it can do without
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
     from huggingface_hub.utils import disable_progress_bars
@@ -42,7 +43,6 @@ def quiet_libraries() -> None:
     for library in (transformers_logging, diffusers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel that it can do without
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges
