@@ -29,7 +29,7 @@ class ModelConfig:
         mllm_kind: type, layers, width and vocabulary of the LLM that it was trained for; "" in older ones.
         diffusion_kind: class, prediction type and condition shape of the generator that the mapper was trained for.
         unconditional: where the other half of guidance comes from: the mapper at zeros, or, of a model trained without
-            guidance dropout, the generator's own encoding of the empty text (the paper's ablation, section 4.5).
+            guidance dropout, the generator's own encoding of the empty text (the paper's ablation, section 4.4).
         lora: rank, alpha and target modules of the adapter, or None.
         prefix: of a model with prefix tuning, or None.
         stage: the last stage that trained it.
@@ -114,7 +114,7 @@ class TrainConfig:
         text_weight, ldm_weight, caption_weight: of the three losses; a loss of weight 0 is not computed.
         voken_labels: vokens with a text loss: "all" (eq. 1), the "first" (the others are forced at inference),
             or both "ends" (what the release does).
-        caption_distance: "mse" (eq. 2), or GILL's mean L2 distance of rows.
+        caption_distance: "mse" (eq. 4), or GILL's mean L2 distance of rows.
         guidance_dropout: probability that a picture's voken states are replaced by zeros before the mapper.
         min_snr: gamma of the min-SNR weights of the LDM loss; None leaves it plain.
         train_queries: False is the paper's ablation of fixed queries.

@@ -37,7 +37,7 @@ def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
-    """Distance to the generator's own encoding of the caption (eq. 2), mean over pictures; both (P, L, C).
+    """Distance to the generator's own encoding of the caption (eq. 4), mean over pictures; both (P, L, C).
 
     Args:
         pooled: length of the pooled vector in the last row, 0 where there is none. It is a term of its own beside the

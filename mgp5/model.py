@@ -108,7 +108,7 @@ class MiniGPT5(nn.Module):
         """Unfreeze exactly what a stage trains.
 
         pretrain: voken rows, whole mapper. finetune: voken rows, LoRA or prefix, the mapper's transformer; its MLP and
-        queries stay as the first stage left them (section 3.4).
+        queries stay as the first stage left them (section 4.1).
         """
         finetune = config.stage == "finetune"
         self.adapt(config.lora if finetune else None, config.prefix if finetune else None)
