@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from .engines import Backend
     from .model import MiniGPT5
 
 MICRO = (4, 8, 16, 24, 48)  # samples at a time, where the batch is a multiple of them
@@ -49,12 +50,13 @@ Row = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a suite is asked for: updates or images to time in each row, after one that is not timed, and samples of an
-    update (None: the papers' 48, and 8 on a CPU)."""
+    update (None: the papers' 48, and 8 on a CPU); engines that draw."""
 
     parts: Parts
     device: str = "auto"
     steps: int
     batch: int | None = None
+    backends: tuple[Backend, ...] = ()
 
 
 def train_suite(setting: Setting) -> Iterator[Row]:
@@ -81,10 +83,10 @@ def train_suite(setting: Setting) -> Iterator[Row]:
 
 
 def cpu_suite(setting: Setting) -> Iterator[Row]:
-    """A guided image by diffusers' pipeline and by our engine, by turns."""
+    """A guided image by diffusers' pipeline and by our engines (eager, if none is named), by turns."""
     from .engines.measure import bench_denoise
 
-    yield from bench_denoise(setting.parts.diffusion, ("eager",), images=setting.steps)
+    yield from bench_denoise(setting.parts.diffusion, setting.backends or ("eager",), images=setting.steps)
 
 
 # What measures, of which model and how often unless the user says.

@@ -251,6 +251,9 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
 @click.option("--model", help="train takes its shapes only.  [default: demo; llava-1.5-7b+sd-2.1-base to train]")
 @click.option("--steps", type=click.IntRange(1), help="Images or updates to time in each row.  [default: 15; 3]")
 @click.option("--batch", type=click.IntRange(1), help="Samples of an update.  [default: 48; 8 on a CPU]")
+@click.option(
+    "--backend", "backends", type=click.Choice(["eager", "compile"]), multiple=True, help="What draws; repeatable."
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")

@@ -279,6 +279,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     kinds = set(getattr(hint, "__args__", (hint,)))
     if isinstance(value, list):
         value = tuple(value)
+    if value is None and "none" in kinds:  # the word itself is one of the choices
+        value = "none"
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     simple = {k for k in kinds if k in (int, float, str, bool, type(None))}

@@ -37,12 +37,14 @@ def quiet_libraries() -> None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel that it can do without
     import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
     from huggingface_hub.utils import disable_progress_bars
 
     for library in (transformers_logging, diffusers_logging):
-        library.set_verbosity_error()
         library.disable_progress_bar()
+    for library in (transformers_logging, diffusers_logging, hub_logging):  # the hub's tells of every retry
+        library.set_verbosity_error()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges

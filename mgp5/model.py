@@ -53,13 +53,14 @@ class MiniGPT5(nn.Module):
         weights = {"text": config.text_weight, "ldm": config.ldm_weight, "caption": config.caption_weight}
         if not len(batch.ids):
             return Losses({}, weights)
-        hidden = self.hidden(batch)
-        states, targets = labelled(hidden, batch.labels)
-        terms = {"text": text_loss(self.backbone.logits(states), targets)}
+        hidden, terms = self.hidden(batch), {}
+        if config.text_weight:
+            states, targets = labelled(hidden, batch.labels)
+            terms["text"] = text_loss(self.backbone.logits(states), targets)
         if batch.drawn:
             drawn = predicting_states(hidden, batch.rows, batch.starts, self.head.num_vokens)  # (P, n, D)
             terms |= self.image_losses(drawn, batch, config, generator)
-        return Losses({name: term for name, term in terms.items() if weights[name]}, weights)
+        return Losses(terms, weights)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The LLM's last hidden states (B, T, D) on whole samples."""

@@ -93,11 +93,14 @@ class Order(Sampler[list[int]]):
             yield chosen
 
 
-def total_steps(config: TrainConfig, samples: int | None, processes: int = 1) -> int:
-    """Updates of a run: `config.steps`, else the epochs' worth. Raises Mgp5Error when nobody knows that."""
+def total_steps(config: TrainConfig, data: Any, processes: int = 1) -> int:
+    """Updates of a run: `config.steps`, else the epochs' worth, for which the samples of shards may have to be counted.
+
+    Raises Mgp5Error when nobody knows how many there are.
+    """
     if config.steps:
         return config.steps
-    if samples is None:
+    if (samples := num_samples(data)) is None:
         raise Mgp5Error("how many samples the data has is not known", "give --max-steps", usage=True)
     return max(1, config.epochs * samples // (config.batch * config.accumulation * processes))
 
@@ -142,7 +145,7 @@ def train(
     """
     accelerator = accelerator or launch(config, str(model.device), out)
     world = accelerator.num_processes
-    total = total_steps(config, num_samples(data), world)
+    total = total_steps(config, data, world)
     newest = on_main(accelerator, lambda: runs.claim(out, config, resume, world, hasattr(data, "stream")))
     with redirect_stdout(sys.stderr):  # some trackers greet
         accelerator.init_trackers("mgp5", {name: str(value) for name, value in asdict(config).items()})

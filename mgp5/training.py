@@ -122,7 +122,7 @@ def _run(flags: dict[str, Any]) -> None:
     runs.check(out, config, flags["resume"])
     data = sources(flags, config, tokenizer_of(flags["model"]))
     accelerator = launch(config, flags["device"], out)
-    total_steps(config, num_samples(data), accelerator.num_processes)  # an error is told before weights are loaded
+    total_steps(config, data, accelerator.num_processes)  # an error is told before weights are loaded
     model = start(flags, config, frozen_dtype(config, accelerator.device))
     caches = Caches.open(flags["caches"], model) if flags["caches"] else None
     with Interruption() as asked:
@@ -146,8 +146,8 @@ def _dry_run(flags: dict[str, Any], config: TrainConfig) -> None:
     from .shapes import skeleton
 
     parts, processes = resolve(flags["model"]), int(os.environ.get("WORLD_SIZE", "1"))
-    samples = num_samples(sources(flags, config, _Later(flags["model"])))
-    total = total_steps(config, samples, processes)
+    data = sources(flags, config, _Later(flags["model"]))
+    samples, total = num_samples(data), total_steps(config, data, processes)
     own = parts.trained and model_config_from(read_config(parts.trained / CONFIG), parts.name)
     vokens, dtype = flags["vokens"], DTYPES[config.precision]
     told = estimate(skeleton(parts.mllm, parts.diffusion, config, num_vokens=vokens, trained=own, dtype=dtype), config)

@@ -148,5 +148,15 @@ def test_caption_distances():
     torch.testing.assert_close(caption_loss(condition, encoding, 3), gap[:, :-1].pow(2).mean() + pooled)
 
 
+def test_none_is_a_word_where_it_is_one_of_the_choices():
+    config = override(preset("finetune"), parse_settings(("quantize=none", "data.context=none", "lora=none")))
+    assert (config.quantize, config.data.context, config.lora) == ("none", "none", None)
+
+
+def test_a_weight_of_zero_spares_the_lm_head(llava, monkeypatch):
+    monkeypatch.setattr(llava.backbone, "logits", None)
+    assert set(losses(llava, replace(preset("pretrain"), text_weight=0.0)).terms) == {"ldm", "caption"}
+
+
 def test_the_configuration_is_json(llava):
     assert asdict(preset("finetune", "release"))["data"]["history"] == 3

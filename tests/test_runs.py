@@ -13,6 +13,7 @@ import signal
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,10 +356,11 @@ def test_the_rate_warms_up_and_decays():
     assert rate(config("pretrain", warmup=0), 0, 5) == 1.0
     cosine = [rate(config("pretrain", warmup=10, schedule="cosine"), step, 100) for step in range(100)]
     assert cosine[:10] == rates[:10] and cosine[55] == pytest.approx(0.5) and cosine[-1] < 0.001
-    assert total_steps(preset("pretrain"), 4800) == 200
-    assert total_steps(preset("finetune"), 320) == 40 and total_steps(preset("finetune"), 320, processes=4) == 10
+    assert total_steps(preset("pretrain"), range(4800)) == 200
+    assert total_steps(preset("finetune"), range(320)) == 40
+    assert total_steps(preset("finetune"), range(320), processes=4) == 10
     with pytest.raises(Mgp5Error, match="is not known: give --max-steps"):
-        total_steps(preset("finetune"), None)
+        total_steps(preset("finetune"), SimpleNamespace(stream=None, size=None))
 
 
 # The command
