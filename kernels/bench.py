@@ -1,24 +1,20 @@
 """Micro-benchmark of every kernel at the shapes of SD 2.1 and SD 3: PyTorch, torch.compile, Triton, and a plain copy.
 
-`python -m mgp5.kernels.bench [--device cuda] [--out FILE]`. All of these operations move bytes: a row therefore tells
+`mgp5 bench --suite kernels` shows the rows. All of these operations move bytes: a row therefore tells
 how many it must move at least, how fast that went, and what share this is of a large copy timed in the same run. On a
 GPU, times are of replays of a CUDA graph over so many sets of tensors that the L2 cache cannot hold them.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..device import pick_device
-from ..errors import Mgp5Error
 from . import implementations
 
 CACHE = 256 * 2**20  # bytes that the sets of tensors fill together: several times the L2 cache of any card
@@ -90,12 +86,15 @@ def rows(device: torch.device, dtype: torch.dtype, pixels: tuple[int, ...] = (51
         count = 1 if device.type == "cpu" else max(1, min(64, CACHE // moved))
         sets += [tuple(x.clone() if isinstance(x, Tensor) else x for x in sets[0]) for _ in range(count - 1)]
         for provider, function in _providers(case.operation, device, dtype):
-            low, median, high = _timed(function, sets, device)
+            row = {"name": case.operation, "size": f"{case.size} {str(dtype).removeprefix('torch.')}"}
+            row["provider"] = provider
+            try:
+                low, median, high = timed(function, sets, device)
+            except Exception as error:  # the others go on
+                yield row | {"skipped": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+                continue
             rate = moved / median / 1e3
-            yield {
-                "name": case.operation,
-                "size": f"{case.size} {str(dtype).removeprefix('torch.')}",
-                "provider": provider,
+            yield row | {
                 "median": round(median, 2),
                 "p20": round(low, 2),
                 "p80": round(high, 2),
@@ -109,7 +108,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a copy too large for any cache, bytes read and written."""
     source = torch.ones((2**30 if device.type == "cuda" else 2**27) // 4, device=device)
     target = torch.empty_like(source)
-    _, median, _ = _timed(lambda: target.copy_(source), [()], device)
+    _, median, _ = timed(lambda: target.copy_(source), [()], device)
     return 2 * source.nbytes / median / 1e3
 
 
@@ -122,7 +121,7 @@ def _providers(operation: str, device: torch.device, dtype: torch.dtype) -> Iter
         yield "triton", triton.load()
 
 
-def _timed(
+def timed(
     function: Callable[..., Any], sets: list[tuple[Any, ...]], device: torch.device
 ) -> tuple[float, float, float]:
     """20th percentile, median and 80th percentile of a call, in microseconds."""
@@ -189,33 +188,3 @@ def _step(side: int) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
         return latents, latents[None].clone(), step, x, x.clone(), rows, False
 
     return make
-
-
-def main() -> None:
-    """Print rows as they come, one JSON object a line; with --out, write them with the machine they are of."""
-    import click
-
-    @click.command()
-    @click.option("--device", default="auto")
-    @click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
-    def command(device: str, out: Path | None) -> None:
-        from ..bench import machine
-        from ..runs import write_json
-
-        if out is not None and out.exists():
-            raise click.UsageError(f"--out {out} exists already: choose another file")
-        found = []
-        try:
-            for row in rows(*pick_device(device)):
-                found.append(row)
-                print(json.dumps(row), flush=True)
-        except Mgp5Error as error:
-            raise click.ClickException(str(error)) from error
-        if out is not None:
-            write_json(out, {"machine": machine(), "rows": found})
-
-    command()
-
-
-if __name__ == "__main__":
-    main()

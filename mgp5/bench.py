@@ -1,244 +1,190 @@
-"""`mgp5 bench`: how fast this machine draws and trains, and in how much memory.
-
-A row is one way to do the same work; its times are the median, and the 20th and 80th percentile. B samples, T tokens.
-"""
+"""`mgp5 bench`: how fast this machine draws, writes and trains, and in how much memory."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import product, repeat
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import torch
-from torch import Tensor, nn
 
-from .collate import Batch
-from .config import TrainConfig, preset
-from .device import pick_device, quiet_libraries
+from .device import pick_device
 from .errors import Mgp5Error
 from .hub import Parts, resolve
-from .memory import GB, estimate
-from .processes import DTYPES, launch
-from .prompt import IGNORE
+from .kernels.bench import rows as kernel_rows
+from .memory import GB
 from .runs import write_json
-from .shapes import skeleton
-from .trainer import Trainer
+from .suites import Clock, Row, Setting, collect, limits, reason
+from .suites.decoding import condition_rows, decode_rows
+from .suites.drawing import draw_rows
+from .suites.starting import first_rows
+from .suites.training import train_suite
+from .views.chart import chart
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from .engines import Backend
-    from .model import MiniGPT5
+# Model, pixels and images at a time, the most telling first: what time does not suffice for is left out.
+SIZES = (
+    ("llava-1.5-7b+sd-2.1-base", 512, 1),
+    ("llava-1.5-7b+sd-2.1", 768, 1),
+    ("demo", None, 1),
+    ("qwen2.5-vl-7b+sd-3", 1024, 1),
+    ("llava-1.5-7b+sd-2.1-base", 512, 4),
+    ("llava-1.5-7b+sd-2.1", 768, 4),
+)
+# Seconds that ways which compile need to get started on a GPU, until the first of them was seen.
+GUESSES = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static": 60.0}
+Size = tuple[Parts, int | None, int]
+FIGURES = {
+    "p20": "p20",
+    "p80": "p80",
+    "first s": "first_s",
+    "image ms": "image_ms",
+    "updates/s": "updates_per_s",
+    "tokens/s": "tokens_per_s",
+    "TFLOP/s": "tflop_per_s",
+    "of matmul": "share_of_matmul",
+    "GB/s": "gb_per_s",
+    "of copy": "share_of_copy",
+    "peak GB": "peak_gb",
+    "estimate": "estimated_gb",
+    "PSNR dB": "psnr",
+    "error": "step_error",
+}
 
-MICRO = (4, 8, 16, 24, 48)  # samples at a time, where the batch is a multiple of them
-TEMPLATE, CAPTION = 15, 20  # tokens of a prompt around the caption, and of a caption (half to one and a half of it)
-Row = dict[str, Any]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a suite is asked for: updates or images to time in each row, after one that is not timed, and samples of an
-    update (None: the papers' 48, and 8 on a CPU); engines that draw."""
-
-    parts: Parts
-    device: str = "auto"
-    steps: int
-    batch: int | None = None
-    backends: tuple[Backend, ...] = ()
-
-
-def train_suite(setting: Setting) -> Iterator[Row]:
-    """Updates of the first stage, by the training loop's own code: features live or cached, activations kept or
-    recomputed (checkpointing), several micro-batches; for rows called tuned cuDNN tries its algorithms first."""
-    device, _ = pick_device(setting.device)
-    config = replace(preset("pretrain"), precision="bf16" if device.type == "cuda" else "fp32")
-    names = setting.parts.mllm, setting.parts.diffusion
-    model = skeleton(*names, config, device=device, dtype=DTYPES[config.precision])
-    batch = setting.batch or (48 if device.type == "cuda" else 8)
-    sizes = [size for size in MICRO if batch % size == 0] or [batch]
-    tuned = [(True, False, size, True) for size in sizes if device.type == "cuda"]
-    for cached, checkpointing, size, tune in [*product((True, False), (True, False), sizes, (False,)), *tuned]:
-        own = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
-        kinds = "cached" if cached else "live", "recomputed" if checkpointing else "kept"
-        row = {
-            "name": "pretrain update",
-            "size": f"{setting.parts.name}, {model.diffusion.native_size} px, {batch} samples",
-            "provider": f"{kinds[0]}, {kinds[1]}, by {size}{', tuned' if tune else ''}",
-        }
-        torch.backends.cudnn.benchmark = tune
-        row |= _expected(names, own, cached, made_up(model, size, cached).ids.shape[1])
-        yield row | _measured(model, own, cached, setting, row["tflop"])
+def gpu_suite(setting: Setting) -> Iterator[Row]:
+    """The papers' models and their successors with random weights, and the demo; or one model, one image and four."""
+    own = [(setting.parts, None, images) for images in (1, 4)] if setting.parts else None
+    sizes = own or [(resolve(name), *rest) for name, *rest in SIZES]
+    clock = Clock(setting.minutes, starts=dict(GUESSES) if pick_device(setting.device)[0].type == "cuda" else {})
+    backends = setting.backends or ("eager", "triton", "compile")
+    yield from _inference(setting, clock, sizes, backends, steps=50, compiled=True)
 
 
 def cpu_suite(setting: Setting) -> Iterator[Row]:
-    """A guided image by diffusers' pipeline and by our engines (eager, if none is named), by turns."""
-    from .engines.measure import bench_denoise
-
-    yield from bench_denoise(setting.parts.diffusion, setting.backends or ("eager",), images=setting.steps)
-
-
-# What measures, of which model and how often unless the user says.
-SUITES = {"cpu": (cpu_suite, "demo", 15), "train": (train_suite, "llava-1.5-7b+sd-2.1-base", 3)}
+    """A guided image and a reply of the demo; and of `compile`, if it is asked for, how long a process waits for it."""
+    parts = setting.parts or resolve("demo")
+    sizes, clock = [(parts, None, 1)], Clock(setting.minutes)
+    yield from _inference(setting, clock, sizes, setting.backends or ("eager",), steps=20, compiled=False)
+    if "compile" in setting.backends:
+        yield from _attempt("first image", parts, clock, first_rows(parts, 20, setting.tell))
 
 
-def made_up(model: MiniGPT5, count: int, cached: bool) -> Batch:
-    """Captions of CC3M's length with a picture each; a cache holds latents and encodings."""
-    vokens, end = list(model.head.ids), model.backbone.tokenizer.eos_token_id
-    generator = torch.Generator().manual_seed(0)
-    captions = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (count,), generator=generator)
-    starts = [TEMPLATE + length for length in captions.tolist()]
-    length = max(starts) + len(vokens) + 1
-    ids = torch.full((count, length), end)
-    labels = torch.full_like(ids, IGNORE)
-    for row, start in enumerate(starts):
-        ids[row, start : start + len(vokens)] = torch.tensor(vokens)
-        labels[row, start : start + len(vokens) + 1] = ids[row, start : start + len(vokens) + 1]
-    ends = torch.tensor(starts)[:, None] + len(vokens)
-    size, diffusion = model.diffusion.native_size, model.diffusion
-    channels, height, width = diffusion.latent_shape(size, size)
-    moments = torch.ones(count, 2 * channels, height, width)
-    return Batch(
-        ids=ids,
-        mask=(torch.arange(length) <= ends).long(),
-        labels=labels,
-        seen={},
-        rows=tuple(range(count)),
-        starts=tuple(starts),
-        pixels=None if cached else torch.zeros(count, 3, size, size),
-        captions=("a " * CAPTION,) * count,
-        moments=moments if cached else None,
-        encodings=torch.zeros(count, *diffusion.condition_shape) if cached else None,
-    )
+def kernel_suite(setting: Setting) -> Iterator[Row]:
+    """Every kernel at the shapes of SD 2.1 and SD 3."""
+    for row in kernel_rows(*pick_device(setting.device)):
+        setting.tell(f"{row['name']} {row['size']}: {row['provider']}")
+        yield row
 
 
-def _expected(names: tuple[str, str], config: TrainConfig, cached: bool, length: int) -> Row:
-    """What the shapes say: memory, and operations of an update."""
-    told = estimate(skeleton(*names, config, dtype=DTYPES[config.precision]), config, length, cached)
-    return {"estimated_gb": round(told.total.total / GB, 2), "tflop": round(told.flops / 1e12, 3)}
+def _inference(
+    setting: Setting, clock: Clock, sizes: list[Size], backends: tuple[Any, ...], **options: Any
+) -> Iterator[Row]:
+    """The machine's limits, then the rows of each size, and of its LLM when that comes up first."""
+    device, dtype = pick_device(setting.device)
+    torch._inductor.config.autotune_num_choices_displayed = 0  # else a page on stderr for every product
+    torch._inductor.config.max_autotune_report_choices_stats = False
+    setting.tell("matmul and copy")
+    found = limits(device, dtype)
+    yield from found.rows(dtype)
+    common: dict[str, Any] = {"setting": setting, "clock": clock, "device": device, "dtype": dtype}
+    measured = common | {"limits": found, "backends": backends}
+    conditions: dict[str, float | None] = {}
+    for parts, pixels, images in sizes:
+        fresh = parts.mllm not in conditions
+        if fresh:
+            conditions[parts.mllm] = yield from _attempt("condition", parts, clock, condition_rows(parts, **common))
+        drawn = draw_rows(parts, pixels, images, before=conditions[parts.mllm], **measured, **options)
+        yield from _attempt("guided step", parts, clock, drawn)
+        if fresh:
+            yield from _attempt("decode", parts, clock, decode_rows(parts, **measured))
 
 
-def _measured(model: MiniGPT5, config: TrainConfig, cached: bool, setting: Setting, tflop: float) -> Row:
-    """Updates of the training loop; a row that says so where memory does not suffice."""
-    accelerator = launch(config, setting.device)
-    cuda = accelerator.device.type == "cuda"
-    model.merge()
-    spans, times = Spans(cuda), []
+def _attempt(name: str, parts: Parts, clock: Clock, rows: Iterator[Row]) -> Generator[Row, None, Any]:
+    """Rows of a model; where time is over or it cannot even be made, one that says so."""
+    row = {"name": name, "size": parts.name, "provider": "all"}
+    if not clock.allows():
+        yield row | {"skipped": "out of time"}
+        return None
     try:
-        trainer = Trainer(model, config, accelerator)
-        batches = repeat(made_up(model, config.batch, cached))
-        model.train()
-        trainer.update(batches, lambda: False)  # the first one compiles, tunes and allocates
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with spans.of(model):
-            for _ in range(setting.steps):
-                start = time.perf_counter()
-                trainer.update(batches, lambda: False)  # it ends by reading the losses: the device is done then
-                times.append(1000 * (time.perf_counter() - start))
-    except torch.OutOfMemoryError:
-        times.clear()
+        return (yield from rows)
+    except Exception as error:
+        yield row | {"skipped": reason(error)}
+        return None
     finally:
-        trainer = None
-        accelerator.free_memory()
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    if not times:
-        return {"skipped": "out of memory"}
-    low, median, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {
-        "median": round(median, 1),
-        "p20": round(low, 1),
-        "p80": round(high, 1),
-        "unit": "ms",
-        "updates_per_s": round(1000 / median, 3),
-        "samples_per_s": round(1000 * config.batch * config.accumulation / median, 2),
-        "tflop_per_s": round(1000 * tflop / median, 2),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 2) if cuda else None,
-        "parts": spans.shares(sum(times)),
-    }
+        collect()
 
 
-class Spans:
-    """The time that parts of a model take, forward and backward, by hooks at their inputs and outputs.
+# What measures, what of `Setting` is so unless the user says, and what the user may say.
+SUITES: dict[str, tuple[Callable[[Setting], Iterator[Row]], dict[str, Any], tuple[str, ...]]] = {
+    "cpu": (cpu_suite, {"steps": 15, "minutes": 5.0}, ("model", "steps", "minutes", "backends")),
+    "gpu": (gpu_suite, {"steps": 5, "minutes": 8.0}, ("model", "steps", "minutes", "backends")),
+    "kernels": (kernel_suite, {}, ()),
+    "train": (train_suite, {"steps": 3}, ("model", "steps", "batch")),
+}
 
-    Backward begins when a gradient reaches a part's output, and ends when the last one leaves at its inputs.
+
+def report(suite: str, out: Path, as_json: bool, *, model: str | None, device: str, **options: Any) -> None:
+    """Run a suite, show its rows, write them as they come, and draw a chart of them beside the file.
+
+    Args:
+        out: a new file: {"machine": {...}, "rows": [{...}, ...]}.
+        model: as `hub.resolve` takes it; None is the suite's.
+        options: of `Setting`, None (or none) where the user said nothing.
+
+    Raises:
+        Mgp5Error: a file exists, there is no such model or device, or an option that the suite does not take.
     """
+    from rich.console import Console
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self._open: dict[str, Any] = {}
-        self._closed: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    @contextmanager
-    def of(self, model: MiniGPT5) -> Iterator[None]:
-        """Watch a model's parts."""
-        generator = model.diffusion
-        parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
-        parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
-        handles = []
-        for name, part in parts.items():
-            handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._begin(name)))
-            handles.append(part.register_forward_hook(self._after(name), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def shares(self, total: float) -> dict[str, float]:
-        """Of `total` milliseconds."""
-        sums = {name: sum(self._between(*pair) for pair in pairs) for name, pairs in self._closed.items()}
-        sums["other"] = total - sum(sums.values())
-        return {name: round(value / total, 3) for name, value in sums.items()}
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            self._end(name)
-            inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
-            if inputs and torch.is_grad_enabled():
-                output[0].register_hook(lambda _: self._begin(f"{name} back"))
-                for tensor in inputs:
-                    tensor.register_hook(lambda _: self._end(f"{name} back"))
-
-        return hook
-
-    def _begin(self, name: str) -> None:
-        self._open[name] = self._stamp()
-
-    def _end(self, name: str) -> None:
-        stamp = self._stamp()
-        self._closed[name].append((self._open[name], stamp))
-        self._open[name] = stamp
-
-    def _stamp(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
+    picture = out.with_suffix(".png")
+    if exists := [path for path in {out, picture} if path.exists() or path.suffix == ".png" == out.suffix]:
+        raise Mgp5Error(f"--out {exists[0]} exists already", "choose another file", usage=True)
+    measure, usual, takes = SUITES[suite]
+    given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, ())}
+    if wrong := [name for name in given if name not in takes]:
+        raise Mgp5Error(f"--suite {suite} takes no --{wrong[0].removesuffix('s')}", "leave it out", usage=True)
+    given.pop("model", None)
+    began = time.monotonic()
+    setting = Setting(
+        parts=resolve(model) if model else None,
+        device=device,
+        tell=lambda text: click.echo(f"[{time.monotonic() - began:4.0f} s] {text}", err=True),
+        **(usual | given),
+    )
+    rows: list[Row] = []
+    try:
+        for row in measure(setting):
+            rows.append(row)
+            write_json(out, {"machine": machine(), "rows": rows})
+            if as_json:
+                click.echo(json.dumps(row))
+    finally:
+        if rows:  # also those before an interruption
+            chart(machine(), rows, picture)
+    if not as_json:
+        Console(width=None if sys.stdout.isatty() else 140).print(tables(rows))
+    click.echo(f"The report is in {out}, a chart of it in {picture}", err=True)
 
 
 def machine() -> dict[str, Any]:
     """What was measured on."""
     libraries = ("torch", "transformers", "diffusers", "accelerate", "peft", "mgp5")
     facts: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts |= {"cpu": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    facts |= {"cpu": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["python"] = platform.python_version()
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         facts |= {"gpu": card.name, "gpu_gb": round(card.total_memory / GB, 1), "cuda": torch.version.cuda}
@@ -246,62 +192,42 @@ def machine() -> dict[str, Any]:
 
 
 def tables(rows: list[Row]) -> Group:
-    """Rows for the terminal."""
+    """Rows for the terminal: a table for each size, one of parts where they were timed, and what was skipped."""
     from rich.console import Group
 
-    figures = {"ms": "median", "per s": "updates_per_s", "TFLOP/s": "tflop_per_s", "peak GB": "peak_gb"}
-    figures |= {"estimate": "estimated_gb", "first s": "first_s", "PSNR dB": "psnr"}
-    figures = {name: key for name, key in figures.items() if any(key in row for row in rows)}
-    parts = list(dict.fromkeys(name for row in rows for name in row.get("parts", {})))
-    none = {"median": "no memory"}  # of what was skipped
-    reached = [[row["provider"], *(str(row.get(f) or none.get(f, "")) for f in figures.values())] for row in rows]
-    done = [row for row in rows if "parts" in row]
-    spent = [[row["provider"], *(f"{row['parts'].get(name, 0):.0%}" for name in parts)] for row in done]
-    title = f"{rows[0]['name']}: {rows[0]['size']}"
-    where = [_table("where the time goes", parts, spent)] if parts else []
-    return Group(_table(title, [*figures], reached), *where)
+    views: list[Any] = []
+    for (name, size), group in groupby(rows, key=lambda row: (row["name"], row["size"])):
+        own = list(group)
+        done, skipped = ([row for row in own if ("skipped" in row) is left] for left in (False, True))
+        unit = next((row["unit"] for row in done if "unit" in row), "")
+        figures = {unit: "median"} | FIGURES
+        figures = {title: key for title, key in figures.items() if any(row.get(key) is not None for row in done)}
+        lines = [[row["provider"], *(_cell(key, row.get(key)) for key in figures.values())] for row in done]
+        views += [f"{name}: {size}", *([_table([*figures], lines)] if done else [])]
+        parts = list(dict.fromkeys(part for row in own for part in row.get("parts", {})))
+        spent = [[row["provider"], *(f"{row['parts'].get(p, 0):.0%}" for p in parts)] for row in done]
+        views += ["where the time goes", _table(parts, spent)] if parts else []
+        views += [f"  {row['provider']} skipped: {row['skipped']}" for row in skipped]
+    return Group(*views)
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0%}" if key.startswith("share_") else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    view = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("way", no_wrap=True)
     for column in columns:
         view.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
         view.add_row(*row)
     return view
-
-
-def report(suite: str, out: Path, as_json: bool, *, model: str | None, steps: int | None, **options: Any) -> None:
-    """Run a suite, show its rows, and write them as they come.
-
-    Args:
-        out: a new file: {"machine": {...}, "rows": [{...}, ...]}.
-        model: as `hub.resolve` takes it; None is the suite's.
-        steps: to time in each row; None is the suite's number.
-        options: of `Setting`.
-
-    Raises:
-        Mgp5Error: the file exists, or there is no such model or device.
-    """
-    from rich.console import Console
-
-    if out.exists():
-        raise Mgp5Error(f"--out {out} exists already", "choose another file", usage=True)
-    quiet_libraries()
-    measure, usual, often = SUITES[suite]
-    rows: list[Row] = []
-    with Console(stderr=True).status("measuring"):
-        for row in measure(Setting(parts=resolve(model or usual), steps=steps or often, **options)):
-            rows.append(row)
-            write_json(out, {"machine": machine(), "rows": rows})
-            if as_json:
-                print(json.dumps(row), flush=True)
-    if not as_json:
-        Console().print(tables(rows))
 
 
 def _processor() -> str:

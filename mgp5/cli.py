@@ -70,13 +70,47 @@ def generation_options(command: Command) -> Command:
             click.option("--seed", type=SEED, help="Seed of text and images; random, and told, if not given."),
             click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
             click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
+            click.option(
+                "--guidance-until",
+                type=click.FloatRange(0, 1),
+                default=1.0,
+                metavar="FRACTION",
+                help="Guide this share of the steps only: faster, another picture.",
+            ),
+            click.option(
+                "--reuse",
+                type=click.IntRange(1),
+                default=1,
+                metavar="N",
+                help="Run the whole UNet in one of N steps only: faster, another picture.",
+            ),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
             click.option(
                 "--backend",
-                type=click.Choice(["auto", "eager", "compile", "triton"]),
+                type=click.Choice(["auto", "eager", "compile", "triton", "onnx", "trt"]),
                 default="auto",
                 show_default=True,
                 help="What draws: auto takes the fastest that works here.",
+            ),
+            click.option(
+                "--exported",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Made by export, for --backend onnx or trt.  [onnx on a CPU: made when needed, and kept]",
+            ),
+            click.option(
+                "--memory",
+                type=click.Choice(["auto", "low", "full"]),
+                default="auto",
+                show_default=True,
+                help="On a GPU: auto saves what it must, low all it can. See doctor.",
+            ),
+            click.option(
+                "--quantize",
+                type=click.Choice(["none", "4bit", "8bit"]),
+                default="none",
+                show_default=True,
+                help="Bits of the LLM's layers.",
             ),
             click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
             click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
@@ -91,6 +125,16 @@ def generation_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def _without(*names: str) -> Callable[[Command], Command]:
+    """Take flags off again that a command has no use for, or has its own of."""
+
+    def take_off(command: Command) -> Command:
+        command.__click_params__ = [flag for flag in command.__click_params__ if flag.name not in names]
+        return command
+
+    return take_off
 
 
 @main.command()
@@ -247,24 +291,91 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
 
 
 @main.command()
-@click.option("--suite", type=click.Choice(["cpu", "train"]), default="cpu", show_default=True)
-@click.option("--model", help="train takes its shapes only.  [default: demo; llava-1.5-7b+sd-2.1-base to train]")
-@click.option("--steps", type=click.IntRange(1), help="Images or updates to time in each row.  [default: 15; 3]")
+@click.option("--suite", type=click.Choice(["cpu", "gpu", "kernels", "train"]), default="cpu", show_default=True)
+@click.option("--model", help="Instead of the suite's; random weights unless it is trained.")
+@click.option("--steps", type=click.IntRange(1), help="Images and replies, or updates, to time in each row.")
 @click.option("--batch", type=click.IntRange(1), help="Samples of an update.  [default: 48; 8 on a CPU]")
+@click.option("--minutes", type=click.FloatRange(0), help="Rows not begun by then are left out.  [cpu: 5; gpu: 8]")
 @click.option(
-    "--backend", "backends", type=click.Choice(["eager", "compile"]), multiple=True, help="What draws; repeatable."
+    "--backend",
+    "backends",
+    type=click.Choice(["eager", "compile", "triton", "onnx"]),
+    multiple=True,
+    help="Of ours; repeatable.  [cpu: eager; gpu: all]",
 )
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
 def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
-    """Measure images (cpu), or the first stage of training with random weights (train; --model demo on a CPU)."""
+    """Measure what the demo draws and writes (cpu), real sizes of models with random weights beside diffusers and
+    transformers (gpu), every kernel (kernels), or the first stage of training (train; --model demo on a CPU).
+
+    A chart of the report lies beside it, with the ending .png.
+    """
     from .device import quiet_libraries
 
     quiet_libraries()
     from .bench import report
 
     report(suite, out, as_json, **flags)
+
+
+@main.command("eval")
+@click.option(
+    "--format",
+    type=click.Choice(["cc3m", "vist", "mmdialog", "storyland"]),
+    required=True,
+    help="Of the data; storyland writes its own test split where no --data is given.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the data set.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder; it goes on there when given again."
+)
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME",
+    help="illustrate, narrate, continue, last, story, caption or dialogue; repeatable.  [default: all of the format]",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.Choice(["full", "text", "image", "none"]),
+    multiple=True,
+    help="What questions show of a story; repeatable.  [default: full; of last: all]",
+)
+@click.option("--limit", type=click.IntRange(1), help="Stories, dialogues or pictures.  [default: all; storyland: 100]")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    help="Beside the model: t2i, t2i-tuned=DIR, two-stage, gill=RUN, text-only; repeatable.",
+)
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable.  [default: all that can be]")
+@click.option("--weights", multiple=True, metavar="NAME=PATH", help="Of a metric, see doctor; repeatable.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Replies at a time.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all replies.")
+@_without("seed", "show")
+@generation_options
+def evaluate(**flags: Any) -> None:
+    """Measure what a model replies, as the papers do, on CC3M, VIST, MMDialog or Storyland.
+
+    --out gets replies as they come, report.json and report.html. In several processes, one on each GPU:
+
+      torchrun --nproc-per-node 8 --no-python mgp5 eval ...
+    """
+    from .device import quiet_libraries
+
+    if flags["format"] != "storyland" and flags["data"] is None:
+        raise Mgp5Error(f"--format {flags['format']} without --data", "name the folder of the data set", usage=True)
+    options = _options(flags)
+    quiet_libraries()
+    from .evaluation.run import run
+
+    run(flags, options, lambda model, device: _model(flags | {"model": model, "device": device}))
 
 
 @main.group()
@@ -323,12 +434,61 @@ def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, see
     click.echo(f"Wrote {out}", err=True)
 
 
+@main.command()
+@click.option("--model", help="Tell how much GPU memory it takes in each memory mode; no weights are loaded.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor(model: str | None, as_json: bool) -> None:
+    """Tell what this machine has, which engine and kernels are chosen here, and why."""
+    from .device import quiet_libraries
+
+    quiet_libraries()
+    from .doctor import report
+
+    report(model, as_json)
+
+
+@main.command("export")
+@click.option("--onnx", is_flag=True, help="Write ONNX files and prove that they compute what PyTorch does.")
+@click.option("--trt", is_flag=True, help="Build TensorRT engines from them too.")
+@click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model.")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder for the files.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Build engines from this exported folder.")
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="mapper, unet or transformer, vae_decoder; with --split also condition, denoiser; repeatable.  [default: all]",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--opset", type=click.Choice(["23", "20", "18"]), default="23", show_default=True)
+@click.option("--split", is_flag=True, help="Also what is constant over the steps, and a denoiser that takes it.")
+@click.option("--height", type=click.IntRange(1), help="Of the image that proves.  [default: the model's, or 256]")
+@click.option("--width", type=click.IntRange(1), help="The same.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --trt: batches, sizes, dynamic, ...")
+def export(**flags: Any) -> None:
+    """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
+
+    The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
+    manifest.json beside them tells how well. Engines can be built on another machine from the files alone:
+
+      mgp5 export --trt --from DIR
+    """
+    from .device import quiet_libraries
+
+    quiet_libraries()
+    from .export.job import run
+
+    run(flags, lambda line: click.echo(line, err=True))
+
+
 def _options(flags: dict[str, Any]) -> Options:
     from .config import override, parse_settings
     from .generation import Options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
-    options = Options(seed=seed, steps=flags["steps"], guidance=flags["guidance"])
+    given = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
+    options = Options(seed=seed, **given)
     return override(options, parse_settings(flags["settings"]))
 
 
@@ -336,14 +496,23 @@ def _model(flags: dict[str, Any]) -> MiniGPT5:
     from .device import pick_device, quiet_libraries, spare_threads
 
     quiet_libraries()  # before anything imports them
-    from . import engines
+    from . import engines, placement
+    from .hub import resolve
     from .model import load
 
     device, dtype = pick_device(flags["device"])
     engines.choose(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
-    model = load(flags["model"], dtype=dtype, device=str(device), backend=None)
+    plan = placement.choose(flags["memory"], resolve(flags["model"]), device, dtype, flags["quantize"])
+    backend = plan.engine(flags["backend"])
+    if plan.why:
+        _tell(flags, plan.why)
+    model = load(flags["model"], dtype=dtype, device=str(device), backend=None, memory=plan)
     spare_threads(model)
-    choice = engines.apply(model.diffusion, flags["backend"])
+    choice = engines.apply(model.diffusion, backend, flags["exported"])
+    if flags["exported"]:
+        from .engines.exported import put_mapper_on
+
+        put_mapper_on(model.head, flags["exported"], device, backend)
     if choice.why:
         _tell(flags, f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model

@@ -1,23 +1,23 @@
-"""Conversation -> a stream of events: text as it comes, denoising steps, finished images, the reply.
-
-V vocabulary, D width of the LLM, L and C of a condition.
-"""
+"""Conversations -> streams of events: text as it comes, denoising steps, finished images, the reply."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from .batch import Need, Paint, Script, Speak, serve
+from .decode import Decoder
 from .diffusion.sampler import SAMPLERS
 from .errors import Mgp5Error
-from .events import Event, Finished, ImageDone, ImageStep, TextChunk
+from .events import Event, Finished, ImageDone, TextChunk
 from .heads import Context, Embeds, Forced, Prefix, Reply, Request, Sample
 from .messages import Conversation, Image, Message, Text
+from .sampling import Voice
 from .session import Session
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Options:
         max_images: in one reply.
         image: "auto" lets the model decide, "always" adds an image if it made none, "never" forbids them.
         steps, guidance, sampler: of the denoising; guidance None takes the model's own, 1 turns it off.
+        guidance_until: the share of the steps that have guidance, in [0, 1]; below 1 it is faster and another picture.
+        reuse: one of so many steps runs the whole UNet; above 1 it is faster and another picture.
         height, width: in pixels; None takes the diffusion model's native size.
     """
 
@@ -52,6 +54,8 @@ class Options:
     steps: int = 20
     guidance: float | None = None
     sampler: str = "dpm++"
+    guidance_until: float = 1.0
+    reuse: int = 1
     height: int | None = None
     width: int | None = None
 
@@ -68,6 +72,8 @@ class Options:
                 ("steps", 1 <= self.steps <= 1000, "1 to 1000"),
                 ("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
                 ("guidance", self.guidance is None or self.guidance >= 0, "0 or more"),
+                ("guidance_until", 0 <= self.guidance_until <= 1, "0 to 1"),
+                ("reuse", self.reuse >= 1, "1 or more"),
             )
             if not good
         ]
@@ -111,7 +117,6 @@ class _Writing:
         self.ids, self.shown = [], ""
 
 
-@torch.inference_mode()
 def generate(
     model: MiniGPT5, conversation: Conversation, options: Options | None = None, session: Session | None = None
 ) -> Iterator[Event]:
@@ -126,84 +131,100 @@ def generate(
     Raises:
         Mgp5Error: the conversation does not fit the model's context, or a picture cannot be read.
     """
-    options = options or Options()
+    for _, event in generate_batch(model, [conversation], options, session and [session]):
+        yield event
+
+
+def generate_batch(
+    model: MiniGPT5,
+    conversations: Sequence[Conversation],
+    options: Options | Sequence[Options] | None = None,
+    sessions: Sequence[Session] | None = None,
+    images_at_once: int = 8,
+) -> Iterator[tuple[int, Event]]:
+    """The next turn of several conversations at once: (index of the conversation, event).
+
+    Tokens are decoded together, and pictures are drawn together as soon as no text can be written without them. Each
+    conversation gets what `generate` gives it alone: the same tokens, pictures but for rounding.
+
+    Args:
+        options: for all, or one for each.
+        sessions: one for each, on rows of one decoder; None makes them.
+        images_at_once: the most pictures in one denoising.
+
+    Raises:
+        Mgp5Error: as `generate`, for any of them; then all end.
+    """
+    each = options if isinstance(options, Sequence) else [options or Options()] * len(conversations)
+    if sessions is None:
+        decoder = Decoder(model.backbone, len(conversations))
+        sessions = [Session(model.backbone, decoder=decoder, row=row) for row in range(len(conversations))]
+    if len({id(session.decoder) for session in sessions}) > 1:
+        raise Mgp5Error("sessions on several decoders", "make them on rows of one: Session(..., decoder=..., row=...)")
+    scripts = [
+        _reply(model, session, conversation, _complete(model, own))
+        for conversation, own, session in zip(conversations, each, sessions, strict=True)
+    ]
+    return serve(model, scripts, sessions, images_at_once)
+
+
+def _complete(model: MiniGPT5, options: Options) -> Options:
     own = {name: getattr(model.config, name) for name in ("guidance", "temperature") if getattr(options, name) is None}
-    options = replace(options, **own)
-    session = session or Session(model.backbone)
-    head, tokenizer = model.head, model.backbone.tokenizer
-    generator = torch.Generator().manual_seed(options.seed)
-    started, writing, reason = time.monotonic(), _Writing(), "stop"
+    return replace(options, **own)
+
+
+def _reply(model: MiniGPT5, session: Session, conversation: Conversation, options: Options) -> Script:
+    """One reply, from reading the conversation to Finished."""
+    head, stops, limit = model.head, model.backbone.stop_ids, model.backbone.context_length - len(model.head.ids)
+    started, writing, reason, token = time.monotonic(), _Writing(), "stop", None
     session.read(conversation, reply=len(head.ids))
+    generator = torch.Generator().manual_seed(options.seed)
+    voice = Voice(options.temperature, options.top_p, options.repetition_penalty, generator, writing.said)
+    session.decoder.speak(session.row, voice, _banned(model, writing, options))
     while True:
-        if session.length + len(head.ids) >= model.backbone.context_length:
+        if session.length + (token is not None) >= limit:
             reason = "length"
             break
-        token = _next_token(model, session, writing, options, generator)
-        if token == head.ids[0]:
+        wants = options.image == "always" and writing.num_images == 0 and options.max_images > 0
+        full = writing.num_tokens >= options.max_tokens
+        if full and wants:
+            if token is not None:
+                yield Forced((token,))
+            token = head.ids[0]
+        else:
+            token = yield Speak(token)
+        if token == head.ids[0] or (wants and token in stops):  # an image that must come, comes where text would end
             writing.close()
             image = yield from _draw(model, session, writing, options, conversation)
             writing.parts.append(image)
+            session.decoder.speak(session.row, voice, _banned(model, writing, options))
+            token = None
             if options.max_tokens == 0:
                 break
-        elif token in model.backbone.stop_ids:
+        elif token in stops:
             break
-        elif writing.num_tokens >= options.max_tokens:
+        elif full:
             reason = "length"
             break
-        else:
-            if chunk := writing.add(tokenizer, token):
-                yield TextChunk(chunk)
-            session.feed((token,))
+        elif chunk := writing.add(model.backbone.tokenizer, token):
+            yield TextChunk(chunk)
     writing.close()
     meta = {"seed": options.seed, "tokens": writing.num_tokens, "prefilled": session.prefilled}
     meta["seconds"] = round(time.monotonic() - started, 3)
     yield Finished(Message("assistant", tuple(writing.parts)), reason, meta)
 
 
-def _next_token(
-    model: MiniGPT5, session: Session, writing: _Writing, options: Options, generator: torch.Generator
-) -> int:
-    """Choose the next token; an image that must come is triggered where the text would end."""
-    head, stops = model.head, model.backbone.stop_ids
-    wants = options.image == "always" and writing.num_images == 0 and options.max_images > 0
-    full = writing.num_tokens >= options.max_tokens
-    if full and wants:
-        return head.ids[0]
-    logits = model.backbone.logits(session.state)[0, 0].float().cpu()  # (V,)
-    banned = list(head.ids[1:])
-    if options.image == "never" or writing.num_images >= options.max_images:
-        banned.append(head.ids[0])
-    banned.append(model.backbone.image_token_id)
-    logits[banned] = -torch.inf
-    logits = penalise(logits, writing.said, options.repetition_penalty)
-    token = pick_token(logits, options.temperature, options.top_p, generator)
-    return head.ids[0] if wants and token in stops else token
-
-
-def penalise(logits: Tensor, said: set[int], penalty: float) -> Tensor:  # (V,)
-    """Make tokens that were said less likely (Keskar et al., 2019: divide if positive, multiply if negative)."""
-    if penalty != 1.0 and said:
-        index = torch.tensor(sorted(said))
-        values = logits[index]
-        logits[index] = torch.where(values > 0, values / penalty, values * penalty)
-    return logits
-
-
-def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Sample from logits (V,) with temperature and nucleus; the generator lives on the CPU."""
-    if temperature == 0:
-        return int(logits.argmax())
-    values, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
-    values[values.cumsum(0) - values >= top_p] = 0  # the first token that reaches top_p stays
-    return int(order[torch.multinomial(values, 1, generator=generator)])
+def _banned(model: MiniGPT5, writing: _Writing, options: Options) -> list[int]:
+    """What text must not hold: vokens but the trigger, that too where there must be no more images, image slots."""
+    last = options.image == "never" or writing.num_images >= options.max_images
+    return [*model.head.ids[0 if last else 1 :], model.backbone.image_token_id]
 
 
 def _draw(
     model: MiniGPT5, session: Session, writing: _Writing, options: Options, conversation: Conversation
-) -> Generator[Event, None, Image]:
-    """Serve the head's requests to the LLM, then denoise: yields ImageStep events and ImageDone."""
-    context = Context(session.state)
-    request_loop = model.head.condition(context)
+) -> Generator[Event | Need, Any, Image]:
+    """Serve the head's requests to the LLM, have the picture drawn, and say ImageDone."""
+    request_loop = model.head.condition(Context(session.state))
     reply, condition = None, None
     while condition is None:
         try:
@@ -211,32 +232,31 @@ def _draw(
         except StopIteration as done:
             condition = done.value
         else:
-            reply = serve(session, request, model, options)
+            reply = yield from _serve(model, session, request, options)
     index = writing.num_images
     seed = (options.seed if options.image_seed is None else options.image_seed) + index
-    generators = [torch.Generator().manual_seed(seed)]
-    total, canvas = model.head.num_steps(options), None
-    for step, canvas in enumerate(model.head.draw(condition, options, generators), start=1):
-        yield ImageStep(index, step, total, canvas)
-    image = Image(pixels=to_picture(model.head.finish(canvas)[0]), meta=_facts(conversation, writing, options, seed))
+    pixels = yield Paint(condition, options, index, seed)
+    image = Image(pixels=to_picture(pixels), meta=_facts(conversation, writing, options, seed))
     yield ImageDone(index, image)
     return image
 
 
-def serve(session: Session, request: Request, model: MiniGPT5, options: Options) -> Reply:
+def _serve(
+    model: MiniGPT5, session: Session, request: Request, options: Options
+) -> Generator[Forced | Embeds, Tensor, Reply]:
     """Do for a head what it asks of the LLM."""
     if isinstance(request, Forced):
-        return Reply(session.feed(request.ids), request.ids)
+        return Reply((yield request), request.ids)
     if isinstance(request, Embeds):
-        return Reply(session.feed_embeds(request.embeds))
+        return Reply((yield request))
     if isinstance(request, Sample):
-        generator = torch.Generator().manual_seed(options.seed)
+        voice = Voice(options.temperature, options.top_p, 1.0, torch.Generator().manual_seed(options.seed))
         ids, states = [], []
         for step in range(request.count):
-            allowed = torch.tensor(model.head.allowed(step))
-            logits = model.backbone.logits(session.state)[0, 0].float().cpu()[allowed]
-            ids.append(int(allowed[pick_token(logits, options.temperature, options.top_p, generator)]))
-            states.append(session.feed((ids[-1],)))
+            allowed = model.head.allowed(step)
+            logits = model.backbone.logits(session.state)[0, :, list(allowed)].float()  # (1, number allowed)
+            ids.append(allowed[voice.choose(logits)])
+            states.append((yield Forced((ids[-1],))))
         return Reply(torch.cat(states, dim=1), tuple(ids))
     if isinstance(request, Prefix):
         return Reply(session.states)

@@ -267,8 +267,9 @@ def _fused_attention() -> Iterator[None]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         if attn_mask is not None:  # the kernel adds it: one of numbers is made in each layer
-            shape = (*query.shape[:3], key.shape[2])
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf).expand(shape)
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         operation = torch.ops.aten._scaled_dot_product_efficient_attention
         return operation(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 

@@ -26,6 +26,7 @@ from .quant import Quantize, is_quantized, merge_rows
 
 if TYPE_CHECKING:
     from .engines import Backend
+    from .placement import Memory, Plan
 
 
 class MiniGPT5(nn.Module):
@@ -245,6 +246,7 @@ def load(
     device: str = "cpu",
     quantize: Quantize = "none",
     backend: Backend | None = "auto",
+    memory: Memory | Plan = "auto",
 ) -> MiniGPT5:
     """A trained model, ready to generate.
 
@@ -252,22 +254,29 @@ def load(
         name: "demo" or a folder that `mgp5 train` has written.
         dtype: of the LLM and the diffusion model; the mapper stays in float32.
         quantize: "4bit" or "8bit" for the LLM's layers.
-        backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone.
+        backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone. With compile, and on a
+            GPU with triton, the LLM's tokens are decoded by compiled code too.
+        memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `placement.choose`.
 
     Raises:
-        Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or a backend that cannot run.
+        Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or what cannot run here.
     """
-    from . import engines
+    from . import engines, placement
     from .checkpoint import load_checkpoint
 
     parts = resolve(str(name))
     if parts.trained is None:
         raise Mgp5Error(f"{name} has no trained mapper", f"train one: mgp5 train --stage pretrain --model {name}")
-    model = load_checkpoint(parts, dtype=dtype, quantize=quantize)
+    if not isinstance(memory, placement.Plan):
+        memory = placement.choose(memory, parts, torch.device(device), dtype, quantize)
+    backend = memory.engine(backend)
+    model = load_checkpoint(parts, dtype=dtype, quantize=memory.quantize)
     model.merge()
-    model.to(device).eval()
+    placement.place(model.eval(), memory, torch.device(device))
     if backend:
-        engines.apply(model.diffusion, backend)
+        chosen = engines.apply(model.diffusion, backend).name
+        # On a CPU only for who asked for the compiler: it takes longer than most replies.
+        model.backbone.compiled = chosen == "compile" or (chosen == "triton" and torch.device(device).type == "cuda")
     return model
 
 

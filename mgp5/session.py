@@ -1,17 +1,18 @@
-"""What the LLM has read of a conversation: tokens, pictures and the key-value cache, kept across turns.
+"""What the LLM has read of a conversation: tokens, pictures and their keys and values, kept across turns.
 
-T tokens, k new tokens, S slots of one picture, D width.
+T tokens, k new tokens, S slots of one picture, D width of the LLM, E of embeddings.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .decode import Decoder
 from .messages import Conversation, Image
 from .prompt import check_length, prompt
 
@@ -31,18 +32,20 @@ class Seen:
 
 @dataclass
 class Session:
-    """The state of one conversation. `read` prefills only what is new since the last turn."""
+    """The state of one conversation, on a row of a decoder. `read` prefills only what is new since the last turn."""
 
     backbone: Backbone
     reuse: bool = True  # False: forget the cache at every turn (for tests and for comparison)
+    decoder: Decoder | None = None  # None: one of its own
+    row: int = 0
     keys: list[tuple[int, str]] = field(default_factory=list)  # what the cache holds: (token, picture or "")
     prefilled: int = 0  # tokens that the last `read` had to run
     state: Tensor | None = None  # (1, 1, D) state after the last token read
-    _cache: Any = None
     _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, in pieces (1, k, D)
     _seen: dict[int, Seen] = field(default_factory=dict)
-    _next: int = 0  # next rotary position
-    _axes: tuple[int, ...] = ()  # (3,) where positions have time, height and width
+
+    def __post_init__(self) -> None:
+        self.decoder = self.decoder or Decoder(self.backbone)
 
     @torch.inference_mode()
     def read(self, conversation: Conversation, reply: int = 0) -> Tensor:  # (1, 1, D)
@@ -63,27 +66,24 @@ class Session:
         positions = self.backbone.positions(whole, grids)
         # Pictures whose slots are all kept need no features; a picture cut in two is embedded whole and then sliced.
         embeds = self.backbone.embed(whole, [s.features for s in seen])
-        hidden = self.backbone(embeds[:, kept:], positions[..., kept:], None, self._cache)
-        self.keys, self.prefilled = keys, len(ids) - kept
-        self._next, self._axes = int(positions.max()) + 1, positions.shape[:-2]
-        self._states.append(hidden)
-        self.state = hidden[:, -1:]
+        self.took(self.decoder.read(self.row, embeds[:, kept:], positions[..., kept:]), keys[kept:])
+        self.prefilled = len(ids) - kept
         return self.state
 
+    @torch.inference_mode()
     def feed(self, ids: tuple[int, ...]) -> Tensor:  # (1, k, D)
         """Read tokens in one forward; returns the state after each."""
-        tokens = torch.tensor([ids], device=self.backbone.device)
-        return self.feed_embeds(self.backbone.embed(tokens, []), ids)
+        embeds, keys = self.embed(ids)
+        return self.took(self.decoder.feed([self.row], embeds), keys)
 
-    @torch.inference_mode()
-    def feed_embeds(self, embeds: Tensor, ids: tuple[int, ...] | None = None) -> Tensor:  # (1, k, D)
-        """Read embeddings (1, k, D) in one forward; returns the state after each."""
-        length = embeds.shape[1]
-        positions = torch.arange(self._next, self._next + length, device=embeds.device)
-        positions = positions.expand(*self._axes, 1, length)
-        hidden = self.backbone(embeds, positions, None, self._cache)
-        self._next += length
-        self.keys += [(i, "") for i in ids] if ids is not None else [(-1, "embeds")] * length
+    def embed(self, ids: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, str]]]:  # (1, k, E)
+        """Embeddings of text tokens, and their keys."""
+        tokens = torch.tensor([ids], device=self.backbone.device)
+        return self.backbone.embed(tokens, []), [(token, "") for token in ids]
+
+    def took(self, hidden: Tensor, keys: list[tuple[int, str]]) -> Tensor:  # (1, k, D)
+        """Note what the decoder has read: the state (1, k, D) after each token, and their keys."""
+        self.keys += keys
         self._states.append(hidden)
         self.state = hidden[:, -1:]
         return hidden
@@ -101,15 +101,11 @@ class Session:
 
     def _rewind(self, keys: list[tuple[int, str]]) -> int:
         """Cut the cache back to the longest common beginning; returns its length, at least one token short of all."""
-        kept = 0
-        if self.reuse and self._cache is not None:
-            limit = min(len(self.keys), len(keys) - 1)
-            kept = next((i for i in range(limit) if self.keys[i] != keys[i]), limit)
-        if kept == 0:
-            self._cache, self._states = self.backbone.new_cache(), []
-        elif kept < len(self.keys):
-            self._cache.crop(kept - len(self.keys))
-            self._states = [self.states[:, :kept]]
+        limit = min(len(self.keys), len(keys) - 1) if self.reuse else 0
+        kept = next((i for i in range(limit) if self.keys[i] != keys[i]), limit)
+        self._states = [self.states[:, :kept]] if kept else []
+        self.keys = self.keys[:kept]
+        self.decoder.cut(self.row, kept)
         return kept
 
     def _keys(self, ids: list[int], seen: list[Seen]) -> list[tuple[int, str]]:

@@ -38,6 +38,28 @@ def diffusion_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_folder(llava_folder, tmp_path_factory):
+    """A whole model of the fewest layers."""
+    from tiny_export import save_small
+
+    return save_small(tmp_path_factory.mktemp("small") / "model", llava_folder)
+
+
+@pytest.fixture(scope="session")
+def small_export(small_folder, tmp_path_factory):
+    """All its components as ONNX files, by the command."""
+    from click.testing import CliRunner
+
+    from mgp5.cli import main
+
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    result = CliRunner().invoke(main, ["export", "--onnx", "--split", "--model", str(small_folder), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "dB from PyTorch's" in result.stderr and str(out) in result.stderr
+    return out
+
+
 @pytest.fixture(scope="session", params=["llava", "qwen"])
 def mllm_folder(request, llava_folder, qwen_folder):
     return {"llava": llava_folder, "qwen": qwen_folder}[request.param]

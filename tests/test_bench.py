@@ -1,44 +1,196 @@
-"""`mgp5 bench` on the demo's shapes: rows that add up, and the form of the report."""
+"""`mgp5 bench` on tiny models: rows that add up, ways that agree, what is left out, and the form of the report."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image as pil
+from tiny_sd3 import save_sd3
 
 from mgp5 import bench
 from mgp5.cli import main
 from mgp5.config import preset
+from mgp5.errors import Mgp5Error
 from mgp5.hub import DEMO, resolve
-from mgp5.shapes import skeleton
+from mgp5.shapes import generator_shape, skeleton
+from mgp5.suites import Clock, Limits, Setting, by_turns, decoding, drawing, starting, training
+
+CPU = torch.device("cpu")
+PLACE = {"device": CPU, "dtype": torch.float32}
+
+
+def run(out, *options):
+    done = CliRunner().invoke(main, ["bench", "--device", "cpu", "--out", str(out), *options])
+    return done, json.loads(out.read_text()) if out.exists() else None
+
+
+def drawn(parts, steps):
+    """Rows of a batch of 2 by diffusers and by us."""
+    common = {"setting": Setting(parts=None), "clock": Clock(9.0), "limits": Limits(1.0, 1.0)}
+    return list(drawing.draw_rows(parts, None, 1, **common, **PLACE, backends=("eager",), compiled=False, steps=steps))
+
+
+def test_the_gpu_suite_measures_every_way_and_reports_it(tmp_path, llava_folder, diffusion_folder):
+    out = tmp_path / "report.json"
+    options = ["--model", f"{llava_folder}+{diffusion_folder}", "--steps", "1", "--json"]
+    done, report = run(out, "--suite", "gpu", *options, "--backend", "eager", "--backend", "triton")
+    assert done.exit_code == 0, done.output
+    rows = report["rows"]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == rows
+    assert {"date", "cpu", "cores", "threads", "torch", "transformers", "diffusers", "mgp5"} <= report["machine"].keys()
+    ways = [(row["name"], row["provider"]) for row in rows]
+    drawers = [("guided step", way) for way in ("diffusers", "eager", "triton", "diffusers compiled")]
+    writers = [("decode", way) for way in ("transformers dynamic", "eager", "transformers static")]
+    assert ways == [("limit", "matmul"), ("limit", "copy"), ("condition", "eager"), *drawers, *writers, *drawers]
+    told = [line.partition("] ")[2] for line in done.stderr.splitlines()]
+    assert told[1:-1] == [f"{row['size']}: {row['provider']}" for row in rows[2:]]
+    matmul, copy = rows[0]["tflop_per_s"], rows[1]["gb_per_s"]
+    for row in rows[2:]:
+        if row["provider"] in ("triton", "diffusers compiled"):
+            assert "GPU" in row["skipped"] and "median" not in row
+            continue
+        assert 0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms" and row["first_s"] > 0
+        if row["name"] == "guided step":
+            assert row["psnr"] > 80 and row["step_error"] < 1e-4
+            assert row["share_of_matmul"] == pytest.approx(row["tflop_per_s"] / matmul, abs=0.005)
+            batch = int(row["size"].rpartition(" ")[2])
+            assert ("image_ms" in row) == (batch == 2)
+            if batch == 2:  # 50 steps, the VAE, and what comes before
+                assert row["image_ms"] > 50 * row["median"] + rows[2]["median"]
+        if row["name"] == "decode":
+            assert row["tokens_per_s"] == pytest.approx(1000 / row["median"], rel=0.01)
+            assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / copy, rel=0.01, abs=0.0006)
+    with pil.open(out.with_suffix(".png")) as picture:
+        assert picture.size[0] == 1800 and len(picture.getcolors(1 << 20)) > 20
+    again, _ = run(out, "--suite", "gpu")
+    assert (again.exit_code, again.output.count("\n")) == (2, 1)
+
+
+def test_a_trained_models_own_weights_draw_the_same_by_us_and_by_diffusers():
+    theirs, ours = drawn(resolve("demo"), steps=3)
+    assert (theirs["provider"], ours["provider"]) == ("diffusers", "eager")
+    assert min(theirs["psnr"], ours["psnr"]) > 100 and max(theirs["step_error"], ours["step_error"]) < 1e-4
+    (row,) = decoding.condition_rows(resolve("demo"), **PLACE, setting=Setting(parts=None), clock=Clock(9.0))
+    assert row["size"].startswith("demo, 8 vokens") and row["median"] > 0
+
+
+def test_stable_diffusion_3_draws_the_same_by_us_and_by_diffusers(tmp_path, qwen_folder):
+    theirs, ours = drawn(resolve(f"{qwen_folder}+{save_sd3(tmp_path / 'sd3')}"), steps=4)
+    assert max(theirs["step_error"], ours["step_error"]) < 1e-4
+    assert all(row["psnr"] is None or row["psnr"] > 80 for row in (theirs, ours))  # None: the same to the last bit
+
+
+def test_a_way_that_fails_or_has_no_time_leaves_the_others_alone():
+    def failing(error):
+        def start():
+            raise error
+
+        return start
+
+    later = iter([(0.1,), RuntimeError("at the second image")])
+
+    def breaking():
+        if isinstance(what := next(later), Exception):
+            raise what
+        return what
+
+    ways = {
+        "good": lambda: lambda: (0.2, 0.1),
+        "full": failing(torch.OutOfMemoryError("a long text")),
+        "absent": failing(Mgp5Error("not installed", "install it")),
+        "breaking": lambda: breaking,
+        "slow": lambda: lambda: (9.0,),
+    }
+    told = []
+    setting, clock = Setting(parts=None, steps=3, tell=told.append), Clock(1.0, starts={"slow": 61.0})
+    found = by_turns("a size", ways, clock=clock, setting=setting, device=CPU, weights=0)
+    skipped = {name: timed.skipped for name, timed in found.items() if timed.skipped}
+    assert skipped == {
+        "full": "out of memory",
+        "absent": "not installed",
+        "breaking": "RuntimeError: at the second image",
+        "slow": "out of time",
+    }
+    assert found["good"].runs == [(0.2, 0.1)] * 3
+    row = found["good"].row(1, per=4)
+    assert (row["median"], row["p20"], row["p80"], row["unit"]) == (25.0, 25.0, 25.0, "ms")
+    assert told == [f"a size: {name}" for name in ways]
+
+
+def test_without_time_there_is_a_report_of_what_was_left_out(tmp_path):
+    done, report = run(tmp_path / "report.json", "--suite", "cpu", "--minutes", "0")
+    assert done.exit_code == 0, done.output
+    left = report["rows"][2:]
+    assert [row["name"] for row in left] == ["condition", "guided step", "decode"]
+    assert {(row["provider"], row["skipped"]) for row in left} == {("all", "out of time")}
+    assert done.stdout.count("skipped: out of time") == 3
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_a_model_that_cannot_be_made_is_a_row(tmp_path, diffusion_folder):
+    (tmp_path / "empty").mkdir()
+    options = ["--model", f"{tmp_path / 'empty'}+{diffusion_folder}", "--steps", "1"]
+    done, report = run(tmp_path / "report.json", "--suite", "cpu", *options)
+    assert done.exit_code == 0, done.output
+    reasons = {row["name"]: row.get("skipped", "") for row in report["rows"][2:]}
+    assert reasons["condition"] and reasons["decode"] and not reasons["guided step"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--suite", "kernels", "--steps", "2"],
+        ["--suite", "train", "--minutes", "2"],
+        ["--suite", "gpu", "--batch", "4"],
+        ["--suite", "cpu", "--model", "no such model"],
+    ],
+)
+def test_what_a_suite_does_not_take_is_refused_in_a_line(tmp_path, options):
+    done, report = run(tmp_path / "report.json", *options)
+    assert (done.exit_code, done.output.count("\n"), report) == (2, 1, None)
+
+
+def test_operations_and_bytes_are_those_of_the_published_models():
+    with torch.device("meta"):
+        generator = generator_shape("sd-2.1-base")
+    # By hand: convolutions, projections and attention of the UNet of 865,910,724 parameters, for two rows.
+    assert drawing.operations(generator, 512, 1) == pytest.approx(1.609e12, rel=1e-3)
+    assert drawing.operations(generator, 512, 4) == 4 * drawing.operations(generator, 512, 1)
+    model = decoding._model(resolve("llava-1.5-7b+sd-2.1-base"), torch.device("meta"), torch.bfloat16)
+    # LLaMA 7B without its embedding, and 64 tokens more in its LM head.
+    assert decoding.read_bytes(model) == 2 * (6_738_415_616 - 32_000 * 4096 + 64 * 4096)
+
+
+def test_the_difference_to_a_reference_is_that_of_its_definition():
+    noise, first, last = (torch.full((1, 1, 2, 2), value) for value in (0.0, 2.0, 0.0))
+    last[..., 0, 0] = 10.0
+    row = drawing.difference((first + 0.5, last + 0.1), (first, last), noise)
+    assert row == {"psnr": pytest.approx(20 * math.log10(10 / 0.1), abs=0.05), "step_error": 0.25}
+    assert drawing.difference((first, last), (first, last), noise)["psnr"] is None
+
+
+def test_the_compiler_knows_what_diffusers_documents():
+    options = torch._inductor.list_mode_options("max-autotune") | drawing.INDUCTOR
+    torch.compile(torch.nn.Linear(1, 1), options=options, fullgraph=True)
+
+
+@pytest.mark.slow
+def test_the_first_image_of_two_processes(diffusion_folder, llava_folder):
+    rows = list(starting.first_rows(resolve(f"{llava_folder}+{diffusion_folder}"), 2, lambda text: None))
+    assert [row["provider"] for row in rows] == ["compile, cold", "compile, warm"]
+    assert all(row["first_s"] > 0 for row in rows), rows
 
 
 def test_the_train_suite_measures_every_way_and_reports_it(tmp_path):
     out = tmp_path / "report.json"
-    command = [
-        "bench",
-        "--suite",
-        "train",
-        "--model",
-        "demo",
-        "--device",
-        "cpu",
-        "--steps",
-        "1",
-        "--batch",
-        "4",
-        "--out",
-        str(out),
-        "--json",
-    ]
-    run = CliRunner().invoke(main, command)
-    assert run.exit_code == 0, run.output
-    report = json.loads(out.read_text())
+    done, report = run(out, "--suite", "train", "--model", "demo", "--steps", "1", "--batch", "4", "--json")
+    assert done.exit_code == 0, done.output
     rows = report["rows"]
-    assert [json.loads(line) for line in run.stdout.splitlines()] == rows
-    assert {"date", "cpu", "cores", "torch", "transformers", "diffusers", "mgp5"} <= report["machine"].keys()
+    assert [json.loads(line) for line in done.stdout.splitlines()] == rows
     ways = [f"{kind}, {kept}" for kind in ("cached", "live") for kept in ("recomputed", "kept")]
     assert [row["provider"] for row in rows] == [f"{way}, by 4" for way in ways]
     for row in rows:
@@ -53,37 +205,25 @@ def test_the_train_suite_measures_every_way_and_reports_it(tmp_path):
     operations = [row["tflop"] for row in rows]
     assert operations[0] > operations[1] and operations[2] > operations[0]  # to recompute costs, then the VAE
     assert rows[0]["estimated_gb"] < rows[1]["estimated_gb"]
-    again = CliRunner().invoke(main, command)
-    assert (again.exit_code, again.output.count("\n")) == (2, 1)
 
 
-def test_the_cpu_suite_draws_by_turns_and_the_same_picture(tmp_path):
-    out = tmp_path / "report.json"
-    run = CliRunner().invoke(main, ["bench", "--suite", "cpu", "--steps", "2", "--out", str(out)])
-    assert run.exit_code == 0, run.output
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["provider"] for row in rows] == ["diffusers", "eager"]
-    assert all(row["p20"] <= row["median"] <= row["p80"] for row in rows)
-    assert rows[1]["psnr"] > 60
-
-
-def test_what_does_not_fit_is_told(monkeypatch):
+def test_an_update_that_does_not_fit_is_told(monkeypatch):
     def full(self, *args):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(bench.Trainer, "update", full)
-    row = next(bench.train_suite(bench.Setting(parts=resolve("demo"), device="cpu", steps=1, batch=4)))
+    monkeypatch.setattr(training.Trainer, "update", full)
+    row = next(training.train_suite(Setting(parts=resolve("demo"), device="cpu", batch=4)))
     assert row["skipped"] == "out of memory"
-    assert [table.row_count for table in bench.tables([row]).renderables] == [1]
+    assert bench.tables([row]).renderables[-1].endswith("skipped: out of memory")
 
 
 def test_made_up_batches_are_what_a_collator_would_make():
     model = skeleton(str(DEMO / "mllm"), str(DEMO / "diffusion"), preset("pretrain"))
-    batch = bench.made_up(model, 3, cached=False)
+    batch = training.made_up(model, 3, cached=False)
     for row, start in zip(batch.rows, batch.starts, strict=True):
         told = batch.labels[row][batch.labels[row] >= 0].tolist()
         assert told == [*model.head.ids, model.backbone.tokenizer.eos_token_id]
         assert batch.ids[row, start : start + 8].tolist() == list(model.head.ids)
         assert batch.mask[row].sum() == start + 9
     assert batch.pixels.shape == (3, 3, 128, 128) and batch.moments is None
-    assert bench.made_up(model, 3, cached=True).encodings.shape == (3, *model.diffusion.condition_shape)
+    assert training.made_up(model, 3, cached=True).encodings.shape == (3, *model.diffusion.condition_shape)

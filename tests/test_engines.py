@@ -19,7 +19,6 @@ from mgp5.diffusion import load_diffusion
 from mgp5.diffusion.schedule import NoiseSchedule
 from mgp5.diffusion.sd2 import StableDiffusion
 from mgp5.engines.graph import WholeStep
-from mgp5.engines.measure import bench_denoise
 from mgp5.errors import Mgp5Error
 
 CPU = torch.device("cpu")
@@ -277,17 +276,10 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
     assert refused.exit_code == 2 and "--backend triton cannot run here" in refused.stderr
     told = run("--set", "max_tokens=0", "--set", "image=always", "--show", "off")
     assert told.exit_code == 0, told.stderr
-    assert [line for line in told.stderr.splitlines() if line.startswith("backend eager: the fastest")]
+    fastest = "backend eager: the fastest", "backend onnx: by ONNX Runtime, the fastest"  # with what is installed
+    assert [line for line in told.stderr.splitlines() if line.startswith(fastest)], told.stderr
     quiet = run("--set", "max_tokens=0", "--set", "image=never", "--json")
     assert quiet.exit_code == 0 and "backend" not in quiet.stderr
-
-
-def test_a_measurement_has_a_row_for_each_way(tmp_path):
-    folder = save_pipeline(tmp_path / "model", "epsilon")
-    rows = list(bench_denoise(str(folder), steps=2, images=2))
-    assert [row["provider"] for row in rows] == ["diffusers", "eager"]
-    assert all(0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms" for row in rows)
-    assert rows[1]["psnr"] > 80
 
 
 @pytest.mark.gpu

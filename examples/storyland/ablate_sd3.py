@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from clip import captions
 from fit import device, step_generator
-from judge import load_judge, right, scores
 from renders import renders
 from sd3 import DEMO, paint
 from torch import Tensor
@@ -25,6 +24,7 @@ from unet import moments, sheet
 
 from mgp5.collate import Batch
 from mgp5.config import TrainConfig, preset
+from mgp5.evaluation.judge import load_judge, right, scores
 from mgp5.heads.vokens import predicting_states
 from mgp5.losses import caption_loss
 from mgp5.messages import Conversation, Image

@@ -12,7 +12,6 @@ import click
 import numpy as np
 import torch
 from fit import Run, device, fit, step_generator
-from judge import scores
 from PIL import Image
 from renders import renders, scenes
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mgp5.data.storyland.tell import caption
 from mgp5.data.storyland.world import ATTRIBUTES, rng
+from mgp5.evaluation.judge import scores
 
 SIZE = 96  # pixels of the vision encoder
 

@@ -1,7 +1,7 @@
 """Score a demo model on Storyland's test split: what it draws, when it draws, and what it tells (B pictures).
 
-Pictures are judged by judge.py, which has never seen the model. All choices are seeded; the numbers of samples are in
-the report.
+Pictures are judged by the judge of mgp5.evaluation, which has never seen the model. All choices are seeded; the numbers
+of samples are in the report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from judge import load_judge, right
 from lessons import Lesson, dialog_lesson, scene_of, story_lesson
 from PIL import Image as pil
 from renders import to_pixels
@@ -25,6 +24,9 @@ from torch import Tensor
 from mgp5.data.storyland.draw import draw
 from mgp5.data.storyland.tell import accepts, caption, dialog, mentions, story
 from mgp5.data.storyland.world import ATTRIBUTES, Scene, held_out, rng
+from mgp5.evaluation.images import frechet_distance
+from mgp5.evaluation.judge import load_judge, look
+from mgp5.evaluation.storyland import attributes_right
 from mgp5.events import Finished
 from mgp5.generation import Options, generate
 from mgp5.messages import Conversation, Image, Message, Text
@@ -149,26 +151,12 @@ def pixels(images: Iterable[Image]) -> Tensor:
 
 def verdict(judge: torch.nn.Module, pictures: Tensor, wanted: list[Shot]) -> dict[str, float]:
     """Shares of right attributes: each, all, those the sentence does not say, and on held-out scenes."""
-    hits = right(judge, pictures, torch.tensor([shot.scene.indices() for shot in wanted])).float()
+    hits = attributes_right(look(judge, pictures)[0], [shot.scene for shot in wanted]).float()
     unsaid = torch.tensor([[name not in mentions(shot.text) for name in ATTRIBUTES] for shot in wanted])
     kept = torch.tensor([held_out(shot.scene) for shot in wanted])
     report = {"mean": hits.mean(), "all": hits.prod(1).mean(), "unsaid": hits[unsaid].mean(), "new": hits[kept].mean()}
     report |= {name: hits[:, i].mean() for i, name in enumerate(ATTRIBUTES)}
     return {key: round(value.item(), 4) for key, value in report.items()}
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to features (B, F) (Heusel et al., arXiv 1706.08500, eq. 6)."""
-    a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross)
-
-
-@torch.inference_mode()
-def features(judge: torch.nn.Module, pictures: Tensor) -> Tensor:
-    return torch.cat([judge.features(part) for part in pictures.split(64)])
 
 
 @torch.inference_mode()
@@ -253,15 +241,15 @@ def score(model: MiniGPT5, stories: int, options: Options) -> tuple[dict[str, An
     pictures = {name: illustrate(model, wanted, context, options) for name, context in CONDITIONS.items()}
     made = pictures["text and images"]
     pictures |= {"caption of everything": oracle(model, wanted, options), "real renders": real}
-    known = features(judge, real)
+    known = look(judge, real)[1]
     report: dict[str, Any] = {
         "options": {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler},
         "pictures": {"n": len(wanted)} | {name: verdict(judge, p, wanted) for name, p in pictures.items()},
         "replies": {name: speech(model, stories, options, context) for name, context in CONDITIONS.items()},
         "psnr": {"value": round(psnr(model, real), 3), "n": len(real)},
         "frechet": {
-            "generated": round(frechet(features(judge, made), known), 4),
-            "real": round(frechet(features(judge, again), known), 4),
+            "generated": round(frechet_distance(look(judge, made)[1], known), 4),
+            "real": round(frechet_distance(look(judge, again)[1], known), 4),
             "n": len(wanted),
         },
     }

@@ -17,7 +17,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from fit import Run, autocast, device, fit, step_generator
-from judge import load_judge, right, scores
 from renders import renders
 from tokens import captions as described
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ import mgp5
 from mgp5.data.storyland.world import ATTRIBUTES
 from mgp5.diffusion.flow import FlowSchedule
 from mgp5.diffusion.sd3 import StableDiffusion3
+from mgp5.evaluation.judge import load_judge, right, scores
 
 DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
 WIDTH = 256  # D, and the width of T5

@@ -14,7 +14,6 @@ import torch
 from clip import captions
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fit import Run, autocast, device, fit, step_generator
-from judge import load_judge, right, scores
 from PIL import Image
 from renders import renders, to_pixels
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from mgp5.data.storyland.world import ATTRIBUTES
+from mgp5.evaluation.judge import load_judge, right, scores
 
 EMPTY = 0.1  # share of training captions that are left empty, for classifier-free guidance
 SHOWN = 48  # pictures of an evaluation

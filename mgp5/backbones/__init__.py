@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..slots import SlotCache
+
 
 class Backbone(Protocol):
     """All that the rest of mgp5 asks of a multimodal LLM; `hf.HFBackbone` is the implementation."""
@@ -23,6 +25,8 @@ class Backbone(Protocol):
     image_token_id: int  # the token that is repeated once per slot
     context_length: int
     stop_ids: frozenset[int]
+    compiled: bool  # whether tokens are decoded by compiled code
+    capturable: bool  # whether the forward of a token can be a CUDA graph
 
     def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
         """Pictures -> tensors for `encode_images`; runs in data workers, needs no weights."""
@@ -45,15 +49,20 @@ class Backbone(Protocol):
         ...
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """embeddings (B, T, E) -> last hidden states (B, T, D) after the final norm; `cache` grows in place."""
+        """embeddings (B, T, E) -> last hidden states (B, T, D) after the final norm.
+
+        Args:
+            mask: (B, T) 1 for tokens, 0 for padding; with a cache (B, 1, T, W), what is added to attention scores.
+            cache: what the tokens see, and are written to.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> (..., V)."""
         ...
 
-    def new_cache(self) -> Any:
-        """A key-value cache with `crop(-n)` that holds no token yet, only the prefix where there is one."""
+    def new_cache(self, rows: int = 1) -> SlotCache:
+        """A key-value cache of conversations that holds no token yet, only the prefix where there is one."""
         ...
 
     def to(self, device: torch.device) -> Backbone:

@@ -7,23 +7,26 @@ here: how a picture is written, how many slots it takes, where rotary positions 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
-from ..quant import Quantize, keep_layout, quantization
+from ..quant import Quantize, is_quantized, keep_layout, quantization
+from ..slots import SlotCache
 from .prefix import fixed_cache, prefix_encoder, prefix_states
 
 if TYPE_CHECKING:
     import PIL.Image
+
+    from ..placement import Placement
 
 # How a picture is written in a prompt, by the token that is repeated once per slot; others stand alone.
 PICTURE_MARKS = {
@@ -34,6 +37,9 @@ PICTURE_MARKS = {
 
 class HFBackbone(nn.Module):
     """A frozen multimodal LLM of transformers, called in parts so that hidden states and the cache stay ours."""
+
+    compiled = False  # whether tokens are decoded by compiled code
+    placement: Placement | None = None  # what moves weights, see `mgp5.placement`
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         super().__init__()
@@ -77,7 +83,7 @@ class HFBackbone(nn.Module):
         """The transformers model, also when peft has wrapped it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    @property
+    @cached_property
     def language(self) -> nn.Module:
         """The decoder without its LM head, from embeddings to `last_hidden_state`."""
         decoder = self.core.get_decoder()
@@ -89,7 +95,12 @@ class HFBackbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.placement.device if self.placement else self.lm_head.weight.device
+
+    def use(self, phase: str = "read") -> None:
+        """Have the weights of a phase on the device: every method that computes with them begins so."""
+        if self.placement:
+            self.placement.enter(phase)
 
     def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
@@ -106,6 +117,7 @@ class HFBackbone(nn.Module):
         return [patches + extra] * len(pixels)
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        self.use("see")
         tensors = {key: value.to(self.device) for key, value in inputs.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.core.dtype)
         output = self.core.get_image_features(**tensors)
@@ -116,9 +128,10 @@ class HFBackbone(nn.Module):
         return list(features)
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
-        embeds = self.core.get_input_embeddings()(ids)
-        slots = ids == self.image_token_id  # (B, T)
+        self.use()
+        embeds = self.language.get_input_embeddings()(ids)
         if features:
+            slots = ids == self.image_token_id  # (B, T)
             found, expected = int(slots.sum()), sum(len(f) for f in features)
             if found != expected:
                 raise ValueError(f"{found} image slots in the prompt, but pictures with {expected} features")
@@ -137,6 +150,7 @@ class HFBackbone(nn.Module):
     def forward(
         self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        self.use()
         embeds, deep = embeds[..., : self.width], embeds[..., self.width :]
         options: dict[str, Any] = {"use_cache": cache is not None}
         if deep.shape[-1]:  # added to the states behind the first k layers; to those of text as zeros
@@ -152,11 +166,25 @@ class HFBackbone(nn.Module):
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
+        self.use()
         return self.lm_head(hidden)
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self, rows: int = 1) -> SlotCache:
+        self.use()
+        text = self.core.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
+        if kinds and (getattr(text, "sliding_window", None) or 0) < self.context_length:
+            raise Mgp5Error(
+                f"the LLM has layers of {', '.join(kinds)}", "expected full attention: take another --model"
+            )
         states = None if self.prefix is None else prefix_states(self.prefix, 1, self.lm_head.weight.dtype)
-        return DynamicCache(states, config=self.core.config.get_text_config())
+        return SlotCache(text.num_hidden_layers, rows, states)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the forward of a token can be a CUDA graph: weights stay, and the host looks at no value."""
+        rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
+        return not (self.placement or is_quantized(self.core) or "dynamic" in str(rotary))
 
     def add_prefix(self, num_tokens: int, hidden: int) -> None:
         """Prefix tuning (Li & Liang, arXiv 2101.00190): keys and values of P virtual tokens before all tokens, in every

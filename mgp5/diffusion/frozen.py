@@ -20,6 +20,7 @@ from .sampler import Schedule, denoise, sampler_table
 
 if TYPE_CHECKING:
     from ..engines import Engine
+    from ..placement import Placement
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CLIP_LENGTH = 77  # CLIP's tokens for a model that comes without its text encoder
@@ -32,11 +33,17 @@ class FrozenDiffusion(nn.Module):
     schedule: Schedule
     pooled_width = 0
     engine: Engine | None = None  # what `draw` runs by, see `mgp5.engines`
+    placement: Placement | None = None  # what moves weights, see `mgp5.placement`
 
     @property
     def denoiser(self) -> ModelMixin:
         """The UNet or transformer."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also while weights wait elsewhere."""
+        return self.placement.device if self.placement else self.denoiser.device
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
         """One call of the denoiser: what the schedule's `prediction_type` says, in float32.
@@ -95,6 +102,7 @@ class FrozenDiffusion(nn.Module):
 
         This is all that a cache needs to keep of a picture. AutoencoderTiny has no posterior: its deviation is zero.
         """
+        self._use_vae()
         with self._own_precision():
             encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if isinstance(self.vae, AutoencoderTiny):
@@ -119,7 +127,14 @@ class FrozenDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:  # (B, 3, H, W)
         """Latents (B, C, h, w) to float32 pixels in [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + self._shift
+        if self.engine and self.engine.decode and not self.vae.use_tiling:
+            return self.engine.decode(latents).float().clamp(-1, 1)
+        self._use_vae()
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def _use_vae(self) -> None:
+        if self.placement:
+            self.placement.enter("decode")
 
     @property
     def _shift(self) -> float:
@@ -168,6 +183,8 @@ class FrozenDiffusion(nn.Module):
         sampler: str = "dpm++",
         height: int | None = None,
         width: int | None = None,
+        guidance_until: float = 1.0,
+        reuse: int = 1,
         generators: list[torch.Generator],
     ) -> Iterator[Tensor]:
         """Yield the float32 latents (B, C, h, w) after each step; the last are the result, ready for `decode`.
@@ -178,20 +195,28 @@ class FrozenDiffusion(nn.Module):
             steps: of the sampler; PNDM takes one more.
             sampler: one of the schedule's `samplers`.
             height, width: in pixels; the native size when None.
+            guidance_until: the share of the steps that have guidance, in [0, 1]; see `sampler.denoise`.
+            reuse: one of so many steps runs the whole UNet, see `engines.hoisted.Nested`.
             generators: one for each image, on the CPU, so that an image does not depend on the device or its batch.
 
         Raises:
-            Mgp5Error: a size, sampler or number of steps that cannot be; at once, not at the first step.
+            Mgp5Error: a size, sampler or number of steps that cannot be, or `reuse` without an engine that can; at
+                once, not at the first step.
         """
         if len(generators) != len(condition):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
         if unconditional is None and guidance != 1.0:
             raise Mgp5Error(f"guidance {guidance} without an unconditional condition", "give one, or guidance 1")
+        if reuse != 1 and not (self.engine and self.engine.model.deep):
+            found = f"reuse {reuse} of a {type(self.denoiser).__name__} {'by' if self.engine else 'without'} an engine"
+            raise Mgp5Error(f"{found}, expected a UNet with one", "take --reuse 1", usage=True)
         table = sampler_table(sampler, self.schedule, steps)
+        guided = round(guidance_until * len(table))
         shape = self.latent_shape(height or self.native_size, width or self.native_size)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        run = partial(denoise, self.predict) if self.engine is None else self.engine.denoise
-        return run(noise.to(self.denoiser.device), condition, unconditional, table, guidance)
+        run = partial(self.engine.denoise, reuse=reuse) if self.engine else partial(denoise, self.predict)
+        steps = run(noise.to(self.device), condition, unconditional, table, guidance if guided else 1.0, guided)
+        return self.placement.during("draw", steps) if self.placement else steps
 
 
 def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:

@@ -174,6 +174,7 @@ def denoise(
     unconditional: Tensor | None,  # (1 or B, L, D)
     table: SamplerTable,
     guidance: float,
+    guided: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the float32 latents (B, C, h, w) after each of the `len(table)` steps; the last are the result.
 
@@ -182,12 +183,14 @@ def denoise(
         noise: standard normal noise.
         unconditional: the condition of the other half; may be None with guidance 1.
         guidance: scale of classifier-free guidance; 1.0 runs no unconditional half.
+        guided: how many steps have guidance, the first; None for all. The others run the conditional half alone
+            (Kynkaanniemi et al., arXiv 2404.07724: at low noise guidance is hardly needed).
     """
 
     def prepare(timesteps: Tensor, condition: Tensor) -> Step:
-        return lambda latents, step: predict(latents, timesteps[step], condition)
+        return lambda latents, step: predict(latents, timesteps[step], condition[-len(latents) :])
 
-    return denoise_prepared(prepare, noise, condition, unconditional, table, guidance)
+    return denoise_prepared(prepare, noise, condition, unconditional, table, guidance, guided)
 
 
 @torch.no_grad()
@@ -198,19 +201,21 @@ def denoise_prepared(
     unconditional: Tensor | None,  # (1 or B, L, D)
     table: SamplerTable,
     guidance: float,
+    guided: int | None = None,
 ) -> Iterator[Tensor]:
     """`denoise` by a model that is given all timesteps (n,) and the condition (B or 2B, L, D) before the first step.
 
-    Coefficients are plain numbers: no step waits for the device.
+    A step without guidance has the B latents of the last B conditions. Coefficients are plain numbers: no step waits
+    for the device.
     """
     batch = guidance_batch(condition, unconditional, guidance)
-    halves = len(batch) // len(condition)
+    guided = 0 if batch is condition else len(table) if guided is None else guided
     step = prepare(table.timesteps.to(noise.device, torch.float32), batch)
     rows, conversions = table.coefficients.tolist(), table.conversion.tolist()
     latents = noise.float() * table.noise_scale
     history: list[Tensor] = []
     for i, row in enumerate(rows):
-        prediction = step(latents.repeat(2, 1, 1, 1) if halves == 2 else latents, i)
+        prediction = step(latents.repeat(2, 1, 1, 1) if i < guided else latents, i)
         latents, kept = linear_update(latents, prediction, history, row, conversions[i], guidance)
         history = [kept, *history][: table.history]
         yield latents

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -21,15 +22,18 @@ from ..device import SMALL
 from ..diffusion.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
 from ..errors import Mgp5Error
 from ..kernels.guided_step import step_rows
-from .graph import Inputs, WholeStep
+from .graph import Inputs, Kind, WholeStep
 from .hoisted import Hoisted, hoist
 from .layers import Ops
+from .trial import try_out
 
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenDiffusion
+    from .exported import ExportedEngine
 
-Backend = Literal["auto", "eager", "compile", "triton"]
-GRAPHS = 4  # kept for sizes, batches and numbers of steps that were used last; each holds the memory of a step
+Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
+TINY = 1_000_000  # parameters
+GRAPHS = 4  # whole steps kept, for the sizes, batches and numbers of steps used last; each holds the memory of a step
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,12 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice
     """
     if backend not in get_args(Backend):
         raise Mgp5Error(f"no backend {backend!r}, expected {', '.join(get_args(Backend))}", "choose one", usage=True)
-    missing = {"triton": _triton_refusal(device, dtype), "compile": _compile_refusal(device)}
+    missing = {
+        "triton": _triton_refusal(device, dtype),
+        "compile": _compile_refusal(device),
+        "onnx": _onnx_refusal(device),
+        "trt": _trt_refusal(device) if backend == "trt" else "",  # it imports TensorRT
+    }
     if reason := missing.get(backend):
         raise Mgp5Error(f"--backend {backend} cannot run here: {reason}", "take --backend auto", usage=True)
     if backend == "compile":
@@ -56,29 +65,52 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice
     if backend != "auto":
         return Choice(backend)
     if device.type == "cpu":
-        return Choice("eager", "the fastest on a CPU that starts at once")
-    # To be changed for what a measurement on a GPU shows: no image has been drawn by the kernels on one yet.
-    return Choice("eager", missing["triton"] or "triton should be faster, but is yet to be measured on a GPU")
+        exports = "" if missing["onnx"] else "; models of 1 to 100 million parameters are exported to ONNX Runtime"
+        return Choice("eager", f"the fastest on a CPU that starts at once{exports}")
+    if missing["triton"]:
+        return Choice("eager", missing["triton"])
+    return Choice("auto", "a trial of eager and triton on this GPU decides, once for each model")
 
 
-def apply(diffusion: FrozenDiffusion, backend: Backend = "auto") -> Choice:
+def apply(diffusion: FrozenDiffusion, backend: Backend = "auto", exported: Path | None = None) -> Choice:
     """Let `diffusion.draw` run by an engine, instead of the one it had. Do it when weights are in their place.
 
     Returns what was chosen; `auto` chooses none for a denoiser that engines do not know.
+
+    Args:
+        exported: a folder that `mgp5 export` wrote of this model, for `onnx` and `trt`; None takes the user's own
+            store, which is for `onnx` on a CPU.
 
     Raises:
         Mgp5Error: the backend is unknown or cannot run here, or it was asked for and does not know the denoiser.
     """
     denoiser = diffusion.denoiser
-    choice = choose(backend, denoiser.device, denoiser.dtype)
+    if exported and backend not in ("onnx", "trt"):
+        raise Mgp5Error(f"--backend {backend} takes no exported folder", "take --backend onnx or trt", usage=True)
+    if backend == "trt" and not exported:
+        hint = "mgp5 export --trt --split --precision fp16 --out DIR makes one: give it as --exported DIR"
+        raise Mgp5Error("--backend trt needs an exported folder", hint, usage=True)
+    choice, tried = choose(backend, denoiser.device, denoiser.dtype), ""
     remove(diffusion)
+    if backend == "auto" and _export_pays(denoiser):
+        try:
+            diffusion.engine = _onnx(diffusion, None)
+            diffusion.engine.stand_in(partial(Engine, "eager", denoiser))
+            return Choice("onnx", "by ONNX Runtime, the fastest on a CPU")
+        except Mgp5Error as error:
+            tried = f" (not onnx: {error})"
     try:
-        diffusion.engine = Engine(choice.name, denoiser)
+        if choice.name == "auto":
+            choice = Choice(*try_out(diffusion, ("eager", "triton")))
+        if choice.name in ("onnx", "trt"):
+            diffusion.engine = (_trt if choice.name == "trt" else _onnx)(diffusion, exported)
+        else:
+            diffusion.engine = Engine(choice.name, denoiser)
     except Mgp5Error as error:
         if backend != "auto":
             raise
-        return Choice(None, error.message)
-    return choice
+        return Choice(None, error.message + tried)
+    return Choice(choice.name, choice.why + tried)
 
 
 def remove(diffusion: FrozenDiffusion) -> None:
@@ -94,8 +126,10 @@ class Engine:
     Whole steps and their CUDA graphs have been tested on a CPU only, that is without graphs.
     """
 
+    decode: Callable[[Tensor], Tensor] | None = None  # latents as the VAE's decoder takes them -> pixels
+
     def __init__(self, name: Backend, denoiser: torch.nn.Module) -> None:
-        device, dtype = denoiser.device, denoiser.dtype
+        self.name, device, dtype = name, denoiser.device, denoiser.dtype
         on_gpu = device.type == "cuda"
         flat = on_gpu and name == "eager"  # PyTorch's own GroupNorm on a GPU copies channels-last maps
         self.ops = operations(name, device, dtype)
@@ -117,15 +151,28 @@ class Engine:
         unconditional: Tensor | None,  # (1 or B, L, D)
         table: SamplerTable,
         guidance: float,
+        guided: int | None = None,
+        reuse: int = 1,
     ) -> Iterator[Tensor]:
-        """What `diffusion.sampler.denoise` yields, within rounding."""
+        """What `diffusion.sampler.denoise` yields, within rounding; with `reuse` only one of so many steps is whole."""
         if self.whole:
-            return self.denoise_whole(noise, condition, unconditional, table, guidance)
-        return denoise_prepared(self._prepare, noise, condition, unconditional, table, guidance)
+            return self.denoise_whole(noise, condition, unconditional, table, guidance, guided, reuse)
+        prepare = partial(self._prepare, reuse)
+        return denoise_prepared(prepare, noise, condition, unconditional, table, guidance, guided)
 
-    def _prepare(self, timesteps: Tensor, condition: Tensor) -> Step:
-        rows, context = self.model.constants(timesteps, condition)
-        return lambda latents, step: self.model(latents, rows[step], context)
+    def _prepare(self, reuse: int, timesteps: Tensor, condition: Tensor) -> Step:
+        table, context = self.model.constants(timesteps, condition)
+        last = cache(lambda rows: [part[-rows:] for part in context])  # without guidance, the conditional half
+        deep: Tensor | None = None
+
+        def step(latents: Tensor, index: int) -> Tensor:
+            nonlocal deep
+            rows = len(latents)
+            known = deep[-rows:] if index % reuse else None
+            prediction, deep = self.model(latents, table[index, -rows:], last(rows), known)
+            return prediction
+
+        return step
 
     @torch.no_grad()
     def denoise_whole(
@@ -135,6 +182,8 @@ class Engine:
         unconditional: Tensor | None,  # (1 or B, L, D)
         table: SamplerTable,
         guidance: float,
+        guided: int | None = None,
+        reuse: int = 1,
     ) -> Iterator[Tensor]:
         """The same with each step as a whole, on a GPU one CUDA graph."""
         rows = step_rows(table, guidance).to(noise.device, torch.float32)
@@ -146,8 +195,16 @@ class Engine:
         key = weight.data_ptr(), *inputs.key()
         # Taken out while it runs: another image drawn meanwhile gets buffers of its own.
         step = self.idle.pop(key, None) or WholeStep(self.model, self.ops.guided_step, inputs)
+        kinds = [
+            Kind(
+                rows=len(condition if guided is not None and i >= guided else batch),
+                keeps=reuse > 1 and i % reuse == 0,
+                takes=i % reuse > 0,
+            )
+            for i in range(len(table))
+        ]
         try:
-            yield from step.run(inputs)
+            yield from step.run(inputs, kinds)
         finally:
             self.idle[key] = step
             while len(self.idle) > GRAPHS:
@@ -161,6 +218,39 @@ def operations(name: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
     else:
         found = {operation: kernels.implementations(operation)[-1].load() for operation in kernels.OPERATIONS}
     return Ops(**{field: found[field] for field in Ops.__dataclass_fields__})
+
+
+def _onnx(diffusion: FrozenDiffusion, exported: Path | None) -> ExportedEngine:
+    from .exported import put_on
+
+    return put_on(diffusion, exported)
+
+
+def _onnx_refusal(device: torch.device) -> str:
+    """Why ONNX Runtime cannot run here, or ""."""
+    from .exported import refusal
+
+    return refusal(device)
+
+
+def _trt(diffusion: FrozenDiffusion, exported: Path) -> ExportedEngine:
+    from .trt import put_on
+
+    return put_on(diffusion, exported)
+
+
+def _trt_refusal(device: torch.device) -> str:
+    """Why TensorRT cannot run here, or ""."""
+    from ..export.trt import refusal
+
+    return refusal() or ("" if device.type == "cuda" else f"it needs a GPU, not a {device.type} device")
+
+
+def _export_pays(denoiser: torch.nn.Module) -> bool:
+    """Whether `auto` exports a model to ONNX: a tiny one draws at once anyway, and a large one gains little."""
+    from ..export.job import missing
+
+    return _packs(denoiser) and sum(p.numel() for p in denoiser.parameters()) > TINY and not missing()
 
 
 def _packs(denoiser: torch.nn.Module) -> bool:

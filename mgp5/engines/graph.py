@@ -6,8 +6,10 @@ columns of a step's row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +47,25 @@ class Inputs:
         return Inputs(noise=noise, table=table, rows=rows, context=context)
 
 
+class Kind(NamedTuple):
+    """What a step runs.
+
+    Args:
+        rows: R; or B, the conditional half alone.
+        keeps: whether its deep feature is kept, see `hoisted.Nested`.
+        takes: whether it takes the kept one.
+    """
+
+    rows: int
+    keeps: bool = False
+    takes: bool = False
+
+
 class WholeStep:
     """Model, guidance and sampler on buffers of their own: replayed for each step, filled anew for each image.
 
-    The index of the step lies on the device, so every step is the same work, and nothing waits for the host. On a CPU
-    the same code runs without a graph.
+    The index of the step lies on the device, so every step of a kind is the same work, and nothing waits for the host.
+    Each kind is a graph of its own, all on the same buffers. On a CPU the same code runs without graphs.
 
     Args:
         like: inputs of the shapes and types that it will run with.
@@ -64,13 +80,20 @@ class WholeStep:
             self.step = torch.zeros(2, dtype=torch.int32, device=like.noise.device)
             batch = torch.zeros(rows, *shape, dtype=model.dtype, device=like.noise.device)
             self.batch = batch.contiguous(memory_format=model.layout)
-        self.replay = self._capture() if like.noise.is_cuda else self._advance
+            deep = torch.zeros(rows, model.deep, *shape[1:], dtype=model.dtype, device=like.noise.device)
+            self.deep = deep.contiguous(memory_format=model.layout)
+        self.replays: dict[Kind, Callable[[], None]] = {}
+        # Graphs may share memory, as a step leaves nothing in it that another needs.
+        self.pool = torch.cuda.graph_pool_handle() if like.noise.is_cuda else None
 
-    def run(self, inputs: Inputs) -> Iterator[Tensor]:
-        """Yield the latents (B, C, h, w) after each step."""
+    def run(self, inputs: Inputs, kinds: Sequence[Kind]) -> Iterator[Tensor]:
+        """Yield the latents (B, C, h, w) after each step, one for each of `kinds`."""
+        for kind in kinds:  # before the buffers are filled: recording works on them
+            if kind not in self.replays:
+                self.replays[kind] = self._capture(kind) if self.pool else partial(self._advance, kind)
         self._fill(inputs)
-        for _ in range(len(inputs.rows)):
-            self.replay()
+        for kind in kinds:
+            self.replays[kind]()
             yield self.inputs.noise.clone()
 
     def _fill(self, inputs: Inputs) -> None:
@@ -79,22 +102,25 @@ class WholeStep:
         self.batch.copy_(inputs.noise.repeat(len(self.batch) // len(inputs.noise), 1, 1, 1))
         self.step.zero_()
 
-    def _advance(self) -> None:
-        own = self.inputs
-        row = own.table.index_select(0, self.step[:1])[0]
-        prediction = self.model(self.batch, row, own.context)
-        self.update(own.noise, self.history, self.step, self.batch, prediction, own.rows)
+    def _advance(self, kind: Kind) -> None:
+        own, last = self.inputs, slice(-kind.rows, None)  # without guidance, the conditional half
+        row = own.table.index_select(0, self.step[:1])[0, last]
+        batch, context = self.batch[last], [part[last] for part in own.context]
+        prediction, deep = self.model(batch, row, context, self.deep[last] if kind.takes else None)
+        if kind.keeps:
+            self.deep[last].copy_(deep)
+        self.update(own.noise, self.history, self.step, batch, prediction, own.rows)
 
-    def _capture(self) -> Callable[[], None]:
+    def _capture(self, kind: Kind) -> Callable[[], None]:
         """Record a step; before, it runs on a stream of its own, where compilers and libraries make up their minds."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.no_grad():
             for _ in range(3):
                 self.step.zero_()
-                self._advance()
+                self._advance(kind)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            self._advance()
+        with torch.no_grad(), torch.cuda.graph(graph, pool=self.pool):
+            self._advance(kind)
         return graph.replay

@@ -17,6 +17,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
@@ -43,12 +44,19 @@ class Hoisted(Protocol):
     model: nn.Module
     dtype: torch.dtype
     layout: torch.memory_format
+    deep: int  # channels of the feature that a step can take of another; 0 where it cannot, see `Nested`
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Once per image: a table with a row for each of (n) timesteps, and the context that (R, L, D) turns into."""
 
-    def __call__(self, latents: Tensor, row: Tensor, context: list[Tensor]) -> Tensor:
-        """One step: latents (R, C, h, w) of any float type to what the model predicts, in its own."""
+    def __call__(
+        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step: latents (R, C, h, w) of any float type to what the model predicts, in its own, and deep feature.
+
+        Args:
+            deep: (R, `deep`, h, w), of an earlier step; then what makes it is not run.
+        """
 
     def restore(self) -> None:
         """Undo what was done to weights."""
@@ -74,6 +82,8 @@ class HoistedUNet:
         self.model.get_time_embed = lambda sample, timestep: timestep
         self.model.time_embedding = Known()
         self._replace(ops, *((PackedConv, PackedLinear) if packed else (Conv, Linear)))
+        self.deep = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
+        self.model = Nested(self.model)
         convolutions = [] if packed else [m for m in unet.modules() if isinstance(m, nn.Conv2d)]
         self.laid = [m for m in convolutions if not m.weight.is_contiguous(memory_format=layout)]
         self._lay(layout)
@@ -105,14 +115,50 @@ class HoistedUNet:
         table = torch.cat([Resnet.bias(block, embedding) for block in self.resnets], dim=1)
         return table[:, None], [part for block in self.blocks for part in keys_and_values(block.attn2, condition)]
 
-    def __call__(self, latents: Tensor, row: Tensor, context: list[Tensor]) -> Tensor:  # (R, C, h, w)
+    def __call__(
+        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # (R, C, h, w), (R, deep, h, w)
         """See `Hoisted`; row (1, S)."""
-        latents = latents.to(self.dtype).contiguous(memory_format=self.layout)
-        return self.model(latents, row, context, return_dict=False)[0]
+        return self.model(latents.to(self.dtype).contiguous(memory_format=self.layout), row, context, deep)
 
     def restore(self) -> None:
         """See `Hoisted`."""
         self._lay(torch.contiguous_format)
+
+
+class Nested(nn.Module):
+    """A UNet as its outermost skip connection, with the last layer of all, around everything else.
+
+    What everything else makes, the deep feature, changes slowly: a step may take that of an earlier one and run the
+    outermost layers alone (DeepCache, Ma et al., arXiv 2312.00858, section 3, with the shortest branch).
+
+    Args:
+        unet: loses those layers.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        block = unet.up_blocks[-1]
+        require((isinstance(block, UpBlock2D | CrossAttnUpBlock2D), f"a {type(block).__name__}"))
+        self.conv_in, self.norm, self.act = unet.conv_in, unet.conv_norm_out, unet.conv_act
+        self.resnet, self.conv_out = block.resnets[-1], unet.conv_out
+        self.attention = block.attentions[-1] if isinstance(block, CrossAttnUpBlock2D) else None
+        for layers in (block.resnets, getattr(block, "attentions", [])):
+            del layers[-1:]
+        unet.conv_in, unet.conv_norm_out, unet.conv_out = Known(), None, Known()
+        self.inner = unet
+
+    def forward(
+        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (R, C, h, w), (R, deep, h, w)
+        """See `Hoisted`."""
+        outer = self.conv_in(latents)
+        if deep is None:
+            deep = self.inner(outer, row, context, return_dict=False)[0]
+        x = self.resnet(torch.cat([deep, outer], dim=1), row)
+        if self.attention is not None:
+            (x,) = self.attention(x, encoder_hidden_states=context)
+        return self.conv_out(self.act(self.norm(x))), deep
 
 
 class HoistedTransformer:
@@ -122,6 +168,7 @@ class HoistedTransformer:
     """
 
     layout = torch.contiguous_format
+    deep = 0
 
     def __init__(self, transformer: SD3Transformer2DModel, ops: Ops) -> None:
         self.source, self.dtype = transformer, transformer.dtype
@@ -148,9 +195,11 @@ class HoistedTransformer:
             table[..., columns] = norm.linear(active)
         return table, [source.context_embedder(condition[:, :-1])]
 
-    def __call__(self, latents: Tensor, row: Tensor, context: list[Tensor]) -> Tensor:  # (R, C, h, w)
+    def __call__(
+        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+    ) -> tuple[Tensor, None]:  # (R, C, h, w)
         """See `Hoisted`; row (R, S)."""
-        return self.model(latents.to(self.dtype), context[0], timestep=row, return_dict=False)[0]
+        return self.model(latents.to(self.dtype), context[0], timestep=row, return_dict=False)[0], None
 
     def restore(self) -> None:
         """See `Hoisted`; nothing was done."""

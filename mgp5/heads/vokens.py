@@ -112,6 +112,8 @@ class VokenHead(nn.Module):
             sampler=options.sampler,
             height=options.height,
             width=options.width,
+            guidance_until=options.guidance_until,
+            reuse=options.reuse,
             generators=generators,
         )
 

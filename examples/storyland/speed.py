@@ -1,0 +1,135 @@
+"""What the lossy shortcuts of the denoising cost and gain: each setting draws the same test pictures (B of them).
+
+Pictures are judged by the judge of mgp5.evaluation, and compared with those of 20 guided steps from the same conditions
+and noise. The settings take turns, batch by batch. Milliseconds are of the processor: other work does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from score import Shot, reply, seeds, shots, verdict
+from torch import Tensor
+
+from mgp5.evaluation.judge import load_judge
+from mgp5.generation import Options
+from mgp5.model import MiniGPT5, load
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"guidance_until": 0.5},
+    {"guidance_until": 0.3},
+    {"guidance_until": 0.0},
+    {"reuse": 2},
+    {"reuse": 3},
+    {"reuse": 5},
+    {"steps": 15},
+    {"steps": 10},
+    {"steps": 8},
+    {"steps": 6},
+    {"steps": 4},
+    {"guidance_until": 0.5, "reuse": 2},
+    {"steps": 10, "guidance_until": 0.5},
+    {"steps": 10, "reuse": 2},
+    {"steps": 10, "guidance_until": 0.5, "reuse": 2},
+)
+
+
+def conditions(model: MiniGPT5, wanted: list[Shot], options: Options) -> Tensor:  # (B, L, C)
+    """What the model makes of the true history of each shot and its sentence."""
+    ask = replace(options, image="always", max_images=1, temperature=0.0)
+    return torch.cat([reply(model, shot.ask("full"), ask)[1][0] for shot in track(wanted, "reading", **_err())])
+
+
+@torch.inference_mode()
+def paint(model: MiniGPT5, given: Tensor, options: Options, first: int) -> tuple[Tensor, float]:
+    """Pictures (B, 3, H, W) in [-1, 1] with seeds from `first` on, and the processor's milliseconds for each."""
+    began = time.process_time()
+    *_, latents = model.head.draw(given, options, seeds(first, len(given)))
+    pictures = model.diffusion.decode(latents)
+    return pictures.cpu(), 1000 * (time.process_time() - began) / len(given)
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB; infinite for the reference itself."""
+    error = ((pictures - reference) / 2).square().flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
+
+
+def measure(model: MiniGPT5, stories: int, batch: int) -> list[dict[str, Any]]:
+    """One row for each of SETTINGS."""
+    wanted = shots(stories)
+    plain = Options(guidance=model.config.guidance)
+    given = conditions(model, wanted, plain)
+    ways = [replace(plain, **changes) for changes in SETTINGS]
+    paint(model, given[:batch], plain, 0)  # what is prepared once
+    pictures: list[list[Tensor]] = [[] for _ in ways]
+    times: list[list[float]] = [[] for _ in ways]
+    for start in track(range(0, len(given), batch), "drawing", **_err()):
+        for way, made, taken in zip(ways, pictures, times, strict=True):
+            drawn, ms = paint(model, given[start : start + batch], way, start)
+            made.append(drawn)
+            taken.append(ms)
+    judge, rows = load_judge(), []
+    for way, made, taken in zip(ways, pictures, times, strict=True):
+        kept = {name: asdict(way)[name] for name in ("steps", "guidance_until", "reuse", "sampler", "guidance")}
+        noise = {"ms": round(median(taken), 1), "psnr": round(psnr(torch.cat(made), torch.cat(pictures[0])), 2)}
+        rows.append(kept | noise | {"n": len(wanted), "right": verdict(judge, torch.cat(made), wanted)})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as Markdown."""
+    names = (
+        "steps",
+        "--guidance-until",
+        "--reuse",
+        "ms an image",
+        "times as fast",
+        "attributes right",
+        "all seven",
+        "dB",
+    )
+    page = Table(*names, box=box.MARKDOWN, title=f"{rows[0]['n']} pictures")
+    for column in page.columns:
+        column.justify = "right"
+    for row in rows:
+        right, gain = row["right"], rows[0]["ms"] / row["ms"]
+        shares = f"{100 * right['mean']:.1f} %", f"{100 * right['all']:.1f} %"
+        given = f"{row['steps']}", f"{row['guidance_until']}", f"{row['reuse']}"
+        page.add_row(*given, f"{row['ms']:.0f}", f"{gain:.2f}", *shares, f"{row['psnr']:.1f}")
+    return page
+
+
+def _err() -> dict[str, Any]:
+    return {"console": Console(stderr=True), "transient": True}
+
+
+@click.command()
+@click.option("--model", "name", default="demo", help="Name or folder of the model.")
+@click.option("--backend", default="eager", show_default=True, help="What draws.")
+@click.option("--stories", default=50, help="Test stories, of four pictures each.")
+@click.option("--batch", default=8, help="Pictures drawn together.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("speed.json"), show_default=True, help="The report."
+)
+def main(name: str, backend: Any, stories: int, batch: int, out: Path) -> None:
+    rows = measure(load(name, backend=backend), stories, batch)
+    # JSON has no infinity
+    out.write_text(json.dumps([row | {"psnr": row["psnr"] if i else None} for i, row in enumerate(rows)], indent=2))
+    Console(width=140).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

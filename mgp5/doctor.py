@@ -1,0 +1,163 @@
+"""What `mgp5 doctor` tells: the machine, versions, the engine and kernels that are chosen here, and what fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from . import engines, kernels
+from .device import pick_device
+from .errors import Mgp5Error
+from .export.job import missing
+from .footprint import footprint
+from .hub import resolve
+from .memory import GB
+from .placement import ladder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CORE = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
+EXTRAS = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
+
+
+def report(model: str | None, as_json: bool) -> None:
+    """Print it: tables, or one JSON object. Raises Mgp5Error for a model that is not there."""
+    from rich.console import Console
+
+    found = examine(model)
+    if as_json:
+        print(json.dumps(found))
+        return
+    view = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables(found):
+        view.print(table)
+
+
+def examine(model: str | None = None) -> dict[str, Any]:
+    """All that `mgp5 doctor` tells.
+
+    Args:
+        model: as `hub.resolve` takes it; its configuration is read, no weights.
+    """
+    device, dtype = pick_device()
+    found: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    found["engines"] = [_engine(backend, device, dtype) for backend in get_args(engines.Backend)]
+    chosen = kernels.choices(device, dtype)
+    found["operations"] = [{"name": c.operation, "chosen": c.implementation, "why": c.why} for c in chosen]
+    if model:
+        on_gpu = device.type == "cuda"
+        found["memory"] = memory(model, dtype if on_gpu else torch.bfloat16)
+        found["memory"]["free"] = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, and the GPU if there is one."""
+    facts: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
+    facts |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
+    if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
+        facts["memory_gib"] = round(int(kilobytes) * 1024 / GB, 1)
+    if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
+        facts["driver"] = driver
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
+        facts["gpu_gib"] = round(card.total_memory / GB, 1)
+    return facts
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries; None for an extra that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in CORE + EXTRAS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a model takes on a GPU, in bytes: part by part, and at most in each mode."""
+    needs = footprint(resolve(model), dtype)
+    plans = [p for p in ladder() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
+    modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p)} for p in plans]
+    parts = [
+        {"name": name, "parameters": count, "bytes": needs.weights[name]} for name, count in needs.parameters.items()
+    ]
+    facts = {"model": model, "dtype": str(dtype).removeprefix("torch."), "tokens": needs.tokens, "size": needs.size}
+    return facts | {"parts": parts, "quantized": needs.quantized, "cache": needs.cache, "modes": modes}
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """What `examine` found, for the terminal."""
+    facts = [[name.replace("_gib", " (GiB)"), str(value)] for name, value in found["machine"].items()]
+    facts += [[name, number or "not installed"] for name, number in found["versions"].items()]
+    ways = [[e["name"], e["chosen"] or "cannot run", e["why"]] for e in found["engines"]]
+    operations = [[o["name"], o["chosen"], o["why"]] for o in found["operations"]]
+    views = [_table("machine", ["", ""], facts), _table("engines", ["--backend", "chosen", "why"], ways)]
+    views.append(_table("operations of the engine triton", ["operation", "chosen", "why"], operations))
+    return views + (_memory_tables(found["memory"]) if "memory" in found else [])
+
+
+def _memory_tables(told: dict[str, Any]) -> list[Table]:
+    rows = [[p["name"], f"{p['parameters'] / 1e6:,.2f}", _gib(p["bytes"])] for p in told["parts"]]
+    rows[-1][0] += ", not on the GPU"
+    rows += [[f"LLM in {kind[0]} bits", "", _gib(size)] for kind, size in told["quantized"].items()]
+    rows.append([f"cache of {told['tokens']} tokens", "", _gib(told["cache"])])
+    names = "see", "read", "draw", "decode", "total"
+    modes = [[mode["name"], *(_gib(mode[name]) for name in names)] for mode in told["modes"]]
+    columns = ["held as", "seeing", "reading", "drawing", "decoding", "GPU memory (GiB)"]
+    if told["free"] is not None:
+        columns.append("fits")
+        for row, mode in zip(modes, told["modes"], strict=True):
+            row.append("yes" if mode["total"] <= told["free"] else "no")
+    title = f"{told['model']} in {told['dtype']}"
+    size = "x".join(map(str, told["size"]))
+    parts = _table(title, ["part", "parameters (M)", "GiB"], rows)
+    return [parts, _table(f"{title}, a picture of {size}", columns, modes)]
+
+
+def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    try:
+        choice = engines.choose(backend, device, dtype)
+    except Mgp5Error as error:
+        return {"name": backend, "chosen": None, "why": error.message.partition("cannot run here: ")[2]}
+    why = choice.why
+    if backend == "auto" and device.type == "cpu" and not missing():  # as `engines.apply` does, which knows the model
+        why += "; onnx for small models such as demo, exported at the first image"
+    return {"name": backend, "chosen": choice.name, "why": why}
+
+
+def _field(place: str, pattern: str) -> str | None:
+    """The first match in a file of the system, None where there is none."""
+    path = Path(place)
+    match = re.search(pattern, path.read_text()) if path.is_file() else None
+    return match and match[1].strip()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GB:.2f}"
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns))
+    for index, column in enumerate(columns):
+        number = bool(rows) and rows[0][index].replace(",", "").replace(".", "").isdigit()
+        view.add_column(column, justify="right" if number and any(columns) else "left")
+    for row in rows:
+        view.add_row(*row)
+    return view

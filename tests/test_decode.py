@@ -1,0 +1,244 @@
+"""Decoding: the static cache, rows of a batch, pieces, sampling, and batches of replies against single ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import picture
+
+from mgp5 import Conversation, Image
+from mgp5.backbones.hf import HFBackbone
+from mgp5.decode import Decoder
+from mgp5.errors import Mgp5Error
+from mgp5.events import Finished, ImageDone, ImageStep
+from mgp5.generation import Options, generate, generate_batch
+from mgp5.model import build
+from mgp5.sampling import Voice, penalise, sample
+from mgp5.session import Session
+from mgp5.slots import SMALLEST
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+TALKS = [
+    Conversation().add("user", "hi"),
+    Conversation().add("system", "Be kind.").add("user", Image(pixels=picture("red")), "then", "draw"),
+    Conversation().add("user", Image(pixels=picture("blue", (70, 90))), "look", Image(pixels=picture("green"))),
+    Conversation().add("user", "a fox").add("assistant", "a red one").add("user", "where?"),
+    Conversation().add("user", "tell me of it, and at some length"),
+]
+WAYS = [
+    Options(seed=1, steps=2, max_tokens=9),
+    Options(seed=2, steps=2, max_tokens=14, temperature=0, image="always"),
+    Options(seed=3, steps=2, max_tokens=5, temperature=0.7, top_p=0.5, image="always"),
+    Options(seed=4, steps=1, max_tokens=0, image="always"),
+    Options(seed=5, image_seed=9, steps=2, max_tokens=20, repetition_penalty=1.5, image="always"),
+]
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen", "qwen3", "minigpt4"])
+def backbone(request):
+    return HFBackbone.load(request.getfixturevalue(f"{request.param}_folder"))
+
+
+@pytest.fixture(scope="module")
+def whole(backbone, diffusion_folder):
+    torch.manual_seed(1)
+    return build(str(backbone.core.name_or_path), str(diffusion_folder), num_vokens=4, guidance=3.0)
+
+
+def reference(backbone, session):
+    """The states of what a session has read, by one forward without a cache."""
+    ids = torch.tensor([[token for token, _ in session.keys]])
+    seen = list(session._seen.values())
+    grids = torch.cat([s.grid for s in seen]) if seen and seen[0].grid is not None else None
+    return backbone(backbone.embed(ids, [s.features for s in seen]), backbone.positions(ids, grids))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bucket", [1, 32])
+def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
+    decoder = Decoder(backbone, 3, piece=4, bucket=bucket)
+    sessions = [Session(backbone, decoder=decoder, row=row) for row in range(3)]
+    for session, talk in zip(sessions[:2], TALKS[1:3], strict=True):
+        session.read(talk)
+    for row, session in enumerate(sessions[:2]):
+        decoder.speak(row, Voice(0, 1, 1, torch.Generator()), [])
+        session.took(decoder.feed([row], session.embed((5, 6))[0]), [(5, ""), (6, "")])
+    sessions[2].read(TALKS[0])  # joins later
+    hidden = decoder.feed([2, 0], torch.cat([session.embed((7, 8, 9))[0] for session in (sessions[2], sessions[0])]))
+    for session, states in zip((sessions[2], sessions[0]), hidden.split(1), strict=True):
+        session.took(states, [(7, ""), (8, ""), (9, "")])
+    for row, (tokens, states) in decoder.steps({0: 10, 1: 11}, 4).items():
+        sessions[row].took(states[None], [(token, "") for token in [10 + row, *tokens[:-1]]])
+    for row, session in enumerate(sessions):
+        assert decoder.rows[row].length == session.length
+        torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
+
+
+@torch.inference_mode()
+def test_what_is_cut_is_forgotten_and_growing_keeps_what_there_is(backbone):
+    session, fresh = Session(backbone), Session(backbone)
+    session.read(TALKS[1])
+    for long in (False, True):
+        length = session.length
+        session.decoder.feed([0], session.embed(tuple(range(20, 30)))[0])
+        session.decoder.cut(0, length)
+        session.feed(tuple(range(SMALLEST)) if long else (5,))
+    assert session.decoder.cache.place.capacity > SMALLEST
+    torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
+    kept = session.length
+    session.read(TALKS[1].add("assistant", "no").add("user", "why?"))
+    assert 0 < session.prefilled < kept
+    torch.testing.assert_close(session.state, fresh.read(TALKS[1].add("assistant", "no").add("user", "why?")), **CLOSE)
+
+
+def finished(events):
+    return next(event for event in events if isinstance(event, Finished))
+
+
+def assert_same(own, other):
+    assert (own.message.text, own.reason) == (other.message.text, other.reason)
+    assert [type(part) for part in own.message.content] == [type(part) for part in other.message.content]
+    assert own.meta["tokens"] == other.meta["tokens"]
+    for first, second in zip(own.message.images, other.message.images, strict=True):
+        pixels = [torch.frombuffer(bytearray(image.load().tobytes()), dtype=torch.uint8) for image in (first, second)]
+        assert (pixels[0].int() - pixels[1].int()).abs().max() <= 2  # of 255
+        assert first.meta == second.meta
+
+
+@pytest.mark.parametrize("bucket", [1, 32])
+def test_a_batch_equals_single_replies(whole, bucket):
+    decoder = Decoder(whole.backbone, 5, piece=1 if bucket == 1 else 8, bucket=bucket)
+    sessions = [Session(whole.backbone, decoder=decoder, row=row) for row in range(5)]
+    batch = list(generate_batch(whole, TALKS, WAYS, sessions, images_at_once=2))
+    for row, (talk, options) in enumerate(zip(TALKS, WAYS, strict=True)):
+        events = [event for index, event in batch if index == row]
+        alone = list(generate(whole, talk, options))
+        assert_same(finished(events), finished(alone))
+        assert [type(event) for event in events] == [type(event) for event in alone]
+    together = [[index for index, event in batch if isinstance(event, ImageStep)].index(row) for row in (1, 2)]
+    assert together == [0, 1]  # the first two pictures take turns, step by step
+
+
+def test_turns_of_a_batch_read_only_what_is_new(whole):
+    options = replace(WAYS[0], image="never")
+    decoder = Decoder(whole.backbone, 2, piece=8, bucket=32)
+    sessions = [Session(whole.backbone, decoder=decoder, row=row) for row in range(2)]
+    talks, before = TALKS[1:3], [0, 0]
+    for _ in range(2):
+        pairs = generate_batch(whole, talks, options, sessions)
+        events = dict(pair for pair in pairs if isinstance(pair[1], Finished))
+        alone = [finished(generate(whole, talk, options)) for talk in talks]
+        for row, other in enumerate(alone):
+            assert_same(events[row], other)
+            assert other.meta["prefilled"] - events[row].meta["prefilled"] >= before[row]
+        before = [other.meta["prefilled"] for other in alone]
+        talks = [
+            Conversation((*talk.messages, other.message)).add("user", "so?")
+            for talk, other in zip(talks, alone, strict=True)
+        ]
+
+
+def test_a_piece_ends_where_the_text_does(whole):
+    """Tokens chosen beyond an image, a stop or the limit leave no trace, nor do the numbers drawn for them."""
+    for options in (*WAYS, Options(seed=8, steps=1, max_tokens=30, max_images=2, temperature=2.0, top_p=1.0)):
+        sessions = [Session(whole.backbone, decoder=Decoder(whole.backbone, piece=n)) for n in (1, 8)]
+        replies = [finished(generate(whole, TALKS[1], options, session)) for session in sessions]
+        assert_same(*replies)
+        assert sessions[0].keys == sessions[1].keys
+        torch.testing.assert_close(sessions[0].states, sessions[1].states, **CLOSE)
+
+
+def test_a_forced_run_is_one_forward_without_the_lm_head(whole):
+    calls = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, part in (("head", whole.backbone.lm_head), ("layer", whole.backbone.language.layers[0]))
+    ]
+    events = list(generate(whole, TALKS[0], Options(steps=1, max_tokens=0, image="always")))
+    for hook in hooks:
+        hook.remove()
+    assert any(isinstance(event, ImageDone) for event in events)
+    assert calls == ["layer", "layer"]  # the prompt and the run
+
+
+@torch.inference_mode()
+def test_a_prefix_lies_before_every_row(backbone):
+    backbone.add_prefix(3, 8)
+    try:
+        decoder = Decoder(backbone, 2, piece=2, bucket=32)
+        sessions = [Session(backbone, decoder=decoder, row=row) for row in range(2)]
+        for session, talk in zip(sessions, TALKS[1:3], strict=True):
+            session.read(talk)
+            decoder.speak(session.row, Voice(0, 1, 1, torch.Generator()), [])
+        for row, (tokens, states) in decoder.steps({0: 10, 1: 11}, 2).items():
+            sessions[row].took(states[None], [(10 + row, ""), (tokens[0], "")])
+        for session in sessions:
+            torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
+    finally:
+        backbone.prefix = None
+
+
+@torch.inference_mode()
+def test_a_compiled_step_is_one_graph_for_all_conversations(backbone):
+    """Traced as for --backend compile, without its compilers; `fullgraph` raises where the trace breaks."""
+    compiled, states = torch.compile(backbone.forward, dynamic=False, fullgraph=True, backend="eager"), []
+    for traced in (False, True, True):
+        decoder = Decoder(backbone, piece=2, bucket=64)
+        session = Session(backbone, decoder=decoder)
+        session.read(TALKS[1])
+        decoder.speak(0, Voice(0, 1, 1, torch.Generator()), [])
+        decoder._language = compiled if traced else backbone
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            states.append(decoder.steps({0: 10}, 2)[0][1])
+    torch.compiler.reset()
+    torch.testing.assert_close(states[1], states[0], **CLOSE)
+    assert torch.equal(states[1], states[2])
+
+
+def test_sampling_inverts_the_cumulative_distribution():
+    chances = torch.tensor([0.1, 0.5, 0.0, 0.25, 0.15])
+    logits = chances.log().expand(6, -1)
+
+    def tokens(numbers, top_p, temperature=1.0):
+        count = len(numbers)
+        settings = torch.full((count, 1), temperature), torch.full((count, 1), top_p), torch.tensor(numbers)[:, None]
+        return sample(logits[:count], *settings).tolist()
+
+    assert tokens([0.0, 0.49, 0.51, 0.74, 0.76, 0.9999], 1.0) == [1, 1, 3, 3, 4, 0]
+    assert tokens([0.0, 0.66, 0.67, 0.9999], 0.7) == [1, 1, 3, 3]  # 0.5 and 0.25 reach 0.7
+    assert tokens([0.99], 0.5) == tokens([0.99], 0.01) == [1]
+    squares = chances.square() / chances.square().sum()
+    first = float(squares[1])
+    assert tokens([first - 0.01, first + 0.01], 1.0, temperature=0.5) == [1, 3]
+    greedy = Voice(0, 0.9, 1.0, torch.Generator())
+    assert greedy.choose(chances[None].log()) == 1 and greedy.numbers(2) == [0.0, 0.0]
+
+
+def test_a_penalty_makes_said_tokens_less_likely():
+    logits, said = torch.tensor([[2.0, 2.0, -2.0, -2.0]]), torch.tensor([[True, False, True, False]])
+    assert penalise(logits, said, torch.tensor([[2.0]])).tolist() == [[1.0, 2.0, -4.0, -2.0]]
+    assert torch.equal(penalise(logits, said, torch.tensor([[1.0]])), logits)
+
+
+def test_numbers_that_were_not_used_come_again():
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    one, many = (Voice(1.0, 1.0, 1.0, generator) for generator in draws)
+    ahead, singly = many.numbers(8), []
+    for _ in range(8):
+        singly += one.numbers(1)
+        one.used()
+    assert singly == ahead and len(set(ahead)) == 8
+    many.used()
+    assert many.numbers(7) == ahead[1:]
+
+
+def test_sessions_of_several_decoders_and_sliding_layers_are_refused(llava_folder, whole):
+    with pytest.raises(Mgp5Error, match="several decoders"):
+        list(generate_batch(whole, TALKS[:2], None, [Session(whole.backbone), Session(whole.backbone)]))
+    backbone = HFBackbone.load(llava_folder)
+    text = backbone.core.config.get_text_config()
+    text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 64
+    with pytest.raises(Mgp5Error, match="sliding_attention"):
+        Session(backbone)

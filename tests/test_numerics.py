@@ -1,0 +1,92 @@
+"""Whole runs of the engines against diffusers' own UNet in float32: one call of it, and fifty guided steps."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from test_engines import smallest
+from tiny import LENGTH, SIZE, WIDTH, tiny_vae
+from torch import Tensor
+
+import mgp5
+from mgp5 import engines
+from mgp5.diffusion.sampler import SamplerTable, denoise
+from mgp5.diffusion.schedule import NoiseSchedule
+from mgp5.diffusion.sd2 import StableDiffusion
+
+DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
+GUIDANCE = 3.0
+# A step whose result is the guided prediction itself.
+PROBE = SamplerTable(
+    name="probe",
+    timesteps=torch.tensor([500.0]),
+    coefficients=torch.tensor([[0.0, 1.0]]),
+    conversion=torch.zeros(1, 2),
+)
+
+
+def demo() -> StableDiffusion:
+    return StableDiffusion.load(str(DEMO))
+
+
+def narrow_sd21() -> StableDiffusion:
+    """Stable Diffusion 2.1's UNet with a tenth of its channels and random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(32, 64, 128, 128),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=(2, 4, 8, 8),
+        use_linear_projection=True,
+    )
+    return StableDiffusion(unet, tiny_vae(), NoiseSchedule.from_config({"prediction_type": "v_prediction"}))
+
+
+@torch.inference_mode()
+def run(diffusion: StableDiffusion, steps: int) -> dict[str, Tensor]:
+    """A guided prediction, and what DDIM steps from there end with."""
+    seeded = torch.Generator().manual_seed(0)
+    condition = torch.randn(2, LENGTH, diffusion.unet.config.cross_attention_dim, generator=seeded)
+    noise = torch.randn(1, *diffusion.latent_shape(diffusion.native_size, diffusion.native_size), generator=seeded)
+    call = diffusion.engine.denoise if diffusion.engine else partial(denoise, diffusion.predict)
+    (prediction,) = call(noise, condition[1:], condition[:1], PROBE, GUIDANCE)
+    settings = {"steps": steps, "guidance": GUIDANCE, "sampler": "ddim"}
+    *_, latents = diffusion.draw(condition[1:], condition[:1], generators=[seeded], **settings)
+    return {"prediction": prediction, "latents": latents, "picture": diffusion.decode(latents)}
+
+
+@cache
+def reference(make, steps: int) -> dict[str, Tensor]:
+    return run(make(), steps)
+
+
+def measure(make, backend: str | None, dtype: torch.dtype = torch.float32, steps: int = 50) -> dict[str, float]:
+    """PSNR of each result in dB, of the range that the float32 reference has."""
+    diffusion, values = make().to(dtype), {}
+    if backend:
+        engines.apply(diffusion, backend)
+    found = run(diffusion, steps)
+    for name, true in reference(make, steps).items():
+        error = (found[name] - true).double().square().mean()
+        values[name] = round(float(10 * torch.log10((true.max() - true.min()).square() / error)), 1)
+    return values
+
+
+@pytest.mark.parametrize("make", [demo, narrow_sd21])
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, (120, 120, 120)), (torch.bfloat16, (40, 50, 45))])
+def test_fifty_steps(make, dtype, expected):
+    values = measure(make, "eager", dtype)
+    assert all(value > least for value, least in zip(values.values(), expected, strict=True)), values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [demo, smallest])
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, (120, 120, 120)), (torch.bfloat16, (40, 50, 45))])
+def test_fifty_compiled_steps(make, dtype, expected):
+    values = measure(make, "compile", dtype)
+    torch.compiler.reset()
+    assert all(value > least for value, least in zip(values.values(), expected, strict=True)), values
