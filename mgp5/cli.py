@@ -498,7 +498,7 @@ def _model(flags: dict[str, Any]) -> MiniGPT5:
     quiet_libraries()  # before anything imports them
     from . import engines, placement
     from .hub import resolve
-    from .model import load
+    from .model import load, run_by
 
     device, dtype = pick_device(flags["device"])
     engines.choose(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
@@ -508,7 +508,7 @@ def _model(flags: dict[str, Any]) -> MiniGPT5:
         _tell(flags, plan.why)
     model = load(flags["model"], dtype=dtype, device=str(device), backend=None, memory=plan)
     spare_threads(model)
-    choice = engines.apply(model.diffusion, backend, flags["exported"])
+    choice = run_by(model, backend, flags["exported"])
     if flags["exported"]:
         from .engines.exported import put_mapper_on
 

@@ -25,7 +25,7 @@ from .mapper import FeatureMapper, MapperConfig
 from .quant import Quantize, is_quantized, merge_rows
 
 if TYPE_CHECKING:
-    from .engines import Backend
+    from .engines import Backend, Choice
     from .placement import Memory, Plan
 
 
@@ -261,7 +261,7 @@ def load(
     Raises:
         Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or what cannot run here.
     """
-    from . import engines, placement
+    from . import placement
     from .checkpoint import load_checkpoint
 
     parts = resolve(str(name))
@@ -274,10 +274,20 @@ def load(
     model.merge()
     placement.place(model.eval(), memory, torch.device(device))
     if backend:
-        chosen = engines.apply(model.diffusion, backend).name
-        # On a CPU only for who asked for the compiler: it takes longer than most replies.
-        model.backbone.compiled = chosen == "compile" or (chosen == "triton" and torch.device(device).type == "cuda")
+        run_by(model, backend)
     return model
+
+
+def run_by(model: MiniGPT5, backend: Backend, exported: Path | None = None) -> Choice:
+    """Let pictures be drawn by an engine, and tokens be decoded by what goes with it: see `engines.apply`."""
+    from . import engines
+
+    choice, on_gpu = engines.apply(model.diffusion, backend, exported), model.backbone.device.type == "cuda"
+    # On a CPU only for who asked for the compiler: it takes longer than most replies.
+    model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
+    if model.backbone.compiled:
+        engines.keep_compiled()
+    return choice
 
 
 def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:

@@ -261,9 +261,14 @@ def _packs(denoiser: torch.nn.Module) -> bool:
 
 
 def _compile(model: Hoisted, on_gpu: bool) -> None:
-    """Compile for the shapes that come; what was compiled is kept for the next run."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache()
+    """Compile for the shapes that come."""
+    keep_compiled()
     model.model.compile(dynamic=False, **({"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}))
+
+
+def keep_compiled() -> None:
+    """Have what is compiled from now on kept for the next run."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache()
 
 
 def _cache() -> str:

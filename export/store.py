@@ -1,0 +1,41 @@
+"""The user's own store of exported denoisers, for the engine that needs one: written once for each set of weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Mgp5Error
+from ..fingerprint import hash_of
+from .job import Request, export
+from .manifest import versions, weights_hash
+from .subject import Subject
+
+if TYPE_CHECKING:
+    from ..diffusion.frozen import FrozenDiffusion
+
+COMPONENTS = ("denoiser", "vae_decoder")
+VERSION = 1  # of what is exported: to be raised when our own modules compute something else, or faster
+
+
+def stored(diffusion: FrozenDiffusion) -> Path:
+    """The folder of a diffusion model on the CPU in float32; exported first where it is not there, stderr says so.
+
+    Raises:
+        Mgp5Error: it cannot be exported or written, or the files are not right.
+    """
+    facts = {"version": VERSION, "versions": versions(), "config": dict(diffusion.denoiser.config)}
+    facts |= {"denoiser": weights_hash(diffusion.denoiser), "vae": weights_hash(diffusion.vae)}
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "onnx"
+    folder = base / hash_of(facts)
+    if not (folder / "manifest.json").is_file():
+        sys.stderr.write(f"exporting the denoiser to ONNX, once: it is kept in {folder}\n")
+        request = Request(components=COMPONENTS, split=True, image=False)
+        try:
+            export(Subject(name="its own weights", diffusion=diffusion), request, folder)
+        except Mgp5Error:
+            if not (folder / "manifest.json").is_file():  # else another process was faster
+                raise
+    return folder

@@ -1,0 +1,52 @@
+"""A complete tiny model whose graphs are quickly exported: a UNet with one transformer, few layers elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tiny import SIZE, WIDTH, tiny_text_encoder, tiny_tokenizer
+
+
+def save_small(folder: Path, llava: Path) -> Path:
+    """A trained folder, as `mgp5 train` makes one; the weights are random."""
+    from mgp5.checkpoint import save_checkpoint
+    from mgp5.config import preset
+    from mgp5.model import build
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        use_linear_projection=True,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=4, mid_block_add_attention=False, **VAE)
+    parts = {"unet": unet, "vae": vae, "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(scheduler=DDIMScheduler(beta_schedule="scaled_linear"), **parts, **extras)
+    pipeline.save_pretrained(folder / "diffusion")
+    shutil.copytree(llava, folder / "mllm")
+    layers = {"num_vokens": 4, "encoder_layers": 1, "decoder_layers": 1}
+    model = build(str(folder / "mllm"), str(folder / "diffusion"), **layers)
+    model.prepare(preset("pretrain"))
+    save_checkpoint(model, folder)
+    path = folder / "mgp5/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mllm": "mllm", "diffusion": "diffusion"}))
+    return folder
+
+
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+}
