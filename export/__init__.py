@@ -1,1 +1,1 @@
-"""Deployable files: ONNX and TensorRT (an empty room until the issue on export)."""
+"""Deployable files: ONNX, proved to compute what PyTorch does, and TensorRT engines of them."""

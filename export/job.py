@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +139,7 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
     diffusion, mapper, dtype = subject.diffusion, subject.mapper, DTYPES[request.precision]
     parts = {"denoiser": diffusion.denoiser, "vae": diffusion.vae, "mapper": mapper}
     identity = {name: facts.weights_hash(part) for name, part in parts.items() if part is not None}
-    known = specs.components(diffusion, mapper, subject.unconditional, subject.num_vokens, request.split)
+    known = specs.components(diffusion, mapper, subject.unconditional, subject.num_vokens, request.split, request.opset)
     names = request.components or tuple(known)
     if unknown := [name for name in names if name not in known]:
         hint = f"this model has {', '.join(known)}" + ("" if request.split else "; condition and denoiser by --split")
@@ -193,22 +192,27 @@ def _prove(
     subject: Subject, known: dict[str, Any], folder: Path, request: Request, entries: dict[str, Any], tell: Tell
 ) -> dict[str, Any]:
     """Add the proof of each component to its entry; returns that of the image ({} without a denoiser)."""
-    from ..engines.exported import DENOISERS, engine_of
+    from ..engines import DENOISERS
+    from ..engines.exported import engine_of
     from . import proof, specs
 
-    limit = proof.LIMITS[request.precision]
-    unit = specs.latent_unit(subject.diffusion)
+    limit, unit = proof.LIMITS[request.precision], specs.latent_unit(subject.diffusion)
+    drawing = next((name for name in DENOISERS if name in entries), None) if request.image else None
+    runs: dict[Path, Any] = {}  # of what the image needs: each may hold gigabytes
     for name, entry in entries.items():
-        run = proof.runner(folder / name / "model.onnx", request.precision)
+        path, run = folder / name / "model.onnx", None  # the one before is let go first
+        run = proof.runner(path, request.precision)
         entry["proof"] = proof.prove(known[name](), run, limit, unit)
+        if drawing and name in (drawing, "vae_decoder"):
+            runs[path] = run
         size = sum(file["bytes"] for file in entry["files"].values()) / 1e6
         worst = max(row["relative"] for row in entry["proof"])
         nodes = sum(entry["nodes"].values())
         tell(f"{name}: {nodes} nodes, {size:.1f} MB, {worst:.1g} of its range from PyTorch ({entry['seconds']} s)")
-    if not request.image or not {*DENOISERS} & {*entries}:
+    if drawing is None:
         return {}
     tell(f"drawing an image of {proof.STEPS} steps by PyTorch and by the files")
-    engine = engine_of(subject.diffusion, folder, entries, partial(proof.runner, precision=request.precision))
+    engine = engine_of(subject.diffusion, folder, entries, runs.__getitem__)
     side = min(subject.diffusion.native_size, PROOF_SIDE)
     image = proof.prove_image(subject.diffusion, *_conditions(subject), engine, limit, request.size or (side, side))
     tell(f"the image is {image['psnr']} dB from PyTorch's")

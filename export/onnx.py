@@ -10,12 +10,11 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
+from ..engines.exported import GROUP_NORM
 from ..errors import Mgp5Error
 from .specs import Component, Float32GroupNorm
 
-OPSETS = (23, 20, 18)
 LIMIT = 1_900_000_000  # bytes of weights; a protobuf file holds 2 GB
-GROUP_NORM = 21  # the first opset that has one with a type for its statistics
 
 
 class StandIn:

@@ -65,7 +65,12 @@ class _Call(nn.Module):
 
 
 def components(
-    diffusion: FrozenDiffusion, mapper: FeatureMapper | None, unconditional: Tensor | None, num_vokens: int, split: bool
+    diffusion: FrozenDiffusion,
+    mapper: FeatureMapper | None,
+    unconditional: Tensor | None,
+    num_vokens: int,
+    split: bool,
+    opset: int = 23,
 ) -> dict[str, Callable[[], Component]]:
     """The components of a model by name, each made when called.
 
@@ -83,7 +88,7 @@ def components(
     if split:
         if mapper is not None and unconditional is not None:
             known["condition"] = lambda: _condition(diffusion, mapper, unconditional, num_vokens)
-        known["denoiser"] = lambda: denoiser(diffusion)
+        known["denoiser"] = lambda: denoiser(diffusion, opset)
     return known
 
 
@@ -168,9 +173,9 @@ def vae_decoder(diffusion: FrozenDiffusion) -> Component:
     )
 
 
-def denoiser(diffusion: FrozenDiffusion) -> Component:
+def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
     """The denoiser as a step: latents, the step's row and the context that `condition` gives; see `engines.Hoisted`."""
-    parts, model = hoisted(diffusion), diffusion.denoiser
+    parts, model = hoisted(diffusion, opset), diffusion.denoiser
     length, width = diffusion.condition_shape
     example = torch.ones(BATCH, length, width, dtype=model.dtype, device=model.device)
     table, context = parts.constants(torch.ones(2, device=model.device), example)

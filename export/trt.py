@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from ..engines.exported import DENOISERS
+from ..engines import DENOISERS
 from ..errors import Mgp5Error
 from . import plans
 from .manifest import check, read_manifest

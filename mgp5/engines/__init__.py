@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -22,16 +23,17 @@ from ..device import SMALL
 from ..diffusion.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
 from ..errors import Mgp5Error
 from ..kernels.guided_step import step_rows
-from .graph import Inputs, Kind, WholeStep
-from .hoisted import Hoisted, hoist
-from .layers import Ops
 from .trial import try_out
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what imports diffusers takes seconds, and `choose` needs none of it
     from ..diffusion.frozen import FrozenDiffusion
     from .exported import ExportedEngine
+    from .graph import WholeStep
+    from .hoisted import Hoisted
+    from .layers import Ops
 
 Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
+DENOISERS = ("denoiser", "unet", "transformer")  # names of exported components, the fastest first
 TINY = 1_000_000  # parameters
 GRAPHS = 4  # whole steps kept, for the sizes, batches and numbers of steps used last; each holds the memory of a step
 
@@ -129,6 +131,8 @@ class Engine:
     decode: Callable[[Tensor], Tensor] | None = None  # latents as the VAE's decoder takes them -> pixels
 
     def __init__(self, name: Backend, denoiser: torch.nn.Module) -> None:
+        from .hoisted import hoist
+
         self.name, device, dtype = name, denoiser.device, denoiser.dtype
         on_gpu = device.type == "cuda"
         flat = on_gpu and name == "eager"  # PyTorch's own GroupNorm on a GPU copies channels-last maps
@@ -186,6 +190,8 @@ class Engine:
         reuse: int = 1,
     ) -> Iterator[Tensor]:
         """The same with each step as a whole, on a GPU one CUDA graph."""
+        from .graph import Inputs, Kind, WholeStep
+
         rows = step_rows(table, guidance).to(noise.device, torch.float32)
         batch = guidance_batch(condition, unconditional, guidance)
         timesteps = table.timesteps.to(noise.device, torch.float32)
@@ -213,6 +219,8 @@ class Engine:
 
 def operations(name: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
     """PyTorch's operations, or for `triton` kernels where they can run."""
+    from .layers import Ops
+
     if name == "triton":
         found = {choice.operation: choice.function for choice in kernels.choices(device, dtype)}
     else:
@@ -228,9 +236,15 @@ def _onnx(diffusion: FrozenDiffusion, exported: Path | None) -> ExportedEngine:
 
 def _onnx_refusal(device: torch.device) -> str:
     """Why ONNX Runtime cannot run here, or ""."""
-    from .exported import refusal
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed: pip install 'mgp5[export]'"
+    if device.type == "cpu":
+        return ""
+    import onnxruntime
 
-    return refusal(device)
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return ""
+    return "this onnxruntime has no CUDA: pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'"
 
 
 def _trt(diffusion: FrozenDiffusion, exported: Path) -> ExportedEngine:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import Mgp5Error
-from . import Engine, operations
+from . import DENOISERS, Engine, operations
 from .hoisted import Hoisted, hoist
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from ..heads.vokens import VokenHead
     from ..mapper import FeatureMapper
 
-DENOISERS = ("denoiser", "unet", "transformer")  # names of components, the fastest first
+GROUP_NORM = 21  # the first opset with a GroupNorm that has a type for its statistics
 
 
 class Run(Protocol):
@@ -124,10 +123,15 @@ class ExportedMapper(nn.Module):
         return rows.to(self.like)
 
 
-def hoisted(diffusion: FrozenDiffusion) -> Hoisted:
-    """The denoiser in two parts, by operations that every ONNX runtime knows."""
+def hoisted(diffusion: FrozenDiffusion, opset: int = 23) -> Hoisted:
+    """The denoiser in two parts, by operations that every ONNX runtime knows.
+
+    In half precision GroupNorm stays whole where the opset has one: it is for GPUs, where fused kernels do it.
+    """
     model = diffusion.denoiser
-    ops = dataclasses.replace(operations("eager", model.device, model.dtype), group_norm=plain_group_norm)
+    ops = operations("eager", model.device, model.dtype)
+    if model.dtype == torch.float32 or opset < GROUP_NORM:
+        ops = dataclasses.replace(ops, group_norm=plain_group_norm)
     return hoist(model, ops, packed=False, layout=torch.contiguous_format)
 
 
@@ -170,19 +174,6 @@ def engine_of(
     return ExportedEngine(model, lambda latents: decoder(latent_sample=latents)["sample"])
 
 
-def refusal(device: torch.device) -> str:
-    """Why ONNX Runtime cannot run on a device, or ""."""
-    if find_spec("onnxruntime") is None:
-        return "onnxruntime is not installed: pip install 'mgp5[export]'"
-    if device.type == "cpu":
-        return ""
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return ""
-    return "this onnxruntime has no CUDA: pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'"
-
-
 def put_on(diffusion: FrozenDiffusion, folder: Path | None) -> ExportedEngine:
     """The engine of an exported folder, run by ONNX Runtime; None takes the one in the user's own store.
 
@@ -219,7 +210,7 @@ def open_folder(folder: Path, parts: dict[str, nn.Module]) -> dict[str, Any]:
 
     manifest = read_manifest(folder)
     if wrong := [
-        name for name, part in parts.items() if manifest["weights"].get(name) not in (None, weights_hash(part))
+        name for name, part in parts.items() if manifest.get("weights", {}).get(name) not in (None, weights_hash(part))
     ]:
         hint = "take that model, or export this one"
         raise Mgp5Error(f"{folder} is an export of {manifest['model']}, with another {', '.join(wrong)}", hint)

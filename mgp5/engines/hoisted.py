@@ -118,7 +118,7 @@ class HoistedUNet:
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:  # (R, C, h, w), (R, deep, h, w)
-        """See `Hoisted`; row (1, S)."""
+        """See `Hoisted`; row (1, S), or (R, S) of pictures at different steps."""
         return self.model(latents.to(self.dtype).contiguous(memory_format=self.layout), row, context, deep)
 
     def restore(self) -> None:

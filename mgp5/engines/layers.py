@@ -129,9 +129,12 @@ class Resnet(nn.Module):
         active = embedding if block.skip_time_act else block.nonlinearity(embedding)
         return block.time_emb_proj(active) + block.conv1.bias
 
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1, S)
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
         """One block."""
-        hidden = self.conv1(_normed(self.ops, self.norm1, x), row[0, self.columns])
+        bias = row[:, self.columns]
+        hidden = self.conv1(_normed(self.ops, self.norm1, x), bias[0])
+        if len(row) > 1:  # pictures at different steps
+            hidden = hidden + (bias - bias[:1])[:, :, None, None]
         hidden = self.conv2(_normed(self.ops, self.norm2, hidden))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
