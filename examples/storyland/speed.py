@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -19,11 +22,16 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from score import Shot, reply, seeds, shots, verdict
 from torch import Tensor
 
-from mgp5.evaluation.judge import load_judge
+from mgp5.data.storyland.world import Scene
+from mgp5.data.storyland.write import write
+from mgp5.evaluation import tasks
+from mgp5.evaluation.judge import load_judge, look, scores
+from mgp5.evaluation.storyland import attributes_right
+from mgp5.evaluation.systems import Ask, Model, Undrawn
 from mgp5.generation import Options
+from mgp5.messages import Conversation
 from mgp5.model import MiniGPT5, load
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -46,10 +54,36 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def conditions(model: MiniGPT5, wanted: list[Shot], options: Options) -> Tensor:  # (B, L, C)
-    """What the model makes of the true history of each shot and its sentence."""
-    ask = replace(options, image="always", max_images=1, temperature=0.0)
-    return torch.cat([reply(model, shot.ask("full"), ask)[1][0] for shot in track(wanted, "reading", **_err())])
+class Recorder(Undrawn):
+    """A head that keeps conditions (1, L, C) instead of drawing."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__(head)
+        self.kept: list[Tensor] = []
+
+    def draw(self, condition: Tensor, options: Options, generators: list[torch.Generator]) -> Iterator[Tensor]:
+        self.kept.append(condition)
+        return super().draw(condition, options, generators)
+
+
+def conditions(model: MiniGPT5, stories: int) -> tuple[Tensor, list[Scene]]:  # (B, L, C)
+    """What the model makes of the true history of each test picture and its sentence, and what the picture shows."""
+    head = Recorder(model.head)
+    reader = Model(SimpleNamespace(backbone=model.backbone, head=head, config=model.config), Options())
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "storyland"
+        write(folder, "test", 0, stories, 0, seed=0)
+        data = tasks.load("storyland", folder, "test", tasks=("illustrate",))
+        scenes = []
+        for sample in track(data.samples, "reading", **_err()):
+            *history, truth = sample.load().messages
+            reader([Ask(sample, Conversation(tuple(history)), truth, seed=0)])
+            scenes.append(data.scenes[truth.images[0].path.resolve()])
+    return torch.cat(head.kept), scenes
+
+
+def seeds(start: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(start + k) for k in range(count)]
 
 
 @torch.inference_mode()
@@ -69,9 +103,8 @@ def psnr(pictures: Tensor, reference: Tensor) -> float:
 
 def measure(model: MiniGPT5, stories: int, batch: int) -> list[dict[str, Any]]:
     """One row for each of SETTINGS."""
-    wanted = shots(stories)
     plain = Options(guidance=model.config.guidance)
-    given = conditions(model, wanted, plain)
+    given, scenes = conditions(model, stories)
     ways = [replace(plain, **changes) for changes in SETTINGS]
     paint(model, given[:batch], plain, 0)  # what is prepared once
     pictures: list[list[Tensor]] = [[] for _ in ways]
@@ -85,7 +118,8 @@ def measure(model: MiniGPT5, stories: int, batch: int) -> list[dict[str, Any]]:
     for way, made, taken in zip(ways, pictures, times, strict=True):
         kept = {name: asdict(way)[name] for name in ("steps", "guidance_until", "reuse", "sampler", "guidance")}
         noise = {"ms": round(median(taken), 1), "psnr": round(psnr(torch.cat(made), torch.cat(pictures[0])), 2)}
-        rows.append(kept | noise | {"n": len(wanted), "right": verdict(judge, torch.cat(made), wanted)})
+        right = scores(attributes_right(look(judge, torch.cat(made))[0], scenes))
+        rows.append(kept | noise | {"n": len(scenes), "right": right})
     return rows
 
 

@@ -23,10 +23,10 @@ table { border-collapse: collapse; font-size: .875rem; background: var(--page); 
 th, td { padding: .375rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .theirs { font-style: italic; color: var(--soft); }
 small { color: var(--soft); } .row { display: flex; gap: .75rem; margin: 1rem 0; overflow-x: auto; }
-.card { flex: 0 0 13rem; padding: .5rem; background: var(--page); border-radius: .75rem; font-size: .8125rem; }
-.card.asked { flex-basis: 20rem; } .card h3 { margin: 0 0 .25rem; font-size: .8125rem; color: var(--accent); }
-.card img { display: inline-block; width: 12rem; max-width: 100%; border-radius: .5rem; margin: .125rem 0; }
-.card.asked img { width: 5.5rem; } svg { display: block; max-width: 100%; margin: .5rem 0; }
+.card { flex: 0 0 10.5rem; padding: .5rem; background: var(--page); border-radius: .75rem; font-size: .8125rem; }
+.card.asked { flex-basis: 16rem; } .card h3 { margin: 0 0 .25rem; font-size: .8125rem; color: var(--accent); }
+.card img { display: inline-block; width: 9.5rem; max-width: 100%; border-radius: .5rem; margin: .125rem 0; }
+.card.asked img { width: 4.5rem; } svg { display: block; max-width: 100%; margin: .5rem 0; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg .theirs { fill: var(--soft); }
 """
 Bar = tuple[str, dict[str, Any], bool]  # label, number, whether it is the papers'
@@ -47,7 +47,7 @@ def write_page(
         parts.append(_acceptance(report["acceptance"]))
     parts += ["<h2>Charts</h2>", "<p><small>Lines are 95 % intervals.</small></p>", *_charts(report)]
     for table, systems in report["tables"].items():
-        parts += [f"<h2>{escape(table)}</h2>", _numbers(systems, report["published"].get(table, []))]
+        parts += [f"<h2>{escape(table)}</h2>", _numbers(systems, report["published"].get(table, [])), *_notes(systems)]
         parts += [_sample(conversation, replies) for conversation, replies in samples[table]]
     if report["left_out"]:
         rows = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report["left_out"].items())
@@ -97,6 +97,13 @@ def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> st
         who = f"{escape(row['model'])} <small>(theirs: {escape(row['source'])})</small>"
         lines.append(f'<tr class="theirs"><td>{who}</td><td></td><td></td><td></td><td></td>{cells}</tr>')
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _notes(systems: dict[str, Any]) -> list[str]:
+    """The first failures of each system, and metrics that this table has no number of."""
+    lines = [f"{system}, failed: {reason}" for system, entry in systems.items() for reason in entry["failures"]]
+    lines += [f"{system}, no {n}: {why}" for system, entry in systems.items() for n, why in entry["left_out"].items()]
+    return [f"<p><small>{escape(line)}</small></p>" for line in lines]
 
 
 def _number(number: dict[str, Any] | None) -> str:

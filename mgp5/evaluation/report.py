@@ -77,37 +77,40 @@ def report(
         replies: of each system, rows of its files by the keys of samples.
         facts: what was evaluated.
     """
-    encoded = Encoded(measured.given, device, data.scenes)
     by_table: dict[str, list[Sample]] = {}
     for sample in data.samples:
         for table in sample.tables:
             by_table.setdefault(table, []).append(sample)
-    format, seed = facts["settings"]["format"], facts["settings"]["options"]["seed"]
     kinds = {sample.kind for sample in data.samples}
     usual = {name for kind in kinds for name in METRICS_OF[kind] if data.scenes or name not in STORYLAND}
-    tables: dict[str, dict[str, Any]] = {}
+    encoded = Encoded(measured.given, device, data.scenes)
+    seed, tables = facts["settings"]["options"]["seed"], {}
     for table, samples in by_table.items():
         names = [name for name in METRICS_OF[samples[0].kind] if name in usual and name in measured.names]
         for system, rows in replies.items():
-            mine = [(sample, rows[sample.key]) for sample in samples if sample.key in rows]
-            if mine:
+            if mine := [(sample, rows[sample.key]) for sample in samples if sample.key in rows]:
                 tables.setdefault(table, {})[system] = _measured(out, mine, names, encoded, seed)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    facts = {"command": shlex.join(["mgp5", *sys.argv[1:]]), "made": now} | facts
-    facts |= {"versions": versions(), "machine": machine(), "antialias": ANTIALIAS}
     groups = len({sample.group for sample in data.samples})
-    facts["data"] = {"samples": len(data.samples), "groups": groups, "problems": dict(data.problems)}
-    facts |= {"left_out": {name: why for name, why in measured.left_out.items() if name in usual}, "tables": tables}
-    facts["protocols"] = {name: METRICS[name].protocol for name in METRICS if name in usual}
-    facts["published"] = {
-        table: [{"model": who, "metrics": numbers, "source": source} for who, numbers, source in rows]
-        for table, rows in PUBLISHED.get(format, {}).items()
-        if table in tables
+    found = {"command": shlex.join(["mgp5", *sys.argv[1:]]), "made": now, **facts}
+    found |= {"versions": versions(), "machine": machine(), "antialias": ANTIALIAS}
+    found["data"] = {"samples": len(data.samples), "groups": groups, "problems": dict(data.problems)}
+    found["left_out"] = {name: why for name, why in measured.left_out.items() if name in usual}
+    found["protocols"] = {name: METRICS[name].protocol for name in METRICS if name in usual}
+    found |= {"tables": tables, "published": _published(facts["settings"]["format"], tables)}
+    if data.scenes:
+        found["acceptance"] = acceptance(tables)
+    write_json(out / "report.json", found)
+    write_page(out / "report.html", found, {table: _shown(out, by_table[table], replies) for table in tables})
+
+
+def _published(format: str, tables: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The papers' rows of the tables that were measured."""
+    rows = {table: found for table, found in PUBLISHED.get(format, {}).items() if table in tables}
+    return {
+        table: [{"model": who, "metrics": numbers, "source": source} for who, numbers, source in found]
+        for table, found in rows.items()
     }
-    if format == "storyland":
-        facts["acceptance"] = acceptance(tables)
-    write_json(out / "report.json", facts)
-    write_page(out / "report.html", facts, {table: _shown(out, by_table[table], replies) for table in tables})
 
 
 def _measured(
@@ -129,15 +132,8 @@ def _shown(
     out: Path, samples: Sequence[Sample], replies: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> list[tuple[Conversation, dict[str, Message]]]:
     """Samples for the page, spread over the table and not chosen by hand: conversations, and replies by systems."""
-    some = samples[:: -(-len(samples) // SHOWN)]
-    return [
-        (
-            sample.load(),
-            {
-                system: _reply(out, rows[sample.key])
-                for system, rows in replies.items()
-                if "reply" in rows.get(sample.key, {})
-            },
-        )
-        for sample in some
-    ]
+    shown = []
+    for sample in samples[:: -(-len(samples) // SHOWN)]:
+        mine = {system: rows[sample.key] for system, rows in replies.items() if "reply" in rows.get(sample.key, {})}
+        shown.append((sample.load(), {system: _reply(out, row) for system, row in mine.items()}))
+    return shown

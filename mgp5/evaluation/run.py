@@ -23,6 +23,7 @@ import click
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 
+from ..checkpoint import CONFIG
 from ..data.files import pick
 from ..data.storyland.write import write as write_storyland
 from ..data.vist import Scene as Told
@@ -36,7 +37,7 @@ from ..hub import Parts, read_config, resolve
 from ..messages import Conversation, Message
 from ..model import MiniGPT5
 from ..processes import on_main
-from ..runs import read_json, write_json
+from ..runs import SETTINGS, read_json, write_json
 from ..story import WINDOW
 from ..views.files import write_png
 from . import tasks
@@ -56,34 +57,33 @@ def run(flags: dict[str, Any], options: Options, load: Load) -> None:
     Raises Mgp5Error: what was asked cannot be done, or --out holds another evaluation.
     """
     chosen, measured = entries(flags["baselines"], flags["format"]), check(flags["metrics"], flags["weights"])
+    tasks.check(flags["format"], flags["tasks"], flags["contexts"])
     parts, out, launched = trained(flags["model"]), flags["out"], "LOCAL_RANK" in os.environ
+    if launched and flags["device"] not in ("auto", "cpu"):
+        hint = "leave it out: every process takes a GPU"
+        raise Mgp5Error(f"--device {flags['device']} under a launcher", hint, usage=True)
     device, _ = pick_device(flags["device"])
     with patch_environment(**({} if launched else {"accelerate_torch_device": str(device)})):
         state = PartialState(cpu=device.type == "cpu", timeout=WAIT)
     flags |= {"limit": flags["limit"] or (STORIES if flags["format"] == "storyland" else None)}
+    narrate_from = read_config(parts.trained / CONFIG).get("narrate_from", "full")
+    given = {name: flags[name] for name in ("split", "tasks", "contexts", "limit")} | {"narrate_from": narrate_from}
+    data = tasks.load(flags["format"], flags["data"], **given) if flags["data"] else None
     settings = _settings(flags, options, on_main(state, lambda: weights(parts)))
-    on_main(state, lambda: _claim(out, settings))
-    path = flags["data"] or on_main(state, lambda: _storyland(out / "data", flags["limit"], options.seed))
-    data = tasks.load(
-        flags["format"],
-        path,
-        flags["split"],
-        tasks=flags["tasks"],
-        contexts=flags["contexts"],
-        limit=flags["limit"],
-        narrate_from=read_config(parts.trained / "config.json").get("narrate_from", "full")
-        if parts.trained
-        else "full",
-    )
+    on_main(state, lambda: _claim(out, settings, {entry.name: _weights_by(entry) for entry in chosen}))
+    if data is None:
+        place = on_main(state, lambda: _storyland(out / "data", flags["split"], flags["limit"], options.seed))
+        data = tasks.load(flags["format"], place, **given)
     runner = Runner(flags, options, lambda name: load(name, str(state.device)), data, state)
     for entry in chosen:
         runner.reply_by(entry)
     state.wait_for_everyone()
     runner.free()
     if state.is_main_process:
-        replies = {entry.name: read_replies(out, entry.name) for entry in chosen}
-        facts = {"settings": settings, "baselines": flags["baselines"], "processes": state.num_processes}
-        report(out, data, replies, facts, measured, device)
+        facts = {"settings": read_json(out / SETTINGS), "processes": state.num_processes, "device": str(state.device)}
+        replies = {name: read_replies(out, name) for name in facts["settings"]["systems"]}  # of earlier calls too
+        facts |= {name: flags[name] for name in ("baselines", "batch", "backend", "memory")}
+        report(out, data, replies, facts, measured, state.device)
     state.wait_for_everyone()
 
 
@@ -114,7 +114,7 @@ class Runner:
         """Write the replies of a system."""
         done = read_replies(self.out, entry.name)
         self.state.wait_for_everyone()  # nobody writes before all have seen what is there
-        todo = [s for s in self.data.samples if s.key not in done]
+        todo = [sample for sample in self.data.samples if sample.key not in done and entry.takes(sample)]
         if not todo:
             return
         if self._model is None:
@@ -122,7 +122,7 @@ class Runner:
                 self._model = self._load(self.name)
         system = build(entry, self._model, self.options, self.data.scenes, self._load)
         kinds = dict.fromkeys(sample.kind for sample in todo)
-        groups = ([s for s in todo if s.kind == kind and system.takes(s)] for kind in kinds)
+        groups = ([sample for sample in todo if sample.kind == kind] for kind in kinds)
         shares = [group[i : i + self.batch] for group in groups for i in range(0, len(group), self.batch)]
         self._write(entry.name, system, shares[self.state.process_index :: self.state.num_processes])
 
@@ -177,10 +177,12 @@ def answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:
 def _answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:
     """A story goes on in rounds: a reply is history for the next, and without a picture it ends."""
     loaded = [sample.load() for sample in samples]
+    for image in (image for conversation in loaded for image in conversation.messages[-1].images):
+        image.load()  # a sample whose true picture is broken has failed: nothing could be compared with it
     told: list[list[Told]] = [[sample.opening] if sample.opening else [] for sample in samples]
     parts: list[tuple] = [() for _ in samples]
     for number in range(max(sample.rounds for sample in samples)):
-        going = [i for i, sample in enumerate(samples) if number < sample.rounds and len(told[i]) >= number]
+        going = [i for i, s in enumerate(samples) if number < s.rounds and (not s.opening or len(told[i]) > number)]
         asks = []
         for i in going:
             question = continue_(told[i][-WINDOW:]) if told[i] else Conversation(loaded[i].messages[:-1])
@@ -218,6 +220,14 @@ def _weights_of(folder: str) -> Iterator[str]:
         yield f"{file.relative_to(folder).as_posix()} {sha256(file)}"
 
 
+def _weights_by(entry: Entry) -> str:
+    """A hash of a baseline's own weights, and where they are; "" without."""
+    if not entry.path:
+        return ""
+    found = weights(trained(entry.path)) if entry.name == "gill" else hash_of(list(_weights_of(entry.path)))
+    return f"{entry.path} {found}"
+
+
 def _settings(flags: dict[str, Any], options: Options, weights: str) -> dict[str, Any]:
     """What replies depend on, as JSON gives it back."""
     data = str(flags["data"].resolve()) if flags["data"] else "written here"
@@ -226,28 +236,30 @@ def _settings(flags: dict[str, Any], options: Options, weights: str) -> dict[str
     return json.loads(json.dumps(kept))
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Begin an evaluation in a folder, or see that it goes on there. Raises Mgp5Error."""
-    file = out / "config.json"
+def _claim(out: Path, settings: dict[str, Any], systems: dict[str, str]) -> None:
+    """Begin an evaluation in a folder, or see that it goes on there; baselines may be added. Raises Mgp5Error."""
+    file = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists() and any(out.iterdir()):
             raise Mgp5Error(f"--out {out} is not empty and holds no evaluation", "choose another --out", usage=True)
-        if not file.exists():
-            write_json(file, settings)
+        old = read_json(file) if file.exists() else settings
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        known = old.get("systems", {})
+        changed += [f"baseline {name}" for name in systems if known.get(name, systems[name]) != systems[name]]
+        if changed:
+            found = f"--out {out} is an evaluation with another {', '.join(changed)}"
+            raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
+        write_json(file, settings | {"systems": known | systems})
     except OSError as error:
         raise Mgp5Error(f"--out {out} cannot be written ({error.strerror})", "choose another --out") from None
-    old = read_json(file)
-    if changed := [name for name in settings if old.get(name) != settings[name]]:
-        found = f"--out {out} is an evaluation with another {', '.join(changed)}"
-        raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
 
 
-def _storyland(folder: Path, number: int, seed: int) -> Path:
-    """Storyland's test split, written once and whole."""
+def _storyland(folder: Path, split: str, number: int, seed: int) -> Path:
+    """Storyland, written once and whole."""
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(part, ignore_errors=True)
-        write_storyland(part, "test", 0, number, number, seed)
+        write_storyland(part, "train" if split == "train" else "test", 0, number, number, seed)
         os.replace(part, folder)
     return folder

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..collate import to_pixels
+from ..data.storyland.draw import draw
 from ..data.storyland.tell import caption
 from ..data.storyland.world import Scene, rng
 from ..diffusion import LatentDiffusion
+from ..diffusion.frozen import no_text_encoder
 from ..errors import Mgp5Error
 from ..events import Finished
 from ..generation import Options, generate_batch, to_picture
@@ -46,12 +48,7 @@ class Ask:
     seed: int
 
 
-class System(Protocol):
-    """Replies to questions of the kinds that it takes."""
-
-    def takes(self, sample: Sample) -> bool: ...
-
-    def __call__(self, asks: Sequence[Ask]) -> list[Message]: ...
+System = Callable[[Sequence[Ask]], list[Message]]
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,6 @@ class Model:
 
     model: MiniGPT5
     options: Options
-
-    def takes(self, sample: Sample) -> bool:
-        return True
 
     def __call__(self, asks: Sequence[Ask], **own: Any) -> list[Message]:
         """Replies; `own` options go before those of the kind."""
@@ -80,9 +74,6 @@ class TextOnly:
 
     writer: Model
 
-    def takes(self, sample: Sample) -> bool:
-        return sample.kind in ("narrate", "continue", "dialogue")
-
     def __call__(self, asks: Sequence[Ask]) -> list[Message]:
         return self.writer(asks, image="never")
 
@@ -94,9 +85,6 @@ class TextToImage:
     diffusion: LatentDiffusion
     options: Options
 
-    def takes(self, sample: Sample) -> bool:
-        return sample.kind in ("caption", "illustrate") and sample.context != "image"
-
     def __call__(self, asks: Sequence[Ask]) -> list[Message]:
         texts = [self._prompt(ask.sample) for ask in asks]
         return [Message("assistant", (image,)) for image in self.draw(texts, [ask.seed for ask in asks])]
@@ -104,6 +92,8 @@ class TextToImage:
     def _prompt(self, sample: Sample) -> str:
         """All that was told, without the oldest sentences where it is too long: the scene itself comes last."""
         tokenizer, past = self.diffusion.tokenizer, list(sample.past)
+        if tokenizer is None:
+            raise no_text_encoder()
         while past and len(tokenizer(" ".join([*past, sample.words])).input_ids) > tokenizer.model_max_length:
             del past[0]
         return " ".join([*past, sample.words])
@@ -111,7 +101,8 @@ class TextToImage:
     @torch.inference_mode()
     def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """A picture of each text."""
-        conditions = self.diffusion.encode_text([*texts, ""]).to(self.diffusion.device)  # (B + 1, L, C)
+        encoded = self.diffusion.encode_text([*texts, ""])  # (B + 1, L, C)
+        conditions = encoded.to(self.diffusion.device, torch.float32)  # as the mapper's are
         names = ("steps", "guidance", "sampler", "height", "width", "guidance_until", "reuse")
         *_, latents = self.diffusion.draw(
             conditions[:-1],
@@ -135,9 +126,6 @@ class TwoStage:
     writer: Model
     painter: TextToImage
     captions: bool
-
-    def takes(self, sample: Sample) -> bool:
-        return sample.kind in (("caption", "illustrate", "continue") if self.captions else ("continue",))
 
     def __call__(self, asks: Sequence[Ask]) -> list[Message]:
         own = {"image": "never", "max_tokens": self.writer.options.max_tokens} if self.captions else {}
@@ -178,9 +166,6 @@ class Oracle:
     painter: TextToImage
     scenes: Mapping[Path, Scene]
 
-    def takes(self, sample: Sample) -> bool:
-        return sample.kind == "illustrate" and sample.context == "full"
-
     def __call__(self, asks: Sequence[Ask]) -> list[Message]:
         shown = [self.scenes[ask.truth.images[0].path.resolve()] for ask in asks]
         texts = [caption(scene, rng("test", ask.seed, 0)) for scene, ask in zip(shown, asks, strict=True)]
@@ -189,22 +174,29 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the VAE makes of the true picture: no picture that is drawn from latents can be nearer to it."""
+    """What the VAE makes of a true picture: no picture that is drawn from latents can be nearer to it.
+
+    With scenes it is given other renders of what true pictures show, as generated pictures are others too: a Frechet
+    distance of a few pictures is far smaller between pairs.
+    """
 
     diffusion: LatentDiffusion
-
-    def takes(self, sample: Sample) -> bool:
-        return sample.kind == "illustrate" and sample.context == "full"
+    scenes: Mapping[Path, Scene] | None = None
 
     @torch.inference_mode()
     def __call__(self, asks: Sequence[Ask]) -> list[Message]:
-        side = self.diffusion.native_size
-        pixels = torch.stack([to_pixels(ask.truth.images[0].load(), (side, side)) for ask in asks])  # (B, 3, H, W)
+        side, true = self.diffusion.native_size, [ask.truth.images[0] for ask in asks]
+        if self.scenes is None:
+            pictures = [image.load() for image in true]
+        else:
+            pictures = [draw(self.scenes[i.path.resolve()], ask.seed) for i, ask in zip(true, asks, strict=True)]
+        pixels = torch.stack([to_pixels(picture, (side, side)) for picture in pictures])  # (B, 3, H, W)
         again = self.diffusion.decode(self.diffusion.encode(pixels))
         return [Message("assistant", (Image(pixels=to_picture(one)),)) for one in again]
 
 
 NEEDS_PATH = {"t2i-tuned": "a diffusers folder", "gill": "a run of mgp5 train --preset gill"}
+BOUNDS = ("oracle", "VAE", "VAE-anew")  # of Storyland
 BASELINES = ("t2i", "t2i-tuned", "two-stage", "gill", "text-only")
 
 
@@ -215,6 +207,17 @@ class Entry:
     name: str
     path: str = ""
 
+    def takes(self, sample: Sample) -> bool:
+        """Whether it can reply to a question."""
+        drawn = ("caption", "illustrate")
+        if self.name in BOUNDS:
+            return sample.kind == "illustrate" and sample.context == "full"
+        if self.name in ("t2i", "t2i-tuned"):
+            return sample.kind in drawn and sample.context != "image"
+        if self.name == "two-stage":
+            return sample.kind in (("continue", *drawn) if self.path else ("continue",))
+        return self.name != "text-only" or sample.kind in ("narrate", "continue", "dialogue")
+
 
 def entries(baselines: Sequence[str], format: str) -> list[Entry]:
     """The model, `NAME[=PATH]` baselines, and on Storyland what its own numbers are compared with.
@@ -223,7 +226,7 @@ def entries(baselines: Sequence[str], format: str) -> list[Entry]:
     """
     found = {"model": Entry("model")}
     if format == "storyland":
-        found |= {name: Entry(name) for name in ("two-stage", "oracle", "VAE")}
+        found |= {name: Entry(name) for name in ("two-stage", *BOUNDS)}
     for item in baselines:
         name, _, path = item.partition("=")
         if name not in BASELINES:
@@ -252,8 +255,14 @@ def build(
     if name == "t2i-tuned":
         tuned = load_generator(path, model.diffusion.denoiser.dtype)
         return TextToImage(tuned.to(model.diffusion.device), options)
-    if name in ("t2i", "oracle", "VAE"):
-        return {"t2i": painter, "oracle": Oracle(painter, scenes), "VAE": Reconstruction(model.diffusion)}[name]
+    shared: dict[str, System] = {
+        "t2i": painter,
+        "oracle": Oracle(painter, scenes),
+        "VAE": Reconstruction(model.diffusion),
+        "VAE-anew": Reconstruction(model.diffusion, scenes),
+    }
+    if name in shared:
+        return shared[name]
     if name in ("model", "gill"):
         return Model(load(path) if path else model, options)
     if name == "text-only":

@@ -69,6 +69,15 @@ class Data:
     scenes: dict[Path, Scene]
 
 
+def check(format: str, tasks: Sequence[str], contexts: Sequence[str]) -> None:
+    """See that a format has these tasks and contexts. Raises Mgp5Error (wrong usage)."""
+    if unknown := [task for task in tasks if task not in TASKS[format]]:
+        known = ", ".join(TASKS[format])
+        raise Mgp5Error(f"format {format} has no task {', '.join(unknown)}", f"it has {known}", usage=True)
+    if contexts and format in ("cc3m", "mmdialog"):
+        raise Mgp5Error(f"--context with format {format}", "leave it out: it is for stories", usage=True)
+
+
 def load(
     format: str,
     path: Path,
@@ -91,14 +100,10 @@ def load(
         limit: the first stories, dialogues or pictures.
 
     Raises:
-        Mgp5Error: a task or context that the format does not have (wrong usage), or data that cannot be used.
+        Mgp5Error: as `check`, or data that cannot be used.
     """
-    known = TASKS[format]
-    if unknown := [task for task in tasks if task not in known]:
-        raise Mgp5Error(f"format {format} has no task {', '.join(unknown)}", f"it has {', '.join(known)}", usage=True)
-    if contexts and format in ("cc3m", "mmdialog"):
-        raise Mgp5Error(f"--context with format {format}", "leave it out: it is for stories", usage=True)
-    asked, samples, problems, scenes = tasks or known, [], Problems(), {}
+    check(format, tasks, contexts)
+    asked, samples, problems, scenes = tasks or TASKS[format], [], Problems(), {}
     root = {"vist": path, "mmdialog": path}
     if format == "storyland":
         root = {name: path / name for name in root}

@@ -1,0 +1,268 @@
+"""`mgp5 eval` as users run it: tiny models and the demo, real files and processes, the papers' data where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import save_clip
+from tiny_training import fork, fresh
+
+from mgp5 import cli
+from mgp5.checkpoint import save_checkpoint
+from mgp5.config import preset
+from mgp5.errors import Mgp5Error
+from mgp5.evaluation.measure_storyland import acceptance
+from mgp5.evaluation.run import answer
+from mgp5.evaluation.tasks import load
+from mgp5.messages import Image, Message, Text
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+REAL = Path(__file__).parents[2] / "shared/data/real"
+QUICK = ["--steps", "2", "--set", "max_tokens=6", "--backend", "eager", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def trained(llava_folder, diffusion_folder, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("trained")
+    model = fresh(llava_folder, diffusion_folder)
+    model.prepare(preset("pretrain", "demo"))
+    save_checkpoint(model, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def evaluate(out: Path, *args: str) -> dict:
+    result = CliRunner().invoke(cli.main, ["eval", "--out", str(out), *QUICK, *args])
+    assert result.exit_code == 0, result.stderr
+    return json.loads((out / "report.json").read_text())
+
+
+def refused(out: Path, *args: str) -> str:
+    result = CliRunner().invoke(cli.main, ["eval", "--out", str(out), *QUICK, *args])
+    assert result.exit_code == 2
+    return result.stderr
+
+
+def numbers(report: dict) -> dict:
+    """Tables without what depends on the clock."""
+    return {
+        table: {name: entry | {"seconds": 0} for name, entry in systems.items()}
+        for table, systems in report["tables"].items()
+    }
+
+
+class Page(HTMLParser):
+    """Pictures and text of a page; tags have to close in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.pictures, self.text, self.open = 0, "", []
+        self.feed(path.read_text())
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "img":
+            assert dict(attrs)["src"].startswith("data:image/jpeg;base64,")
+            self.pictures += 1
+        elif tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_tasks_ask_what_the_papers_ask(storyland):
+    data = load("vist", storyland / "vist", "train")
+    by_key = {sample.key: sample for sample in data.samples}
+    assert len(by_key) == len(data.samples) == 5 + 4 + 1 + 3
+    last = by_key["0/4/illustrate/full"]
+    assert last.tables == ("illustrate, full", "last, full")  # one picture, which counts in both
+    shown = {context: by_key[f"0/4/illustrate/{context}"].load() for context in ("none", "text", "image", "full")}
+    assert [len(c.images) for c in shown.values()] == [1, 1, 5, 5]  # the last is the true reply's
+    first = by_key["0/0/illustrate/full"].words
+    assert [first in conversation.messages[1].text for conversation in shown.values()] == [False, True, False, True]
+    assert all(conversation.messages[-1].content == (last.load().images[-1],) for conversation in shown.values())
+    assert by_key["0/3/narrate/full"].load().messages[-1].content[0].text == by_key["0/3/illustrate/full"].words
+    (whole,) = load("storyland", storyland, "train", tasks=("story",)).samples
+    assert whole.rounds == 4 and len(whole.load().messages[-1].content) == 8
+    assert [type(part) for part in whole.load().messages[-1].content[:2]] == [Text, Image]
+    silent = answer(lambda asks: [Message("assistant", (Text("She waves."),)) for _ in asks], [whole], 0)
+    assert [reply.content for reply in silent] == [(Text("She waves."),)]  # without a picture a story ends
+    for wrong in ({"tasks": ("caption",)}, {"tasks": ("dialogue",)}):
+        with pytest.raises(Mgp5Error, match="has no task"):
+            load("vist", storyland / "vist", "train", **wrong)
+    with pytest.raises(Mgp5Error, match="--context with format mmdialog"):
+        load("mmdialog", storyland / "mmdialog", "train", contexts=("none",))
+
+
+def test_a_name_that_two_samples_have_is_made_unique(storyland, tmp_path):
+    shutil.copytree(storyland / "cc3m", tmp_path / "cc3m")
+    table = tmp_path / "cc3m/cc3m_train.tsv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    keys = [sample.key for sample in load("cc3m", tmp_path / "cc3m", "train").samples]
+    assert len(set(keys)) == len(keys) == 7 and keys[1] == f"{keys[0]}#2"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the samples of the papers' data are not here")
+def test_the_papers_data_by_the_papers_metrics(trained, clip_folder, tmp_path):
+    """On CC3M, VIST and MMDialog themselves; CLIP is tiny and random, other weights are missing and say so."""
+    weights = ["--model", trained, *(f"--weights=clip-{size}={clip_folder}" for size in "lb")]
+    for format, expected, measured in (
+        ("cc3m", {"caption": 2}, ["CLIP-I", "CLIP-T"]),
+        ("vist", {"illustrate, full": 5, "narrate, full": 4, "continue, full": 1, "last, none": 1}, ["CLIP-I"]),
+        ("mmdialog", {"dialogue": 5}, ["MM-Relevance", "MM-Relevance, pooled", "pictures when due"]),
+    ):
+        folder = {"cc3m": "CC3M", "vist": "VIST", "mmdialog": "MMDialog"}[format]
+        report = evaluate(tmp_path / format, "--format", format, "--data", str(REAL / folder), *weights)
+        found = {table: systems["model"] for table, systems in report["tables"].items()}
+        if format != "mmdialog":
+            assert expected.items() <= {table: entry["replies"] for table, entry in found.items()}.items()
+        first = found[next(iter(expected))]
+        assert first["asked"] == first["replies"] + first["failed"] and first["replies"] > 0
+        for name in measured:
+            number = first["metrics"][name]
+            assert number["low"] <= number["value"] <= number["high"] and number["n"] > 0
+        assert "torch_fidelity" in report["left_out"]["IS"] and report["published"]
+        page = Page(tmp_path / format / "report.html")
+        assert page.pictures >= 2 and "theirs" in page.text and report["settings"]["weights"] in page.text
+    assert "last, image" in json.loads((tmp_path / "vist/report.json").read_text())["tables"]
+
+
+def test_baselines_reply_beside_the_model(trained, storyland, llava_folder, diffusion_folder, tmp_path):
+    given = ["--model", trained, "--format", "vist", "--data", str(storyland / "vist"), "--split", "train"]
+    given += ["--metric", "BLEU-1"]
+    alone = evaluate(tmp_path / "out", *given)
+    made = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/model*/*")}
+    baselines = ["t2i", f"t2i-tuned={diffusion_folder}", f"two-stage={llava_folder}", f"gill={trained}", "text-only"]
+    report = evaluate(tmp_path / "out", *given, *(f"--baseline={name}" for name in baselines))
+    assert {file: file.read_bytes() for file in made} == made  # the model has not replied again
+    who = {table: list(systems) for table, systems in report["tables"].items()}
+    assert who["illustrate, full"] == ["model", "t2i", "t2i-tuned", "two-stage", "gill"]
+    assert who["last, image"] == ["model", "two-stage", "gill"]  # text-to-image sees no pictures
+    assert who["narrate, full"] == ["model", "gill", "text-only"]
+    for table, systems in numbers(alone).items():
+        assert systems["model"] == report["tables"][table]["model"] | {"seconds": 0} == numbers(report)[table]["gill"]
+    pictures = [sorted((tmp_path / f"out/pictures/{name}").iterdir()) for name in ("t2i", "t2i-tuned", "gill")]
+    same = [one.read_bytes() == other.read_bytes() for one, other in zip(*pictures[:2], strict=True)]
+    assert len(same) == 5 + 2 and all(same)  # the same weights, by a path
+    other = refused(tmp_path / "out", *given, "--baseline", f"two-stage={diffusion_folder}")
+    assert "another baseline two-stage" in other
+    for item, expected in (("sd", "no baseline 'sd'"), ("gill", "without a path")):
+        assert expected in refused(tmp_path / "none", *given, "--baseline", item)
+
+
+def test_what_cannot_be_answered_is_counted(trained, storyland, tmp_path):
+    """A picture is broken: what asks for it or shows it fails, the neighbours in the batch do not."""
+    shutil.copytree(storyland / "vist", tmp_path / "vist")
+    (tmp_path / "vist/train_images/000000002.jpg").write_bytes(b"no picture")
+    given = ["--model", trained, "--format", "vist", "--data", str(tmp_path / "vist"), "--split", "train"]
+    entry = evaluate(tmp_path / "out", *given, "--task", "illustrate")["tables"]["illustrate, full"]["model"]
+    assert (entry["asked"], entry["failed"], entry["replies"]) == (5, 3, 2)
+    assert all("000000002.jpg is not an image" in reason for reason in entry["failures"])
+    rows = [json.loads(line) for line in (tmp_path / "out/replies/model-0.jsonl").read_text().splitlines() if line]
+    assert sorted(row["key"] for row in rows if "error" in row) == [f"0/{k}/illustrate/full" for k in (2, 3, 4)]
+    assert "model, failed: 0/2/illustrate/full" in Page(tmp_path / "out/report.html").text
+
+
+@pytest.fixture(scope="module")
+def usual(trained, storyland) -> list[str]:
+    return ["--model", trained, "--format", "storyland", "--data", str(storyland), "--split", "train"]
+
+
+@pytest.fixture(scope="module")
+def whole(usual, tmp_path_factory) -> Path:
+    """An evaluation in one piece and one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    evaluate(out, *usual)
+    return out
+
+
+def agree(out: Path, whole: Path) -> None:
+    """The same numbers, and the same pictures to the bit."""
+    found, expected = (json.loads((folder / "report.json").read_text()) for folder in (out, whole))
+    assert numbers(found) == numbers(expected) and found["acceptance"] == expected["acceptance"]
+    names = sorted(file.relative_to(whole) for file in whole.glob("pictures/*/*.png"))
+    assert len(names) > 20 and names == sorted(file.relative_to(out) for file in out.glob("pictures/*/*.png"))
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in names)
+
+
+def test_a_killed_evaluation_goes_on(usual, whole, tmp_path):
+    out = tmp_path / "out"
+    worker = fork(["eval", "--out", str(out), *QUICK, *usual])
+    while not (rows := [*out.glob("replies/model-0.jsonl")]) or not rows[0].stat().st_size:
+        assert worker.is_alive()
+        time.sleep(0.01)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert not (out / "report.json").exists()
+    with rows[0].open("a") as file:
+        file.write('{"key": "0/1/ill')  # as if the kill had come within a line
+    evaluate(out, *usual)
+    agree(out, whole)
+    for more, expected in ((["--seed", "1"], "options"), (["--limit", "1"], "limit"), (["--task", "last"], "tasks")):
+        assert f"is an evaluation with another {expected}" in refused(out, *usual, *more)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    assert "is not empty" in refused(tmp_path / "full", *usual)
+
+
+def test_two_processes_reply_as_one(usual, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    args = ["eval", "--out", str(tmp_path / "out"), *QUICK, *usual]
+    workers = [fork(args, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert all((tmp_path / f"out/replies/model-{rank}.jsonl").stat().st_size for rank in (0, 1))
+    agree(tmp_path / "out", whole)
+
+
+def test_the_demo_on_storyland(tmp_path):
+    """It writes its own test split, replies to every task, and measures what is asked of it."""
+    report = evaluate(tmp_path / "out", "--format", "storyland", "--limit", "1", "--set", "max_tokens=40")
+    tables = report["tables"]
+    assert list(tables["illustrate, full"]) == ["model", "oracle", "VAE", "VAE-anew"] and report["data"]["groups"] == 1
+    assert tables["story, full"]["model"]["metrics"].keys() == {"grammar", "identity"}
+    assert tables["continue, full"]["two-stage"]["metrics"]["coherence"]["n"] == 1
+    missing = [row["what"] for row in report["acceptance"] if row["found"] is None]
+    assert len(report["acceptance"]) == 9 and len(missing) == 1 and "GILL" in missing[0]
+    assert tables["illustrate, full"]["VAE"]["metrics"]["attributes"]["value"] > 0.9
+    page = Page(tmp_path / "out/report.html")
+    assert page.pictures > 20 and "attributes right in pictures" in page.text
+    tables["illustrate, full"].pop("oracle")
+    assert [row["holds"] for row in acceptance(tables)].count(None) == 2
+
+
+def test_bad_names_are_told_before_anything_is_made(trained, storyland, tmp_path):
+    given = ["--model", trained, "--format", "vist", "--data", str(storyland / "vist")]
+    for more, expected in (
+        (["--metric", "CLIP"], "no metric 'CLIP'"),
+        (["--weights", "clip=x"], "give NAME=PATH"),
+        (["--weights", f"clip-l={tmp_path}"], "is not CLIP ViT-L/14"),
+        (["--task", "caption"], "has no task caption"),
+    ):
+        assert expected in refused(tmp_path / "out", *given, *more)
+    assert "without --data" in refused(tmp_path / "out", "--model", trained, "--format", "vist")
+    assert not (tmp_path / "out").exists()
