@@ -109,6 +109,18 @@ class Turn:
 
 def _serve(model: MiniGPT5, turns: list[Turn], images_at_once: int) -> Iterator[tuple[Turn, ImageStep]]:
     """Do one thing of what turns wait for, for as many as wait for it: text comes first, pictures last."""
+    if read_on(model, turns):
+        return
+    alike: dict[str, list[Turn]] = {}
+    for turn in turns:
+        alike.setdefault(_drawing(turn.need.options), []).append(turn)
+    for group in alike.values():
+        for start in range(0, len(group), images_at_once):
+            yield from _paint(model, group[start : start + images_at_once])
+
+
+def read_on(model: MiniGPT5, turns: Sequence[Turn]) -> bool:
+    """Let the LLM do one thing of what turns wait for, for as many as wait for it; False: none waits for the LLM."""
     by_row = {turn.session.row: turn for turn in turns}
     waiting = {row: turn.need for row, turn in by_row.items()}
     first = {row for row, need in waiting.items() if isinstance(need, Speak) and need.token is None}
@@ -124,13 +136,7 @@ def _serve(model: MiniGPT5, turns: list[Turn], images_at_once: int) -> Iterator[
         room = model.backbone.context_length - max(by_row[row].session.length for row in spoken)
         for row, piece in decoder.steps(spoken, max(1, min(decoder.piece, room))).items():
             by_row[row].speak(*piece)
-    else:
-        alike: dict[str, list[Turn]] = {}
-        for turn in turns:
-            alike.setdefault(_drawing(turn.need.options), []).append(turn)
-        for group in alike.values():
-            for start in range(0, len(group), images_at_once):
-                yield from _paint(model, group[start : start + images_at_once])
+    return bool(first or runs or spoken)
 
 
 def _read_runs(by_row: dict[int, Turn], runs: dict[int, Forced | Embeds]) -> None:

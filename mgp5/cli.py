@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,9 +147,27 @@ def _without(*names: str) -> Callable[[Command], Command]:
 @click.option("--scenes", type=click.IntRange(0), default=1, show_default=True, help="How many scenes to add.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the story.  [default: story-1, story-2, ...]")
 @click.option("--title", default="", help="Heading of the page.")
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Conversations and stories, one JSON object per line (- for stdin); goes on when given again.",
+)
+@click.option("--at-once", type=click.IntRange(1), default=8, show_default=True, help="Lines of a batch at a time.")
 @generation_options
 def story(images: Path | None, text: Path | None, scenes: int, out: Path | None, title: str, **flags: Any) -> None:
-    """Narrate pictures, illustrate sentences, and continue the story in text and images."""
+    """Narrate pictures, illustrate sentences, and continue the story in text and images.
+
+    Lines of a --batch, whose results go to --out as they are done:
+
+    \b
+      {"messages": [{"role": "user", "content": "a red fox"}]}
+      {"story": [{"path": "a.png"}, {"text": "It snows."}], "scenes": 2}
+    """
+    if flags["batch"]:
+        if images or text or title or not out:
+            raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
+        return _batch(out, scenes, flags)
     from . import story as stories
     from .hub import resolve
     from .views.files import StoryFolder, free_folder
@@ -163,7 +183,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     model = _model(flags)
     _tell_seed(flags, options)
     record, complete = stories.Record(), False
-    facts = {"model": flags["model"], "seed": options.seed, "options": _facts(options), "title": title}
+    facts = {"model": flags["model"], "seed": options.seed, "options": _facts(flags, options), "title": title}
     try:
         with _view(flags, folder) as view:
             for event in stories.tell(model, given, scenes, options):
@@ -206,7 +226,7 @@ def chat(
     _tell_seed(flags, options)
     talk = Chat(model, options, earlier) if earlier else Chat(model, options)
     talk.pending += given
-    facts = {"model": flags["model"], "options": _facts(options), "title": story_facts.get("title", "")}
+    facts = {"model": flags["model"], "options": _facts(flags, options), "title": story_facts.get("title", "")}
     repl = Repl(talk, folder, lambda place: _view(flags, place), facts)
     if messages:
         repl.say_all(messages)
@@ -216,6 +236,38 @@ def chat(
         repl.say_all(line for line in map(str.strip, sys.stdin) if line)
     if repl.folder:
         _tell(flags, f"The conversation is in {repl.folder.path}")
+
+
+@main.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+def recall(picture: Path) -> None:
+    """Print the command that draws a PICTURE of a story, chat or batch again.
+
+    The story.json beside it tells what was said before. Notes go to stderr:
+
+      eval "$(mgp5 recall story-1/003.png)"
+    """
+    from .recall import recall as run
+
+    command, notes = run(picture)
+    click.echo(command)
+    for note in notes:
+        click.echo(note, err=True)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the shell's code by which Tab completes commands and flags.
+
+    \b
+      bash, in ~/.bashrc:                    eval "$(mgp5 completion bash)"
+      zsh, in ~/.zshrc, behind compinit:     eval "$(mgp5 completion zsh)"
+      fish: mgp5 completion fish > ~/.config/fish/completions/mgp5.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(main, {}, "mgp5", "_MGP5_COMPLETE").source())
 
 
 @main.command()
@@ -435,16 +487,71 @@ def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, see
 
 
 @main.command()
-@click.option("--model", help="Tell how much GPU memory it takes in each memory mode; no weights are loaded.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def doctor(model: str | None, as_json: bool) -> None:
-    """Tell what this machine has, which engine and kernels are chosen here, and why."""
-    from .device import quiet_libraries
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per model on stdout.")
+def models(as_json: bool) -> None:
+    """List named models: what they are made of, where from, size, licence, and whether they are on this disk.
 
-    quiet_libraries()
+    A multimodal LLM and a diffusion model make a model to train: LLM+MODEL, for instance llava-1.5-7b+sd-2.1-base.
+    """
+    from .library import catalogue, here
+    from .views.tables import show, table
+
+    rows = catalogue()
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    cells = [[r["name"], r["made_of"], f"{r['size']:.2f}", here(r), r["licence"], ", ".join(r["from"])] for r in rows]
+    show(table("named models", ["name", "what", "GB", "on this disk", "licence", "from, mirrors"], cells))
+
+
+@main.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Fetch a model from the hub: NAME of mgp5 models, LLM+MODEL, or the folder of a model that names its parts.
+
+    Only what is read is fetched, of the commit that is pinned, and checked against the hub's checksums. Given again,
+    it goes on where it was.
+    """
+    import huggingface_hub.utils
+
+    from .library import pull as run
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    run(name, lambda line: click.echo(line, err=True))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(name: str, yes: bool) -> None:
+    """Free the disk of a model that was fetched from the hub. Folders of your own are not touched."""
+    from .library import GB, free, held
+
+    found = held(name)
+    if not found:
+        raise Mgp5Error(f"nothing of {name} is in the hub's cache", "mgp5 models lists what is there")
+    for place, revision in found:
+        click.echo(f"{place} {revision.commit_hash[:8]}: {revision.size_on_disk / GB:.2f} GB", err=True)
+    if yes or click.confirm("Delete?", abort=True, err=True):
+        free([revision for _, revision in found])
+
+
+@main.command()
+@click.option("--model", help="Tell how much GPU memory it takes in each memory mode; no weights are loaded.")
+@click.option("--all", "every", is_flag=True, help="Tell the GPU memory of each named model; takes a minute or two.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor(model: str | None, every: bool, as_json: bool) -> None:
+    """Tell what this machine has, which weights are here, which engine and kernels are chosen, and why."""
     from .doctor import report
 
-    report(model, as_json)
+    if model or every:  # nothing else imports them, which takes seconds
+        from .device import quiet_libraries
+
+        quiet_libraries()
+    report(model, every, as_json)
 
 
 @main.command("export")
@@ -480,6 +587,78 @@ def export(**flags: Any) -> None:
     from .export.job import run
 
     run(flags, lambda line: click.echo(line, err=True))
+
+
+def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
+    from contextlib import closing
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .hub import resolve
+    from .jobs import FAILURES, Batch, Results, earlier, read_lines
+
+    resolve(flags["model"])  # a wrong name is told before anything is made
+    lines, root = read_lines(flags["batch"])
+    begun = earlier(out)
+    options = _options(flags | ({"seed": begun["options"]["seed"]} if begun and flags["seed"] is None else {}))
+    settings = {"scenes": scenes, "options": asdict(options)} | {n: flags[n] for n in ("model", "quantize")}
+    total, quiet = sum(bool(line.strip()) for line in lines), flags["as_json"] or not sys.stderr.isatty()
+    with closing(Results(out, settings)) as results, Progress(console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("lines", total=total, completed=len(results.done))
+
+        def tell(row: dict[str, Any]) -> None:
+            bar.advance(task)
+            if flags["as_json"]:
+                click.echo(json.dumps(row))
+
+        given = {"model": flags["model"], "engine": _engine(flags), "at_once": flags["at_once"]}
+        work = Batch(lines=lines, root=root, options=options, scenes=scenes, **given)
+        failures = work.run(results, lambda: _model(flags), tell)
+    if failures:
+        which = ", ".join(map(str, list(failures)[:9])) + (", ..." if len(failures) > 9 else "")
+        hint = f"{out / FAILURES} says why; the same command tries them again"
+        raise Mgp5Error(f"{len(failures)} of {total} lines failed, line {which}", hint)
+    _tell(flags, f"The results are in {out}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Of the model, as clients say it.  [default: as --model]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its one line; else MGP5_API_KEY.")
+@click.option("--insecure", is_flag=True, help="Serve a public address without a key.")
+@click.option("--allow-remote-images", is_flag=True, help="Fetch pictures from public http addresses.")
+@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Replies at a time.")
+@click.option("--waiting", type=click.IntRange(0), default=64, show_default=True, help="Queue; beyond it 429.")
+@click.option("--connections", type=click.IntRange(1), default=512, show_default=True, help="Beyond them 503.")
+@click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most of a reply.")
+@click.option("--images", type=click.IntRange(0), default=8, show_default=True, help="Most of a reply.")
+@click.option("--max-steps", "steps", type=click.IntRange(1), default=100, show_default=True, help="Most of an image.")
+@click.option("--side", type=click.IntRange(1), default=1024, show_default=True, help="Longest of an image drawn.")
+@click.option("--pixels", type=click.IntRange(1), default=16_000_000, show_default=True, help="Most of one sent.")
+@click.option("--body-megabytes", type=click.IntRange(1), default=32, show_default=True, help="Most of a request.")
+@click.option("--seconds", type=click.FloatRange(1), default=600.0, show_default=True, help="Most of a reply.")
+@click.option("--patience", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds of a request.")
+@click.option("--drain", type=click.IntRange(0), default=60, show_default=True, help="Seconds to finish on SIGTERM.")
+@_without("seed", "steps", "guidance", "guidance_until", "reuse", "settings", "as_json", "show")
+@generation_options
+def serve(**flags: Any) -> None:
+    """Serve a model as OpenAI's API does: /v1/chat/completions with text and images in order, in and out, and
+    /v1/images/generations; /v1/models, /health and /metrics beside them.
+
+    Requests are decoded and denoised together. See examples/serve/README.md.
+    """
+    for name in ("fastapi", "uvicorn"):
+        if find_spec(name) is None:
+            raise Mgp5Error(f"serve needs {name}", "pip install 'mgp5[serve]'")
+    from .device import quiet_libraries
+
+    quiet_libraries()
+    from .serving.run import run
+
+    run(flags, lambda: _model(flags), lambda line: click.echo(line, err=True))
 
 
 def _options(flags: dict[str, Any]) -> Options:
@@ -527,10 +706,17 @@ def _view(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Event]
     return TerminalView(flags["show"], folder=folder)
 
 
-def _facts(options: Options) -> dict[str, Any]:
+def _facts(flags: dict[str, Any], options: Options) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
+    given = {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
+    return given | _engine(flags)
+
+
+def _engine(flags: dict[str, Any]) -> dict[str, str]:
+    """What else pictures depend on, where it was given."""
+    named = {name: str(flags[name]) for name in ("backend", "exported", "quantize")}
+    return {name: value for name, value in named.items() if value not in ("auto", "None", "none")}
 
 
 def _tell_seed(flags: dict[str, Any], options: Options) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,48 +16,82 @@ import torch
 from . import engines, kernels
 from .device import pick_device
 from .errors import Mgp5Error
+from .evaluation.weights import WEIGHTS, locate
 from .export.job import missing
-from .footprint import footprint
-from .hub import resolve
-from .memory import GB
-from .placement import ladder
+from .hub import bases, local_names, resolve
+from .library import catalogue, here
+from .views.tables import show, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 CORE = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
+GB = 2**30  # bytes
 EXTRAS = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
 
 
-def report(model: str | None, as_json: bool) -> None:
+def report(model: str | None, every: bool, as_json: bool) -> None:
     """Print it: tables, or one JSON object. Raises Mgp5Error for a model that is not there."""
-    from rich.console import Console
-
-    found = examine(model)
+    found = examine(model, every)
     if as_json:
         print(json.dumps(found))
         return
-    view = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables(found):
-        view.print(table)
+    show(*tables(found))
+    for line in found["next"]:
+        print(line)
 
 
-def examine(model: str | None = None) -> dict[str, Any]:
+def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     """All that `mgp5 doctor` tells.
 
     Args:
         model: as `hub.resolve` takes it; its configuration is read, no weights.
+        every: tell the memory of each named model.
     """
     device, dtype = pick_device()
+    on_gpu = device.type == "cuda"
     found: dict[str, Any] = {"machine": machine(), "versions": versions()}
     found["engines"] = [_engine(backend, device, dtype) for backend in get_args(engines.Backend)]
     chosen = kernels.choices(device, dtype)
     found["operations"] = [{"name": c.operation, "chosen": c.implementation, "why": c.why} for c in chosen]
+    found |= {"weights": _weights(), "metrics": _metrics()}
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+    weights = dtype if on_gpu else torch.bfloat16
     if model:
-        on_gpu = device.type == "cuda"
-        found["memory"] = memory(model, dtype if on_gpu else torch.bfloat16)
-        found["memory"]["free"] = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+        found["memory"] = memory(model, weights) | {"free": free}
+    if every:
+        found["models"] = [memory(name, weights) | {"free": free} for name in [*local_names(), *bases()]]
+    return found | {"next": _next(found)}
+
+
+def _weights() -> list[dict[str, Any]]:
+    """Named models, and what of them is on this disk."""
+    return [{name: row[name] for name in ("name", "made_of", "size", "bytes", "whole")} for row in catalogue()]
+
+
+def _metrics() -> list[dict[str, Any]]:
+    """Weights of the metrics of `mgp5 eval`: where they are, or how to get them."""
+    found = []
+    for name, weights in WEIGHTS.items():
+        try:
+            path, get = str(locate(name, {})), ""
+        except Mgp5Error:
+            path, get = None, weights.get
+        found.append({"name": name, "what": weights.what, "megabytes": weights.megabytes, "path": path, "get": get})
     return found
+
+
+def _next(found: dict[str, Any]) -> list[str]:
+    """What to do next."""
+    have = [row["name"] for row in found["weights"] if row["whole"]]
+    lines = ["Next: mgp5 story --images examples/picnic --scenes 2 --out out/picnic" if "demo" in have else ""]
+    if not found["machine"].get("gpu"):
+        lines.append("There is no GPU here: the demo runs well, 7B models need one.")
+    elif not found["versions"]["triton"]:
+        lines.append("Faster: pip install 'mgp5[triton]'")
+    elif len(have) < 2:
+        lines.append("Larger parts: mgp5 models lists them, mgp5 pull NAME fetches one.")
+    return [line for line in lines if line]
 
 
 def machine() -> dict[str, Any]:
@@ -89,6 +122,9 @@ def versions() -> dict[str, str | None]:
 
 def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a model takes on a GPU, in bytes: part by part, and at most in each mode."""
+    from .footprint import footprint
+    from .placement import ladder
+
     needs = footprint(resolve(model), dtype)
     plans = [p for p in ladder() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
     modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p)} for p in plans]
@@ -105,9 +141,21 @@ def tables(found: dict[str, Any]) -> list[Table]:
     facts += [[name, number or "not installed"] for name, number in found["versions"].items()]
     ways = [[e["name"], e["chosen"] or "cannot run", e["why"]] for e in found["engines"]]
     operations = [[o["name"], o["chosen"], o["why"]] for o in found["operations"]]
-    views = [_table("machine", ["", ""], facts), _table("engines", ["--backend", "chosen", "why"], ways)]
-    views.append(_table("operations of the engine triton", ["operation", "chosen", "why"], operations))
-    return views + (_memory_tables(found["memory"]) if "memory" in found else [])
+    views = [table("machine", ["", ""], facts), table("engines", ["--backend", "chosen", "why"], ways)]
+    views.append(table("operations of the engine triton", ["operation", "chosen", "why"], operations))
+    weights = [[w["name"], w["made_of"], f"{w['size']:.2f}", here(w)] for w in found["weights"]]
+    views.append(table("named models", ["name", "what", "GB", "on this disk"], weights))
+    metrics = [[m["name"], m["what"], f"{m['megabytes']:,}", m["path"] or m["get"]] for m in found["metrics"]]
+    views.append(table("weights of metrics", ["name", "what", "MB", "where, or how to get them"], metrics))
+    views += _memory_tables(found["memory"]) if "memory" in found else []
+    if "models" in found:
+        rows = [
+            [m["model"], *(_gib(modes[place]["total"]) for place in (0, -1))]
+            for m in found["models"]
+            if (modes := m["modes"])
+        ]
+        views.append(table("GPU memory (GiB)", ["model", "full", "at least"], rows))
+    return views
 
 
 def _memory_tables(told: dict[str, Any]) -> list[Table]:
@@ -124,8 +172,8 @@ def _memory_tables(told: dict[str, Any]) -> list[Table]:
             row.append("yes" if mode["total"] <= told["free"] else "no")
     title = f"{told['model']} in {told['dtype']}"
     size = "x".join(map(str, told["size"]))
-    parts = _table(title, ["part", "parameters (M)", "GiB"], rows)
-    return [parts, _table(f"{title}, a picture of {size}", columns, modes)]
+    parts = table(title, ["part", "parameters (M)", "GiB"], rows)
+    return [parts, table(f"{title}, a picture of {size}", columns, modes)]
 
 
 def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -148,16 +196,3 @@ def _field(place: str, pattern: str) -> str | None:
 
 def _gib(size: float) -> str:
     return f"{size / GB:.2f}"
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns))
-    for index, column in enumerate(columns):
-        number = bool(rows) and rows[0][index].replace(",", "").replace(".", "").isdigit()
-        view.add_column(column, justify="right" if number and any(columns) else "left")
-    for row in rows:
-        view.add_row(*row)
-    return view

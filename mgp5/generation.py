@@ -162,7 +162,7 @@ def generate_batch(
     if len({id(session.decoder) for session in sessions}) > 1:
         raise Mgp5Error("sessions on several decoders", "make them on rows of one: Session(..., decoder=..., row=...)")
     scripts = [
-        _reply(model, session, conversation, _complete(model, own))
+        reply(model, session, conversation, own)
         for conversation, own, session in zip(conversations, each, sessions, strict=True)
     ]
     return serve(model, scripts, sessions, images_at_once)
@@ -173,8 +173,9 @@ def _complete(model: MiniGPT5, options: Options) -> Options:
     return replace(options, **own)
 
 
-def _reply(model: MiniGPT5, session: Session, conversation: Conversation, options: Options) -> Script:
-    """One reply, from reading the conversation to Finished."""
+def reply(model: MiniGPT5, session: Session, conversation: Conversation, options: Options) -> Script:
+    """One reply, from reading the conversation to Finished, for a loop of `batch` to run."""
+    options = _complete(model, options)
     head, stops, limit = model.head, model.backbone.stop_ids, model.backbone.context_length - len(model.head.ids)
     started, writing, reason, token = time.monotonic(), _Writing(), "stop", None
     session.read(conversation, reply=len(head.ids))

@@ -169,7 +169,7 @@ def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
     Raises:
         Mgp5Error: the repository is gated, and how to get in. Whatever else `load` raises passes.
     """
-    repo = next((r for r in REPOS.values() if name in (r.id, *r.mirrors)), Repo(name, "part", "", 0.0))
+    repo = repo_of(name)
     tries = [(repo.id, repo.revision), *((mirror, None) for mirror in repo.mirrors)]
     tries.sort(key=lambda place: place[0] != name)  # a mirror that was asked for by its name comes first
     while True:
@@ -184,6 +184,11 @@ def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
             if not tries or not any(isinstance(reason, LOST) for reason in reasons):
                 raise
             sys.stderr.write(f"{tried} is gone or out of reach, trying {tries[0][0]}\n")
+
+
+def repo_of(place: str) -> Repo:
+    """What the table says of an id, a mirror's too; of others nothing is known."""
+    return next((r for r in REPOS.values() if place in (r.id, *r.mirrors)), Repo(place, "part", "", 0.0))
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from .data.vist import Scene, continue_, illustrate, narrate
+from .data.vist import Context, Scene, continue_, illustrate, narrate
 from .errors import Mgp5Error
 from .events import Event, Finished, ImageDone, SceneStart, TextChunk
 from .messages import Conversation, Image, Message, Text
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .model import MiniGPT5
 
 WINDOW = 4  # scenes of history that a prompt shows: stories of five scenes are what models are trained on
+SEEDS = 100  # from a scene, or a reply of a chat, to the next; its pictures count up by one
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -87,42 +88,68 @@ def tell(model: MiniGPT5, given: Sequence[Given], scenes: int, options: Options)
     history: list[Scene] = []
     for number in range(len(given) + scenes):
         part = given[number] if number < len(given) else None
-        start = SceneStart(number, _kind(part), len(given) + scenes)
-        yield start
-        own = replace(options, seed=options.seed + 100 * number, image_seed=_image_seed(options, number))
-        text, image = yield from _scene(model, history, part, own)
+        yield SceneStart(number, kind(part), len(given) + scenes)
+        text, image = yield from _scene(model, history, part, of_scene(options, number))
         if image is not None:
             history.append((text, image))
 
 
-def _scene(model: MiniGPT5, history: list[Scene], part: Given | None, options: Options) -> Iterator[Event]:
+def _scene(
+    model: MiniGPT5, history: list[Scene], part: Given | None, options: Options
+) -> Generator[Event, None, tuple[str, Image | None]]:
     """One scene; returns its text and image."""
     from .generation import generate
 
-    past = history[-WINDOW:]
-    if part is None:
-        question, options = continue_(past), replace(options, image="always", max_images=1)
-    elif part.image is None:
-        yield TextChunk(part.text)
-        question, options = illustrate(past, part.text), replace(options, image="always", max_images=1, max_tokens=0)
-    else:
+    if part is not None and part.image is not None:
         yield ImageDone(0, part.image)
-        if part.text:
-            yield TextChunk(part.text)
-            message = Message("user", (part.image, Text(part.text)))
-            yield Finished(message, "stop")
-            return part.text, part.image
-        question, options = (
-            narrate(past, part.image, context=model.config.narrate_from),
-            replace(options, image="never"),
-        )
-    reply = Message("assistant", ())
-    for event in generate(model, question, options):
+    if part is not None and part.text:
+        yield TextChunk(part.text)
+    asked = ask(history, part, options, model.config.narrate_from)
+    reply = given_whole(part)
+    if asked is None:
+        yield Finished(reply, "stop")
+    for event in generate(model, *asked) if asked else ():
         if isinstance(event, Finished):
             reply = event.message
         yield event
-    image = part.image if part is not None and part.image is not None else (reply.images or (None,))[0]
-    return (part.text if part is not None and part.text else reply.text), image
+    return outcome(part, reply)
+
+
+def ask(
+    history: Sequence[Scene], part: Given | None, options: Options, narrate_from: Context
+) -> tuple[Conversation, Options] | None:
+    """What the model is asked for a scene, and how it replies; None where nothing is missing.
+
+    Args:
+        history: text and picture of every scene before.
+        part: what the user gave of it; None for one that the model continues with.
+        options: with the seeds of the scene, see `of_scene`.
+        narrate_from: what a question for a text shows of the history.
+    """
+    past = history[-WINDOW:]
+    if part is None:
+        return continue_(past), replace(options, image="always", max_images=1)
+    if part.image is None:
+        return illustrate(past, part.text), replace(options, image="always", max_images=1, max_tokens=0)
+    return None if part.text else (narrate(past, part.image, context=narrate_from), replace(options, image="never"))
+
+
+def given_whole(part: Given | None) -> Message:
+    """What the user gave of a scene, as a message."""
+    content = (part.image, part.text and Text(part.text)) if part is not None else ()
+    return Message("user", tuple(piece for piece in content if piece))
+
+
+def outcome(part: Given | None, reply: Message) -> tuple[str, Image | None]:
+    """Text and picture of a scene: what was given of it, else what was replied."""
+    text, image = (part.text, part.image) if part is not None else ("", None)
+    return text or reply.text, image or (reply.images or (None,))[0]
+
+
+def of_scene(options: Options, number: int) -> Options:
+    """The options with the seeds of a scene."""
+    image_seed = options.seed if options.image_seed is None else options.image_seed
+    return replace(options, seed=options.seed + SEEDS * number, image_seed=image_seed + SEEDS * number)
 
 
 def as_conversation(events: Sequence[tuple[SceneStart, str, Image | None]]) -> Conversation:
@@ -159,6 +186,8 @@ class Record:
             self._replace(text=self._text.strip())
         elif isinstance(event, ImageDone):
             self._replace(image=event.image)
+        elif isinstance(event, Finished) and event.message.text:
+            self._replace(text=event.message.text)  # as history tells it, blanks between its pieces
         return isinstance(event, Finished)
 
     @property
@@ -176,13 +205,10 @@ class Record:
         self.scenes[-1] = (start, old_text if text is None else text, old_image if image is None else image)
 
 
-def _kind(part: Given | None) -> str:
+def kind(part: Given | None) -> Literal["given", "narrated", "illustrated", "continued"]:
+    """Who makes what of a scene."""
     if part is None:
         return "continued"
     if part.image is None:
         return "illustrated"
     return "given" if part.text else "narrated"
-
-
-def _image_seed(options: Options, number: int) -> int:
-    return (options.seed if options.image_seed is None else options.image_seed) + 100 * number

@@ -10,6 +10,14 @@ from tiny_mllm import save_minigpt4, save_qwen3
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The tests' own place for exported denoisers and compiled code: the user's stays as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory):
     return save_llava(tmp_path_factory.mktemp("llava"))

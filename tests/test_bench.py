@@ -53,7 +53,7 @@ def test_the_gpu_suite_measures_every_way_and_reports_it(tmp_path, llava_folder,
         if row["provider"] in ("triton", "diffusers compiled"):
             assert "GPU" in row["skipped"] and "median" not in row
             continue
-        assert 0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms" and row["first_s"] > 0
+        assert 0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms" and row["first_s"] >= 0
         if row["name"] == "guided step":
             assert row["psnr"] > 80 and row["step_error"] < 1e-4
             assert row["share_of_matmul"] == pytest.approx(row["tflop_per_s"] / matmul, abs=0.005)
@@ -182,7 +182,7 @@ def test_the_compiler_knows_what_diffusers_documents():
 def test_the_first_image_of_two_processes(diffusion_folder, llava_folder):
     rows = list(starting.first_rows(resolve(f"{llava_folder}+{diffusion_folder}"), 2, lambda text: None))
     assert [row["provider"] for row in rows] == ["compile, cold", "compile, warm"]
-    assert all(row["first_s"] > 0 for row in rows), rows
+    assert all(row["first_s"] >= 0 for row in rows), rows
 
 
 def test_the_train_suite_measures_every_way_and_reports_it(tmp_path):

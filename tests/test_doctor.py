@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import get_args
 
@@ -13,6 +16,7 @@ from click.testing import CliRunner
 
 from mgp5 import doctor, engines, kernels
 from mgp5.cli import main
+from mgp5.evaluation.weights import WEIGHTS
 from mgp5.hub import DEMO, resolve
 
 
@@ -29,6 +33,9 @@ def test_json_is_one_object_with_all_there_is():
     assert [o["name"] for o in found["operations"]] == list(kernels.OPERATIONS)
     assert {o["chosen"] for o in found["operations"]} <= {"triton", "torch"}
     assert [e["name"] for e in found["engines"]] == list(get_args(engines.Backend))
+    assert [w["name"] for w in found["weights"] if w["whole"]][:1] == ["demo"] and found["next"]
+    assert [m["name"] for m in found["metrics"]] == list(WEIGHTS)
+    assert all(m["get"] if m["path"] is None else Path(m["path"]).exists() for m in found["metrics"])
     memory = found["memory"]
     assert memory["modes"][0]["name"] == "full"
     assert all(m["total"] == max(m[p] for p in ("see", "read", "draw", "decode")) for m in memory["modes"])
@@ -46,10 +53,26 @@ def test_every_choice_has_its_reason():
     assert all("no triton: it needs a GPU" in o["why"] for o in found["operations"])
 
 
+def test_without_a_model_it_imports_nothing_slow():
+    code = (
+        "import sys; from mgp5.doctor import examine; examine(); print({'diffusers', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "set()\n"
+
+
+def test_all_tells_of_every_named_model(monkeypatch):
+    monkeypatch.setattr(doctor, "bases", lambda: ["llava-1.5-7b+sd-2.1-base"])  # of 25, each takes seconds
+    lines = [line.split() for line in told("--all").stdout.splitlines()]
+    (row,) = [line for line in lines if line[:1] == ["llava-1.5-7b+sd-2.1-base"]]
+    assert 10 < float(row[1]) < 30 and float(row[2]) < float(row[1])
+
+
 def test_piped_it_is_plain_text():
     result = told("--model", "demo")
     assert "\x1b" not in result.stdout and result.stderr == ""
     assert all(name in result.stdout for name in kernels.OPERATIONS)
+    assert "mgp5 story --images" in result.stdout.splitlines()[-2]
     lines = [line.split() for line in result.stdout.splitlines()]
     assert any(line[:1] == ["full"] and len(line) >= 6 for line in lines)
 

@@ -1,0 +1,139 @@
+"""What stands before the app: who may ask, how large a body is and how long it takes; errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .engine import Refused
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from .limits import Limits
+
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+OPEN = "/health"  # asked for without a key
+
+
+def error_response(refused: Refused) -> JSONResponse:
+    """An error as OpenAI's API tells it."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refused.status)
+    return JSONResponse({"error": error_body(refused)}, refused.status, headers)
+
+
+def error_body(refused: Refused) -> dict[str, Any]:
+    """Its message on one line, type, parameter and code."""
+    usual = "invalid_request_error" if refused.status < 500 else "server_error"
+    message, param = (text and " ".join(_whole(text).split()) for text in (refused.message, refused.param))
+    return {"message": message, "type": KINDS.get(refused.status, usual), "param": param, "code": refused.code}
+
+
+def _whole(text: str) -> str:
+    """Text without halves of characters, which JSON can hold and UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
+
+
+class Guard:
+    """An ASGI app before another.
+
+    Args:
+        key: that clients must show; None: none is asked for.
+        hosts: names that a Host header may have, so that no web page reaches a local server under a name of its own;
+            None: any.
+        answers: counts (path, status) here.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limits: Limits, key: str | None, hosts: frozenset[str] | None, answers: Counter
+    ) -> None:
+        self.app, self.limits, self.hosts, self.answers = app, limits, hosts, answers
+        self.key = None if key is None else key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.answers[scope["path"] if message["status"] != 404 else "other", message["status"]] += 1
+            await send(message)
+
+        try:
+            headers = dict(scope["headers"])
+            self._admit(scope, headers)
+            body = await self._body(headers, receive)
+        except Refused as refused:
+            await error_response(refused)(scope, receive, counted)
+        else:
+            await self.app(scope, _replay(body, receive), counted)
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Raise Refused unless it may ask."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        if self.hosts is not None and host not in self.hosts:
+            raise Refused(421, "the Host header does not name this server: ask for localhost", "wrong_host")
+        given = headers.get(b"authorization", b"").partition(b" ")
+        shown = given[2].strip() if given[0].lower() == b"bearer" else b""
+        if self.key is not None and scope["path"] != OPEN and not hmac.compare_digest(shown, self.key):
+            raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != b"application/json":
+            raise Refused(415, "the content type is not application/json", "wrong_content_type")
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The whole body. Raises Refused when it is too large or too slow.
+
+        What is too large is read to its end, and thrown away: a client that still sends would not hear why.
+        """
+        length, most = headers.get(b"content-length", b"0"), self.limits.body_bytes
+        large = Refused(413, f"the body has more than {most:,} bytes, the most this server reads", "body_too_large")
+        parts, size, read, more = [], int(length), 0, True
+        if size > most and b"expect" in headers:  # it has not sent it yet
+            raise large
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "the client left before its request was complete", "incomplete")
+                    parts.append(message.get("body", b""))
+                    read, more = read + len(parts[-1]), message.get("more_body", False)
+                    if (size := max(size, read)) > most:
+                        parts.clear()
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            late = Refused(408, f"the body did not arrive within {seconds:g} seconds", "timeout")
+            raise (large if size > most else late) from None
+        if size > most:
+            raise large
+        return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give the body in one message, then whatever comes: that the client left."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return first.pop() if first else await receive()
+
+    return replayed
+
+
+def patient(seconds: float) -> type[H11Protocol]:
+    """HTTP/1.1 that hangs up on clients that have not sent their first headers by then."""
+
+    class Patient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(seconds, lambda: None if self.cycle else transport.close())
+
+    return Patient

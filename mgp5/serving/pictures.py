@@ -1,0 +1,136 @@
+"""Pictures that clients send: data URLs, and, where allowed, addresses on the public internet. Never files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from io import BytesIO
+from urllib.parse import urljoin, urlsplit
+
+from PIL import Image as pil
+
+from ..errors import Mgp5Error
+from ..messages import Image
+from .limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # others have decoders that do more than decode
+REDIRECTS = 3
+Allowed = Callable[[str], bool]  # whether an IP address may be asked
+
+
+def read_picture(url: str, limits: Limits) -> Image:
+    """A picture by its URL, decoded once to see that it can be.
+
+    Raises:
+        Mgp5Error: another kind of URL, not such a picture, or one above the limits.
+    """
+    if url.startswith("data:"):
+        data = _decoded(url)
+    elif not url.startswith(("https://", "http://")):
+        raise Mgp5Error("an image_url is neither a data URL nor an http address", "send data:image/png;base64,...")
+    elif not limits.remote_images:
+        raise Mgp5Error("this server fetches no remote images", "send the picture as a data URL")
+    else:
+        data = fetch(url, limits)
+    try:
+        with pil.open(BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+    except Exception:  # decoders raise almost anything on damaged files
+        raise Mgp5Error("an image is not a PNG, JPEG, WebP or GIF picture", "send one of these") from None
+    if width * height > limits.pixels:
+        raise Mgp5Error(f"an image has {width}x{height} pixels, more than {limits.pixels:,}", "make it smaller")
+    image = Image(data=data)
+    image.load()
+    return image
+
+
+def _decoded(url: str) -> bytes:
+    head, _, body = url.partition(",")
+    if not re.fullmatch(r"data:image/[a-z]+;base64", head):
+        raise Mgp5Error("a data URL does not begin with data:image/TYPE;base64,", "encode the picture in base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise Mgp5Error("a data URL is not valid base64", "encode the picture again") from None
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is of the public internet: not this machine, its network, or a cloud's own services."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    tunnelled = ip.version == 6 and (ip.sixtofour or ip.teredo or ip in ipaddress.ip_network("64:ff9b::/96"))
+    return ip.is_global and not (ip.is_multicast or tunnelled)
+
+
+def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
+    """What lies at an http or https address, by a few redirects at most.
+
+    A name is resolved once, and the address that was checked is the one that is asked; so of each redirect.
+
+    Raises:
+        Mgp5Error: the address is not public, the answer is no picture, too large, or too slow.
+    """
+    deadline = time.monotonic() + limits.fetch_seconds
+    try:
+        for _ in range(REDIRECTS + 1):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+                raise Mgp5Error("a remote image is not at a plain http or https address", "send a data URL")
+            found = _ask(parts.scheme, parts.hostname, parts.port, url, limits, deadline, allowed)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: a port or host that cannot be
+        raise Mgp5Error("a remote image cannot be fetched", "send it as a data URL") from None
+    raise Mgp5Error(f"a remote image is behind more than {REDIRECTS} redirects", "send it as a data URL")
+
+
+def _ask(
+    scheme: str, host: str, port: int | None, url: str, limits: Limits, deadline: float, allowed: Allowed
+) -> bytes | str:
+    """The body of the answer, or where it redirects to."""
+    port = port or (443 if scheme == "https" else 80)
+    addresses = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not addresses or not all(map(allowed, addresses)):
+        raise Mgp5Error("a remote image is not at a public address", "send it as a data URL")
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection = http.client.HTTPConnection(host, port, timeout=left)
+    with closing(connection):
+        connection.sock = socket.create_connection((addresses[0], port), timeout=left)
+        if scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])  # of slow drips
+        watch.start()
+        try:
+            parts = urlsplit(url)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308):
+                return answer.headers.get("Location", "")
+            if answer.status != 200:
+                raise Mgp5Error(f"a remote image answered with status {answer.status}", "check its address")
+            data = answer.read(limits.fetch_bytes + 1)
+        finally:
+            watch.cancel()
+    if time.monotonic() > deadline:
+        raise TimeoutError
+    if len(data) > limits.fetch_bytes:
+        raise Mgp5Error(f"a remote image has more than {limits.fetch_bytes:,} bytes", "send a smaller one")
+    return data
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,139 @@
+"""`mgp5 models`, `pull` and `rm`: real processes, the hub's real client, and a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_double import Hub, running
+
+from mgp5.diffusion import load_diffusion
+from mgp5.hub import REPOS
+from mgp5.library import wanted
+
+NAME = "sd-2.1-base"
+REPO = REPOS[NAME]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+MGP5 = [str(Path(sys.executable).with_name("mgp5"))]
+
+
+@pytest.fixture
+def hub(diffusion_folder):
+    files = {
+        path.relative_to(diffusion_folder).as_posix(): path.read_bytes()
+        for path in diffusion_folder.rglob("*")
+        if path.is_file()
+    }
+    other = ("v2-1.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.bin", "README.md")
+    with running(
+        Hub({REPO.id: files | dict.fromkeys((*other, "safety_checker/model.safetensors"), b"not read")})
+    ) as hub:
+        yield hub
+
+
+@pytest.fixture
+def mgp5(hub, tmp_path):
+    """Runs a command whose hub is on this machine and whose cache is empty."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
+
+    def run(*args: str, code: int = 0, stdin: str = "", **more: str) -> subprocess.CompletedProcess:
+        result = subprocess.run(
+            [*MGP5, *args], env=env | more, capture_output=True, text=True, input=stdin, timeout=40, check=False
+        )
+        assert result.returncode == code, result.stderr
+        return result
+
+    run.env = env
+    return run
+
+
+def line_of(mgp5, name: str = NAME) -> dict:
+    return next(row for row in map(json.loads, mgp5("models", "--json").stdout.splitlines()) if row["name"] == name)
+
+
+def test_pull_fetches_what_is_read_and_rm_frees_it(mgp5, hub, diffusion_folder):
+    assert not line_of(mgp5)["whole"] and line_of(mgp5, "demo")["whole"]
+    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    expected = {file for file in hub.repos[REPO.id] if (diffusion_folder / file).is_file()}
+    assert hub.fetched() == expected == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert folder.name == REPO.revision and line_of(mgp5)["whole"]
+    assert load_diffusion(str(folder)).native_size == load_diffusion(str(diffusion_folder)).native_size
+    mgp5("pull", NAME)
+    assert not hub.fetched()
+    assert "Aborted" in mgp5("rm", NAME, stdin="n\n", code=1).stderr and folder.is_dir()
+    mgp5("rm", NAME, stdin="y\n")
+    assert not folder.exists() and line_of(mgp5)["bytes"] == 0
+    assert "nothing of" in mgp5("rm", NAME, "--yes", code=1).stderr
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_was(mgp5, hub):
+    chunk = 10 * 2**20  # what the client writes at once
+    large = "unet/second.safetensors"
+    hub.repos[REPO.id][large] = bytes(range(256)) * (3 * chunk // 256)
+    hub.cut[large] = 2 * chunk + 1000
+    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    assert ("GET", large, f"bytes={2 * chunk}-") in hub.asked
+    assert (folder / large).read_bytes() == hub.repos[REPO.id][large]
+
+
+def test_a_killed_pull_goes_on_with_what_is_missing(mgp5, hub):
+    hub.hold = WEIGHTS
+    process = subprocess.Popen([*MGP5, "pull", NAME], env=mgp5.env, stderr=subprocess.DEVNULL)
+    assert hub.reached.wait(40)
+    process.kill()
+    process.wait()
+    hub.hold = ""
+    row = line_of(mgp5)
+    before = hub.fetched()
+    assert not row["whole"] and WEIGHTS in before
+    mgp5("pull", NAME)
+    after = hub.fetched()
+    assert WEIGHTS in after and len(after) < len(hub.repos[REPO.id]) - 5 and line_of(mgp5)["whole"]
+
+
+def test_a_damaged_file_is_refused_and_not_kept(mgp5, hub):
+    hub.damaged.add(WEIGHTS)
+    told = mgp5("pull", NAME, code=1).stderr.splitlines()
+    assert told[-1].startswith(f"mgp5: {WEIGHTS} of {REPO.id} is not what the hub's checksum says")
+    assert not line_of(mgp5)["whole"]
+    hub.damaged.clear()
+    mgp5("pull", NAME)
+    assert line_of(mgp5)["whole"]
+
+
+def test_without_a_network_it_says_so_at_once(mgp5):
+    for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        told = mgp5("pull", f"llava-1.5-7b+{NAME}", code=1, **setting).stderr
+        assert told.count("\n") == 1 and "cannot be reached" in told and "demo" in told
+
+
+def test_a_mirror_is_taken_where_the_first_is_gone(mgp5, hub, tmp_path):
+    hub.repos[REPO.mirrors[0]] = hub.repos.pop(REPO.id)
+    told = mgp5("pull", NAME).stderr
+    assert f"trying {REPO.mirrors[0]}" in told and line_of(mgp5)["whole"]
+    assert list((tmp_path / "home/hub").glob("models--*/refs/main"))  # by which it is found without a network
+
+
+def test_rm_deletes_nothing_outside_the_cache(mgp5, hub, tmp_path):
+    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    (tmp_path / "mine").write_text("mine")
+    (folder / "link.json").symlink_to(tmp_path / "mine")
+    other = folder.with_name("d" * 40)  # a second revision: files are deleted one by one then
+    other.mkdir()
+    (other / "model_index.json").symlink_to((folder / "model_index.json").resolve())
+    assert "is not in the cache" in mgp5("rm", NAME, "--yes", code=1).stderr
+    assert (tmp_path / "mine").read_text() == "mine"
+    (folder / "link.json").unlink()
+    mgp5("rm", NAME, "--yes")
+    assert not folder.exists() and (other / "model_index.json").is_file()
+
+
+def test_of_a_language_model_the_files_at_the_top_are_read():
+    files = ["config.json", "a.safetensors", "a.bin", "onnx/a.safetensors", "a.pth", "tokenizer.model", "README.md"]
+    assert wanted(files) == ["config.json", "a.safetensors", "tokenizer.model"]
+    assert wanted(["config.json", "a.bin"]) == ["config.json", "a.bin"]

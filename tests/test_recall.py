@@ -1,0 +1,105 @@
+"""`mgp5 recall`: what it prints, run by a shell, gives the same pixels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image as pil
+from tiny import picture
+
+from mgp5.cli import main
+from mgp5.recall import recall
+from mgp5.views.files import StoryFolder
+
+BIN = Path(sys.executable).parent
+
+
+def run(*args: str):
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def again(path: Path, here: Path | None = None) -> tuple[bytes, bytes]:
+    """Pixels of a picture, and of the one that its command makes; with `here` the shell only hands the command over."""
+    told = run("recall", str(path))
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    stub = f"mgp5() {{ cat > {here}/stdin; pwd > {here}/pwd; printf '%s\n' \"$@\" > {here}/args; }}\n" if here else ""
+    subprocess.run(["sh", "-c", stub + told.stdout], env=env, check=True, capture_output=True, cwd="/")
+    if here:
+        with chdir((here / "pwd").read_text().strip()):
+            args = (here / "args").read_text().splitlines()
+            assert CliRunner().invoke(main, args, input=(here / "stdin").read_bytes()).exit_code == 0
+    place = Path(told.stderr.splitlines()[0].removeprefix("it will be "))
+    return pil.open(path).tobytes(), pil.open(place).tobytes()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """By the demo, in a folder whose name a shell would trip over: given, narrated, illustrated and two of its own."""
+    home = tmp_path_factory.mktemp("recall")
+    examples = Path(__file__).parents[1] / "examples/picnic"
+    (home / "lines.txt").write_text('It\'s "cold" & a `red` fox sleeps.\n')
+    out = home / "it's $HOME"
+    flags = ["--text", str(home / "lines.txt"), "--scenes", "2", "--seed", "5", "--steps", "2", "--backend", "eager"]
+    run("story", "--images", str(examples), *flags, "--set", "image_seed=9", "--out", str(out))
+    return out
+
+
+def test_the_last_picture_of_a_story(story):
+    paths = [image.path for image in StoryFolder.open(story).load()[0].images]
+    before, after = again(paths[-1])
+    assert before == after
+    command, notes = recall(paths[-3])
+    assert '"max_tokens": 0' in command and "a `red` fox sleeps" in command and len(notes) == 1
+    assert "--backend eager" in command
+
+
+def test_the_second_picture_of_a_chat(small_folder, tmp_path):
+    flags = [
+        "--model",
+        str(small_folder),
+        "--steps",
+        "1",
+        "--set",
+        "max_tokens=4",
+        "--set",
+        "image=always",
+        "--seed",
+        "3",
+    ]
+    run("chat", *flags, "--backend", "eager", "--message", "one", "--message", "two", "--out", str(tmp_path / "talk"))
+    before, after = again(StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path, tmp_path)
+    assert before == after
+
+
+def test_what_is_missing_is_said_in_one_line(story, tmp_path):
+    made = StoryFolder.open(story).load()[0].images[-1].path
+    shutil.copy(made, tmp_path / "alone.png")
+    picture().save(tmp_path / "mine.png")
+    shutil.copy(made, story / "copy.png")
+    for path, words in (
+        (tmp_path / "alone.png", "story.json of its folder: that is missing"),
+        (tmp_path / "mine.png", "does not say how it was drawn"),
+        (story / "copy.png", "in no reply"),
+        (tmp_path / "no.png", "no image at"),
+    ):
+        result = CliRunner().invoke(main, ["recall", str(path)])
+        assert result.exit_code == 1 and words in result.stderr and result.stderr.count("\n") == 1
+        assert not result.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_the_shells_own_code(shell):
+    assert f"_MGP5_COMPLETE={shell}_complete" in run("completion", shell).stdout
+    if shell == "bash":
+        words = {"_MGP5_COMPLETE": "bash_complete", "COMP_WORDS": "mgp5 rec", "COMP_CWORD": "1"}
+        done = subprocess.run([str(BIN / "mgp5")], env=os.environ | words, capture_output=True, text=True, check=True)
+        assert done.stdout == "plain,recall\n"

@@ -1,0 +1,198 @@
+"""`mgp5 serve` as clients see it: OpenAI's own client and curl, against a real process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import openai
+import pytest
+from click.testing import CliRunner
+from PIL import Image as pil
+from serve_process import HELLO, data_url, serving
+
+from mgp5.cli import main
+
+ALWAYS = {"image": "always", "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def server(small_folder, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server"), "--model", str(small_folder), "--rows", "4") as running:
+        yield running
+        assert running.end() == 0
+        assert "hello" not in running.stderr.read_text()  # prompts are not logged
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+def ask(client, messages=HELLO, **more):
+    extra = more.pop("extra", ALWAYS)
+    return client.chat.completions.create(model="tiny", messages=messages, seed=3, extra_body=extra, **more)
+
+
+def pictures(content):
+    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    return [pil.open(BytesIO(base64.b64decode(url.partition("base64,")[2]))) for url in urls]
+
+
+def test_a_whole_reply_holds_parts_in_order(client):
+    reply = ask(client, max_tokens=6)
+    message = reply.choices[0].message
+    assert [part["type"] for part in message.content] == ["text", "image_url"]
+    assert pictures(message.content)[0].size == (16, 16)
+    assert reply.usage.completion_tokens == 6 and reply.usage.images == 1 and reply.seed == 3
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 6 and reply.choices[0].finish_reason in (
+        "stop",
+        "length",
+    )
+    again = ask(client, [*HELLO, {"role": "assistant", "content": message.content}, *HELLO], max_tokens=6)
+    assert again.usage.prompt_tokens > reply.usage.prompt_tokens  # a reply goes back as it came
+
+
+def test_a_streamed_reply_is_the_whole_one_in_pieces(client):
+    whole = ask(client, max_tokens=9)
+    chunks = list(ask(client, max_tokens=9, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    text = "".join(delta for delta in deltas if isinstance(delta, str))
+    images = [delta for delta in deltas if isinstance(delta, list)]
+    assert [text.strip(), *images[0]] == [
+        whole.choices[0].message.content[0]["text"],
+        whole.choices[0].message.content[1],
+    ]
+    told = [chunk.progress for chunk in chunks if getattr(chunk, "progress", None)]
+    assert told == [{"image": 0, "step": step, "total": 2} for step in (1, 2)]
+    order = [i for i, chunk in enumerate(chunks) if getattr(chunk, "progress", None)]
+    assert isinstance(chunks[order[-1] + 1].choices[0].delta.content, list)  # the picture follows its last step
+    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_modalities_and_pictures_sent(client):
+    seen = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(kind=kind)}}]}
+        for kind in ("PNG", "JPEG", "WEBP", "GIF")
+    ]
+    replies = [ask(client, [one], max_tokens=4, modalities=["text"], extra={}) for one in seen]
+    assert all(isinstance(reply.choices[0].message.content, str) and reply.usage.images == 0 for reply in replies)
+    assert replies[0].choices[0].message.content == replies[2].choices[0].message.content  # both are lossless
+    drawn = ask(client, modalities=["image"], extra={"steps": 2, "size": "32x16"})
+    assert [image.size for image in pictures(drawn.choices[0].message.content)] == [(32, 16)]
+
+
+def test_images_and_models(client):
+    drawn = client.images.generate(model="tiny", prompt="a fox", n=2, extra_body={"seed": 5, "steps": 2})
+    alone = client.images.generate(model="tiny", prompt="a fox", extra_body={"seed": 6, "steps": 2})
+    assert [image.seed for image in drawn.data] == [5, 6] and len({image.b64_json for image in drawn.data}) == 2
+    assert drawn.usage.images == 2
+    assert pil.open(BytesIO(base64.b64decode(alone.data[0].b64_json))).size == (16, 16)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_errors_are_what_the_client_knows(client):
+    with pytest.raises(openai.NotFoundError, match="no model of this name"):
+        client.models.retrieve("gpt")
+    for more in (
+        {"extra": {"steps": 0}},
+        {"max_tokens": 10**6},
+        {"messages": [{"role": "user", "content": "x" * 4000}]},
+    ):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as error:
+                ask(client, stream=stream, **more)
+            assert error.value.type == "invalid_request_error" and "\n" not in error.value.body["message"]
+
+
+def test_curl_streams(server):
+    body = json.dumps({"model": "tiny", "messages": HELLO, "stream": True, "seed": 3, "max_tokens": 4} | ALWAYS)
+    command = ["curl", "-sN", f"{server.url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    assert all(line.startswith("data: ") for line in lines if line) and lines[-2] == "data: [DONE]"
+    assert "image_url" in lines[-4] and json.loads(lines[-3][6:])["choices"][0]["finish_reason"] == "length"
+
+
+def test_replies_do_not_depend_on_neighbours(client, server):
+    def one(number):
+        reply = ask(
+            client, [{"role": "user", "content": "fox " * number}], max_tokens=3 * number, extra=ALWAYS | {"steps": 12}
+        )
+        return reply.choices[0].message.content
+
+    alone = [one(number) for number in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(one, range(1, 9)))
+    for first, second in zip(alone, together, strict=True):
+        assert first[0] == second[0]
+        for a, b in zip(*map(pictures, (first, second)), strict=True):
+            assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 2
+    assert server.metric("mgp5_denoising_calls_total") < server.metric("mgp5_denoising_steps_total")
+
+
+def test_a_client_that_leaves_cancels_its_reply(client, server):
+    before = server.metric("mgp5_cancelled_total")
+    stream = ask(client, stream=True, extra=ALWAYS | {"steps": 100}, max_tokens=3)
+    next(iter(stream))
+    stream.close()
+    server.until("mgp5_cancelled_total", before + 1)
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, extra=ALWAYS | {"steps": 100, "max_images": 8}, max_tokens=1000, timeout=0.2)
+    server.until("mgp5_cancelled_total", before + 2)
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(client, extra=ALWAYS | {"steps": 100, "timeout": 0.05})
+    assert error.value.status_code == 504
+
+
+KEY = "0123456789abcdef-key"
+
+
+@pytest.fixture(scope="module")
+def guarded(small_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "key").write_text(f"{KEY}\n")
+    flags = "--host", "0.0.0.0", "--api-key-file", str(folder / "key"), "--rows", "1", "--model", str(small_folder)
+    with serving(folder, *flags) as running:
+        yield running
+        assert KEY not in running.stderr.read_text()
+
+
+def test_a_public_address_needs_a_key(small_folder, guarded, tmp_path, monkeypatch):
+    monkeypatch.delenv("MGP5_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "example.com"):
+        told = CliRunner().invoke(main, ["serve", "--host", host, "--model", str(small_folder)])
+        assert told.exit_code == 2 and "there is no API key" in told.stderr
+    (tmp_path / "key").write_text("short\n")
+    told = CliRunner().invoke(main, ["serve", "--api-key-file", str(tmp_path / "key")])
+    assert told.exit_code == 1 and "16 or more characters" in told.stderr and "short" not in told.stderr
+    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+            status, answer = guarded.ask("GET", path, headers=given)
+            assert status == 401 and json.loads(answer)["error"]["code"] == "invalid_api_key"
+    client = openai.OpenAI(base_url=guarded.url, api_key=KEY)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_sigterm_finishes_what_was_begun(guarded):
+    client = openai.OpenAI(base_url=guarded.url, api_key=KEY, max_retries=0)
+    stream = iter(ask(client, stream=True, extra=ALWAYS | {"steps": 60}, max_tokens=3))
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ask, client, max_tokens=2)  # in the queue
+        while json.loads(guarded.ask("GET", "/health")[1])["waiting"] == 0:
+            pass
+        guarded.process.terminate()
+        assert any(isinstance(chunk.choices[0].delta.content, list) for chunk in stream)
+        assert waits.result().choices[0].message.content
+    assert guarded.process.wait(timeout=60) == 0
+
+
+def test_without_its_extra_serve_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    told = CliRunner().invoke(main, ["serve"])
+    assert told.exit_code == 1 and told.stderr == "mgp5: serve needs uvicorn: pip install 'mgp5[serve]'\n"

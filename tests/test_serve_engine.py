@@ -1,0 +1,207 @@
+"""The loop of a server: replies that come and go beside each other are what they are alone."""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from test_decode import assert_same, finished
+from tiny import picture, save_llava, save_pipeline
+
+from mgp5 import engines
+from mgp5.batch import Paint
+from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
+from mgp5.generation import Options, generate
+from mgp5.messages import Conversation, Image
+from mgp5.model import build
+from mgp5.serving.engine import Job, Refused, ServingEngine
+from mgp5.serving.painting import StepBatch
+
+TALKS = [
+    Conversation().add("user", "hello"),
+    Conversation().add("user", Image(pixels=picture("blue", (70, 90))), "look", Image(pixels=picture("green"))),
+    Conversation().add("user", "a fox").add("assistant", "a red one").add("user", "where?"),
+    Conversation().add("user", "tell me of it, and at some length"),
+]
+WAYS = [
+    Options(seed=1, steps=6, max_tokens=9, image="always"),
+    Options(seed=2, steps=3, max_tokens=0, image="always", guidance=1.0, sampler="euler"),
+    Options(seed=3, steps=4, max_tokens=40, temperature=0.7, image="never"),
+    Options(seed=4, image_seed=9, steps=9, max_tokens=3, image="always", sampler="pndm", guidance_until=0.5),
+    Options(seed=5, steps=4, max_tokens=2, image="always", sampler="ddim", height=32, width=16),
+    Options(seed=6, steps=5, max_tokens=30, max_images=3, temperature=2.0, top_p=1.0, image="always"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    llava, diffusion = (tmp_path_factory.mktemp(name) for name in ("llava", "diffusion"))
+    torch.manual_seed(1)
+    return build(str(save_llava(llava)), str(save_pipeline(diffusion, "v_prediction")), num_vokens=4, guidance=3.0)
+
+
+@pytest.fixture
+def serving(whole):
+    started = []
+
+    def start(**settings) -> ServingEngine:
+        started.append(ServingEngine(whole, **settings))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.stop()
+        assert not engine.alive
+
+
+class Asked:
+    """A job and what it was given."""
+
+    def __init__(self, talk: Conversation, options: Options, seconds: float = 60.0) -> None:
+        self.given: queue.Queue[Event | Refused] = queue.Queue()
+        self.job = Job(talk, options, self.given.put, time.monotonic() + seconds)
+
+    def events(self) -> list[Event]:
+        found = []
+        while not (found and isinstance(found[-1], Finished)):
+            found.append(self.given.get(timeout=60))
+            if isinstance(found[-1], Refused):
+                raise found[-1]
+        return found
+
+    def wait_for(self, kind: type) -> None:
+        while not isinstance(self.given.get(timeout=60), kind):
+            pass
+
+
+@pytest.mark.parametrize(("rows", "workers", "backend"), [(6, 1, None), (2, 1, "eager"), (3, 2, "eager")])
+def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows, workers, backend):
+    if backend:
+        engines.apply(whole.diffusion, backend)
+    try:
+        alone = [list(generate(whole, TALKS[i % 4], options)) for i, options in enumerate(WAYS)]
+        engine = serving(rows=rows, workers=workers)
+        asked = [Asked(TALKS[i % 4], options) for i, options in enumerate(WAYS)]
+        for one in asked:
+            engine.submit(one.job)
+            time.sleep(0.01)  # they begin one after another, in the middle of others
+        for one, other in zip(asked, alone, strict=True):
+            events = one.events()
+            assert_same(finished(events), finished(other))
+            assert [type(event) for event in events] == [type(event) for event in other]
+    finally:
+        engines.remove(whole.diffusion)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_pictures_at_different_steps_are_one_call(whole, backend):
+    """Pictures join one by one; each step is one call of the model for all of one size."""
+    if backend:
+        engines.apply(whole.diffusion, backend)
+    calls = []
+    part = whole.diffusion.engine.model.model if backend else whole.diffusion.unet
+    hook = part.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    try:
+        painter, conditions = StepBatch(whole.head), torch.randn(3, *whole.diffusion.condition_shape)
+        ways = [replace(options, guidance=options.guidance or 3.0, height=None, width=None) for options in WAYS[:3]]
+        paints = [Paint(conditions[i : i + 1], own, 0, i) for i, own in enumerate(ways)]
+        waiting, drawing, made = list(paints), {}, {}
+        while waiting or drawing:
+            if waiting:
+                paint = waiting.pop(0)
+                drawing[paint.seed] = painter.begin(paint)
+            before = len(calls)
+            assert painter.step(drawing.values()) == 1 and len(calls) == before + 1
+            made |= {seed: canvas.latents for seed, canvas in drawing.items() if canvas.done}
+            drawing = {seed: canvas for seed, canvas in drawing.items() if not canvas.done}
+        assert calls == [2, 3, 5, 5, 4, 4]  # rows: two of a picture that has guidance
+        hook.remove()
+        for paint in paints:
+            generator = torch.Generator().manual_seed(paint.seed)
+            *_, alone = whole.head.draw(paint.condition, paint.options, [generator])
+            torch.testing.assert_close(made[paint.seed], alone, rtol=1e-4, atol=1e-4)
+    finally:
+        hook.remove()
+        engines.remove(whole.diffusion)
+
+
+def test_text_goes_on_while_others_draw(serving):
+    engine = serving(rows=2)
+    drawn, told = Asked(TALKS[0], replace(WAYS[0], steps=300, max_tokens=0)), Asked(TALKS[3], WAYS[2])
+    engine.submit(drawn.job)
+    drawn.wait_for(ImageStep)
+    engine.submit(told.job)
+    assert any(isinstance(event, TextChunk) for event in told.events())
+    assert not any(isinstance(event, ImageDone) for event in drawn.given.queue)
+    engine.cancel(drawn.job)
+
+
+def test_a_full_queue_refuses_and_jobs_are_served_in_their_order(serving):
+    engine, ends = serving(rows=1, waiting=3), []
+    first, *others = (Asked(TALKS[0], replace(WAYS[0], steps=steps, max_tokens=0)) for steps in (300, 2, 3, 1))
+    for number, one in enumerate(others):
+        put = one.job.deliver
+        one.job.deliver = lambda event, put=put, number=number: (
+            put(event),
+            ends.append(number) if isinstance(event, Finished) else None,
+        )
+    engine.submit(first.job)
+    first.wait_for(ImageStep)
+    engine.submit(*(one.job for one in others))
+    with pytest.raises(Refused) as refused:
+        engine.submit(Asked(TALKS[0], WAYS[0]).job)
+    assert refused.value.status == 429
+    engine.cancel(first.job)
+    for one in others:
+        one.events()
+    assert ends == [0, 1, 2] and first.given.qsize() < 300
+
+
+def test_deadlines_end_jobs_that_run_and_jobs_that_wait(serving):
+    engine = serving(rows=1)
+    long = replace(WAYS[0], steps=900, max_tokens=0)
+    asked = [Asked(TALKS[0], long, seconds) for seconds in (0.3, 0.1)]
+    engine.submit(*(one.job for one in asked))
+    for one in asked:
+        with pytest.raises(Refused) as refused:
+            one.events()
+        assert refused.value.status == 504
+    assert finished_alone(engine)
+
+
+def test_what_is_wrong_with_one_request_ends_that_one(serving):
+    engine = serving(rows=3)
+    bad = [Asked(Conversation().add("user", "x" * 3000), WAYS[0]), Asked(TALKS[0], replace(WAYS[0], height=9, width=9))]
+    fine = Asked(TALKS[0], WAYS[0])
+    engine.submit(fine.job, *(one.job for one in bad))
+    for one in bad:
+        with pytest.raises(Refused) as refused:
+            one.events()
+        assert refused.value.status == 400 and "\n" not in refused.value.message
+    assert isinstance(fine.events()[-1], Finished)
+
+
+def test_an_error_of_the_model_fails_what_runs_and_no_more(whole, serving):
+    engine = serving(rows=2)
+
+    def broken(*_):
+        raise RuntimeError("out of memory, and of patience")
+
+    hook = whole.diffusion.unet.register_forward_pre_hook(broken)
+    asked = Asked(TALKS[0], WAYS[1])
+    engine.submit(asked.job)
+    with pytest.raises(Refused) as refused:
+        asked.events()
+    hook.remove()
+    assert refused.value.status == 500 and refused.value.message == "the reply failed (RuntimeError)"
+    assert finished_alone(engine)
+
+
+def finished_alone(engine: ServingEngine) -> bool:
+    asked = Asked(TALKS[0], WAYS[1])
+    engine.submit(asked.job)
+    return isinstance(asked.events()[-1], Finished)

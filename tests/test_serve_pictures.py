@@ -1,0 +1,96 @@
+"""Pictures by URL: what is fetched from where, with a real server on this machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from serve_process import data_url
+
+from mgp5.errors import Mgp5Error
+from mgp5.serving import pictures
+from mgp5.serving.limits import Limits
+from mgp5.serving.pictures import fetch, is_public, read_picture
+
+LIMITS = Limits(remote_images=True, fetch_bytes=50_000, fetch_seconds=0.5)
+
+
+class Site(BaseHTTPRequestHandler):
+    """A page for each thing that can go wrong."""
+
+    def do_GET(self):
+        name, _, rest = self.path[1:].partition("?")
+        self.server.asked.append(name)
+        if name == "drip":
+            for _ in range(50):
+                self.wfile.write(b"H")
+                time.sleep(0.05)
+            return
+        status = {"": 404, "loop": 302, "away": 302, "file": 302}.get(name, 200)
+        self.send_response(status)
+        targets = {"loop": "/loop", "away": f"http://localhost:{rest}/a.png", "file": "file:///etc/passwd"}
+        self.send_header("Location", targets.get(name, "/"))
+        self.end_headers()
+        self.wfile.write({"a.png": b"\x89PNG", "huge": bytes(60_000)}.get(name, b""))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_only_public_addresses_are_asked(site):
+    private = (
+        "127.0.0.1 10.1.2.3 192.168.0.1 172.16.0.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1"
+    )
+    private += " :: fe80::1%eth0 fc00::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: ff02::1"
+    assert [ip for ip in private.split() if is_public(ip)] == []
+    assert is_public("8.8.8.8") and is_public("2606:4700::1111")
+    port = site.server_port
+    for host in ("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:127.0.0.1]", "0"):
+        with pytest.raises(Mgp5Error, match=r"not at a public address|cannot be fetched"):
+            read_picture(f"http://{host}:{port}/a.png", LIMITS)
+    assert site.asked == []
+
+
+def test_fetching_has_limits_and_follows_few_redirects(site):
+    url, local = f"http://127.0.0.1:{site.server_port}", lambda ip: ip == "127.0.0.1"
+    assert fetch(f"{url}/a.png?b=c", LIMITS, local) == b"\x89PNG"
+    reasons = {
+        "": "status 404",
+        "loop": "redirects",
+        "file": "plain http",
+        "huge": "bytes",
+        "drip": "cannot be fetched",
+    }
+    for name, reason in reasons.items():
+        begun = time.monotonic()
+        with pytest.raises(Mgp5Error, match=reason):
+            fetch(f"{url}/{name}", LIMITS, local)
+        assert name != "drip" or time.monotonic() - begun < 2.4  # it would take 2.5 s and be refused for its bytes
+    asked = []
+    with pytest.raises(Mgp5Error, match="not at a public address"):  # a redirect is looked at like the first
+        fetch(f"{url}/away?{site.server_port}", LIMITS, lambda ip: asked.append(ip) or len(asked) == 1)
+    for bad in ("http://", "http://a:b:c/", "http://user:word@127.0.0.1/", "http://127.0.0.1:99999/", "https://\x00/"):
+        with pytest.raises(Mgp5Error):
+            fetch(bad, LIMITS, local)
+    with pytest.raises(Mgp5Error, match="fetches no remote images"):
+        read_picture(f"{url}/a.png", Limits())
+
+
+def test_data_urls():
+    image = read_picture(data_url((40, 30), "blue", "JPEG"), Limits())
+    assert image.load().size == (40, 30) and image.path is None
+    assert set(pictures.FORMATS) == {"PNG", "JPEG", "WEBP", "GIF"}
+    for kind in ("BMP", "TIFF"):
+        with pytest.raises(Mgp5Error, match="not a PNG"):
+            read_picture(data_url(kind=kind), Limits())
