@@ -180,7 +180,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     options = _options(flags)
     resolve(flags["model"])  # a wrong name is told before anything is made
     folder = StoryFolder.create(out or free_folder("story"))
-    model = _model(flags)
+    model = _model(flags, folder)
     _tell_seed(flags, options)
     record, complete = stories.Record(), False
     facts = {"model": flags["model"], "seed": options.seed, "options": _facts(flags, options), "title": title}
@@ -222,7 +222,7 @@ def chat(
     resolve(flags["model"])  # a wrong name is told before anything is made
     folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
     earlier, story_facts = folder.load() if folder and resume else (None, {})
-    model = _model(flags)
+    model = _model(flags, folder)
     _tell_seed(flags, options)
     talk = Chat(model, options, earlier) if earlier else Chat(model, options)
     talk.pending += given
@@ -671,7 +671,17 @@ def _options(flags: dict[str, Any]) -> Options:
     return override(options, parse_settings(flags["settings"]))
 
 
-def _model(flags: dict[str, Any]) -> MiniGPT5:
+def _model(flags: dict[str, Any], folder: StoryFolder | None = None) -> MiniGPT5:
+    """The model that the flags ask for; without it an empty folder goes again."""
+    try:
+        return _load(flags)
+    except Mgp5Error:
+        if folder:
+            folder.discard()
+        raise
+
+
+def _load(flags: dict[str, Any]) -> MiniGPT5:
     from .device import pick_device, quiet_libraries, spare_threads
 
     quiet_libraries()  # before anything imports them

@@ -183,7 +183,7 @@ def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) 
         return {"name": backend, "chosen": None, "why": error.message.partition("cannot run here: ")[2]}
     why = choice.why
     if backend == "auto" and device.type == "cpu" and not missing():  # as `engines.apply` does, which knows the model
-        why += "; onnx for small models such as demo, exported at the first image"
+        why += "; onnx for models of 1 to 100 million parameters, such as demo"
     return {"name": backend, "chosen": choice.name, "why": why}
 
 

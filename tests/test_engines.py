@@ -272,8 +272,9 @@ def run(*words: str):
 
 def test_backend_on_the_command_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    refused = run("--backend", "triton", "--model", "demo")
+    refused = run("--backend", "triton", "--model", "demo", "--out", "talk")
     assert refused.exit_code == 2 and "--backend triton cannot run here" in refused.stderr
+    assert not list(tmp_path.iterdir())
     told = run("--set", "max_tokens=0", "--set", "image=always", "--show", "off")
     assert told.exit_code == 0, told.stderr
     fastest = "backend eager: the fastest", "backend onnx: by ONNX Runtime, the fastest"  # with what is installed

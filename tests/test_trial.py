@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from test_engines import stable_diffusion
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from mgp5 import engines
 from mgp5.engines import trial
 
 
@@ -48,3 +51,18 @@ def test_what_was_found_is_remembered_for_this_model_and_machine(tmp_path, monke
     file.write_text("{")
     assert "ms a step" in trial.try_out(diffusion, ("eager",))[1]
     assert diffusion.engine is None
+
+
+def test_compiled_code_is_kept_for_the_next_run(tmp_path, monkeypatch):
+    """Importing the compiler sets the variable to a temporary folder, which does not count as told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for told, kept in (
+        (None, tmp_path / "mgp5" / "inductor"),
+        (default_cache_dir(), tmp_path / "mgp5" / "inductor"),
+        (str(tmp_path / "mine"), tmp_path / "mine"),
+    ):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if told:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", told)
+        engines.keep_compiled()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)

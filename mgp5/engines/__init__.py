@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -67,8 +68,7 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice
     if backend != "auto":
         return Choice(backend)
     if device.type == "cpu":
-        exports = "" if missing["onnx"] else "; models of 1 to 100 million parameters are exported to ONNX Runtime"
-        return Choice("eager", f"the fastest on a CPU that starts at once{exports}")
+        return Choice("eager", "the fastest on a CPU that starts at once")
     if missing["triton"]:
         return Choice("eager", missing["triton"])
     return Choice("auto", "a trial of eager and triton on this GPU decides, once for each model")
@@ -287,8 +287,10 @@ def keep_compiled() -> None:
 
 def _cache() -> str:
     """Where compiled code is kept: the user's cache, unless PyTorch was told a place."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "inductor"
-    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    told = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if told and not told.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):  # PyTorch's own default
+        return told
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "inductor")
 
 
 def _compile_refusal(device: torch.device) -> str:

@@ -114,6 +114,11 @@ class StoryFolder:
             raise Mgp5Error(f"--out {out} cannot be written ({reason})", "choose another --out") from None
         return cls(out)
 
+    def discard(self) -> None:
+        """Remove the folder if there is nothing in it."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     @classmethod
     def open(cls, path: Path) -> StoryFolder:
         """The folder of an earlier story, given as the folder or its story.json. Raises Mgp5Error if there is none."""
