@@ -184,7 +184,7 @@ def test_sigterm_finishes_what_was_begun(guarded):
     next(stream)
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(ask, client, max_tokens=2)  # in the queue
-        while json.loads(guarded.ask("GET", "/health")[1])["waiting"] == 0:
+        while json.loads(guarded.ask("GET", "/health")[1])["waiting"] == 0 and not waits.done():
             pass
         guarded.process.terminate()
         assert any(isinstance(chunk.choices[0].delta.content, list) for chunk in stream)

@@ -218,11 +218,9 @@ def test_what_is_wrong_around_a_body(server, name):
 
 
 def works(server) -> bool:
-    status, reply = server.post(CHAT, messages=HELLO, image="always", steps=2, max_tokens=3)
-    return status == 200 and [part["type"] for part in reply["choices"][0]["message"]["content"]] == [
-        "text",
-        "image_url",
-    ]
+    """Whether it serves others; with random weights a reply's text may be empty."""
+    status, reply = server.post(CHAT, messages=HELLO, image="always", steps=2, max_tokens=3, seed=0)
+    return status == 200 and reply["choices"][0]["message"]["content"][-1]["type"] == "image_url"
 
 
 def talk(server, *pieces: bytes, shut: bool = False) -> bytes:
