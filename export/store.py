@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..device import user_cache
 from ..errors import Mgp5Error
 from ..fingerprint import hash_of
 from .job import Request, export
@@ -28,8 +28,7 @@ def stored(diffusion: FrozenDiffusion) -> Path:
     """
     facts = {"version": VERSION, "versions": versions(), "config": dict(diffusion.denoiser.config)}
     facts |= {"denoiser": weights_hash(diffusion.denoiser), "vae": weights_hash(diffusion.vae)}
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "onnx"
-    folder = base / hash_of(facts)
+    folder = user_cache() / "onnx" / hash_of(facts)
     if not (folder / "manifest.json").is_file():
         sys.stderr.write(f"exporting the denoiser to ONNX, once: it is kept in {folder}\n")
         request = Request(components=COMPONENTS, split=True, image=False)

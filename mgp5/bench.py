@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
+from . import doctor
 from .device import pick_device
 from .errors import Mgp5Error
 from .hub import Parts, resolve
 from .kernels.bench import rows as kernel_rows
-from .memory import GB
 from .runs import write_json
 from .suites import Clock, Row, Setting, collect, limits, reason
 from .suites.decoding import condition_rows, decode_rows
@@ -181,14 +178,8 @@ def report(suite: str, out: Path, as_json: bool, *, model: str | None, device: s
 
 def machine() -> dict[str, Any]:
     """What was measured on."""
-    libraries = ("torch", "transformers", "diffusers", "accelerate", "peft", "mgp5")
-    facts: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts |= {"cpu": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    facts["python"] = platform.python_version()
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": card.name, "gpu_gb": round(card.total_memory / GB, 1), "cuda": torch.version.cuda}
-    return facts | {name: version(name) for name in libraries}
+    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
+    return now | doctor.machine() | doctor.versions()
 
 
 def tables(rows: list[Row]) -> Group:
@@ -228,11 +219,3 @@ def _table(columns: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         view.add_row(*row)
     return view
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

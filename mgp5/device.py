@@ -1,8 +1,9 @@
-"""Which device and precision to use, and how quiet the libraries are."""
+"""Which device and precision to use, where results are kept, and how quiet the libraries are."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,11 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
             raise Mgp5Error(f"there is no device {name} here", "use --device cpu", usage=True)
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return device, torch.float32
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5"
 
 
 def quiet_libraries() -> None:

@@ -16,6 +16,7 @@ from .messages import Conversation, Image, Message, Text
 if TYPE_CHECKING:
     from .generation import Options
     from .model import MiniGPT5
+    from .session import Session
 
 WINDOW = 4  # scenes of history that a prompt shows: stories of five scenes are what models are trained on
 SEEDS = 100  # from a scene, or a reply of a chat, to the next; its pictures count up by one
@@ -85,17 +86,21 @@ def tell(model: MiniGPT5, given: Sequence[Given], scenes: int, options: Options)
     Every scene has seeds of its own, derived from `options.seed` and its number, so that it does not depend on how
     many tokens the scenes before took.
     """
+    from .session import Session
+
     history: list[Scene] = []
+    # One for all scenes: pictures are encoded once. It reads each question anew, so that a scene is what it is alone.
+    session = Session(model.backbone, reuse=False)
     for number in range(len(given) + scenes):
         part = given[number] if number < len(given) else None
         yield SceneStart(number, kind(part), len(given) + scenes)
-        text, image = yield from _scene(model, history, part, of_scene(options, number))
+        text, image = yield from _scene(model, session, history, part, of_scene(options, number))
         if image is not None:
             history.append((text, image))
 
 
 def _scene(
-    model: MiniGPT5, history: list[Scene], part: Given | None, options: Options
+    model: MiniGPT5, session: Session, history: list[Scene], part: Given | None, options: Options
 ) -> Generator[Event, None, tuple[str, Image | None]]:
     """One scene; returns its text and image."""
     from .generation import generate
@@ -108,7 +113,7 @@ def _scene(
     reply = given_whole(part)
     if asked is None:
         yield Finished(reply, "stop")
-    for event in generate(model, *asked) if asked else ():
+    for event in generate(model, *asked, session) if asked else ():
         if isinstance(event, Finished):
             reply = event.message
         yield event

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..device import SMALL
+from ..device import SMALL, user_cache
 from ..diffusion.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
 from ..errors import Mgp5Error
 from ..kernels.guided_step import step_rows
@@ -290,7 +290,7 @@ def _cache() -> str:
     told = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if told and not told.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):  # PyTorch's own default
         return told
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "inductor")
+    return str(user_cache() / "inductor")
 
 
 def _compile_refusal(device: torch.device) -> str:

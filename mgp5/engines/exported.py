@@ -182,7 +182,7 @@ def put_on(diffusion: FrozenDiffusion, folder: Path | None) -> ExportedEngine:
     """
     from .ort import Session
 
-    device = diffusion.denoiser.device
+    device, parts = diffusion.denoiser.device, {"denoiser": diffusion.denoiser, "vae": diffusion.vae}
     if folder is None:
         from ..export.job import missing
         from ..export.store import stored
@@ -192,8 +192,8 @@ def put_on(diffusion: FrozenDiffusion, folder: Path | None) -> ExportedEngine:
             raise Mgp5Error(f"nothing is exported for {device.type} by itself", hint, usage=True)
         if reason := missing():
             raise Mgp5Error("the denoiser cannot be exported", reason)
-        folder = stored(diffusion)
-    manifest = open_folder(folder, {"denoiser": diffusion.denoiser, "vae": diffusion.vae})
+        folder, parts = stored(diffusion), {}  # it was found by a hash of them
+    manifest = open_folder(folder, parts)
     return engine_of(diffusion, folder, manifest["components"], lambda path: Session(path, device))
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..device import user_cache
+
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenDiffusion
 
@@ -104,7 +106,7 @@ def _key(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> str:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5" / "engines.json"
+    return user_cache() / "engines.json"
 
 
 def _read(path: Path) -> dict[str, list[str]]:
