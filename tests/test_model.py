@@ -148,7 +148,7 @@ def test_special_tokens_in_a_users_text_are_only_text(model):
 def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, context, shown):
     asked = []
 
-    def record(model, conversation, options):
+    def record(model, conversation, options, session):
         asked.append(conversation)
         yield Finished(Message("assistant", (Text("a tale"),)), "stop")
 
