@@ -190,14 +190,23 @@ def examine(reader: Reader, backbone: HFBackbone, exams: dict[str, list[Sample]]
 @click.option("--lr", default=1.5e-3)
 @click.option("--threads", default=1, help="CPU threads; 0 = all.")
 @click.option("--exam", default=128, help="Number of test samples of each kind.")
-def main(work: Path, steps: int, minutes: float, size: int, lr: float, threads: int, exam: int) -> None:
+@click.option(
+    "--begin", type=click.Path(path_type=Path), help="Train a finished LLaVA further, on lessons of their own."
+)
+def main(
+    work: Path, steps: int, minutes: float, size: int, lr: float, threads: int, exam: int, begin: Path | None
+) -> None:
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(work / "mllm")
-    reader = Reader(new_llava(work, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))).to(device())
+    if begin:
+        llava = LlavaForConditionalGeneration.from_pretrained(begin, dtype=torch.float32)
+    else:
+        llava = new_llava(work, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+    reader = Reader(llava).to(device())
     backbone = HFBackbone(reader.llava, tokenizer, None)
-    lessons, papers = Lessons(backbone, size, 20), exams(backbone, exam)
+    lessons, papers = Lessons(backbone, size, 120 if begin else 20), exams(backbone, exam)
 
     def loss(step: int) -> Losses:
         batch = lessons(step)

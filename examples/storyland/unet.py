@@ -155,6 +155,9 @@ def save_pipeline(folder: Path, painter: Painter, vae: AutoencoderKL, tokenizer:
 @click.option("--threads", default=0, help="CPU threads; 0 = all.")
 @click.option("--train", "amount", default=20000, help="Number of training renders.")
 @click.option("--compile", "compiled", is_flag=True)
+@click.option(
+    "--begin", type=click.Path(path_type=Path), help="Train the UNet of this pipeline further, its text encoder frozen."
+)
 def main(
     work: Path,
     steps: int,
@@ -165,6 +168,7 @@ def main(
     threads: int,
     amount: int,
     compiled: bool,
+    begin: Path | None,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
@@ -173,7 +177,12 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(work / "diffusion" / "tokenizer")
     pictures, rows = renders(work, "train", amount)
     latents = moments(work, vae, pictures)
-    painter = Painter(new_unet(), CLIPModel.from_pretrained(work / "clip").text_model).to(device()).train()
+    if begin:  # what a mapper has learned from this text encoder stays true
+        unet = UNet2DConditionModel.from_pretrained(begin / "unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    else:
+        unet, text = new_unet(), CLIPModel.from_pretrained(work / "clip").text_model
+    painter = Painter(unet, text).to(device()).train()
     schedule = new_scheduler()
 
     def encode(texts: list[str]) -> Tensor:
@@ -187,7 +196,7 @@ def main(
 
     def loss(step: int) -> dict[str, Tensor]:
         progress["step"] = step + 1
-        generator = step_generator(step, 6)
+        generator = step_generator(step, 46 if begin else 6)
         chosen = torch.randint(len(latents), (batch,), generator=generator).numpy()
         mean, std = torch.from_numpy(latents[chosen]).float().chunk(2, dim=1)
         first, noise = torch.randn(2, *mean.shape, generator=generator)

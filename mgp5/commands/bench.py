@@ -1,0 +1,38 @@
+"""mgp5 bench: how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--suite", type=click.Choice(["cpu", "gpu", "kernels", "train"]), default="cpu", show_default=True)
+@click.option("--model", help="Instead of the suite's; random weights unless it is trained.")
+@click.option("--steps", type=click.IntRange(1), help="Images and replies, or updates, to time in each row.")
+@click.option("--batch", type=click.IntRange(1), help="Samples of an update.  [default: 48; 8 on a CPU]")
+@click.option("--minutes", type=click.FloatRange(0), help="Rows not begun by then are left out.  [cpu: 5; gpu: 8]")
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(["eager", "compile", "triton", "onnx"]),
+    multiple=True,
+    help="Of ours; repeatable.  [cpu: eager; gpu: all]",
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
+def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
+    """Measure what the demo draws and writes (cpu), real sizes of models with random weights beside diffusers and
+    transformers (gpu), every kernel (kernels), or the first stage of training (train; --model demo on a CPU).
+
+    A chart of the report lies beside it, with the ending .png.
+    """
+    from ..device import quiet_libraries
+
+    quiet_libraries()
+    from ..bench import report
+
+    report(suite, out, as_json, **flags)

@@ -1,0 +1,43 @@
+"""mgp5 export: models for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("export")
+@click.option("--onnx", is_flag=True, help="Write ONNX files and prove that they compute what PyTorch does.")
+@click.option("--trt", is_flag=True, help="Build TensorRT engines from them too.")
+@click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model.")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder for the files.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Build engines from this exported folder.")
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="mapper, unet or transformer, vae_decoder; with --split also condition, denoiser; repeatable.  [default: all]",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--opset", type=click.Choice(["23", "20", "18"]), default="23", show_default=True)
+@click.option("--split", is_flag=True, help="Also what is constant over the steps, and a denoiser that takes it.")
+@click.option("--height", type=click.IntRange(1), help="Of the image that proves.  [default: the model's, or 256]")
+@click.option("--width", type=click.IntRange(1), help="The same.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --trt: batches, sizes, dynamic, ...")
+def export(**flags: Any) -> None:
+    """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
+
+    The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
+    manifest.json beside them tells how well. Engines can be built on another machine from the files alone:
+
+      mgp5 export --trt --from DIR
+    """
+    from ..device import quiet_libraries
+
+    quiet_libraries()
+    from ..export.job import run
+
+    run(flags, lambda line: click.echo(line, err=True))

@@ -1,0 +1,193 @@
+"""mgp5 story, chat and recall: what people make with a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import Mgp5Error
+from .flags import engine_of, facts_of, generation_options, model_of, options_of, ray_option, say, tell_seed, view_of
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from ..jobs import Crew
+
+
+@click.command()
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder of pictures, each with a .txt of its name or none."
+)
+@click.option("--text", type=click.Path(path_type=Path), help="File with one scene to illustrate per line.")
+@click.option("--scenes", type=click.IntRange(0), default=1, show_default=True, help="How many scenes to add.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the story.  [default: story-1, story-2, ...]")
+@click.option("--title", default="", help="Heading of the page.")
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Conversations and stories, one JSON object per line (- for stdin); goes on when given again.",
+)
+@click.option("--at-once", type=click.IntRange(1), default=8, show_default=True, help="Lines of a batch at a time.")
+@ray_option("Spread a batch over a Ray cluster: at ADDRESS, RAY_ADDRESS, or of this machine.")
+@click.option("--workers", type=click.IntRange(1), help="With --ray.  [default: one for each GPU, else machine]")
+@generation_options
+def story(images: Path | None, text: Path | None, scenes: int, out: Path | None, title: str, **flags: Any) -> None:
+    """Narrate pictures, illustrate sentences, and continue the story in text and images.
+
+    Lines of a --batch, whose results go to --out as they are done:
+
+    \b
+      {"messages": [{"role": "user", "content": "a red fox"}]}
+      {"story": [{"path": "a.png"}, {"text": "It snows."}], "scenes": 2}
+    """
+    if flags["ray"] and not flags["batch"]:
+        raise Mgp5Error("--ray spreads the lines of a --batch", "give --batch FILE", usage=True)
+    if flags["batch"]:
+        if images or text or title or not out:
+            raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
+        return _batch(out, scenes, flags)
+    from .. import story as stories
+    from ..hub import resolve
+    from ..views.files import StoryFolder, free_folder
+    from ..views.html import write_html
+
+    given = stories.read_folder(images) if images else []
+    given += stories.read_lines(text) if text else []
+    if not given:
+        raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
+    options = options_of(flags)
+    resolve(flags["model"])  # a wrong name is told before anything is made
+    folder = StoryFolder.create(out or free_folder("story"))
+    model = model_of(flags, folder)
+    tell_seed(flags, options)
+    record, complete = stories.Record(), False
+    facts = {"model": flags["model"], "seed": options.seed, "options": facts_of(flags, options), "title": title}
+    try:
+        with view_of(flags, folder) as view:
+            for event in stories.tell(model, given, scenes, options):
+                view(event)
+                if record(event) and record.made:
+                    folder.save(record.conversation, **facts)
+        complete = True
+    finally:
+        if complete or record.made:  # also what was made before an interruption
+            folder.save(record.conversation, **facts)
+            write_html(*folder.load(), folder.path / "story.html")
+            say(flags, f"The story is in {folder.path / 'story.html'}")
+
+
+def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
+    from contextlib import ExitStack, closing
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..hub import resolve
+    from ..jobs import FAILURES, Batch, Results, earlier, read_lines
+
+    resolve(flags["model"])  # a wrong name is told before anything is made
+    lines, root = read_lines(flags["batch"])
+    begun = earlier(out)
+    options = options_of(flags | ({"seed": begun["options"]["seed"]} if begun and flags["seed"] is None else {}))
+    settings = {"scenes": scenes, "options": asdict(options)} | {n: flags[n] for n in ("model", "quantize")}
+    total, quiet = sum(bool(line.strip()) for line in lines), flags["as_json"] or not sys.stderr.isatty()
+    with closing(Results(out, settings)) as results, Progress(console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("lines", total=total, completed=len(results.done))
+
+        def tell(row: dict[str, Any]) -> None:
+            bar.advance(task)
+            if flags["as_json"]:
+                click.echo(json.dumps(row))
+
+        given = {"model": flags["model"], "engine": engine_of(flags), "at_once": flags["at_once"]}
+        work = Batch(lines=lines, root=root, options=options, scenes=scenes, **given)
+        with ExitStack() as stack:
+            failures = work.run(results, _crew(flags, stack), tell)
+    if failures:
+        which = ", ".join(map(str, list(failures)[:9])) + (", ..." if len(failures) > 9 else "")
+        hint = f"{out / FAILURES} says why; the same command tries them again"
+        raise Mgp5Error(f"{len(failures)} of {total} lines failed, line {which}", hint)
+    say(flags, f"The results are in {out}")
+
+
+def _crew(flags: dict[str, Any], stack: ExitStack) -> Crew:
+    """Who answers the lines; a cluster is left with the stack."""
+    from functools import partial
+
+    from ..jobs import alone
+
+    if not flags["ray"]:
+        return alone(lambda: model_of(flags))
+    from ..cluster import absolute, connected, resources
+
+    stack.enter_context(connected(flags["ray"]))
+    from ..cluster.spread import spread
+
+    room, count, needs = resources(flags["workers"], flags["device"])
+    if count > room:
+        raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
+    say(flags, f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
+    return spread(count, needs, partial(model_of, absolute(flags)))
+
+
+@click.command()
+@click.option(
+    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture for the first message."
+)
+@click.option("--message", "messages", multiple=True, help="Say this and exit; may be given several times.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the conversation.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the conversation in this folder.")
+@generation_options
+def chat(
+    images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
+) -> None:
+    """Talk with the model; it answers in text and images."""
+    from ..chat import Chat, read_picture
+    from ..hub import resolve
+    from ..repl import Repl
+    from ..views.files import StoryFolder
+
+    if out and resume:
+        raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
+    options = options_of(flags)
+    given = [read_picture(image) for image in images]
+    resolve(flags["model"])  # a wrong name is told before anything is made
+    folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
+    earlier, story_facts = folder.load() if folder and resume else (None, {})
+    model = model_of(flags, folder)
+    tell_seed(flags, options)
+    talk = Chat(model, options, earlier) if earlier else Chat(model, options)
+    talk.pending += given
+    facts = {"model": flags["model"], "options": facts_of(flags, options), "title": story_facts.get("title", "")}
+    repl = Repl(talk, folder, lambda place: view_of(flags, place), facts)
+    if messages:
+        repl.say_all(messages)
+    elif sys.stdin.isatty():
+        repl.run()
+    else:
+        repl.say_all(line for line in map(str.strip, sys.stdin) if line)
+    if repl.folder:
+        say(flags, f"The conversation is in {repl.folder.path}")
+
+
+@click.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+def recall(picture: Path) -> None:
+    """Print the command that draws a PICTURE of a story, chat or batch again.
+
+    The story.json beside it tells what was said before. Notes go to stderr:
+
+      eval "$(mgp5 recall story-1/003.png)"
+    """
+    from ..recall import recall as run
+
+    command, notes = run(picture)
+    click.echo(command)
+    for note in notes:
+        click.echo(note, err=True)
