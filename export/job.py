@@ -154,6 +154,7 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
     image = _prove(subject, known, folder, request, entries, tell)
     native = diffusion.native_size
     told = {
+        "format": facts.FORMAT,
         "mgp5": facts.version("mgp5"),
         "model": subject.name,
         "kind": type(diffusion).__name__,

@@ -15,19 +15,23 @@ from torch import nn
 from ..errors import Mgp5Error
 
 NAME = "manifest.json"
+FORMAT = 2  # of what components take and give; 1 had one timestep for all rows
 LIBRARIES = ("mgp5", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "optimum")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `mgp5 export` wrote. Raises Mgp5Error when there is none, or it is broken."""
+    """The manifest of a folder that `mgp5 export` wrote. Raises Mgp5Error when it is missing, broken or old."""
     try:
         manifest = json.loads((folder / NAME).read_text())
         if not all(entry["files"] for entry in manifest["components"].values()):
             raise ValueError("it lists no files")
-        return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "give a folder that mgp5 export has written"
         raise Mgp5Error(f"no readable {NAME} in {folder} ({str(error) or type(error).__name__})", hint) from None
+    if (found := manifest.get("format", 1)) != FORMAT:
+        made = f"{folder} was exported by another version of mgp5 (format {found}, expected {FORMAT})"
+        raise Mgp5Error(made, "export it again")
+    return manifest
 
 
 def check(folder: Path, manifest: dict[str, Any], names: list[str] | None = None) -> None:

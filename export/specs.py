@@ -14,7 +14,6 @@ import torch
 from optimum.utils import (
     DummyInputGenerator,
     DummySeq2SeqDecoderTextInputGenerator,
-    DummyTimestepInputGenerator,
     DummyTransformerTextInputGenerator,
     DummyTransformerTimestepInputGenerator,
     DummyTransformerVisionInputGenerator,
@@ -120,8 +119,8 @@ def _unet(diffusion: FrozenDiffusion) -> Component:
         hidden_size="cross_attention_dim",
         vocab_size="norm_num_groups",
     )
-    makers = DummyVisionInputGenerator, DummyTimestepInputGenerator, DummySeq2SeqDecoderTextInputGenerator
-    axes = {"sample": LATENT, "timestep": {}, "encoder_hidden_states": ROWS}
+    makers = DummyVisionInputGenerator, DummyTransformerTimestepInputGenerator, DummySeq2SeqDecoderTextInputGenerator
+    axes = {"sample": LATENT, "timestep": {0: "batch"}, "encoder_hidden_states": ROWS}
     return Component(
         name="unet",
         module=_Call(unet, lambda *tensors: unet(*tensors, return_dict=False)),
@@ -174,23 +173,20 @@ def vae_decoder(diffusion: FrozenDiffusion) -> Component:
 
 
 def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
-    """The denoiser as a step: latents, the step's row and the context that `condition` gives; see `engines.Hoisted`."""
+    """The denoiser as a step: latents, a step's row for each, and the context that `condition` gives; see `Hoisted`."""
     parts, model = hoisted(diffusion, opset), diffusion.denoiser
     length, width = diffusion.condition_shape
     example = torch.ones(BATCH, length, width, dtype=model.dtype, device=model.device)
     table, context = parts.constants(torch.ones(2, device=model.device), example)
-    inputs = {"sample": example.new_ones(BATCH, model.config.in_channels, *_sides(diffusion)), "row": table[0]}
+    inputs = {"sample": example.new_ones(BATCH, model.config.in_channels, *_sides(diffusion))}
+    inputs |= {"row": table[0].expand(BATCH, -1).contiguous()}
     inputs |= {f"context_{i}": part.contiguous() for i, part in enumerate(context)}
-    rows = {0: "batch"}
-    axes = dict.fromkeys(inputs, rows) | {"sample": LATENT}
-    if len(inputs["row"]) == 1:
-        axes["row"] = {}
     return Component(
         name="denoiser",
         module=_Call(parts.model, lambda latents, row, *context: parts(latents, row, list(context))[:1]),
         inputs=inputs,
         outputs=("out_sample",),
-        axes=axes,
+        axes={name: {0: "batch"} for name in inputs} | {"sample": LATENT},
     )
 
 

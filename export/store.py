@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenDiffusion
 
 COMPONENTS = ("denoiser", "vae_decoder")
-VERSION = 1  # of what is exported: to be raised when our own modules compute something else, or faster
+VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster
 
 
 def stored(diffusion: FrozenDiffusion) -> Path:

@@ -81,7 +81,7 @@ def test_the_manifest_says_what_was_proved(exported):
 def test_names_and_layout_are_those_of_optimums_pipelines(exported):
     unet = onnx.load(exported / "unet" / "model.onnx").graph
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in unet.input}
-    assert shapes["sample"] == ["batch", 4, "height", "width"] and shapes["timestep"] == []
+    assert shapes["sample"] == ["batch", 4, "height", "width"] and shapes["timestep"] == ["batch"]
     assert shapes["encoder_hidden_states"][:2] == ["batch", "length"]
     assert [v.name for v in unet.output] == ["out_sample"]
     decoder = onnx.load(exported / "vae_decoder" / "model.onnx").graph
@@ -166,6 +166,10 @@ def test_damaged_and_foreign_files_are_refused(exported, model, folder, tmp_path
         engines.apply(model.diffusion, "onnx", copy)
     with pytest.raises(Mgp5Error, match=r"no readable manifest\.json"):
         engines.apply(model.diffusion, "onnx", tmp_path)
+    manifest = {key: value for key, value in read_manifest(exported).items() if key != "format"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))  # as older versions wrote it
+    with pytest.raises(Mgp5Error, match=r"another version of mgp5 \(format 1, expected 2\): export it again"):
+        engines.apply(model.diffusion, "onnx", copy)
     with torch.no_grad():
         model.diffusion.unet.conv_out.weight.add_(1)
     with pytest.raises(Mgp5Error, match="with another denoiser"):
@@ -204,6 +208,20 @@ def test_another_weight_is_found(exported, folder):
     session = proof.runner(exported / "unet" / "model.onnx", "fp32")
     with pytest.raises(Mgp5Error, match="unet differs from PyTorch by"):
         proof.prove(component, session, proof.LIMITS["fp32"], specs.latent_unit(subject.diffusion))
+
+
+@pytest.mark.parametrize("name", ["unet", "denoiser"])
+def test_a_file_with_one_timestep_for_all_rows_is_found(exported, folder, name):
+    subject = load_subject(str(folder))
+    component = specs.components(subject.diffusion, None, None, 4, True)[name]()
+    run = proof.runner(exported / name / "model.onnx", "fp32")
+
+    def of_the_first(**tensors):
+        time = "timestep" if name == "unet" else "row"
+        return run(**tensors | {time: tensors[time][:1].expand_as(tensors[time])})
+
+    with pytest.raises(Mgp5Error, match=f"{name} differs from PyTorch by .*'batch': 3"):
+        proof.prove(component, of_the_first, proof.LIMITS["fp32"], specs.latent_unit(subject.diffusion))
 
 
 FULL = """

@@ -13,10 +13,12 @@ from tiny import picture, save_llava, save_pipeline
 
 from mgp5 import engines
 from mgp5.batch import Paint
+from mgp5.engines.exported import engine_of
+from mgp5.engines.ort import Session
 from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
 from mgp5.generation import Options, generate
 from mgp5.messages import Conversation, Image
-from mgp5.model import build
+from mgp5.model import build, load
 from mgp5.serving.engine import Job, Refused, ServingEngine
 from mgp5.serving.painting import StepBatch
 
@@ -97,14 +99,27 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
         engines.remove(whole.diffusion)
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_pictures_at_different_steps_are_one_call(whole, backend):
+def by_files(model, folder, *names: str) -> list[int]:
+    """Let exported files draw; returns the rows of each call of the denoiser to come."""
+    engine = engine_of(model.diffusion, folder, names, lambda path: Session(path, torch.device("cpu")))
+    run, calls = engine.model.run, []
+    engine.model.run = lambda **tensors: calls.append(len(tensors["sample"])) or run(**tensors)
+    model.diffusion.engine = engine
+    return calls
+
+
+@pytest.mark.parametrize("way", ["none", "eager", "denoiser", "unet"])
+def test_pictures_at_different_steps_are_one_call(whole, small_folder, small_export, way):
     """Pictures join one by one; each step is one call of the model for all of one size."""
-    if backend:
-        engines.apply(whole.diffusion, backend)
-    calls = []
-    part = whole.diffusion.engine.model.model if backend else whole.diffusion.unet
-    hook = part.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    if way in ("denoiser", "unet"):
+        whole = load(small_folder, backend=None)
+        calls = by_files(whole, small_export, way)
+    else:
+        if way == "eager":
+            engines.apply(whole.diffusion, way)
+        calls = []
+        part = whole.diffusion.engine.model.model if way == "eager" else whole.diffusion.unet
+        hook = part.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
     try:
         painter, conditions = StepBatch(whole.head), torch.randn(3, *whole.diffusion.condition_shape)
         ways = [replace(options, guidance=options.guidance or 3.0, height=None, width=None) for options in WAYS[:3]]
@@ -119,14 +134,41 @@ def test_pictures_at_different_steps_are_one_call(whole, backend):
             made |= {seed: canvas.latents for seed, canvas in drawing.items() if canvas.done}
             drawing = {seed: canvas for seed, canvas in drawing.items() if not canvas.done}
         assert calls == [2, 3, 5, 5, 4, 4]  # rows: two of a picture that has guidance
-        hook.remove()
         for paint in paints:
             generator = torch.Generator().manual_seed(paint.seed)
             *_, alone = whole.head.draw(paint.condition, paint.options, [generator])
             torch.testing.assert_close(made[paint.seed], alone, rtol=1e-4, atol=1e-4)
     finally:
-        hook.remove()
+        if way in ("none", "eager"):
+            hook.remove()
         engines.remove(whole.diffusion)
+
+
+def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(small_folder, small_export):
+    model = load(small_folder, backend=None)
+    calls = by_files(model, small_export, "denoiser", "vae_decoder")
+    ways = [replace(WAYS[0], seed=seed, steps=steps, max_tokens=0) for seed, steps in ((1, 9), (2, 5))]
+    alone = [finished(generate(model, TALKS[0], options)) for options in ways]
+    calls.clear()
+    engine = ServingEngine(model, rows=2)
+    first, second = (Asked(TALKS[0], options) for options in ways)
+    put = first.job.deliver
+
+    def then(event: Event) -> None:
+        put(event)
+        if isinstance(event, ImageStep) and event.step == 3:
+            engine.submit(second.job)
+
+    first.job.deliver = then
+    engine.start()
+    try:
+        engine.submit(first.job)
+        found = [finished(one.events()) for one in (first, second)]
+    finally:
+        engine.stop()
+    assert calls == [2] * 3 + [4] * 5 + [2]
+    for one, other in zip(found, alone, strict=True):
+        assert_same(one, other)
 
 
 def test_text_goes_on_while_others_draw(serving):

@@ -21,7 +21,7 @@ import torch
 import trt_double
 from click.testing import CliRunner
 from mgp5.export import onnx as onnx_file
-from mgp5.export.manifest import describe, read_manifest
+from mgp5.export.manifest import FORMAT, describe, read_manifest
 from mgp5.export.specs import Component
 from mgp5.export.trt import BuildOptions, build, refusal, source
 
@@ -42,25 +42,26 @@ class Small(torch.nn.Module):
 
     def forward(self, *tensors):
         sample, timestep, states = tensors
-        return (self.conv(sample) + timestep + states.mean((1, 2))[:, None, None, None],)
+        return (self.conv(sample) + (timestep + states.mean((1, 2)))[:, None, None, None],)
 
 
 def inputs(rows: int, side: int) -> dict[str, torch.Tensor]:
     return {
         "sample": torch.randn(rows, 4, side, side),
-        "timestep": torch.tensor(3.0),
+        "timestep": torch.arange(3.0, 3.0 + rows),
         "encoder_hidden_states": torch.randn(rows, 5, 6),
     }
 
 
 def write_folder(folder: Path, seed: int) -> Path:
-    axes = {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": {}}
+    axes = {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": {0: "batch"}}
     axes["encoder_hidden_states"] = {0: "batch", 1: "length"}
     shutil.rmtree(folder / "unet", ignore_errors=True)
     unet = Component(name="unet", module=Small(seed), inputs=inputs(2, 6), outputs=("out_sample",), axes=axes)
     onnx_file.write(unet, folder / "unet", 20)
     entry = describe(folder, "unet", "fp32")
-    (folder / "manifest.json").write_text(json.dumps({"native": [8, 8], "length": 5, "components": {"unet": entry}}))
+    facts = {"format": FORMAT, "native": [8, 8], "length": 5, "components": {"unet": entry}}
+    (folder / "manifest.json").write_text(json.dumps(facts))
     return folder
 
 

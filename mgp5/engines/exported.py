@@ -50,11 +50,11 @@ class Exported:
         self.run, self.parts, self.model, self.dtype = run, parts, denoiser, denoiser.dtype
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See `Hoisted`; of a whole denoiser, the table is (n, 1, 1)."""
-        if self.parts is None:
-            return timesteps[:, None, None], [condition]
-        table, context = self.parts.constants(timesteps, condition)
-        return table, [part.contiguous() for part in context]
+        """See `Hoisted`; the table is (n, R, S), as files take a row for each: S is 1 of a whole denoiser."""
+        table, context = timesteps[:, None, None], [condition]
+        if self.parts is not None:
+            table, context = self.parts.constants(timesteps, condition)
+        return table.expand(-1, len(condition), -1), [part.contiguous() for part in context]
 
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
@@ -63,12 +63,11 @@ class Exported:
         if self.parts is not None:
             named = {f"context_{i}": part for i, part in enumerate(context)}
             return self.run(sample=latents, row=row, **named)["out_sample"], None
-        (condition,) = context
+        (condition,), times = context, row[:, 0]
         if pooled := self.model.config.get("pooled_projection_dim"):
             rows = {"encoder_hidden_states": condition[:, :-1], "pooled_projections": condition[:, -1, :pooled]}
-            times = row.flatten().expand(len(latents))
             return self.run(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
-        return self.run(sample=latents, timestep=row[0, 0], encoder_hidden_states=condition)["out_sample"], None
+        return self.run(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
 
     def restore(self) -> None:
         """See `Hoisted`."""

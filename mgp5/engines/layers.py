@@ -89,7 +89,7 @@ class Conv(nn.Module):
             return self.pixel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.convolve(x, self.source.bias if bias is None else bias)
 
-    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:  # (R, C, h, w)
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
         """The convolution itself."""
         return F.conv2d(x, self.source.weight, bias, self.source.stride, self.source.padding)
 
@@ -100,7 +100,7 @@ class PackedConv(Conv):
     linear = PackedLinear
     packed: Tensor | None = None
 
-    def convolve(self, x: Tensor, bias: Tensor) -> Tensor:  # (R, C, h, w)
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
         """The convolution itself; weights are packed for the shape that comes first, and right for any."""
         source = self.source
         reach = source.padding, source.stride, source.dilation, source.groups
@@ -131,10 +131,11 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
         """One block."""
-        bias = row[:, self.columns]
-        hidden = self.conv1(_normed(self.ops, self.norm1, x), bias[0])
-        if len(row) > 1:  # pictures at different steps
-            hidden = hidden + (bias - bias[:1])[:, :, None, None]
+        hidden, bias = _normed(self.ops, self.norm1, x), row[:, self.columns]
+        if len(row) == 1:
+            hidden = self.conv1(hidden, bias[0])
+        else:  # pictures at different steps; exported, this is faster too: ONNX Runtime wants a bias to be constant
+            hidden = self.conv1.convolve(hidden, None) + bias[:, :, None, None]
         hidden = self.conv2(_normed(self.ops, self.norm2, hidden))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..diffusion.sampler import SamplerTable, guidance_batch, linear_update, sampler_table
-from ..engines.exported import Exported
 
 if TYPE_CHECKING:
     from ..batch import Paint
@@ -122,11 +121,11 @@ class StepBatch:
         Args:
             meanwhile: called again and again while several workers are busy, until it says False.
         """
-        groups: dict[tuple, list[Canvas]] = {}
+        groups: dict[torch.Size, list[Canvas]] = {}
         done = [canvas for canvas in canvases if canvas.done]
         for canvas in canvases:
             if not canvas.done:
-                groups.setdefault(self._together(canvas), []).append(canvas)
+                groups.setdefault(canvas.latents.shape, []).append(canvas)
         shares = -(-self.workers // max(1, len(groups)))
         calls = [group[i::shares] for group in groups.values() for i in range(min(shares, len(group)))]
         self._contexts = {key: self._context(key) for key in map(_members, calls)}
@@ -147,11 +146,6 @@ class StepBatch:
     def _finish(self, canvas: Canvas) -> Tensor:  # (3, H, W)
         (canvas.pixels,) = self.head.finish(canvas.latents)
         return canvas.pixels
-
-    def _together(self, canvas: Canvas) -> tuple:
-        """What pictures of one call agree in; exported files take one timestep for all rows."""
-        engine, size = self.diffusion.engine, canvas.latents.shape
-        return (size, id(canvas.table), canvas.step) if engine and isinstance(engine.model, Exported) else (size,)
 
     def _predict(self, group: list[Canvas]) -> Tensor:  # (R, C, h, w)
         self._enter()
