@@ -18,8 +18,9 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ from .chat import SYSTEM
 from .data.files import read_object
 from .errors import Mgp5Error
 from .events import Finished, SceneStart
-from .messages import Conversation, Image, Message, Text, inside
+from .lines import EXPECTED, given_in, read_line
+from .messages import Conversation, Message, Text
 from .story import Given, as_conversation, ask, given_whole, kind, of_scene, outcome
 from .views.files import StoryFolder, write_atomic
 from .views.html import write_html
@@ -39,13 +41,13 @@ if TYPE_CHECKING:
 
 SEEDS = 10_000  # from a line to the next; scenes of its story count up by 100, pictures by one
 SETTINGS, RESULTS, FAILURES = "batch.json", "results.jsonl", "failures.jsonl"
-EXPECTED = 'expected {"messages": [...]} or {"story": [...]}, with scenes, title, options'
 
 Ask = tuple[Conversation, "Options"]
 Script = Generator[Ask, Message, Conversation]  # asks, is sent replies, returns the whole
+Tell = Callable[[dict[str, Any]], None]  # takes the row of a line that is done
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A line at work."""
 
@@ -55,6 +57,11 @@ class Job:
     options: Options
     script: Script
     asked: Ask | None = None
+
+
+Take = Callable[["Context", int], list[Job]]  # given the model's `narrate_from`, a share of what is to be answered
+Answered = Iterator[tuple[list[Job], list[Message | Mgp5Error]]]
+Crew = Callable[[Take], Answered]  # answers all that it can take
 
 
 class Results:
@@ -152,13 +159,35 @@ class Batch:
     scenes: int = 1
     at_once: int = 8
 
-    def run(
-        self, results: Results, load: Callable[[], MiniGPT5], tell: Callable[[dict[str, Any]], None]
-    ) -> dict[int, str]:
+    def run(self, results: Results, crew: Crew, tell: Tell) -> dict[int, str]:
         """Work on all lines that are not done, and tell the row of each; returns why lines failed, by their numbers.
+
+        Args:
+            crew: who answers: one model here (`alone`), or many workers (`mgp5.cluster.spread`).
 
         Raises Mgp5Error when a line that is done has changed.
         """
+        todo = self._todo(results)
+        failures: dict[int, str] = {}
+        ready: list[Job] = []
+
+        def take(context: Context, workers: int) -> list[Job]:
+            most = min(self.at_once, ceil((len(todo) + len(ready)) / workers))
+            while todo and len(ready) < most:
+                ready.extend(self._guarded(failures, todo[0][0], self._begin, *todo.popleft(), context, results, tell))
+            taken, ready[:] = ready[:most], ready[most:]
+            return taken
+
+        try:
+            for jobs, replies in crew(take) if todo else ():
+                for job, reply in zip(jobs, replies, strict=True):
+                    ready += self._guarded(failures, job.line, self._go_on, job, reply, results, tell)
+        finally:
+            results.fail(failures)
+        return failures
+
+    def _todo(self, results: Results) -> deque[tuple[int, str]]:
+        """Number and hash of each line that is not done."""
         todo: deque[tuple[int, str]] = deque()
         for number, line in enumerate(self.lines, 1):
             key = hashlib.sha256(line.strip()).hexdigest()[:16]
@@ -166,20 +195,7 @@ class Batch:
                 raise Mgp5Error(f"line {number} was another when it was done", "choose another --out", usage=True)
             if line.strip() and number not in results.done:
                 todo.append((number, key))
-        failures: dict[int, str] = {}
-        at_work: list[Job] = []
-        model = load() if todo else None
-        try:
-            while todo or at_work:
-                while todo and len(at_work) < self.at_once:
-                    at_work += self._guarded(failures, todo[0][0], self._begin, *todo.popleft(), model, results, tell)
-                replies = _answer(model, [job.asked for job in at_work])
-                going, at_work = at_work, []
-                for job, reply in zip(going, replies, strict=True):
-                    at_work += self._guarded(failures, job.line, self._go_on, job, reply, results, tell)
-        finally:
-            results.fail(failures)
-        return failures
+        return todo
 
     def _guarded(self, failures: dict[int, str], line: int, step: Callable[..., Job | None], *args: Any) -> list[Job]:
         """The job if there is more to do for it; why its line cannot be done goes to `failures`."""
@@ -190,25 +206,23 @@ class Batch:
             return []
         return [] if job is None else [job]
 
-    def _begin(self, number: int, key: str, model: MiniGPT5, results: Results, tell: Callable) -> Job | None:
+    def _begin(self, number: int, key: str, context: Context, results: Results, tell: Tell) -> Job | None:
         from .config import override
 
         try:
-            row = _read(self.lines[number - 1])
+            row = read_line(self.lines[number - 1])
             options = replace(self.options, seed=self.options.seed + SEEDS * (number - 1))
             options = override(options, row.get("options", {}))
             if "story" in row:
-                given = [_given(part, self.root) for part in row["story"]]
-                script = _story(given, row.get("scenes", self.scenes), options, model.config.narrate_from)
+                given = [given_in(part, self.root) for part in row["story"]]
+                script = _story(given, row.get("scenes", self.scenes), options, context)
             else:
                 script = _reply(Conversation.from_chat(row["messages"], self.root), options)
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of the wrong types
             raise Mgp5Error(f"not understood ({error})", EXPECTED) from None
         return self._go_on(Job(number, key, row.get("title", ""), options, script), None, results, tell)
 
-    def _go_on(
-        self, job: Job, reply: Message | Mgp5Error | None, results: Results, tell: Callable[[dict[str, Any]], None]
-    ) -> Job | None:
+    def _go_on(self, job: Job, reply: Message | Mgp5Error | None, results: Results, tell: Tell) -> Job | None:
         if isinstance(reply, Mgp5Error):
             raise reply
         try:
@@ -219,7 +233,18 @@ class Batch:
         return job
 
 
-def _answer(model: MiniGPT5, asks: Sequence[Ask]) -> list[Message | Mgp5Error]:
+def alone(load: Callable[[], MiniGPT5]) -> Crew:
+    """One model in this process."""
+
+    def work(take: Take) -> Answered:
+        model = load()
+        while jobs := take(model.config.narrate_from, 1):
+            yield jobs, answer(model, [job.asked for job in jobs])
+
+    return work
+
+
+def answer(model: MiniGPT5, asks: Sequence[Ask]) -> list[Message | Mgp5Error]:
     """Replies to all; of one that cannot be answered, why."""
     from .generation import generate_batch
 
@@ -229,7 +254,7 @@ def _answer(model: MiniGPT5, asks: Sequence[Ask]) -> list[Message | Mgp5Error]:
             if isinstance(event, Finished):
                 replies[index] = event.message
     except Mgp5Error as error:  # one of them ends all: each for itself
-        return [error] if len(asks) == 1 else [_answer(model, [ask])[0] for ask in asks]
+        return [error] if len(asks) == 1 else [answer(model, [ask])[0] for ask in asks]
     return [replies[index] for index in range(len(asks))]
 
 
@@ -256,34 +281,6 @@ def _story(given: Sequence[Given], scenes: int, options: Options, context: Conte
         if image is not None:
             history.append((text, image))
     return as_conversation(told)
-
-
-def _read(line: bytes) -> dict[str, Any]:
-    """A line, with fields of the right types. Raises Mgp5Error."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Mgp5Error(f"not JSON ({error})", EXPECTED) from None
-    types = {"messages": list, "story": list, "scenes": int, "title": str, "options": dict}
-    wrong = not isinstance(row, dict) or any(type(value) is not types.get(name) for name, value in row.items())
-    if wrong or ("messages" in row) == ("story" in row) or row.get("scenes", 0) < 0:
-        raise Mgp5Error("not a conversation or a story", EXPECTED)
-    if not row.get("messages", True) or row.get("story") == []:
-        raise Mgp5Error("nothing is given", EXPECTED)
-    return row
-
-
-def _given(part: Any, root: Path) -> Given:
-    """A scene of which a picture, a text or both are given."""
-    fields = part.items() if isinstance(part, dict) else [("", None)]
-    if not fields or any(name not in ("path", "text") or not isinstance(value, str) for name, value in fields):
-        raise Mgp5Error(f"a scene is {json.dumps(part)[:80]}", 'expected {"path": ..., "text": ...}, one or both')
-    image = Image(path=inside(root, part["path"])) if "path" in part else None
-    if image:
-        image.load()
-    if image is None and not part["text"].strip():
-        raise Mgp5Error("a scene is empty", "give it a path, a text or both")
-    return Given(image, part.get("text", "").strip())
 
 
 def read_lines(file: Path) -> tuple[list[bytes], Path]:

@@ -62,9 +62,10 @@ class Server:
         status, answer = self.ask("POST", path, body, {"Content-Type": "application/json"})
         return status, json.loads(answer)
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, headers: dict | None = None) -> float:
         """A counter; 0 before it counted."""
-        found = re.search(rf"^{re.escape(name)} (\S+)$", self.ask("GET", "/metrics")[1].decode(), re.MULTILINE)
+        told = self.ask("GET", "/metrics", headers=headers)[1].decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", told, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def until(self, name: str, value: float) -> None:

@@ -243,6 +243,14 @@ def header(body: bytes, length: int | None = None) -> bytes:
     return f"POST {CHAT} HTTP/1.1\r\n{fields}\r\n\r\n".encode()
 
 
+def test_clients_do_not_write_the_metrics(server):
+    for i in range(20):
+        assert server.ask("DELETE", f"/v1/models/%22%0Amgp5_running%209{i}")[0] == 405
+    lines = server.ask("GET", "/metrics")[1].decode().splitlines()
+    assert 'mgp5_answers_total{path="/v1/models",status="405"} ' in "\n".join(lines)
+    assert all(line.startswith("#") or len(line.split(" ")) == 2 for line in lines) and len(lines) < 80
+
+
 def test_slow_and_broken_connections(server):
     assert talk(server, b"GET /health HT") == b""  # hung up on
     assert b" 408 " in talk(server, header(chat(), 500), chat()[:20])

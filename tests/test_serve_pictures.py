@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+import ssl
+import subprocess
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -28,9 +34,10 @@ class Site(BaseHTTPRequestHandler):
                 self.wfile.write(b"H")
                 time.sleep(0.05)
             return
-        status = {"": 404, "loop": 302, "away": 302, "file": 302}.get(name, 200)
+        status = {"": 404, "loop": 302, "away": 302, "file": 302, "inside": 302}.get(name, 200)
         self.send_response(status)
         targets = {"loop": "/loop", "away": f"http://localhost:{rest}/a.png", "file": "file:///etc/passwd"}
+        targets["inside"] = "http://169.254.169.254/latest"
         self.send_header("Location", targets.get(name, "/"))
         self.end_headers()
         self.wfile.write({"a.png": b"\x89PNG", "huge": bytes(60_000)}.get(name, b""))
@@ -39,9 +46,19 @@ class Site(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """With TLS where it has a context."""
+
+    context = None
+
+    def get_request(self):
+        connection, address = super().get_request()
+        return self.context.wrap_socket(connection, server_side=True) if self.context else connection, address
+
+
 @pytest.fixture
 def site():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+    with Server(("127.0.0.1", 0), Site) as server:
         server.asked = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -85,6 +102,86 @@ def test_fetching_has_limits_and_follows_few_redirects(site):
             fetch(bad, LIMITS, local)
     with pytest.raises(Mgp5Error, match="fetches no remote images"):
         read_picture(f"{url}/a.png", Limits())
+
+
+CURVE = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
+
+
+def certified(folder, name, days="2", ca=None):
+    """A key and a certificate of a name, in one file: signed by `ca`, else by itself."""
+    folder.mkdir()
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    if ca is None:
+        subject = "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"
+        openssl("req", "-x509", *CURVE, *subject, "-days", days, "-keyout", "key", "-out", "certificate")
+    else:
+        (folder / "extensions").write_text(f"subjectAltName=DNS:{name}")
+        openssl("req", *CURVE, "-subj", f"/CN={name}", "-keyout", "key", "-out", "request")
+        signed = "-CA", str(ca / "certificate"), "-CAkey", str(ca / "key"), "-set_serial", "7", "-days", days
+        openssl("x509", "-req", "-in", "request", *signed, "-extfile", "extensions", "-out", "certificate")
+    return folder
+
+
+def resolve(monkeypatch, *answers):
+    """Let pictures.example be each of these addresses in turn; returns the names that were looked up."""
+    real, asked, left = socket.getaddrinfo, [], list(answers)
+
+    def resolver(host, port, *args, **more):
+        if host != "pictures.example":
+            return real(host, port, *args, **more)
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in left.pop(0).split()]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make certificates with")
+    return certified(tmp_path_factory.mktemp("authority") / "ca", "ca.example")
+
+
+CERTIFICATES = {
+    "right": {"name": "pictures.example"},
+    "another's": {"name": "other.example"},
+    "expired": {"name": "pictures.example", "days": "-1"},
+    "signed by itself": {"name": "pictures.example", "ca": None},
+}
+
+
+@pytest.mark.parametrize("kind", CERTIFICATES)
+def test_a_certificate_is_of_the_name_that_was_asked_for(kind, site, authority, tmp_path, monkeypatch):
+    folder = certified(tmp_path / "own", **{"ca": authority} | CERTIFICATES[kind])
+    site.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    site.context.load_cert_chain(folder / "certificate", folder / "key")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority / "certificate"))
+    looked = resolve(monkeypatch, "127.0.0.1", "127.0.0.2")  # who looks twice gets another address
+    limits, base = replace(LIMITS, fetch_seconds=20), f"https://pictures.example:{site.server_port}"
+    get = partial(fetch, limits=limits, allowed=lambda ip: ip == "127.0.0.1")
+    if kind == "right":
+        assert get(f"{base}/a.png") == b"\x89PNG" and looked == ["pictures.example"]
+        resolve(monkeypatch, "127.0.0.1")
+        with pytest.raises(Mgp5Error, match="not at a public address"):
+            get(f"{base}/inside")
+        base = base.replace("pictures.example", "127.0.0.1")  # it has a certificate, of another name
+    with pytest.raises(Mgp5Error, match="no valid certificate") as error:
+        get(f"{base}/a.png")
+    assert "\n" not in str(error.value) and site.asked.count("a.png") == (kind == "right")
+
+
+def test_names_of_private_addresses_are_refused(site, monkeypatch):
+    url = f"://pictures.example:{site.server_port}/a.png"
+    for private in ("127.0.0.1", "8.8.8.8 127.0.0.1", "169.254.169.254", "10.0.0.1 8.8.8.8"):
+        for scheme in ("http", "https"):
+            looked = resolve(monkeypatch, private)
+            with pytest.raises(Mgp5Error, match="not at a public address"):
+                fetch(scheme + url, LIMITS)
+            assert looked and not site.asked
 
 
 def test_data_urls():

@@ -1,8 +1,10 @@
 """Load for a running `mgp5 serve`: one client, then many; every reply is compared with the one it had alone.
 
-    python load.py --clients 8 --minutes 2
+    python load.py --clients 64 --minutes 10 --requests 64
+    python load.py --first-token 20
 
-Needs the package openai. The last line of stdout is a JSON object with all numbers.
+A client that is told 429 asks again after the seconds of Retry-After. Needs the package openai. The last line of stdout
+is a JSON object with all numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
 
+import httpx
 import openai
 from PIL import Image, ImageChops
 
@@ -40,11 +43,11 @@ class Phase:
 
     clients: int
     seconds: float = 0.0
-    replies: int = 0
+    sent: int = 0
     images: int = 0
     differing: int = 0
     largest: int = 0  # difference of a pixel
-    errors: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
     first: list[float] = field(default_factory=list)  # seconds to the first token
 
     def report(self) -> dict[str, object]:
@@ -53,12 +56,13 @@ class Phase:
         return {
             "clients": self.clients,
             "seconds": round(self.seconds, 1),
-            "replies": self.replies,
+            "sent": self.sent,
+            "answers": dict(self.answers),
+            "without answer": self.sent - self.answers.total(),
             "images": self.images,
-            "replies per minute": round(60 * self.replies / self.seconds, 1),
+            "replies per minute": round(60 * self.answers["200"] / self.seconds, 1),
             "first token, median s": round(parts[9], 3),
             "first token, p95 s": round(parts[18], 3),
-            "errors": dict(self.errors),
             "unlike alone": self.differing,
             "largest difference of a pixel": self.largest,
         }
@@ -66,7 +70,7 @@ class Phase:
 
 async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int, phase: Phase) -> tuple[str, bytes]:
     """Request `number`, streamed: its text and the pixels of its pictures."""
-    begun, text, pixels = time.monotonic(), "", b""
+    begun, text, pixels, complete = time.monotonic(), "", b"", False
     stream = await client.chat.completions.create(
         model=args.model,
         messages=[{"role": "user", "content": f"Tell me of a fox {PLACES[number % len(PLACES)]}."}],
@@ -77,6 +81,7 @@ async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int,
     )
     async for chunk in stream:
         content = chunk.choices[0].delta.content if chunk.choices else None
+        complete |= bool(chunk.choices and chunk.choices[0].finish_reason)
         if isinstance(content, str) and content:
             if not text:
                 phase.first.append(time.monotonic() - begun)
@@ -85,6 +90,8 @@ async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int,
             data = base64.b64decode(content[0]["image_url"]["url"].partition("base64,")[2])
             pixels += Image.open(BytesIO(data)).convert("RGB").tobytes()
             phase.images += 1
+    if not complete:
+        raise httpx.RemoteProtocolError("the stream ended early")
     return text, pixels
 
 
@@ -100,59 +107,93 @@ def compare(phase: Phase, found: tuple[str, bytes], alone: tuple[str, bytes]) ->
 
 
 async def run(client: openai.AsyncOpenAI, args: argparse.Namespace, clients: int, alone: dict, until: float) -> Phase:
-    """Let clients ask one request after another until then; each request that has no reply yet leaves its own."""
+    """Let clients ask one request after another until then, each request once at least."""
     phase, begun, numbers = Phase(clients), time.monotonic(), iter(range(10**9))
 
     async def one() -> None:
-        while time.monotonic() < until:
-            number = next(numbers) % args.requests
+        while (number := next(numbers)) < args.requests or time.monotonic() < until:
+            await insist(number % args.requests)
+
+    async def insist(number: int) -> None:
+        while True:
+            phase.sent += 1
             try:
                 found = await ask(client, args, number, phase)
-            except openai.APIError as error:
-                phase.errors[str(getattr(error, "status_code", type(error).__name__))] += 1
-                await asyncio.sleep(0.5)
+            except openai.RateLimitError as error:
+                phase.answers["429"] += 1
+                await asyncio.sleep(float(error.response.headers["Retry-After"]))
                 continue
-            phase.replies += 1
+            except (openai.APIError, httpx.HTTPError) as error:
+                phase.answers[str(getattr(error, "status_code", None) or repr(error.__cause__ or error))] += 1
+                return
+            phase.answers["200"] += 1
             compare(phase, found, alone.setdefault(number, found))
+            return
 
     await asyncio.gather(*(one() for _ in range(clients)))
     phase.seconds = time.monotonic() - begun
     return phase
 
 
-def memory(args: argparse.Namespace) -> int:
-    """Megabytes of the server."""
+def metric(args: argparse.Namespace, name: str) -> float:
+    """A number that the server tells."""
     address = args.url.removesuffix("/v1") + "/metrics"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {args.key}"})
     with urllib.request.urlopen(request) as answer:
-        lines = answer.read().decode().splitlines()
-    return int(next(line for line in lines if line.startswith("process_resident")).split()[1]) // 2**20
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines())
+    return float(lines.get(name, 0))
+
+
+async def watch(args: argparse.Namespace, samples: list[tuple[float, float]]) -> None:
+    """Note minutes and megabytes of the server every two seconds."""
+    begun = time.monotonic()
+    while True:
+        size = await asyncio.to_thread(metric, args, "process_resident_memory_bytes")
+        samples.append(((time.monotonic() - begun) / 60, size / 2**20))
+        await asyncio.sleep(2)
+
+
+def memory(samples: list[tuple[float, float]]) -> dict[str, object]:
+    """What became of the server's memory; a third of the time is its warm-up."""
+    late = samples[len(samples) // 3 :]
+    sizes = [size for _, size in late]
+    return {
+        "at the start": round(samples[0][1]),
+        "after warm-up": round(sizes[0]),
+        "least and most since": [round(min(sizes)), round(max(sizes))],
+        "at the end": round(sizes[-1]),
+        "growth a minute since": round(statistics.linear_regression(*zip(*late, strict=True)).slope, 3),
+        "every so often": [round(size) for _, size in samples[:: max(1, len(samples) // 20)]],
+    }
 
 
 async def main() -> None:
-    """One client for a third of the time (at least each request once), all of them for the rest, in two halves."""
+    """One client alone, each request twice; then all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--key", default="none")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of many clients")
     parser.add_argument("--requests", type=int, default=16, help="different ones")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--first-token", type=int, help="so many requests by one client, and nothing else")
     args = parser.parse_args()
-    client = openai.AsyncOpenAI(base_url=args.url, api_key=args.key, max_retries=0, timeout=600)
-    alone, warm = {}, Phase(1)
-    for number in range(args.requests):
-        alone[number] = await ask(client, args, number, warm)
-    third, found = args.minutes * 20, {"memory MB": [memory(args)]}
-    for name, clients in (("one", 1), ("many", args.clients), ("many again", args.clients)):
-        phase = await run(client, args, clients, alone, time.monotonic() + third)
-        found[name] = phase.report()
-        found["memory MB"].append(memory(args))
+    args.requests = args.first_token or args.requests
+    client = openai.AsyncOpenAI(base_url=args.url, api_key=args.key, max_retries=0, timeout=1200)
+    alone, found, samples = {}, {}, []
+    for name in ("one, cold", "one"):
+        found[name] = (await run(client, args, 1, alone, 0)).report()
         print(f"{name}: {found[name]}", flush=True)
-    rates = [found[name]["replies per minute"] for name in ("one", "many again")]
-    found["gain"] = round(rates[1] / rates[0], 2)
+    if not args.first_token:
+        before, watcher = metric(args, "mgp5_finished_total"), asyncio.create_task(watch(args, samples))
+        found["many"] = (await run(client, args, args.clients, alone, time.monotonic() + args.minutes * 60)).report()
+        watcher.cancel()
+        found["finished, as the server counts"] = metric(args, "mgp5_finished_total") - before
+        found["left at the end"] = metric(args, "mgp5_running") + metric(args, "mgp5_waiting")
+        found["gain"] = round(found["many"]["replies per minute"] / found["one"]["replies per minute"], 2)
+        found["memory MB"] = memory(samples)
     print(json.dumps(found))
 
 

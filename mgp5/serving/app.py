@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import resource
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from .. import __version__
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..generation import Options
 from ..messages import Conversation, Image, Text
+from . import openapi
 from .engine import Job, Refused, ServingEngine
 from .guard import Guard, error_body, error_response
 from .limits import Limits
+from .metrics import metrics
 from .schema import ChatRequest, ImagesRequest, chat_options, conversation, image_options
 
 if TYPE_CHECKING:
@@ -37,13 +38,19 @@ READERS = 2  # pictures of clients are decoded in so many threads
 
 
 def make_app(
-    engine: ServingEngine, name: str, limits: Limits, key: str | None = None, hosts: frozenset[str] | None = None
+    engine: ServingEngine,
+    name: str,
+    limits: Limits,
+    key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    web: bool = False,
 ) -> ASGIApp:
     """The app of an engine that has not started: it starts and stops with the app.
 
     Args:
         name: of the model, as clients say it.
         key, hosts: see `Guard`.
+        web: whether there is a page for browsers too, at `guard.PAGE`.
     """
 
     @asynccontextmanager
@@ -52,19 +59,26 @@ def make_app(
         yield
         await to_thread.run_sync(engine.stop)
 
-    app = FastAPI(title="mgp5", lifespan=life, docs_url=None, redoc_url=None)
+    pages = {"docs_url": None, "redoc_url": None, "separate_input_output_schemas": False}
+    app = FastAPI(title="mgp5", version=__version__, description=openapi.ABOUT, lifespan=life, **pages)
     answers: Counter = Counter()
     app.state.desk = Desk(engine, name, limits, answers)
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/images/generations", images, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", models, response_model=None)
-    app.add_api_route("/v1/models/{model:path}", one_model, response_model=None)
-    app.add_api_route("/health", health, response_model=None)
-    app.add_api_route("/metrics", metrics, response_model=None)
+    json_only = {"methods": ["POST"], "dependencies": [Depends(_json_only)], "response_model": None}
+    app.add_api_route("/v1/chat/completions", chat, responses=openapi.CHAT, **json_only)
+    app.add_api_route("/v1/images/generations", images, responses=openapi.IMAGES, **json_only)
+    app.add_api_route("/v1/models", models, responses=openapi.MODELS, response_model=None)
+    app.add_api_route("/v1/models/{model:path}", one_model, responses=openapi.MODEL, response_model=None)
+    app.add_api_route("/health", health, responses=openapi.HEALTH, response_model=None)
+    app.add_api_route("/metrics", metrics, responses=openapi.METRICS, response_class=PlainTextResponse)
+    openapi.describe(app, name, limits, key is not None)
     app.add_exception_handler(Refused, lambda _, error: error_response(error))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, lambda *_: error_response(Refused(500, "it failed", "internal_error")))
+    if web:
+        from ..web.page import put_page
+
+        put_page(app, app.state.desk)
     return Guard(app, limits, key, hosts, answers)
 
 
@@ -175,28 +189,6 @@ async def health(request: Request) -> Response:
     return JSONResponse(state, 200 if engine.alive else 503)
 
 
-async def metrics(request: Request) -> PlainTextResponse:
-    """Counters in Prometheus' text format."""
-    desk: Desk = request.app.state.desk
-    engine = desk.engine
-    values = {f"mgp5_{name}_total": ("counter", value) for name, value in sorted(dict(engine.counts).items())}
-    values |= {"mgp5_running": ("gauge", len(engine.seats)), "mgp5_waiting": ("gauge", len(engine.queue))}
-    values["process_resident_memory_bytes"] = ("gauge", _memory())
-    lines = [line for name, (kind, value) in values.items() for line in (f"# TYPE {name} {kind}", f"{name} {value}")]
-    lines.append("# TYPE mgp5_answers_total counter")
-    for (path, status), count in sorted(desk.answers.items()):
-        lines.append(f'mgp5_answers_total{{path="{path}",status="{status}"}} {count}')
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
-
-
-def _memory() -> int:
-    """Bytes of memory that this process has; where Linux does not tell, the most it ever had."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _model(desk: Desk) -> dict[str, Any]:
     return {"id": desk.name, "object": "model", "created": desk.created, "owned_by": "mgp5"}
 
@@ -285,6 +277,12 @@ def _png(image: Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _json_only(request: Request) -> None:
+    """Raise Refused for another kind of body: web pages send those anywhere, and JSON only where they may."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "the content type is not application/json", "wrong_content_type")
+
+
 def _invalid(_: Request, error: Exception) -> Response:
     """The first thing wrong with a body: where, and what was expected, without what was sent."""
     first = error.errors()[0]
@@ -294,4 +292,6 @@ def _invalid(_: Request, error: Exception) -> Response:
 
 
 def _http_error(_: Request, error: Exception) -> Response:
-    return error_response(Refused(error.status_code, str(error.detail), "invalid_request"))
+    answer = error_response(Refused(error.status_code, str(error.detail), "invalid_request"))
+    answer.headers.update(error.headers or {})  # Allow, of 405
+    return answer

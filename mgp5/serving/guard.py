@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 OPEN = "/health"  # asked for without a key
+PAGE = "/ui/"  # of the web page, where browsers ask for the key as a password
+PLACES = "/v1/chat/completions", "/v1/images/generations", "/v1/models", OPEN, "/metrics", PAGE  # counted by name
 
 
 def error_response(refused: Refused) -> JSONResponse:
@@ -63,7 +67,8 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.answers[scope["path"] if message["status"] != 404 else "other", message["status"]] += 1
+                place = next((place for place in PLACES if scope["path"].startswith(place)), "other")
+                self.answers[place, message["status"]] += 1
             await send(message)
 
         try:
@@ -71,7 +76,10 @@ class Guard:
             self._admit(scope, headers)
             body = await self._body(headers, receive)
         except Refused as refused:
-            await error_response(refused)(scope, receive, counted)
+            response = error_response(refused)
+            if refused.status == 401 and _of_page(scope):
+                response.headers["WWW-Authenticate"] = 'Basic realm="mgp5: any name, the API key as password"'
+            await response(scope, receive, counted)
         else:
             await self.app(scope, _replay(body, receive), counted)
 
@@ -83,11 +91,10 @@ class Guard:
             raise Refused(421, "the Host header does not name this server: ask for localhost", "wrong_host")
         given = headers.get(b"authorization", b"").partition(b" ")
         shown = given[2].strip() if given[0].lower() == b"bearer" else b""
+        if given[0].lower() == b"basic" and _of_page(scope):
+            shown = _password(given[2])
         if self.key is not None and scope["path"] != OPEN and not hmac.compare_digest(shown, self.key):
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != b"application/json":
-            raise Refused(415, "the content type is not application/json", "wrong_content_type")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises Refused when it is too large or too slow.
@@ -116,6 +123,18 @@ class Guard:
         if size > most:
             raise large
         return b"".join(parts)
+
+
+def _of_page(scope: Scope) -> bool:
+    return scope["path"] in ("/", "/favicon.ico") or scope["path"].startswith(PAGE)
+
+
+def _password(given: bytes) -> bytes:
+    """Of HTTP's basic authentication; empty where there is none."""
+    try:
+        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

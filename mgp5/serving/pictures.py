@@ -41,6 +41,11 @@ def read_picture(url: str, limits: Limits) -> Image:
         raise Mgp5Error("this server fetches no remote images", "send the picture as a data URL")
     else:
         data = fetch(url, limits)
+    return decoded(data, limits)
+
+
+def decoded(data: bytes, limits: Limits) -> Image:
+    """A picture from the bytes of its file. Raises Mgp5Error as `read_picture`."""
     try:
         with pil.open(BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
@@ -89,6 +94,8 @@ def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
+    except ssl.SSLCertVerificationError:
+        raise Mgp5Error("a remote image's server has no valid certificate of its name", "send a data URL") from None
     except (OSError, ValueError, http.client.HTTPException):  # ValueError: a port or host that cannot be
         raise Mgp5Error("a remote image cannot be fetched", "send it as a data URL") from None
     raise Mgp5Error(f"a remote image is behind more than {REDIRECTS} redirects", "send it as a data URL")

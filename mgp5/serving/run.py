@@ -15,7 +15,7 @@ import uvicorn
 from ..errors import Mgp5Error
 from .app import make_app
 from .engine import ServingEngine
-from .guard import patient
+from .guard import PAGE, patient
 from .limits import Limits
 
 if TYPE_CHECKING:
@@ -32,22 +32,10 @@ def run(flags: dict[str, Any], load: Callable[[], MiniGPT5], tell: Callable[[str
     Raises:
         Mgp5Error: a public address without a key, or one that cannot be had.
     """
-    host, port, local = flags["host"], flags["port"], is_local(flags["host"])
-    key = read_key(flags["api_key_file"])
-    if not (local or key or flags["insecure"]):
-        hint = f"give --api-key-file FILE or set {KEY}, or say --insecure"
-        raise Mgp5Error(f"--host {host} is a public address, and there is no API key", hint, usage=True)
-    limits = Limits(
-        remote_images=flags["allow_remote_images"],
-        **{name: flags[name] for name in ("tokens", "images", "steps", "side", "pixels", "seconds")},
-        body_bytes=flags["body_megabytes"] * 2**20,
-        body_seconds=flags["patience"],
-    )
-    model = load()
-    workers = max(1, CORES // torch.get_num_threads()) if model.device.type == "cpu" else 1
-    engine = ServingEngine(model, flags["rows"], flags["waiting"], workers)
-    hosts = LOCAL | {host.lower()} if local and not key else None
-    app = make_app(engine, flags["name"] or Path(flags["model"]).name, limits, key, hosts)
+    host, port = flags["host"], flags["port"]
+    limits, key, hosts = entry(flags)
+    engine = engine_of(flags, load(), CORES)
+    app = make_app(engine, flags["name"] or Path(flags["model"]).name, limits, key, hosts, flags["web"])
     config = uvicorn.Config(
         app,
         host=host,
@@ -59,15 +47,43 @@ def run(flags: dict[str, Any], load: Callable[[], MiniGPT5], tell: Callable[[str
         server_header=False,
         limit_concurrency=flags["connections"],
         timeout_graceful_shutdown=flags["drain"],
+        timeout_keep_alive=75,  # longer than clients keep idle connections: who closes first must not meet a request
     )
     try:
         place = config.bind_socket()
     except SystemExit:
         raise Mgp5Error(f"cannot listen at {host} port {port}", "choose another --port or --host") from None
     shown = f"[{host}]" if ":" in host else host
-    tell(f"http://{shown}:{place.getsockname()[1]}/v1 serves {flags['model']}; Ctrl-C ends it")
+    base = f"http://{shown}:{place.getsockname()[1]}"
+    page = f", with a page at {base}{PAGE}" if flags["web"] else ""
+    tell(f"{base}/v1 serves {flags['model']}{page}; Ctrl-C ends it")
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done: an end as asked for
     uvicorn.Server(config).run(sockets=[place])
+
+
+def entry(flags: dict[str, Any]) -> tuple[Limits, str | None, frozenset[str] | None]:
+    """What clients may ask for, the key, and the names of the server: see `make_app`.
+
+    Raises:
+        Mgp5Error: a public address without a key.
+    """
+    host, local, key = flags["host"], is_local(flags["host"]), read_key(flags["api_key_file"])
+    if not (local or key or flags["insecure"]):
+        hint = f"give --api-key-file FILE or set {KEY}, or say --insecure"
+        raise Mgp5Error(f"--host {host} is a public address, and there is no API key", hint, usage=True)
+    limits = Limits(
+        remote_images=flags["allow_remote_images"],
+        **{name: flags[name] for name in ("tokens", "images", "steps", "side", "pixels", "seconds")},
+        body_bytes=flags["body_megabytes"] * 2**20,
+        body_seconds=flags["patience"],
+    )
+    return limits, key, LOCAL | {host.lower()} if local and not key else None
+
+
+def engine_of(flags: dict[str, Any], model: MiniGPT5, cores: int) -> ServingEngine:
+    """The engine of a server that has so many cores."""
+    workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
+    return ServingEngine(model, flags["rows"], flags["waiting"], workers)
 
 
 def is_local(host: str) -> bool:

@@ -6,7 +6,7 @@ import random
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import Mgp5Error
 from ..generation import Options
@@ -27,9 +27,15 @@ def _unbroken(text: str) -> str:
     return text
 
 
+def _whole(given: Any) -> Any:
+    return int(given) if isinstance(given, float) and given.is_integer() else given  # JSON has no other 2 than 2.0
+
+
+SIZE = "([1-9][0-9]{0,4})x([1-9][0-9]{0,4})"
 Words = Annotated[str, AfterValidator(_unbroken)]
-Seed = Annotated[int, Field(ge=0, le=2**62)]
-Count = Annotated[int, Field(ge=0, le=2**31)]
+WHOLE = BeforeValidator(_whole)
+Seed = Annotated[int, Field(ge=0, lt=2**53), WHOLE]  # above, readers of JSON that know floats alone would change it
+Count = Annotated[int, Field(ge=0, le=2**31), WHOLE]
 
 
 class Body(BaseModel):
@@ -81,12 +87,14 @@ class Drawing(Body):
 
     model: str
     user: str | None = None
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto"')
+    size: str | None = Field(
+        None, description='"WIDTHxHEIGHT" in pixels, or "auto"', json_schema_extra={"pattern": f"^({SIZE}|auto)$"}
+    )
     seed: Seed | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    steps: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = Field(None, description="20, or what is allowed")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     sampler: str = "dpm++"
-    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds, waiting included")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds, waiting included", examples=[60])
 
 
 class ChatRequest(Drawing):
@@ -104,7 +112,7 @@ class ChatRequest(Drawing):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -113,7 +121,7 @@ class ImagesRequest(Drawing):
     """Of /v1/images/generations."""
 
     prompt: Annotated[Words, Field(min_length=1)]
-    n: Annotated[int, Field(ge=1, le=1000)] | None = 1
+    n: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = 1
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
 
@@ -181,10 +189,11 @@ def _content(message: ChatMessage, limits: Limits) -> tuple:
 
 def _options(body: Drawing, limits: Limits, model: MiniGPT5, **more: Any) -> Options:
     """What both kinds of request share; told now if it cannot be drawn, not in the middle of a reply."""
-    _bounded("steps", body.steps, limits.steps)
+    steps = min(20, limits.steps) if body.steps is None else body.steps
+    _bounded("steps", steps, limits.steps)
     width, height = _size(body.size, limits)
     seed = random.SystemRandom().randrange(2**31) if body.seed is None else body.seed
-    drawing = {"steps": body.steps, "guidance": body.guidance, "sampler": body.sampler}
+    drawing = {"steps": steps, "guidance": body.guidance, "sampler": body.sampler}
     try:
         options = Options(seed=seed, height=height, width=width, **drawing, **more)
         model.head.num_steps(options)
@@ -198,7 +207,7 @@ def _options(body: Drawing, limits: Limits, model: MiniGPT5, **more: Any) -> Opt
 def _size(size: str | None, limits: Limits) -> tuple[int | None, int | None]:
     if size in (None, "auto"):
         return None, None
-    if not (found := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)):
+    if not (found := re.fullmatch(SIZE, size)):
         raise _refused('size is not "WIDTHxHEIGHT" in pixels, nor "auto"', "size")
     width, height = map(int, found.groups())
     _bounded("size", max(width, height), limits.side)

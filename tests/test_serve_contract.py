@@ -1,0 +1,52 @@
+"""The OpenAPI document of `mgp5 serve`, held against a real server by schemathesis."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serve_process import HELLO, serving
+
+KEY = "0123456789abcdef-key"
+SHOWN = {"Authorization": f"Bearer {KEY}"}
+FLAGS = "--rows", "4", "--tokens", "24", "--images", "2", "--max-steps", "3", "--side", "64"
+
+
+@pytest.fixture(scope="module")
+def server(small_folder, tmp_path_factory):
+    flags = *FLAGS, "--model", str(small_folder)
+    with serving(tmp_path_factory.mktemp("contract"), *flags, env={"MGP5_API_KEY": KEY}) as running:
+        yield running
+        assert "Traceback" not in running.stderr.read_text()
+
+
+@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
+def test_what_the_document_says_is_so(server, examples, tmp_path):
+    """All of schemathesis's checks: no 5xx, each status, header and body as described, no key no answer, ..."""
+    pytest.importorskip("schemathesis")
+    hooks = {"SCHEMATHESIS_HOOKS": "schemathesis_rules", "PYTHONPATH": str(Path(__file__).parent)}
+    address, key = f"{server.url.removesuffix('/v1')}/openapi.json", f"Authorization: Bearer {KEY}"
+    words = "-H", key, "--max-examples", str(examples), "--seed", "1", "--request-timeout", "120", "--no-color"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", address, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | hooks, capture_output=True, text=True)
+    assert done.returncode == 0 and "No issues found" in done.stdout, done.stdout[-5000:]
+    assert "6 selected / 6 total" in done.stdout
+    assert server.metric("mgp5_finished_total", SHOWN) > 20  # requests that the server had to answer
+
+
+def test_the_document_tells_of_this_server(server):
+    document = json.loads(server.ask("GET", "/openapi.json", headers=SHOWN)[1])
+    schemas, chat = document["components"]["schemas"], document["paths"]["/v1/chat/completions"]["post"]
+    assert schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny"]
+    assert schemas["ImagesRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 2
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer" and chat["security"] == [{"key": []}]
+    assert "security" not in document["paths"]["/health"]["get"]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert {"400", "401", "404", "408", "413", "415", "421", "429", "500", "503", "504"} < set(chat["responses"])
+    assert not [name for name in schemas if "ValidationError" in name]
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 2.0, "image": "never"}).encode()  # 2, in JSON
+    assert server.ask("POST", "/v1/chat/completions", body, SHOWN | {"Content-Type": "application/json"})[0] == 200

@@ -1,0 +1,232 @@
+"""The web page of `mgp5 serve --web`, in a real browser against a real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from browser import browser_page, overflow
+from click.testing import CliRunner
+from serve_process import serving
+from tiny import picture
+
+from mgp5.cli import main
+
+pytest.importorskip("gradio", reason="pip install 'mgp5[web]'")
+KEY = "0123456789abcdef-key"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web")
+    with serving(folder, "--model", "demo", "--web", "--rows", "2", "--body-megabytes", "1") as running:
+        yield running
+        assert not [path for path in folder.iterdir() if path.name != "stderr"]  # nothing is left where it was started
+        assert "fox" not in running.stderr.read_text()
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, color in (("p10.png", "red"), ("p2.png", "blue")):
+        picture(color, (60, 60)).save(tmp_path / name)
+    return [tmp_path / "p10.png", tmp_path / "p2.png"]
+
+
+def visit(page, server):
+    page.set_default_timeout(120_000)
+    page.goto(f"{server.url.removesuffix('v1')}ui/")
+    page.wait_for_selector("#talk-box textarea")
+    return page
+
+
+def settings(page, **values):
+    """Fill in fields of the settings of the tab."""
+    page.locator("button:visible", has_text="Settings").click()
+    for name, value in values.items():
+        page.get_by_label(name.capitalize()).locator("visible=true").first.fill(str(value))
+
+
+def say(page, text):
+    page.fill("#talk-box textarea", text)
+    page.press("#talk-box textarea", "Enter")
+
+
+def until(page, where, text):
+    """Wait until a line begins so."""
+    page.wait_for_function(
+        "([where, text]) => document.querySelector(where)?.innerText.startsWith(text)", arg=[where, text]
+    )
+
+
+def shows(page, *kinds):
+    """Wait until the last reply has these parts, in order."""
+    page.wait_for_function(
+        """kinds => {
+            const last = [...document.querySelectorAll('#talk .bot-row')].at(-1);
+            const parts = [...last.querySelectorAll('.message-content, img')];
+            return parts.map(part => part.tagName == 'IMG' ? 'image' : 'text').join() == kinds;
+        }""",
+        arg=",".join(kinds),
+    )
+
+
+def test_a_chat(server, files):
+    with browser_page(width=390, height=844) as page:
+        visit(page, server)
+        settings(page, seed=3, steps=4)
+        page.get_by_label("always").check()
+        say(page, "Draw a red fox. <b>Now</b>")
+        until(page, "#talk-work", "seed 3 ")
+        shows(page, "text", "image")
+        assert "<b>Now</b>" in page.inner_text("#talk .user-row")
+        assert page.evaluate("document.querySelector('#talk .bot-row img').naturalWidth") == 128
+        page.locator("#talk-box input[type=file]").set_input_files(files[0])
+        page.wait_for_selector("#talk-box img")
+        say(page, "What is this?")
+        until(page, "#talk-work", "seed 103 ")
+        assert page.locator("#talk .user-row img").count() == 1 and page.locator("#talk .bot-row").count() == 2
+        page.click("#talk button[title=Retry] >> nth=-1")
+        until(page, "#talk-work", "seed 203 ")
+        page.click("#talk button[title=Undo] >> nth=-1")
+        page.wait_for_selector("#talk-box img")
+        assert page.input_value("#talk-box textarea") == "What is this?" and page.locator("#talk .bot-row").count() == 1
+        other = visit(page.context.browser.new_context().new_page(), server)
+        assert other.locator("#talk .user-row, #talk .bot-row").count() == 0
+        assert overflow(page) == 0
+        page.click("#talk button[title=Clear]")
+        page.get_by_text("What shall we look at?").wait_for()
+
+
+def test_a_reply_is_stopped_and_left(server):
+    with browser_page() as page:
+        visit(page, server)
+        settings(page, steps=100)
+        page.get_by_label("always").check()
+        before = server.metric("mgp5_cancelled_total")
+        say(page, "Draw a red fox.")
+        page.wait_for_selector("#talk-work progress")
+        assert re.match(r"drawing, step \d+ of 100", page.inner_text("#talk-work"))
+        page.click("#talk-box [aria-label=Stop]")
+        until(page, "#talk-work", "stopped")
+        shows(page, "text")  # what it has said stays
+        server.until("mgp5_cancelled_total", before + 1)
+        say(page, "Draw a red fox.")
+        page.wait_for_selector("#talk-work progress")
+        page.close()
+        server.until("mgp5_cancelled_total", before + 2)
+
+
+def test_a_story(server, files, tmp_path):
+    with browser_page(width=390, height=844) as page:
+        visit(page, server).get_by_role("tab", name="Story").click()
+        settings(page, seed=3, steps=4)
+        page.locator("#drop input[type=file]").set_input_files(files)
+        page.wait_for_selector("#cards .card >> nth=1")
+        page.click("#narrate")
+        until(page, "#book-work", "seed 3")
+        texts = page.locator("#cards textarea")
+        told = [text.input_value() for text in texts.all()]
+        assert len(told) == 2 and all(told)
+        texts.nth(0).fill("A <i>fox</i>")
+        page.click("#continue")
+        page.wait_for_selector("#cards .card >> nth=2")
+        until(page, "#book-work", "seed 3")
+        page.fill("#lines textarea", "The fox sleeps.\n\n")
+        page.click("#draw")
+        page.wait_for_selector("#cards .card >> nth=3")
+        until(page, "#book-work", "seed 3")
+        assert texts.nth(0).input_value() == "A <i>fox</i>" and texts.nth(1).input_value() == told[1]
+        assert page.locator("#cards .card img").count() == 4 and texts.nth(3).input_value() == "The fox sleeps."
+        page.click("#cards .card >> nth=2 >> text=Take out")
+        page.wait_for_function("document.querySelectorAll('#cards .card').length == 3")
+        page.get_by_label("Title").fill("Foxes")
+        with page.expect_download() as download:
+            page.click("#page")
+        download.value.save_as(tmp_path / "story.html")
+        page.get_by_label("Steps").locator("visible=true").first.fill("100")
+        page.click("#continue")
+        page.wait_for_selector("#book-work progress")
+        page.click("#stop")
+        until(page, "#book-work", "stopped")
+        assert page.locator("#cards .card").count() == 3 and overflow(page) == 0
+        page.goto((tmp_path / "story.html").as_uri())
+        assert page.inner_text("h1") == "Foxes" and page.locator("img").count() == 3
+        shown = page.locator(".scene p").all_inner_texts()
+        assert shown == ["A <i>fox</i>", told[1], "The fox sleeps."]
+
+
+def join(server, data, headers=JSON, path="ui/gradio_api/queue/join", **more):
+    body = {"data": data, "fn_index": 0, "session_hash": "s"} | more
+    return server.ask("POST", f"/{path}", json.dumps(body).encode(), headers)[0]
+
+
+def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
+    api = "/ui/gradio_api/"
+    for path in ("/etc/passwd", "..%2f..%2fetc%2fpasswd", f"{Path(__file__)}", str(server.stderr), "%00", "a" * 5000):
+        assert server.ask("GET", f"{api}file={path}")[0] == 403
+    for path in (
+        f"{api}file/etc/passwd",
+        f"{api}proxy={server.url}/models",
+        f"{api}file={server.url}/models".replace("http", "https"),
+        f"{api}info",
+        f"{api}call/say/1",
+        f"{api}custom_component/1/client/component/index.js",
+        "/ui/monitoring",
+        "/ui/login",
+        "/ui/static/..%2f..%2f..%2froutes.py",
+        "/ui/assets/%2e%2e/%2e%2e/%2e%2e/routes.py",
+        "/ui/svelte/index.js",
+        "/ui/../../etc/passwd",
+    ):
+        assert server.ask("GET", path)[0] in (403, 404), path
+    for path in ("component_server", "run/say", "call/say", "api/say", "vibe-edit", "process_recording", "stream/1"):
+        assert join(server, [], path=f"ui/gradio_api/{path}") == 404
+    for path in ("/etc/passwd", "http://127.0.0.1/", "https://example.com/a.png", str(server.stderr)):
+        for wrapped in ({"path": path}, {"text": "", "files": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}):
+            assert join(server, [wrapped]) == 403
+    assert join(server, [], JSON | {"Origin": "http://evil.example"}) == 403
+    assert join(server, [], JSON | {"Origin": "null"}) == 403
+    assert server.ask("POST", f"{api}upload", b"x" * 2_000_000, {"Content-Type": "multipart/form-data"})[0] == 413
+    assert server.ask("POST", f"{api}queue/join", b"{", JSON)[0] == 400
+
+
+def test_hostile_events_do_no_harm(server):
+    """Wrong values of an event are refused by it; the server goes on."""
+    for index in range(8):
+        for data in ([], [None] * 40, ["x"] * 30, [{"text": 1, "files": "x"}, -1, 1e9, "a", None, "b"]):
+            assert join(server, data, fn_index=index) in (200, 400, 404, 422, 500)
+    server.until('mgp5_answers_total{path="/ui/",status="200"}', 1)
+    time.sleep(1)
+    assert server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hello"}], max_tokens=2)[0] == 200
+
+
+def test_the_page_asks_for_the_key(small_folder, tmp_path):
+    (tmp_path / "key").write_text(KEY)
+
+    def basic(password):
+        return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
+
+    flags = "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "key"), "--web", "--model", str(small_folder)
+    with serving(tmp_path / "server", *flags) as server:
+        for path in ("/", "/ui/", "/ui/config", "/ui/gradio_api/queue/data?session_hash=s", "/favicon.ico"):
+            for headers in ({}, basic("wrong"), {"Authorization": "Basic %%%"}, {"Authorization": f"Basic {KEY}"}):
+                assert server.ask("GET", path, headers=headers)[0] == 401
+        assert server.ask("GET", "/ui/config", headers=basic(KEY))[0] == 200
+        assert server.ask("GET", "/v1/models", headers=basic(KEY))[0] == 401
+        with browser_page() as page:
+            known = page.context.browser.new_context(http_credentials={"username": "me", "password": KEY}).new_page()
+            visit(known, server)
+            say(known, "hello")
+            until(known, "#talk-work", "seed ")
+
+
+def test_without_its_extra_the_page_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    told = CliRunner().invoke(main, ["serve", "--web"])
+    assert told.exit_code == 1 and told.stderr == "mgp5: serve needs gradio: pip install 'mgp5[web]'\n"
