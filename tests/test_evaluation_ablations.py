@@ -119,6 +119,7 @@ def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_killed_command_goes_on_and_ends_as_one_that_went_through(
     storyland, llava_folder, diffusion_folder, tmp_path

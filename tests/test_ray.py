@@ -102,6 +102,7 @@ def same(one: Path, other: Path) -> bool:
     return all(high <= 2 for bands in extrema for _, high in bands)
 
 
+@pytest.mark.slow  # Ray takes both cores of a small machine for minutes
 def test_a_batch_survives_its_workers_and_its_driver(cluster, small_folder, tmp_path):
     picture("red").save(tmp_path / "a.png")
     story = {"story": [{"path": "a.png", "text": "A day."}, {"path": "a.png"}, {"text": "It snows."}]}
@@ -141,6 +142,7 @@ class Deadly:
         return os._exit, (1,)
 
 
+@pytest.mark.slow
 def test_what_kills_every_worker_fails_alone(cluster):
     from mgp5.cluster import connected, resources
     from mgp5.cluster.spread import spread
@@ -163,6 +165,7 @@ def test_what_kills_every_worker_fails_alone(cluster):
             list(spread(1, {"num_cpus": 0.5}, lambda: os._exit(1))(lambda *_: []))
 
 
+@pytest.mark.slow
 def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
     openai = pytest.importorskip("openai")
     flags = "--ray", cluster, "--replicas", "2", "--rows", "1", "--model", str(small_folder), "--drain", "60"
@@ -206,6 +209,7 @@ def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
         assert server.process.wait(timeout=120) == 0
 
 
+@pytest.mark.slow
 def test_a_cluster_of_our_own_does_not_see_this_folder(token, monkeypatch):
     import ray
 

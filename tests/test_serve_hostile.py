@@ -245,7 +245,8 @@ def header(body: bytes, length: int | None = None) -> bytes:
 
 def test_clients_do_not_write_the_metrics(server):
     for i in range(20):
-        assert server.ask("DELETE", f"/v1/models/%22%0Amgp5_running%209{i}")[0] == 405
+        assert server.ask("DELETE", f"/v1/models/%22%20{i}")[0] == 405
+        assert server.ask("GET", f"/v1/models/%22%0Amgp5_running%209{i}")[0] == 404
     lines = server.ask("GET", "/metrics")[1].decode().splitlines()
     assert 'mgp5_answers_total{path="/v1/models",status="405"} ' in "\n".join(lines)
     assert all(line.startswith("#") or len(line.split(" ")) == 2 for line in lines) and len(lines) < 80
