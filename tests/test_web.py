@@ -86,7 +86,7 @@ def test_a_chat(server, files):
         until(page, "#talk-work", "seed 3 ")
         shows(page, "text", "image")
         assert "<b>Now</b>" in page.inner_text("#talk .user-row")
-        assert page.evaluate("document.querySelector('#talk .bot-row img').naturalWidth") == 128
+        page.wait_for_function("document.querySelector('#talk .bot-row img').naturalWidth == 128")
         page.locator("#talk-box input[type=file]").set_input_files(files[0])
         page.wait_for_selector("#talk-box img")
         say(page, "What is this?")
