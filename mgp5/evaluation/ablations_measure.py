@@ -72,7 +72,7 @@ def _draw(
     root = plan.out / "data" / "test" / format
     contexts = (context,) if stage == "finetune" else ()
     samples = tasks.load(format, root, "test", tasks=(task,), contexts=contexts, limit=plan.samples).samples
-    scenes = dict(tasks._attributes(root))
+    scenes = dict(tasks.pictured(root))
     system = Model(model, Options(steps=plan.steps, guidance=guidance))
     drawn, real, shown = [], [], []
     for start in range(0, len(samples), AT_ONCE):

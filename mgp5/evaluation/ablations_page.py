@@ -18,7 +18,7 @@ from ..views.html import PAGE, STYLE
 from ..views.tables import show, table
 from .ablations import ATTRIBUTES, BASELINE, FRECHET, Row, mean_over_seeds, verdict
 from .ablations_measure import place
-from .page import OWN, _chart
+from .page import OWN, bar_chart
 
 if TYPE_CHECKING:
     from .ablations_run import Plan, Run
@@ -128,7 +128,7 @@ def _page(plan: Plan, rows: Mapping[str, Row], found: Mapping[tuple, Run], facts
     for stage, words in STAGES.items():
         for metric in METRICS:
             bars = [(name, line[stage][metric], False) for name, line in facts["rows"].items() if stage in line]
-            body += [_chart(f"{metric}: {words}", bars)] if bars else []
+            body += [bar_chart(f"{metric}: {words}", bars)] if bars else []
     body += ["<h2>Pictures of the first seed</h2>", *_strips(plan, rows, found, facts)]
     cpu = facts["machine"].get("gpu") or facts["machine"]["cpu"]
     footer = f"Made with mgp5 {facts['versions'].get('mgp5')}, {facts['made']}, on {cpu}, weights {settings['weights']}"

@@ -124,10 +124,10 @@ def _charts(report: dict[str, Any]) -> list[str]:
             for name, value in row["metrics"].items():
                 if name in bars:
                     bars[name].append((f"{table}: {row['model']} (theirs)", {"value": value}, True))
-    return [_chart(name, rows) for name, rows in bars.items() if len(rows) > 1]
+    return [bar_chart(name, rows) for name, rows in bars.items() if len(rows) > 1]
 
 
-def _chart(name: str, bars: Sequence[Bar]) -> str:
+def bar_chart(name: str, bars: Sequence[Bar]) -> str:
     """Horizontal bars with their intervals, the papers' in grey."""
     left, width, line = 330, 420, 24
     longest = max([max(number["value"], number.get("high", 0)) for _, number, _ in bars]) or 1

@@ -107,7 +107,7 @@ def load(
     root = {"vist": path, "mmdialog": path}
     if format == "storyland":
         root = {name: path / name for name in root}
-        scenes = {place: scene for folder in root.values() for place, scene in _attributes(folder)}
+        scenes = {place: scene for folder in root.values() for place, scene in pictured(folder)}
     if set(asked) & {*STORY_TASKS, "story"}:
         stories = load_data("vist", root["vist"], split)
         plan = _plan(asked, contexts, narrate_from, int(format == "storyland"))
@@ -128,7 +128,7 @@ def load(
     return Data(samples=samples, problems=problems, scenes=scenes)
 
 
-def _attributes(folder: Path) -> Iterator[tuple[Path, Scene]]:
+def pictured(folder: Path) -> Iterator[tuple[Path, Scene]]:
     """Pictures of a Storyland folder, and what they show. Raises Mgp5Error."""
     for place, line in lines(folder / "attributes.jsonl") if folder.is_dir() else ():
         try:
