@@ -308,3 +308,15 @@ def test_training_takes_everything_from_the_caches_and_gives_the_same_weights(fo
     assert "taken from the caches: 100.0 % of 4 latents, 100.0 % of 4 captions" in result.output
     live, cached = (load_file(tmp_path / name / "mgp5" / "model.safetensors") for name in ("live", "cached"))
     assert live.keys() == cached.keys() and all(torch.equal(cached[name], value) for name, value in live.items())
+
+
+def test_half_precision_caches_train_under_autocast(folders, world, tmp_path):
+    """The defaults of both commands on a CPU, whose autocast refuses to join fp16 with anything."""
+    assert command(folders["llava"], world, tmp_path / "c", formats=("vist",)).exit_code == 0
+    words = ["train", "--stage", "finetune", "--preset", "demo", "--model", str(folders["llava"]), "--vokens", "4"]
+    words += ["--data", str(world / "vist"), "--format", "vist", "--device", "cpu", "--max-steps", "1"]
+    words += ["--set", "precision=bf16", "--set", "batch=2", "--set", "caption_weight=0.1"]
+    AcceleratorState._reset_state(True)
+    result = CliRunner().invoke(cli.main, [*words, "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert "taken from the caches: 100.0 %" in result.output

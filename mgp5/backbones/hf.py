@@ -136,7 +136,8 @@ class HFBackbone(nn.Module):
             if found != expected:
                 raise ValueError(f"{found} image slots in the prompt, but pictures with {expected} features")
             embeds = nn.functional.pad(embeds, (0, features[0].shape[-1] - embeds.shape[-1]))  # deep: 0 for text
-            embeds = embeds.masked_scatter(slots.unsqueeze(-1), torch.cat(features).to(embeds.dtype))
+            given = torch.cat([f.to(embeds.dtype) for f in features])  # before: autocast on the CPU joins no fp16
+            embeds = embeds.masked_scatter(slots.unsqueeze(-1), given)
         return embeds
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
