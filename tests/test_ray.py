@@ -169,24 +169,26 @@ def test_what_kills_every_worker_fails_alone(cluster):
 def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
     openai = pytest.importorskip("openai")
     flags = "--ray", cluster, "--replicas", "2", "--rows", "1", "--model", str(small_folder), "--drain", "60"
+    flags += "--max-steps", "900"  # seconds of the tiny model: what happens in the middle shall not come too late
     with serving(tmp_path, *flags) as server:
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
 
         def stream(steps: int):
             more = {"image": "always", "steps": steps}
-            return iter(
-                client.chat.completions.create(model="tiny", messages=HELLO, stream=True, max_tokens=3, extra_body=more)
+            return client.chat.completions.create(
+                model="tiny", messages=HELLO, stream=True, max_tokens=3, extra_body=more
             )
 
         def pictures(chunks) -> int:
             return sum(isinstance(chunk.choices[0].delta.content, list) for chunk in chunks)
 
-        next(gone := stream(100))
+        next(gone := stream(900))
         gone.close()
         server.until("mgp5_cancelled_total", 1)
-        both = [stream(90), stream(90)]
-        for chunks in both:  # each has one row: both replicas are at work
+        both = [stream(900), stream(900)]
+        for chunks in both:
             next(chunks)
+        assert {server.metric("mgp5_running") for _ in range(10)} == {1}  # each on a replica of its own
         replicas = processes(os.getpid(), "ServeReplica")
         assert len(replicas) == 2
         replicas[0].kill()
@@ -200,7 +202,7 @@ def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
         assert server.post("/v1/chat/completions", messages=HELLO, max_tokens=2)[0] == 200
         status, answer = server.post("/v1/chat/completions", messages=HELLO, max_tokens=10**6)
         assert status == 400 and answer["error"]["type"] == "invalid_request_error"
-        last = stream(60)
+        last = stream(400)
         next(last)
         with ThreadPoolExecutor(1) as pool:
             whole = pool.submit(pictures, last)

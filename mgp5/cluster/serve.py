@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
 
 from ..errors import Mgp5Error
 from ..serving.app import make_app
 from ..serving.run import engine_of, entry
 from . import absolute, connected, resources
+from .router import FewestRequests
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -109,6 +111,7 @@ def _deployment(flags: dict[str, Any], least: int, most: int, needs: dict[str, A
         name=NAME,
         ray_actor_options=needs,
         autoscaling_config=scale,
+        request_router_config=RequestRouterConfig(request_router_class=FewestRequests),
         max_ongoing_requests=flags["connections"],
         max_queued_requests=flags["connections"],
         graceful_shutdown_timeout_s=flags["drain"],
