@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import click
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ PANELS = {  # run -> its title, and what is drawn: name in the log -> what it is
     "pretrain": ("Pretraining, both losses", {"ldm": "LDM loss", "caption": "caption loss"}),
     "finetune": ("Finetuning", {"ldm": "LDM loss", "text": "text loss"}),
 }
-SMOOTH = 5  # log lines that one point is the mean of, where there are many
+SMOOTH = 5  # log lines that one point is the median of, where there are many
 
 
 @click.command()
@@ -31,7 +32,8 @@ def main(work: Path, out: Path) -> None:
     for axis, (run, (title, names)) in zip(axes, PANELS.items(), strict=True):
         rows = [json.loads(line) for line in (work / run / "log.jsonl").read_text().splitlines()]
         for name, label in names.items():
-            axis.plot(*_smooth([(row["step"], row[name]) for row in rows if name in row]), label=label)
+            points = {row["step"]: row[name] for row in rows if name in row}  # of steps done twice the later
+            axis.plot(*_smooth(sorted(points.items())), label=label)
         axis.set(title=title, xlabel="updates", yscale="log" if run == "captions" else "linear")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -39,10 +41,10 @@ def main(work: Path, out: Path) -> None:
 
 
 def _smooth(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    """Steps and values, each the mean of some neighbours."""
+    """Steps and values, each the median of some neighbours."""
     width = SMOOTH if len(points) > 10 * SMOOTH else 1
     groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [sum(s for s, _ in g) / len(g) for g in groups], [sum(v for _, v in g) / len(g) for g in groups]
+    return [median(step for step, _ in group) for group in groups], [median(v for _, v in group) for group in groups]
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def fit(
     start = saved = mark = time.monotonic()
     log = (run.folder / "log.jsonl").open("a")
     sums: dict[str, float] = {}
+    since = first  # the step that the sums begin with
     for step in range(first, run.steps):
         for group in optimizer.param_groups:
             group["lr"] = run.rate(step)
@@ -89,16 +90,17 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         _follow(average, model, min(run.ema, (step + 1) / (step + 10)))
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.item() / run.log_every
+            sums[key] = sums.get(key, 0.0) + value.item()
         if (step + 1) % run.log_every == 0:
             rate, mark = run.log_every / (time.monotonic() - mark), time.monotonic()
-            row = {"step": step + 1, "rate": round(rate, 2)} | {k: round(v, 5) for k, v in sums.items()}
+            means = {key: round(value / (step + 1 - since), 5) for key, value in sums.items()}
+            row = {"step": step + 1, "rate": round(rate, 2)} | means
             if evaluate is not None and (step + 1) % evaluate_every == 0:
                 row |= {key: round(value, 4) for key, value in evaluate(average).items()}
                 mark = time.monotonic()
             log.write(json.dumps(row) + "\n")
             log.flush()
-            sums = {}
+            sums, since = {}, step + 1
         over = time.monotonic() - start > 60 * run.minutes
         if over or step + 1 == run.steps or time.monotonic() - saved > 60 * run.save_minutes:
             _save(run, step + 1, model, average, optimizer)

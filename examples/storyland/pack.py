@@ -26,8 +26,11 @@ def main(work: Path, run: Path, out: Path, guidance: float, temperature: float) 
     drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
     config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance, "temperature": temperature}
-    config["narrate_from"] = "none"  # 39 % of its narrations tell the picture without a history, 15 % with one
+    config["narrate_from"] = "none"  # 65 % of its narrations tell just the change then, 49 % with the history
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in out.rglob("config.json"):  # a file may know where it was loaded from, which is nobody's business
+        kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
     for path in out.rglob("*.safetensors"):
         halve(path)
     for path in out.rglob("*"):
