@@ -241,7 +241,9 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(folder, double, mon
     with pytest.raises(Mgp5Error, match=r"model\.onnx is damaged"):
         build(folder, OPTIONS)
     file.write_bytes(whole)
-    monkeypatch.setattr("rich.progress.Progress.update", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "rich.progress.Progress.update", lambda *_, **__: signal.default_int_handler(signal.SIGINT, None)
+    )
     with pytest.raises(KeyboardInterrupt):
         build(folder, OPTIONS)
     model = onnx.load(file)

@@ -29,7 +29,8 @@ def main(data: Path) -> None:
                 if after[: len(chat)] == chat:
                     continue  # a dialogue that goes on: own data learns every answer of the whole one
                 for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
-                    part["caption"] = caption(scenes[part["path"]], random.Random(part["path"]))
+                    # Always in the same words: no history tells which of many a caption would choose.
+                    part["caption"] = caption(scenes[part["path"]], random.Random(0))
                     part["path"] = str(Path(part["path"]).relative_to(data))
                 file.write(json.dumps({"messages": chat}) + "\n")
 
