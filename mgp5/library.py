@@ -107,7 +107,15 @@ def wanted(files: Sequence[str]) -> list[str]:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a snapshot has weights for each configuration, and each file that an index of them names."""
+    """Whether a snapshot has the parts of its pipeline, weights for each configuration, and each file of an index.
+
+    A download that was ended may have any of its files: they come several at a time, in no order.
+    """
+    index = folder / "model_index.json"
+    pipeline = json.loads(index.read_text()) if index.is_file() else {}
+    parts = [name for name, made in pipeline.items() if isinstance(made, list) and made[0] and PARTS.match(f"{name}/_")]
+    if not all(any((folder / part).glob("*config.json")) for part in parts or [""]):
+        return False
     named = [
         index.parent / file
         for index in folder.rglob("*.safetensors.index.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hub_double import Hub, running
 
 from mgp5.diffusion import load_diffusion
 from mgp5.hub import REPOS
-from mgp5.library import wanted
+from mgp5.library import wanted, whole
 
 NAME = "sd-2.1-base"
 REPO = REPOS[NAME]
@@ -94,6 +95,14 @@ def test_a_killed_pull_goes_on_with_what_is_missing(mgp5, hub):
     mgp5("pull", NAME)
     after = hub.fetched()
     assert WEIGHTS in after and len(after) < len(hub.repos[REPO.id]) - 5 and line_of(mgp5)["whole"]
+
+
+@pytest.mark.parametrize("missing", ["unet", "vae/config.json", "scheduler", "tokenizer", "model_index.json"])
+def test_what_a_download_may_not_have_got_yet_is_missed(diffusion_folder, tmp_path, missing):
+    folder = Path(shutil.copytree(diffusion_folder, tmp_path / "snapshot"))
+    assert whole(folder)
+    (folder / missing).rename(tmp_path / "elsewhere")
+    assert not whole(folder)
 
 
 def test_a_damaged_file_is_refused_and_not_kept(mgp5, hub):
