@@ -51,6 +51,7 @@ class Voice:
         return int(sample(logits, *settings.view(3, 1, 1)))
 
 
+COLDEST = 1e-6  # temperature, with which logits still are finite, and the likeliest token is certain
 SILENT = Voice(temperature=0, top_p=1, penalty=1, generator=torch.Generator())  # of a row that pauses
 
 
@@ -66,11 +67,11 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) 
 
     Args:
         logits: (r, V).
-        temperature, top_p: (r, 1), above 0.
+        temperature, top_p: (r, 1), 0 or more: what is above 0 for the one who asked may be 0 in single precision.
         numbers: (r, 1) in [0, 1): where to look in the cumulative distribution of the set, likely tokens first.
     """
-    values, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
+    values, order = torch.softmax(logits / temperature.clamp(min=COLDEST), dim=-1).sort(descending=True, stable=True)
     reached = values.cumsum(-1)
-    last = torch.searchsorted(reached - values, top_p) - 1  # the token that reaches top_p is of the set
+    last = (torch.searchsorted(reached - values, top_p) - 1).clamp(min=0)  # the token that reaches top_p is of the set
     index = torch.searchsorted(reached, numbers * reached.gather(1, last), right=True)
     return order.gather(1, torch.minimum(index, last))[:, 0]  # minimum: sums are rounded

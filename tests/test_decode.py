@@ -209,6 +209,7 @@ def test_sampling_inverts_the_cumulative_distribution():
     assert tokens([0.0, 0.49, 0.51, 0.74, 0.76, 0.9999], 1.0) == [1, 1, 3, 3, 4, 0]
     assert tokens([0.0, 0.66, 0.67, 0.9999], 0.7) == [1, 1, 3, 3]  # 0.5 and 0.25 reach 0.7
     assert tokens([0.99], 0.5) == tokens([0.99], 0.01) == [1]
+    assert tokens([0.99], 1e-50) == tokens([0.99], 1.0, temperature=1e-50) == [1]  # zeros in single precision
     squares = chances.square() / chances.square().sum()
     first = float(squares[1])
     assert tokens([first - 0.01, first + 0.01], 1.0, temperature=0.5) == [1, 3]
