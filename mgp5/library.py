@@ -111,8 +111,8 @@ def whole(folder: Path) -> bool:
 
     A download that was ended may have any of its files: they come several at a time, in no order.
     """
-    index = folder / "model_index.json"
-    pipeline = json.loads(index.read_text()) if index.is_file() else {}
+    top = folder / "model_index.json"
+    pipeline = json.loads(top.read_text()) if top.is_file() else {}
     parts = [name for name, made in pipeline.items() if isinstance(made, list) and made[0] and PARTS.match(f"{name}/_")]
     if not all(any((folder / part).glob("*config.json")) for part in parts or [""]):
         return False
