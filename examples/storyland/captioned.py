@@ -1,4 +1,4 @@
-"""Storyland's stories and dialogues as own data, each picture with a full description, which GILL's objective needs."""
+"""Storyland's stories and dialogues as own data, each picture with the caption that GILL's objective needs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,43 @@ from mgp5.data.storyland.tell import caption
 from mgp5.evaluation.tasks import pictured
 
 
+def sentence(format: str, asked: dict, answer: dict) -> str:
+    """What the data itself says of an answer's picture: the sentence of that scene, or a dialogue's request."""
+    texts = [part["text"] for message in (asked, answer) for part in message["content"] if part["type"] == "text"]
+    if format == "mmdialog":  # its answers say "Here you are."
+        texts = [part["text"] for part in asked["content"] if part["type"] == "text"]
+    return texts[-1].rpartition("description: ")[2]
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
-@click.option("--vary", is_flag=True, help="Descriptions in changing words, as people's are; else always in the same.")
-def main(data: Path, vary: bool) -> None:
-    """Write DATA/train.jsonl from DATA/vist and DATA/mmdialog."""
-    with (data / "train.jsonl").open("x") as file:
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--words",
+    type=click.Choice(["story", "changing", "same"]),
+    default="story",
+    help="The data's own sentences; else full descriptions, in changing words as people's are, or always in the same.",
+)
+def main(data: Path, out: Path, words: str) -> None:
+    """Write OUT, which is to lie in DATA, from DATA/vist and DATA/mmdialog."""
+    with out.open("x") as file:
         for format in ("vist", "mmdialog"):
             scenes, samples = dict(pictured(data / format)), load_data(format, data / format)
             chats = [samples[index].to_chat() for index in range(len(samples))]
             for chat, after in pairwise([*chats, []]):
                 if after[: len(chat)] == chat:
                     continue  # a dialogue that goes on: own data learns every answer of the whole one
-                for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
-                    place = Path(part["path"])
-                    part["path"] = str(place.relative_to(data))
-                    part["caption"] = caption(scenes[place], random.Random(part["path"] if vary else 0))
+                for asked, message in pairwise(chat):
+                    for part in (part for part in message["content"] if part["type"] == "image"):
+                        place = Path(part["path"])
+                        part["path"] = str(place.relative_to(data))
+                        if message["role"] == "user":
+                            continue  # shown, not drawn
+                        if words == "story":
+                            part["caption"] = sentence(format, asked, message)
+                        else:
+                            seed = part["path"] if words == "changing" else 0
+                            part["caption"] = caption(scenes[place], random.Random(seed))
                 file.write(json.dumps({"messages": chat}) + "\n")
 
 

@@ -151,6 +151,8 @@ def save_pipeline(folder: Path, painter: Painter, vae: AutoencoderKL, tokenizer:
 @click.option("--minutes", default=1e9, help="Stop after this time; the next call goes on.")
 @click.option("--batch", default=32)
 @click.option("--lr", default=8e-4)
+@click.option("--decay", default=Run.decay, help="Last share of the steps, over which the learning rate falls to zero.")
+@click.option("--seed", default=6, help="Of the batches; training that goes on wants others.")
 @click.option("--every", default=500, help="Steps between evaluations.")
 @click.option("--threads", default=0, help="CPU threads; 0 = all.")
 @click.option("--train", "amount", default=20000, help="Number of training renders.")
@@ -164,6 +166,8 @@ def main(
     minutes: float,
     batch: int,
     lr: float,
+    decay: float,
+    seed: int,
     every: int,
     threads: int,
     amount: int,
@@ -196,7 +200,7 @@ def main(
 
     def loss(step: int) -> dict[str, Tensor]:
         progress["step"] = step + 1
-        generator = step_generator(step, 46 if begin else 6)
+        generator = step_generator(step, seed)
         chosen = torch.randint(len(latents), (batch,), generator=generator).numpy()
         mean, std = torch.from_numpy(latents[chosen]).float().chunk(2, dim=1)
         first, noise = torch.randn(2, *mean.shape, generator=generator)
@@ -207,7 +211,8 @@ def main(
         where = device()
         return {"v": run_terms(z.to(where), t.to(where), encode(texts), v.to(where))}
 
-    judge, run = load_judge().to(device()), Run(name="unet", work=work, steps=steps, lr=lr, minutes=minutes)
+    run = Run(name="unet", work=work, steps=steps, lr=lr, decay=decay, minutes=minutes)
+    judge = load_judge().to(device())
     asked = renders(work, "test", 512)[1][:SHOWN]
 
     def evaluate(model: nn.Module) -> dict[str, float]:

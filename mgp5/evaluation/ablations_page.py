@@ -35,6 +35,7 @@ METHOD = (
     "intervals of Student's t over seeds. All draw the same captions and stories from the same noise. Differences are "
     "to the baseline, or to the row named, of the same seeds; one is within chance where its interval holds zero."
 )
+WIDE = "main { max-width: 110rem; } td:last-child { text-align: left; min-width: 14rem; }"
 Values = dict[int, dict[str, Any]]  # of a row after a stage, by seed
 
 
@@ -101,7 +102,7 @@ def show_table(facts: dict[str, Any]) -> None:
 def _number(number: dict[str, Any] | None, metric: str) -> str:
     if not number:
         return ""
-    scale, digits = (100, 1) if metric == ATTRIBUTES else (1, 2)
+    scale, digits = (100, 1) if metric == ATTRIBUTES else (1, 0 if number["value"] >= 100 else 2)
     spread = ""
     if "low" in number:
         spread = f" ({scale * number['low']:.{digits}f} to {scale * number['high']:.{digits}f})"
@@ -133,25 +134,24 @@ def _page(plan: Plan, rows: Mapping[str, Row], found: Mapping[tuple, Run], facts
     cpu = facts["machine"].get("gpu") or facts["machine"]["cpu"]
     footer = f"Made with mgp5 {facts['versions'].get('mgp5')}, {facts['made']}, on {cpu}, weights {settings['weights']}"
     return PAGE.format(
-        lang="en", title="Ablations on Storyland", style=STYLE + OWN, body="\n".join(body), footer=escape(footer)
+        lang="en", title="Ablations on Storyland", style=STYLE + OWN + WIDE, body="\n".join(body), footer=escape(footer)
     )
 
 
 def _table(lines: dict[str, dict[str, Any]]) -> str:
     stages = "".join(f'<th colspan="3">{escape(words)}</th>' for words in STAGES.values())
-    heads = "<th>updates, minutes</th><th>attributes, % &uarr;</th><th>Frechet &darr;</th>" * len(STAGES)
-    heads += "<th>papers: CLIP-I, FID</th><th>ours: attributes, Frechet</th><th>source</th>"
-    parts = [f"<tr><th></th>{stages}<th></th><th></th><th></th></tr><tr><th></th>{heads}</tr>"]
+    heads = "<th></th><th>papers: CLIP-I, FID</th><th>ours: attributes, Frechet</th>"
+    heads += "<th>updates, minutes</th><th>attributes, % &uarr;</th><th>Frechet &darr;</th>" * len(STAGES)
+    parts = [f"<tr><th></th><th></th><th></th>{stages}<th></th></tr><tr>{heads}<th>source</th></tr>"]
     for name, line in lines.items():
-        cells = ""
+        against = "" if line["against"] == BASELINE else f" <small>against {escape(line['against'])}</small>"
+        cells = f"<td>{escape(name)}</td><td>{escape(_papers(line))}{against}</td><td>{escape(_ours(line))}</td>"
         for stage in STAGES:
             entry = line.get(stage)
             cells += f"<td>{entry['updates']}, {entry['minutes']:.1f}</td>" if entry else "<td></td>"
             for metric in METRICS:
                 cells += f"<td>{_number(entry and entry[metric], metric)}{_gap(entry, metric)}</td>"
-        against = "" if line["against"] == BASELINE else f" <small>against {escape(line['against'])}</small>"
-        told = f"<td>{escape(_papers(line))}{against}</td><td>{escape(_ours(line))}</td>"
-        parts.append(f"<tr><td>{escape(name)}</td>{cells}{told}<td><small>{escape(line['source'])}</small></td></tr>")
+        parts.append(f"<tr>{cells}<td><small>{escape(line['source'])}</small></td></tr>")
     return f'<div class="wide"><table>{"".join(parts)}</table></div>'
 
 
