@@ -35,7 +35,7 @@ METHOD = (
     "intervals of Student's t over seeds. All draw the same captions and stories from the same noise. Differences are "
     "to the baseline, or to the row named, of the same seeds; one is within chance where its interval holds zero."
 )
-WIDE = "main { max-width: 110rem; } td:last-child { text-align: left; min-width: 14rem; }"
+WIDE = "main { max-width: 110rem; } td:last-child { text-align: left; min-width: 10rem; white-space: normal; }"
 Values = dict[int, dict[str, Any]]  # of a row after a stage, by seed
 
 
