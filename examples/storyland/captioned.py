@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,24 @@ def sentence(format: str, asked: dict, answer: dict) -> str:
     return texts[-1].rpartition("description: ")[2]
 
 
+def captioned(data: Path, format: str, words: str) -> Iterator[list[dict]]:
+    """Chats of DATA/format, with a caption of every picture that is to be drawn."""
+    scenes, samples = dict(pictured(data / format)), load_data(format, data / format)
+    chats = [samples[index].to_chat() for index in range(len(samples))]
+    for chat, after in pairwise([*chats, []]):
+        if after[: len(chat)] == chat:
+            continue  # a dialogue that goes on: own data learns every answer of the whole one
+        for asked, message in pairwise(chat):
+            for part in (part for part in message["content"] if part["type"] == "image"):
+                place = Path(part["path"])
+                part["path"] = str(place.relative_to(data))
+                if message["role"] == "assistant" and words == "story":
+                    part["caption"] = sentence(format, asked, message)
+                elif message["role"] == "assistant":
+                    part["caption"] = caption(scenes[place], random.Random(part["path"] if words == "changing" else 0))
+        yield chat
+
+
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
@@ -33,25 +52,9 @@ def sentence(format: str, asked: dict, answer: dict) -> str:
 )
 def main(data: Path, out: Path, words: str) -> None:
     """Write OUT, which is to lie in DATA, from DATA/vist and DATA/mmdialog."""
+    chats = [chat for format in ("vist", "mmdialog") for chat in captioned(data, format, words)]
     with out.open("x") as file:
-        for format in ("vist", "mmdialog"):
-            scenes, samples = dict(pictured(data / format)), load_data(format, data / format)
-            chats = [samples[index].to_chat() for index in range(len(samples))]
-            for chat, after in pairwise([*chats, []]):
-                if after[: len(chat)] == chat:
-                    continue  # a dialogue that goes on: own data learns every answer of the whole one
-                for asked, message in pairwise(chat):
-                    for part in (part for part in message["content"] if part["type"] == "image"):
-                        place = Path(part["path"])
-                        part["path"] = str(place.relative_to(data))
-                        if message["role"] == "user":
-                            continue  # shown, not drawn
-                        if words == "story":
-                            part["caption"] = sentence(format, asked, message)
-                        else:
-                            seed = part["path"] if words == "changing" else 0
-                            part["caption"] = caption(scenes[place], random.Random(seed))
-                file.write(json.dumps({"messages": chat}) + "\n")
+        file.writelines(json.dumps({"messages": chat}) + "\n" for chat in chats)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,7 @@ def rows(guidance: float) -> dict[str, Row]:
             source=f"{OLD}, table 1: CLIP-I 0.58, 0.70; FID 76.51, 59.48",
         ),
     ]
-    found = [*trained, *_vokens(), *_scales(guidance), *_contexts()]
-    return {row.name: row for row in found}
+    return {row.name: row for row in (*trained, *_vokens(), *_scales(guidance), *_contexts())}
 
 
 def _vokens() -> list[Row]:

@@ -102,11 +102,9 @@ def show_table(facts: dict[str, Any]) -> None:
 def _number(number: dict[str, Any] | None, metric: str) -> str:
     if not number:
         return ""
-    scale, digits = (100, 1) if metric == ATTRIBUTES else (1, 0 if number["value"] >= 100 else 2)
-    spread = ""
-    if "low" in number:
-        spread = f" ({scale * number['low']:.{digits}f} to {scale * number['high']:.{digits}f})"
-    return f"{scale * number['value']:.{digits}f}{spread}"
+    scale = 100 if metric == ATTRIBUTES else 1
+    spread = f" ({scale * number['low']:.1f} to {scale * number['high']:.1f})" if "low" in number else ""
+    return f"{scale * number['value']:.1f}{spread}"
 
 
 def _papers(line: dict[str, Any]) -> str:

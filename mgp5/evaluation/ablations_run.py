@@ -26,6 +26,7 @@ import click
 from .. import caching, runs, training
 from ..checkpoint import CONFIG
 from ..config import ModelConfig, Stage
+from ..data import load_data
 from ..data.storyland.write import write as write_storyland
 from ..errors import Mgp5Error
 from ..hub import Parts, read_config, resolve
@@ -100,6 +101,8 @@ def run(flags: dict[str, Any]) -> dict[str, Any]:
     )
     table = rows(plan.guidance)
     found = runs_of(table, needed(table, flags["rows"]), plan)
+    for format in FORMATS.values() if flags["data"] else ():
+        load_data(format, plan.data / format)  # before --out is claimed for it
     with _claimed(plan, weights(Parts("", mllm, diffusion, None)), flags["data"]):
         _write_data(plan, flags["data"] is None)
         _work(plan, table, found, flags["seeds"], flags["jobs"])
@@ -131,6 +134,7 @@ def _work(plan: Plan, table: Mapping[str, Row], found: Mapping[tuple, Run], seed
     for one in found.values():
         chains.setdefault(id(one.before or one), []).append(one)
     todo = [(seed, chain) for seed in range(seeds) for chain in chains.values()]
+    click.echo(f"{len(todo)} trainings with their pictures, {jobs} at a time; the page grows with each", err=True)
     with processes(jobs) as pool:
         pool.submit(_cache, plan).result()
         futures = {pool.submit(_chain, plan, chain, seed): (seed, chain) for seed, chain in todo}
