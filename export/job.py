@@ -52,7 +52,7 @@ def run(flags: dict[str, Any], tell: Tell) -> None:
         Mgp5Error: as `load` and `export`, flags that do not go together, or packages that are not installed.
     """
     from ..config import override, parse_settings
-    from ..device import spare_threads
+    from ..device import limit_threads_for_small_models
     from .subject import load
     from .trt import BuildOptions, build
 
@@ -71,7 +71,7 @@ def run(flags: dict[str, Any], tell: Tell) -> None:
             raise Mgp5Error("nothing was exported", reason)
         _free(out)  # told before anything is loaded
         subject = load(flags["model"], flags["components"])
-        spare_threads(subject.diffusion)
+        limit_threads_for_small_models(subject.diffusion)
         request = Request(
             components=flags["components"],
             precision=flags["precision"],
@@ -132,7 +132,7 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
     """Write all into `folder`; the manifest comes last."""
     import resource
 
-    from ..runs import write_json
+    from ..training.checkpoints import write_json
     from . import manifest as facts
     from . import specs
 
@@ -176,7 +176,7 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
 
 def _write(make: Callable[[], Any], folder: Path, request: Request, tell: Tell) -> dict[str, Any]:
     """One component; returns its entry in the manifest, without proof yet."""
-    from ..runs import write_json
+    from ..training.checkpoints import write_json
     from . import onnx
     from .manifest import describe
 
@@ -235,10 +235,10 @@ def _readable(subject: Subject, names: Sequence[str], folder: Path) -> None:
     """What else optimum's pipelines need to read the folder: their index, and the scheduler's configuration."""
     from diffusers import DDIMScheduler
 
-    from ..diffusion import PIPELINES
-    from ..diffusion.frozen import load_part
+    from ..generators import PIPELINES
+    from ..generators.latent_diffusion import load_part
     from ..hub import from_hub
-    from ..runs import write_json
+    from ..training.checkpoints import write_json
 
     classes = {name: kind for kind, (_, name) in PIPELINES.items()}
     config = from_hub(subject.source, lambda name, at: load_part(DDIMScheduler.load_config, name, "scheduler", at))

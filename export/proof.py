@@ -14,11 +14,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from ..diffusion.frozen import FrozenDiffusion
 from ..engines import Engine
 from ..engines.exported import Run
-from ..engines.ort import Session
+from ..engines.onnx import Session
 from ..errors import Mgp5Error
+from ..generators.latent_diffusion import FrozenDiffusion
 from .specs import Component
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from optimum.utils import (
 )
 from torch import Tensor, nn
 
-from ..diffusion.frozen import FrozenDiffusion
-from ..diffusion.sampler import guidance_batch
-from ..engines.exported import hoisted, plain_group_norm
-from ..mapper import FeatureMapper
+from ..engines.exported import plain_group_norm, precomputed
+from ..generators.latent_diffusion import FrozenDiffusion
+from ..generators.sampler import guidance_batch
+from ..heads.mapper import FeatureMapper
 
 BATCH = 2  # of the exported example: nothing of size 1, which torch.export takes for a constant
 LATENT = {0: "batch", 2: "height", 3: "width"}
@@ -173,8 +173,8 @@ def vae_decoder(diffusion: FrozenDiffusion) -> Component:
 
 
 def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
-    """The denoiser as a step: latents, a step's row for each, and the context that `condition` gives; see `Hoisted`."""
-    parts, model = hoisted(diffusion, opset), diffusion.denoiser
+    """The denoiser as a step: latents, a step's row for each, and what `condition` gives."""
+    parts, model = precomputed(diffusion, opset), diffusion.denoiser
     length, width = diffusion.condition_shape
     example = torch.ones(BATCH, length, width, dtype=model.dtype, device=model.device)
     table, context = parts.constants(torch.ones(2, device=model.device), example)
@@ -192,7 +192,7 @@ def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
 
 def _condition(diffusion: FrozenDiffusion, mapper: FeatureMapper, unconditional: Tensor, num_vokens: int) -> Component:
     """States (B, N, D) and timesteps (n) -> the table of rows and the context of `denoiser`, for R = 2B rows."""
-    parts, constant = hoisted(diffusion), unconditional.to(mapper.mlp[0].weight)
+    parts, constant = precomputed(diffusion), unconditional.to(mapper.mlp[0].weight)
     states = constant.new_ones(BATCH, num_vokens, mapper.config.llm_width)
     timesteps = torch.ones(3, device=states.device)
 

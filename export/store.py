@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..device import user_cache
 from ..errors import Mgp5Error
-from ..fingerprint import hash_of
+from ..training.fingerprint import hash_of
 from .job import Request, export
 from .manifest import versions, weights_hash
 from .subject import Subject
 
 if TYPE_CHECKING:
-    from ..diffusion.frozen import FrozenDiffusion
+    from ..generators.latent_diffusion import FrozenDiffusion
 
 COMPONENTS = ("denoiser", "vae_decoder")
 VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster

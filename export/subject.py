@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CONFIG, WEIGHTS, read_weights
 from ..config import model_config_from
-from ..diffusion.frozen import FrozenDiffusion
 from ..errors import Mgp5Error
-from ..heads.vokens import VokenHead
+from ..generators.latent_diffusion import FrozenDiffusion
+from ..heads.mapper import FeatureMapper
+from ..heads.minigpt5 import MiniGPT5Head
 from ..hub import Parts, read_config, resolve
-from ..mapper import FeatureMapper
+from ..loading import CONFIG, WEIGHTS, read_weights
 from ..model import load_generator
 
 
@@ -63,7 +63,7 @@ def _mapper(parts: Parts, diffusion: FrozenDiffusion) -> dict[str, Any]:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise Mgp5Error(f"the mapper in {parts.trained} does not fit its config ({reason})", "copy it again") from None
-    head = VokenHead(mapper.eval(), diffusion, range(config.num_vokens), config.unconditional == "text")
+    head = MiniGPT5Head(mapper.eval(), diffusion, range(config.num_vokens), config.unconditional == "text")
     with torch.no_grad():
         unconditional = head.unconditional(next(mapper.parameters()))
     return {"mapper": mapper, "unconditional": unconditional, "num_vokens": config.num_vokens}

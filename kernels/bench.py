@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import implementations
+from .registry import implementations
 
 CACHE = 256 * 2**20  # bytes that the sets of tensors fill together: several times the L2 cache of any card
 SMALL = 4 * 2**20  # bytes of the largest case that is timed on a CPU

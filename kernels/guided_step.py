@@ -17,7 +17,7 @@ from torch.library import wrap_triton
 from .language import ceil_div, jit, operator, tl
 
 if TYPE_CHECKING:
-    from ..diffusion.sampler import SamplerTable
+    from ..generators.sampler import SamplerTable
 
 BLOCK = 512  # latents are small (64 KB at 512 pixels): many small programs reach more multiprocessors
 REDUCE = 4096  # elements at a time of an image's standard deviation

@@ -9,11 +9,68 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from .errors import Mgp5Error
-from .mapper import MapperConfig
-from .prompt import VokenLabels
 
+VokenLabels = Literal["all", "first", "ends"]
 Stage = Literal["pretrain", "finetune"]
 Precision = Literal["fp32", "bf16", "fp16"]
+MAPPER_KINDS = ("encoder-decoder", "decoder-only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapperConfig:
+    """The shape of a FeatureMapper; the defaults are the paper's (arXiv 2310.02239, section 3.2).
+
+    Args:
+        llm_width: D, width of the LLM's hidden states (4096 for a 7B LLaMA).
+        width: C, width of the diffusion model's condition (1024 for Stable Diffusion 2.1).
+        queries: L, length of the condition in rows.
+        encoder_layers: transformer layers over the vokens.
+        decoder_layers: transformer layers over the queries.
+        heads: attention heads; must divide the width of the transformer.
+        ffn_ratio: hidden width of the feed-forward layers, in units of the transformer's width.
+        inner: W, width of the transformer where it is not C; 0 is C, and then there is no output projection.
+        pooled: P, length of the pooled vector in the last row (2048 for Stable Diffusion 3), 0 where there is none.
+        kind: "decoder-only" is the paper's ablation (table 7): the vokens alone run through causal layers, and what
+            comes out is padded with zeros to L rows.
+
+    Raises:
+        Mgp5Error: a value that cannot be; all of them are named.
+    """
+
+    llm_width: int
+    width: int
+    queries: int = 77
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 8
+    ffn_ratio: int = 4
+    inner: int = 0
+    pooled: int = 0
+    kind: Literal["encoder-decoder", "decoder-only"] = "encoder-decoder"
+
+    def __post_init__(self) -> None:
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        least = dict.fromkeys(("inner", "pooled"), 0)
+        problems = [
+            f"{name} is {value}, expected at least {least.get(name, 1)}"
+            for name, value in counts.items()
+            if value < least.get(name, 1)
+        ]
+        if self.heads >= 1 and self.transformer_width % self.heads:
+            problems.append(f"width {self.transformer_width} is not a multiple of heads {self.heads}")
+        if self.pooled > self.width:
+            problems.append(f"pooled {self.pooled} is more than width {self.width}")
+        if self.kind not in MAPPER_KINDS:
+            problems.append(f"kind is {self.kind!r}, expected {' or '.join(MAPPER_KINDS)}")
+        elif self.kind == "decoder-only" and self.pooled:
+            problems.append("a decoder-only mapper has no pooled vector")
+        if problems:
+            raise Mgp5Error("mapper: " + "; ".join(problems), "correct these values in the mapper's settings")
+
+    @property
+    def transformer_width(self) -> int:
+        """W."""
+        return self.inner or self.width
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .backbones.minigpt4 import compose, read_state
-from .checkpoint import put, save_checkpoint, trained_tensors
 from .config import LoraConfig
 from .errors import Mgp5Error
 from .hub import Parts, explain, place, resolve
-from .model import MiniGPT5, build
+from .loading import put, save_checkpoint, trained_tensors
+from .model import InterleavedModel, build
 
 NAMES = {"fc.": "mapper.mlp.", "llm_to_t2i_mapping.": "mapper.transformer.", "t2i_decoder_prompt": "mapper.queries"}
 ROWS = ("embed_tokens", "lm_head")
@@ -120,7 +120,7 @@ def _common(name: str) -> str:
     return NAMES.get(theirs, "") + name.removeprefix(theirs)
 
 
-def _check_rows(model: MiniGPT5, released: dict[str, Tensor]) -> dict[str, float]:
+def _check_rows(model: InterleavedModel, released: dict[str, Tensor]) -> dict[str, float]:
     """Largest difference of the LLM's rows. Raises Mgp5Error when they are of another vocabulary or width."""
     weights = model.backbone.core.get_input_embeddings().weight, model.backbone.lm_head.weight
     known = len(model.backbone.tokenizer) - ADDED
@@ -136,7 +136,7 @@ def _check_rows(model: MiniGPT5, released: dict[str, Tensor]) -> dict[str, float
     return shrunk
 
 
-def _fill(model: MiniGPT5, released: dict[str, Tensor], parts: Parts) -> tuple[str, ...]:
+def _fill(model: InterleavedModel, released: dict[str, Tensor], parts: Parts) -> tuple[str, ...]:
     """Put what was released into the model; returns the names that were of no use."""
     ranks = [len(value) for name, value in released.items() if name.endswith("lora_A")]
     model.adapt(LoraConfig(rank=ranks[0], alpha=2 * ranks[0]) if ranks else None, None)

@@ -56,7 +56,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges
 
 
-def spare_threads(model: torch.nn.Module) -> None:
+def limit_threads_for_small_models(model: torch.nn.Module) -> None:
     """Run a small model on one CPU thread, unless OMP_NUM_THREADS says otherwise.
 
     Two threads gain the demo little on an idle machine, and on a busy one they cost it a factor of ten: OpenMP spins.

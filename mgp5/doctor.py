@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from . import engines, kernels
+from . import engines
+from .apps.library import catalogue, here
 from .device import pick_device
 from .errors import Mgp5Error
 from .evaluation.weights import WEIGHTS, locate
 from .export.job import missing
 from .hub import bases, local_names, resolve
-from .library import catalogue, here
+from .kernels import registry as kernels
 from .views.tables import show, table
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ def versions() -> dict[str, str | None]:
 
 def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a model takes on a GPU, in bytes: part by part, and at most in each mode."""
-    from .footprint import footprint
-    from .placement import ladder
+    from .memory.generation import footprint
+    from .memory.offload import memory_plans
 
     needs = footprint(resolve(model), dtype)
-    plans = [p for p in ladder() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
+    plans = [p for p in memory_plans() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
     modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p)} for p in plans]
     parts = [
         {"name": name, "parameters": count, "bytes": needs.weights[name]} for name, count in needs.parameters.items()
@@ -178,7 +179,7 @@ def _memory_tables(told: dict[str, Any]) -> list[Table]:
 
 def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     try:
-        choice = engines.choose(backend, device, dtype)
+        choice = engines.select_backend(backend, device, dtype)
     except Mgp5Error as error:
         return {"name": backend, "chosen": None, "why": error.message.partition("cannot run here: ")[2]}
     why = choice.why

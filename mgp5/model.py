@@ -14,22 +14,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .backbones.hf import HFBackbone
-from .collate import Batch
+from .backbones.quantization import Quantize, is_quantized, merge_rows
 from .config import LoraConfig, ModelConfig, PrefixConfig, TrainConfig
-from .diffusion import LatentDiffusion, load_diffusion
 from .errors import Mgp5Error
-from .heads.vokens import VokenHead, predicting_states, voken_tokens
+from .generators import LatentDiffusion, load_diffusion
+from .heads.losses import Losses, caption_loss, labelled, text_loss
+from .heads.mapper import FeatureMapper, MapperConfig
+from .heads.minigpt5 import MiniGPT5Head, predicting_states, voken_tokens
 from .hub import explain, from_hub, resolve
-from .losses import Losses, caption_loss, labelled, text_loss
-from .mapper import FeatureMapper, MapperConfig
-from .quant import Quantize, is_quantized, merge_rows
+from .training.batch import Batch
 
 if TYPE_CHECKING:
     from .engines import Backend, Choice
-    from .placement import Memory, Plan
+    from .memory.offload import Memory, Plan
 
 
-class MiniGPT5(nn.Module):
+class InterleavedModel(nn.Module):
     """The whole model. Built frozen; `prepare` unfreezes what a stage trains."""
 
     def __init__(self, backbone: HFBackbone, diffusion: LatentDiffusion, config: ModelConfig) -> None:
@@ -38,7 +38,7 @@ class MiniGPT5(nn.Module):
         self.diffusion = diffusion
         self.config = config
         ids = backbone.add_tokens(list(voken_tokens(config.num_vokens)))
-        self.head = VokenHead(FeatureMapper(config.mapper), diffusion, ids, config.unconditional == "text")
+        self.head = MiniGPT5Head(FeatureMapper(config.mapper), diffusion, ids, config.unconditional == "text")
         self.requires_grad_(False)
         self.eval()
 
@@ -187,7 +187,7 @@ def diffusion_kind(diffusion: LatentDiffusion) -> str:
 
 def build(
     mllm: str, diffusion: str, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none", **options: Any
-) -> MiniGPT5:
+) -> InterleavedModel:
     """A model with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
 
     Args:
@@ -211,7 +211,7 @@ def assemble(
     inner: int | None = None,
     kind: str = "encoder-decoder",
     guidance: float = 7.5,
-) -> MiniGPT5:
+) -> InterleavedModel:
     """A model of these parts with a fresh mapper.
 
     Args:
@@ -228,7 +228,7 @@ def assemble(
         mllm_kind=backbone_kind(backbone),
         diffusion_kind=diffusion_kind(generator),
     )
-    return MiniGPT5(backbone, generator, config)
+    return InterleavedModel(backbone, generator, config)
 
 
 def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
@@ -247,7 +247,7 @@ def load(
     quantize: Quantize = "none",
     backend: Backend | None = "auto",
     memory: Memory | Plan = "auto",
-) -> MiniGPT5:
+) -> InterleavedModel:
     """A trained model, ready to generate.
 
     Args:
@@ -256,29 +256,29 @@ def load(
         quantize: "4bit" or "8bit" for the LLM's layers.
         backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone. With compile, and on a
             GPU with triton, the LLM's tokens are decoded by compiled code too.
-        memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `placement.choose`.
+        memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `placement.select_memory_plan`.
 
     Raises:
         Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or what cannot run here.
     """
-    from . import placement
-    from .checkpoint import load_checkpoint
+    from .loading import load_checkpoint
+    from .memory import offload as placement
 
     parts = resolve(str(name))
     if parts.trained is None:
         raise Mgp5Error(f"{name} has no trained mapper", f"train one: mgp5 train --stage pretrain --model {name}")
     if not isinstance(memory, placement.Plan):
-        memory = placement.choose(memory, parts, torch.device(device), dtype, quantize)
+        memory = placement.select_memory_plan(memory, parts, torch.device(device), dtype, quantize)
     backend = memory.engine(backend)
     model = load_checkpoint(parts, dtype=dtype, quantize=memory.quantize)
     model.merge()
     placement.place(model.eval(), memory, torch.device(device))
     if backend:
-        run_by(model, backend)
+        set_backend(model, backend)
     return model
 
 
-def run_by(model: MiniGPT5, backend: Backend, exported: Path | None = None) -> Choice:
+def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> Choice:
     """Let pictures be drawn by an engine, and tokens be decoded by what goes with it: see `engines.apply`."""
     from . import engines
 

@@ -93,7 +93,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def storyland(tmp_path_factory):
-    from mgp5.data.storyland.write import write
+    from mgp5.storyland.write import write
 
     folder = tmp_path_factory.mktemp("storyland") / "train"
     write(folder, "train", pairs=6, stories=1, dialogs=2, seed=0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm
 
-from mgp5.diffusion.sampler import sampler_table
-from mgp5.diffusion.schedule import NoiseSchedule
+from mgp5.generators.sampler import sampler_table
+from mgp5.generators.schedule import NoiseSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Half an ulp of the result's type, or one where the interpreter cuts what a card rounds; and float32 arithmetic.

@@ -9,32 +9,32 @@ import torch
 from tiny import picture
 
 from mgp5 import Conversation, Image, Mgp5Error
-from mgp5.collate import Collator
 from mgp5.config import PRESETS, TrainConfig, override, parse_settings, preset
-from mgp5.generation import Options
-from mgp5.losses import caption_loss
-from mgp5.model import MiniGPT5, build
-from mgp5.prompt import IGNORE, example
+from mgp5.heads.losses import caption_loss
+from mgp5.model import InterleavedModel, build
+from mgp5.options import reply_options
+from mgp5.prompts import IGNORE, example
+from mgp5.training.batch import Collator
 
 TALK = Conversation().add("user", "a fox").add("assistant", Image(pixels=picture(), caption="fox"))
 
 
-def make(llava_folder, diffusion_folder, vokens: int = 4, **mapper) -> MiniGPT5:
+def make(llava_folder, diffusion_folder, vokens: int = 4, **mapper) -> InterleavedModel:
     torch.manual_seed(1)
     return build(str(llava_folder), str(diffusion_folder), num_vokens=vokens, **mapper)
 
 
 @pytest.fixture
-def llava(llava_folder, diffusion_folder) -> MiniGPT5:
+def llava(llava_folder, diffusion_folder) -> InterleavedModel:
     return make(llava_folder, diffusion_folder)
 
 
-def losses(model: MiniGPT5, config: TrainConfig):
+def losses(model: InterleavedModel, config: TrainConfig):
     collator = Collator(model.backbone, model.head.tokens, (16, 16), 1000)
     return model(collator([TALK]), config, torch.Generator().manual_seed(0))
 
 
-def trained(model: MiniGPT5) -> int:
+def trained(model: InterleavedModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -111,7 +111,7 @@ def test_a_decoder_only_mapper_trains_and_draws(llava_folder, diffusion_folder):
     terms = losses(model, preset("pretrain")).terms
     assert set(terms) == {"text", "ldm", "caption"} and all(term.isfinite() for term in terms.values())
     condition = model.head.mapper(torch.randn(1, 4, model.backbone.width))
-    *_, latents = model.head.draw(condition, Options(steps=2, guidance=2.0), [torch.Generator().manual_seed(0)])
+    *_, latents = model.head.draw(condition, reply_options(steps=2, guidance=2.0), [torch.Generator().manual_seed(0)])
     assert latents.isfinite().all()
 
 

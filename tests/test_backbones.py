@@ -12,15 +12,16 @@ from tiny_mllm import QUERIES
 from mgp5 import Conversation, Image
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.minigpt4 import compose
-from mgp5.checkpoint import save_checkpoint
-from mgp5.collate import Collator
 from mgp5.config import LoraConfig, PrefixConfig
 from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
-from mgp5.generation import Options, generate
+from mgp5.inference.reply import generate
+from mgp5.inference.session import Session
+from mgp5.loading import save_checkpoint
 from mgp5.model import build, load
-from mgp5.prompt import example, prompt
-from mgp5.session import Session
+from mgp5.options import reply_options
+from mgp5.prompts import example, prompt
+from mgp5.training.batch import Collator
 
 FAMILIES = ["llava", "qwen", "qwen3", "minigpt4"]
 TALK = (
@@ -193,5 +194,5 @@ def test_what_was_trained_survives_the_disk(name, adapter, request, diffusion_fo
         loaded = load(tmp_path)
         torch.testing.assert_close(loaded.hidden(batch), hidden, atol=1e-5, rtol=1e-4)
     assert len(trained) > 2 and not torch.allclose(hidden, untrained, atol=1e-2)
-    events = generate(loaded, TALK, Options(steps=1, max_tokens=0, image="always"))
+    events = generate(loaded, TALK, reply_options(steps=1, max_tokens=0, image="always"))
     assert any(isinstance(event, ImageDone) for event in events)

@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from PIL import Image as pil
 from tiny_sd3 import save_sd3
 
-from mgp5 import bench
+from mgp5.bench import decoding, drawing, starting, training
+from mgp5.bench import run as bench
+from mgp5.bench.suites import Clock, Limits, Setting, by_turns
 from mgp5.cli import main
 from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.hub import DEMO, resolve
-from mgp5.shapes import generator_shape, skeleton
-from mgp5.suites import Clock, Limits, Setting, by_turns, decoding, drawing, starting, training
+from mgp5.memory.skeletons import generator_shape, skeleton
 
 CPU = torch.device("cpu")
 PLACE = {"device": CPU, "dtype": torch.float32}

@@ -19,14 +19,15 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from mgp5 import Image, Mgp5Error, caching, cli
-from mgp5 import cache as caches
-from mgp5.cache import Caches
-from mgp5.collate import Collator
+from mgp5 import Image, Mgp5Error, cli
 from mgp5.config import preset
 from mgp5.data import Keyed, load_data
-from mgp5.data.storyland.write import write
-from mgp5.model import MiniGPT5, build
+from mgp5.model import InterleavedModel, build
+from mgp5.storyland.write import write
+from mgp5.training import feature_cache as caches
+from mgp5.training import make_cache as caching
+from mgp5.training.batch import Collator
+from mgp5.training.feature_cache import Caches
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +57,12 @@ def command(model: Path, world: Path, out: Path, *more: str, formats=("cc3m", "v
     return CliRunner().invoke(cli.main, words)
 
 
-def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> MiniGPT5:
+def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> InterleavedModel:
     torch.manual_seed(1)
     return build(str(folder / "mllm"), str(folder / "diffusion"), num_vokens=4, dtype=dtype)
 
 
-def collator(model: MiniGPT5, found: Caches | None = None) -> Collator:
+def collator(model: InterleavedModel, found: Caches | None = None) -> Collator:
     size = (model.diffusion.native_size,) * 2
     return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, caches=found)
 
@@ -71,7 +72,7 @@ def samples(world: Path, stage: str) -> list:
     return [data[i] for i in range(len(data))]
 
 
-def losses(model: MiniGPT5, batch, stage: str) -> dict[str, torch.Tensor]:
+def losses(model: InterleavedModel, batch, stage: str) -> dict[str, torch.Tensor]:
     """Loss terms and gradients, with half of the pictures dropped for guidance."""
     config = replace(preset(stage, "demo"), guidance_dropout=0.5, caption_weight=0.1)
     torch.manual_seed(0)

@@ -19,9 +19,9 @@ from PIL import Image as pil
 from tiny import picture, save_pipeline
 
 from mgp5 import Conversation, cli
-from mgp5.chat import Chat
+from mgp5.apps.chat import Chat
+from mgp5.commands.repl import Repl
 from mgp5.events import ImageDone
-from mgp5.repl import Repl
 from mgp5.views.files import StoryFolder, read_png_metadata
 from mgp5.views.terminal import TerminalView
 
@@ -32,8 +32,8 @@ QUICK = ("--steps", "2", "--set", "max_tokens=6", "--seed", "1")
 @pytest.fixture(scope="session")
 def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
     """A complete model folder, as `mgp5 train` and pack.py make one."""
-    from mgp5.checkpoint import save_checkpoint
     from mgp5.config import preset
+    from mgp5.loading import save_checkpoint
     from mgp5.model import build
 
     folder = tmp_path_factory.mktemp("demo") / "model"
@@ -177,7 +177,7 @@ def test_a_seed_that_was_not_given_is_told_and_kept(mgp5, pictures, tmp_path, de
 
 
 def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch):
-    from mgp5 import generation
+    from mgp5.inference import reply as generation
 
     real, calls = generation.to_picture, []
 
@@ -452,7 +452,7 @@ def test_an_error_nobody_foresaw_is_one_line_too(mgp5, monkeypatch, pictures):
     def fail(*args: object, **more: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("mgp5.story.read_folder", fail)
+    monkeypatch.setattr("mgp5.apps.story.read_folder", fail)
     result = mgp5("story", "--images", "pictures")
     assert result.stderr == "mgp5: ZeroDivisionError: two lines (MGP5_DEBUG=1 shows where)\n"
     assert result.exit_code == 1
@@ -503,10 +503,10 @@ def test_chat_pictures_are_kept_although_no_folder_was_asked_for(mgp5, tmp_path)
 @pytest.fixture
 def talk(loaded, tmp_path, monkeypatch):
     """Types lines into a chat; returns the chat, its Repl and what it said on stderr."""
-    from mgp5.generation import Options
+    from mgp5.options import reply_options
 
     monkeypatch.chdir(tmp_path)
-    chat = Chat(loaded, Options(seed=1, steps=1, max_tokens=6, image="never"))
+    chat = Chat(loaded, reply_options(seed=1, steps=1, max_tokens=6, image="never"))
     facts = {"model": "tiny", "options": {}}
     repl = Repl(chat, None, lambda folder: TerminalView("off", quiet=True, folder=folder), facts)
 
@@ -580,7 +580,7 @@ def test_mistakes_are_told_and_the_chat_goes_on(talk, tmp_path, capfd):
 
 
 def test_a_stopped_reply_is_kept_and_its_picture_is_not_sent_twice(talk, tmp_path, monkeypatch, capfd):
-    from mgp5.decode import Decoder
+    from mgp5.inference.decoder import Decoder
 
     real, calls = Decoder.steps, []
 
@@ -609,8 +609,8 @@ def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
 
 
 def test_events_of_a_story_can_be_used_without_the_command_line(loaded, pictures):
-    from mgp5.generation import Options
-    from mgp5.story import read_folder, tell
+    from mgp5.apps.story import read_folder, tell
+    from mgp5.options import reply_options
 
-    events = list(tell(loaded, read_folder(pictures), 1, Options(steps=1, max_tokens=2)))
+    events = list(tell(loaded, read_folder(pictures), 1, reply_options(steps=1, max_tokens=2)))
     assert sum(isinstance(event, ImageDone) for event in events) == 3

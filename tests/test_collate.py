@@ -11,11 +11,11 @@ from PIL import Image as pil
 from tiny import picture
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.collate import Collator, to_pixels
 from mgp5.data import Keyed, Skipped, load_data, vist
-from mgp5.heads.vokens import voken_tokens
+from mgp5.heads.minigpt5 import voken_tokens
 from mgp5.messages import Conversation, Image, Message, Text
-from mgp5.prompt import IGNORE, example, shorter
+from mgp5.prompts import IGNORE, example, shorter
+from mgp5.training.batch import Collator, to_pixels
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
 STORIES = Path(__file__).resolve().parents[1] / "examples/train/stories"
@@ -152,13 +152,13 @@ def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
     assert len(forms[0].seen["pixel_values"]) > len(forms[2].seen["pixel_values"])
     for limit in range(lengths[-1] - 2, lengths[0] + 2, 3):
         batch = collate(("k", chat), limit=limit)
-        fitting = [form for form in forms if form.ids.shape[1] <= limit]
-        if not fitting:
+        first_plan_that_fits = [form for form in forms if form.ids.shape[1] <= limit]
+        if not first_plan_that_fits:
             note = Skipped("too long", f"k ({lengths[0]} tokens, {limit} fit)")
             assert batch.skipped == (note,) and not len(batch.ids)
         else:
-            assert same(batch, fitting[0])
-            assert [note.kind for note in batch.skipped] == ["history cut"] * (fitting[0] is not forms[0])
+            assert same(batch, first_plan_that_fits[0])
+            assert [note.kind for note in batch.skipped] == ["history cut"] * (first_plan_that_fits[0] is not forms[0])
     instruction = example(backbone, forms_last := shorter(chat)[-1], VOKENS)
     assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [vist.CONTINUE[0]]
 

@@ -10,12 +10,13 @@ from tiny import picture, save_pipeline
 from tiny_sd3 import save_sd3
 
 from mgp5 import Conversation, Image
-from mgp5.checkpoint import save_checkpoint
-from mgp5.collate import Collator
 from mgp5.config import preset
 from mgp5.events import ImageDone
-from mgp5.generation import Options, generate
+from mgp5.inference.reply import generate
+from mgp5.loading import save_checkpoint
 from mgp5.model import build, load
+from mgp5.options import reply_options
+from mgp5.training.batch import Collator
 
 MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
 GENERATORS = {
@@ -61,6 +62,6 @@ def test_a_combination_trains_saves_loads_and_replies(mllm, generator, generator
     with torch.no_grad():
         model.eval()
         torch.testing.assert_close(again.hidden(batch), model.hidden(batch), atol=1e-4, rtol=1e-3)
-    options = Options(seed=0, steps=2, guidance=2.0, max_tokens=3, image="always")
+    options = reply_options(seed=0, steps=2, guidance=2.0, max_tokens=3, image="always")
     images = [event for event in generate(again, talk, options) if isinstance(event, ImageDone)]
     assert images

@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 
 from mgp5 import Conversation, cli
 from mgp5.events import ImageDone
-from mgp5.generation import Options, generate
+from mgp5.inference.reply import generate
 from mgp5.model import load
+from mgp5.options import reply_options
 
 WORDS, DIM = len(llama_tokenizer()), TEXT["hidden_size"]
 
@@ -87,7 +88,7 @@ def test_stage_1(release, minigpt4_folder, diffusion_folder, tmp_path):
     kept = model.backbone.lm_head.weight[:WORDS]  # those of the LLM, not what decay had made of them
     torch.testing.assert_close(kept, rows["lm_head"][:WORDS] / 0.99, atol=1e-6, rtol=1e-4)
     talk = Conversation().add("user", "draw a fox")
-    events = list(generate(model, talk, Options(steps=1, max_tokens=3, image="always")))
+    events = list(generate(model, talk, reply_options(steps=1, max_tokens=3, image="always")))
     assert any(isinstance(event, ImageDone) for event in events)
 
 

@@ -327,7 +327,7 @@ def test_keyed_samples_of_several_sources(tmp_path: Path) -> None:
 def test_settings_reach_the_loaders(tmp_path: Path, llava_folder, capsys) -> None:
     from transformers import AutoTokenizer
 
-    from mgp5.training import sources
+    from mgp5.training.run import sources
 
     write_cc3m(tmp_path, "a\ttrain/0.jpg", "b\ttrain/1.jpg", "c\ttrain/9.jpg")
     write_vist(tmp_path, {"s": story()})

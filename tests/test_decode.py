@@ -10,14 +10,15 @@ from tiny import picture
 
 from mgp5 import Conversation, Image
 from mgp5.backbones.hf import HFBackbone
-from mgp5.decode import Decoder
+from mgp5.backbones.kv_cache import SMALLEST
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished, ImageDone, ImageStep
-from mgp5.generation import Options, generate, generate_batch
+from mgp5.inference.decoder import Decoder
+from mgp5.inference.reply import generate, generate_batch
+from mgp5.inference.session import Session
+from mgp5.inference.token_sampling import SamplingParams, penalise, sample
 from mgp5.model import build
-from mgp5.sampling import Voice, penalise, sample
-from mgp5.session import Session
-from mgp5.slots import SMALLEST
+from mgp5.options import reply_options
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 TALKS = [
@@ -28,11 +29,11 @@ TALKS = [
     Conversation().add("user", "tell me of it, and at some length"),
 ]
 WAYS = [
-    Options(seed=1, steps=2, max_tokens=9),
-    Options(seed=2, steps=2, max_tokens=14, temperature=0, image="always"),
-    Options(seed=3, steps=2, max_tokens=5, temperature=0.7, top_p=0.5, image="always"),
-    Options(seed=4, steps=1, max_tokens=0, image="always"),
-    Options(seed=5, image_seed=9, steps=2, max_tokens=20, repetition_penalty=1.5, image="always"),
+    reply_options(seed=1, steps=2, max_tokens=9),
+    reply_options(seed=2, steps=2, max_tokens=14, temperature=0, image="always"),
+    reply_options(seed=3, steps=2, max_tokens=5, temperature=0.7, top_p=0.5, image="always"),
+    reply_options(seed=4, steps=1, max_tokens=0, image="always"),
+    reply_options(seed=5, image_seed=9, steps=2, max_tokens=20, repetition_penalty=1.5, image="always"),
 ]
 
 
@@ -63,7 +64,7 @@ def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
     for session, talk in zip(sessions[:2], TALKS[1:3], strict=True):
         session.read(talk)
     for row, session in enumerate(sessions[:2]):
-        decoder.speak(row, Voice(0, 1, 1, torch.Generator()), [])
+        decoder.speak(row, SamplingParams(0, 1, 1, torch.Generator()), [])
         session.took(decoder.feed([row], session.embed((5, 6))[0]), [(5, ""), (6, "")])
     sessions[2].read(TALKS[0])  # joins later
     hidden = decoder.feed([2, 0], torch.cat([session.embed((7, 8, 9))[0] for session in (sessions[2], sessions[0])]))
@@ -142,7 +143,7 @@ def test_turns_of_a_batch_read_only_what_is_new(whole):
 
 def test_a_piece_ends_where_the_text_does(whole):
     """Tokens chosen beyond an image, a stop or the limit leave no trace, nor do the numbers drawn for them."""
-    for options in (*WAYS, Options(seed=8, steps=1, max_tokens=30, max_images=2, temperature=2.0, top_p=1.0)):
+    for options in (*WAYS, reply_options(seed=8, steps=1, max_tokens=30, max_images=2, temperature=2.0, top_p=1.0)):
         sessions = [Session(whole.backbone, decoder=Decoder(whole.backbone, piece=n)) for n in (1, 8)]
         replies = [finished(generate(whole, TALKS[1], options, session)) for session in sessions]
         assert_same(*replies)
@@ -156,7 +157,7 @@ def test_a_forced_run_is_one_forward_without_the_lm_head(whole):
         part.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, part in (("head", whole.backbone.lm_head), ("layer", whole.backbone.language.layers[0]))
     ]
-    events = list(generate(whole, TALKS[0], Options(steps=1, max_tokens=0, image="always")))
+    events = list(generate(whole, TALKS[0], reply_options(steps=1, max_tokens=0, image="always")))
     for hook in hooks:
         hook.remove()
     assert any(isinstance(event, ImageDone) for event in events)
@@ -171,7 +172,7 @@ def test_a_prefix_lies_before_every_row(backbone):
         sessions = [Session(backbone, decoder=decoder, row=row) for row in range(2)]
         for session, talk in zip(sessions, TALKS[1:3], strict=True):
             session.read(talk)
-            decoder.speak(session.row, Voice(0, 1, 1, torch.Generator()), [])
+            decoder.speak(session.row, SamplingParams(0, 1, 1, torch.Generator()), [])
         for row, (tokens, states) in decoder.steps({0: 10, 1: 11}, 2).items():
             sessions[row].took(states[None], [(10 + row, ""), (tokens[0], "")])
         for session in sessions:
@@ -188,7 +189,7 @@ def test_a_compiled_step_is_one_graph_for_all_conversations(backbone):
         decoder = Decoder(backbone, piece=2, bucket=64)
         session = Session(backbone, decoder=decoder)
         session.read(TALKS[1])
-        decoder.speak(0, Voice(0, 1, 1, torch.Generator()), [])
+        decoder.speak(0, SamplingParams(0, 1, 1, torch.Generator()), [])
         decoder._language = compiled if traced else backbone
         with torch._dynamo.config.patch(error_on_recompile=True):
             states.append(decoder.steps({0: 10}, 2)[0][1])
@@ -213,7 +214,7 @@ def test_sampling_inverts_the_cumulative_distribution():
     squares = chances.square() / chances.square().sum()
     first = float(squares[1])
     assert tokens([first - 0.01, first + 0.01], 1.0, temperature=0.5) == [1, 3]
-    greedy = Voice(0, 0.9, 1.0, torch.Generator())
+    greedy = SamplingParams(0, 0.9, 1.0, torch.Generator())
     assert greedy.choose(chances[None].log()) == 1 and greedy.numbers(2) == [0.0, 0.0]
 
 
@@ -225,7 +226,7 @@ def test_a_penalty_makes_said_tokens_less_likely():
 
 def test_numbers_that_were_not_used_come_again():
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
-    one, many = (Voice(1.0, 1.0, 1.0, generator) for generator in draws)
+    one, many = (SamplingParams(1.0, 1.0, 1.0, generator) for generator in draws)
     ahead, singly = many.numbers(8), []
     for _ in range(8):
         singly += one.numbers(1)

@@ -15,12 +15,12 @@ import torch
 from PIL import Image as pil
 
 import mgp5
-from mgp5 import Conversation, Image, Options
-from mgp5.data.storyland.tell import accepts
+from mgp5 import Conversation, Image
 from mgp5.data.vist import illustrate
 from mgp5.events import Finished, ImageDone
-from mgp5.heads.vokens import predicting_states
-from mgp5.session import Session
+from mgp5.heads.minigpt5 import predicting_states
+from mgp5.inference.session import Session
+from mgp5.storyland.tell import accepts
 from mgp5.views.files import read_png_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_readme_command_tells_a_story(tmp_path):
 
 def test_pictures_are_not_blank_and_depend_on_the_words(demo):
     def draw(text):
-        options = Options(image="always", max_tokens=0, steps=8)
+        options = mgp5.reply_options(image="always", max_tokens=0, steps=8)
         return next(
             e.image.load() for e in mgp5.generate(demo, illustrate([], text), options) if isinstance(e, ImageDone)
         )
@@ -94,7 +94,7 @@ def test_narration_is_a_sentence_of_the_world(demo):
     from mgp5.data.vist import narrate
 
     picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
-    events = list(mgp5.generate(demo, narrate([], picture), Options(image="never", temperature=0)))
+    events = list(mgp5.generate(demo, narrate([], picture), mgp5.reply_options(image="never", temperature=0)))
     text = next(e.message.text for e in events if isinstance(e, Finished))
     assert accepts(text), text
     assert "bear" in text
@@ -102,7 +102,7 @@ def test_narration_is_a_sentence_of_the_world(demo):
 
 def test_teacher_forced_states_equal_generated_states(demo):
     """On trained weights being off by one is far off, so the comparison means something."""
-    from mgp5.collate import Collator
+    from mgp5.training.batch import Collator
 
     picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
     talk = Conversation().add("user", picture, "Draw her at night.")

@@ -13,8 +13,9 @@ from typing import get_args
 import pytest
 import torch
 from click.testing import CliRunner
+from mgp5.kernels import registry as kernels
 
-from mgp5 import doctor, engines, kernels
+from mgp5 import doctor, engines
 from mgp5.cli import main
 from mgp5.evaluation.weights import WEIGHTS
 from mgp5.hub import DEMO, resolve

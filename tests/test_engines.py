@@ -15,11 +15,11 @@ from tiny_sd3 import save_sd3
 
 from mgp5 import engines
 from mgp5.cli import main
-from mgp5.diffusion import load_diffusion
-from mgp5.diffusion.schedule import NoiseSchedule
-from mgp5.diffusion.sd2 import StableDiffusion
-from mgp5.engines.graph import WholeStep
+from mgp5.engines.cuda_graph import GraphedStep
 from mgp5.errors import Mgp5Error
+from mgp5.generators import load_diffusion
+from mgp5.generators.schedule import NoiseSchedule
+from mgp5.generators.stable_diffusion import StableDiffusion
 
 CPU = torch.device("cpu")
 SAVE = {
@@ -131,7 +131,7 @@ def test_whole_steps_draw_the_same(clean):
     clean.engine.whole = True
     close(all_calls(clean), before)
     assert len(clean.engine.idle) == engines.GRAPHS
-    assert all(isinstance(step, WholeStep) for step in clean.engine.idle.values())
+    assert all(isinstance(step, GraphedStep) for step in clean.engine.idle.values())
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -201,15 +201,15 @@ def test_convolutions_that_are_not_packed(monkeypatch):
 
 
 def test_choices_on_a_cpu(monkeypatch, tmp_path):
-    assert engines.choose("auto", CPU, torch.float32).name == "eager"
+    assert engines.select_backend("auto", CPU, torch.float32).name == "eager"
     with pytest.raises(Mgp5Error, match=r"triton cannot run here: .*(GPU|not installed)"):
-        engines.choose("triton", CPU, torch.float32)
+        engines.select_backend("triton", CPU, torch.float32)
     with pytest.raises(Mgp5Error, match="no backend 'fast', expected auto, eager, compile, triton"):
-        engines.choose("fast", CPU, torch.float32)
+        engines.select_backend("fast", CPU, torch.float32)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(Mgp5Error, match="compile cannot run here: there is no C\\+\\+ compiler"):
-        engines.choose("compile", CPU, torch.float32)
+        engines.select_backend("compile", CPU, torch.float32)
 
 
 def test_a_denoiser_that_is_not_known():
@@ -248,8 +248,8 @@ INTERPRETED = """
 from test_engines import close, draw, smallest
 from tiny_sd3 import tiny_sd3_vae, tiny_transformer
 from mgp5 import engines
-from mgp5.diffusion.flow import FlowSchedule
-from mgp5.diffusion.sd3 import StableDiffusion3
+from mgp5.generators.flow import FlowSchedule
+from mgp5.generators.sd3 import StableDiffusion3
 
 for diffusion in (smallest(), StableDiffusion3(tiny_transformer(sd35=True), tiny_sd3_vae(), FlowSchedule())):
     before = draw(diffusion, 1, steps=1)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from sacrebleu.metrics import BLEU
 
-from mgp5.data.storyland.draw import draw
-from mgp5.data.storyland.tell import story
-from mgp5.data.storyland.world import rng
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation import images, relevance, storyland, texts
 from mgp5.evaluation.intervals import mean_interval
-from mgp5.evaluation.judge import load_judge, look
 from mgp5.messages import Image, Text
+from mgp5.storyland.draw import draw
+from mgp5.storyland.judge import load_judge, look
+from mgp5.storyland.tell import story
+from mgp5.storyland.world import rng
 
 REAL = Path(__file__).parents[2] / "shared/data/real"
 

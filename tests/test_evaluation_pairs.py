@@ -12,10 +12,10 @@ from browser import browser_page, overflow
 from click.testing import CliRunner
 
 from mgp5 import cli
-from mgp5.data.storyland.write import write
 from mgp5.evaluation.intervals import share_interval
 from mgp5.evaluation.run import read_replies
 from mgp5.evaluation.votes import CRITERIA, agreement, read_votes
+from mgp5.storyland.write import write
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"

@@ -21,10 +21,10 @@ from tiny_sd3 import save_sd3
 
 from mgp5 import engines
 from mgp5.cli import main
-from mgp5.diffusion import load_diffusion
 from mgp5.engines.exported import ExportedMapper, put_mapper_on
 from mgp5.errors import Mgp5Error
-from mgp5.mapper import FeatureMapper
+from mgp5.generators import load_diffusion
+from mgp5.heads.mapper import FeatureMapper
 from mgp5.model import load, mapper_for
 
 SLOW = pytest.mark.slow

@@ -16,9 +16,9 @@ from tiny import picture
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlavaForConditionalGeneration
 
 from mgp5 import Conversation, Image
-from mgp5.collate import Collator
 from mgp5.config import preset
 from mgp5.model import build
+from mgp5.training.batch import Collator
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 VOKENS = [f"[IMG{i}]" for i in range(4)]

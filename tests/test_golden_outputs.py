@@ -56,7 +56,9 @@ def check_image(name: str, image: pil.Image) -> None:
 def check_folder(name: str, folder: Path) -> None:
     """A folder's story.json: its texts in order, and the images that the assistant made."""
     chat = json.loads((folder / "story.json").read_text())["messages"]
-    check_value(name, [[message["role"], *(part.get("text", "(image)") for part in message["content"])] for message in chat])
+    check_value(
+        name, [[message["role"], *(part.get("text", "(image)") for part in message["content"])] for message in chat]
+    )
     made = [part["path"] for m in chat if m["role"] == "assistant" for part in m["content"] if part["type"] == "image"]
     for number, path in enumerate(made):
         with pil.open(folder / path) as image:
@@ -81,7 +83,11 @@ def test_a_batch_of_three_lines(tmp_path):
     lines = (
         {"messages": [{"role": "user", "content": "draw a blue owl with a kite"}]},
         {"story": [{"path": "1.png", "text": "A day in the meadow."}], "scenes": 1},
-        {"story": [{"text": "The green frog sits at the lake."}], "scenes": 0, "options": {"steps": 5, "image_seed": 4}},
+        {
+            "story": [{"text": "The green frog sits at the lake."}],
+            "scenes": 0,
+            "options": {"steps": 5, "image_seed": 4},
+        },
     )
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run("story", "--batch", tmp_path / "lines.jsonl", "--seed", 5, "--out", tmp_path / "b", *EAGER)

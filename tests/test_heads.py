@@ -7,8 +7,9 @@ from tiny import picture
 
 from mgp5 import Conversation, Image
 from mgp5.events import Finished, ImageDone
-from mgp5.generation import Options, generate
 from mgp5.heads import Embeds, Forced, Prefix, Sample
+from mgp5.inference.reply import generate
+from mgp5.options import reply_options
 
 
 class ToyHead:
@@ -70,7 +71,7 @@ def run(model, kind):
     del model.head
     object.__setattr__(model, "head", head)
     talk = Conversation().add("user", Image(pixels=picture()), "draw")
-    events = list(generate(model, talk, Options(steps=2, max_tokens=3, image="always")))
+    events = list(generate(model, talk, reply_options(steps=2, max_tokens=3, image="always")))
     assert sum(isinstance(event, ImageDone) for event in events) >= 1
     assert isinstance(events[-1], Finished)
     return head

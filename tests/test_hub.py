@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.diffusion import load_diffusion
 from mgp5.errors import Mgp5Error
+from mgp5.generators import load_diffusion
 from mgp5.hub import REPOS, bases, from_hub, resolve
 
 

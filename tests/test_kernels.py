@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from mgp5.kernels import bench
+from mgp5.kernels import registry as kernels
 from mgp5.kernels.guided_step import guided_step_reference, step_rows
 
-from mgp5 import kernels
-from mgp5.diffusion.flow import FlowSchedule
-from mgp5.diffusion.sampler import linear_update, sampler_table
-from mgp5.diffusion.schedule import NoiseSchedule
 from mgp5.errors import Mgp5Error
+from mgp5.generators.flow import FlowSchedule
+from mgp5.generators.sampler import linear_update, sampler_table
+from mgp5.generators.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def test_on_a_cpu_the_references_run_and_say_why(monkeypatch):
         assert all(choice.implementation == "torch" and choice.why.startswith(why) for choice in found)
     x = torch.randn(3, 8)
     hidden, gate = x.chunk(2, dim=1)
-    geglu = kernels.choose("geglu", CPU, torch.float32).function
+    geglu = kernels.select_kernel("geglu", CPU, torch.float32).function
     assert torch.equal(geglu(x), hidden * torch.nn.functional.gelu(gate))
 
 
@@ -107,7 +107,7 @@ def test_on_a_cpu_the_references_run_and_say_why(monkeypatch):
 def test_a_wrong_choice_is_one_line_and_a_usage_error(value, message, monkeypatch):
     monkeypatch.setenv("MGP5_KERNELS", value)
     with pytest.raises(Mgp5Error, match=message) as caught:
-        kernels.choose("geglu", CPU, torch.float32)
+        kernels.select_kernel("geglu", CPU, torch.float32)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
@@ -116,11 +116,11 @@ def test_what_triton_can_run_is_chosen(tmp_path):
     pytest.importorskip("triton")
     code = """
 import torch
-from mgp5.kernels import choices, choose
+from mgp5.kernels.registry import choices, select_kernel
 device = torch.device("cpu")
 print(*(choice.implementation for choice in choices(device, torch.bfloat16)))
-print(choose("adaln", device, torch.float32, width=20000).why)
-print(choose("geglu", device, torch.float64).why)
+print(select_kernel("adaln", device, torch.float32, width=20000).why)
+print(select_kernel("geglu", device, torch.float64).why)
 """
     lines = run("-c", code, folder=tmp_path, TRITON_INTERPRET="1").stdout.splitlines()
     assert lines[0].split() == ["triton"] * len(kernels.OPERATIONS)
@@ -132,14 +132,14 @@ def test_nothing_needs_triton(tmp_path):
     code = """
 import os, sys
 sys.modules["triton"] = None
-import torch, mgp5, mgp5.kernels as kernels
+import torch, mgp5, mgp5.kernels.registry as kernels
 from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm
 x = torch.randn(1, 4, 2, 2)
 print(group_norm.group_norm_reference(x, x[0, :, 0, 0], x[0, :, 0, 0], 2, 1e-5, True, x[:, :, 0, 0]).shape)
-print(kernels.choose("geglu", torch.device("cuda"), torch.float32).why)
+print(kernels.select_kernel("geglu", torch.device("cuda"), torch.float32).why)
 os.environ["MGP5_KERNELS"] = "triton"
 try:
-    kernels.choose("geglu", torch.device("cuda"), torch.float32)
+    kernels.select_kernel("geglu", torch.device("cuda"), torch.float32)
 except mgp5.errors.Mgp5Error as error:
     print(error)
 """

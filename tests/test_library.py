@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hub_double import Hub, running
 
-from mgp5.diffusion import load_diffusion
+from mgp5.apps.library import wanted, whole
+from mgp5.generators import load_diffusion
 from mgp5.hub import REPOS
-from mgp5.library import wanted, whole
 
 NAME = "sd-2.1-base"
 REPO = REPOS[NAME]

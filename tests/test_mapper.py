@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgp5 import Mgp5Error
-from mgp5.mapper import FeatureMapper, MapperConfig
+from mgp5.heads.mapper import FeatureMapper, MapperConfig
 
 SMALL = MapperConfig(llm_width=24, width=16, queries=5, encoder_layers=2, decoder_layers=2, heads=2)
 

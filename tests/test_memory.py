@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mgp5 import Conversation, Image
 from mgp5.cli import main
-from mgp5.collate import Collator
 from mgp5.config import LoraConfig, PrefixConfig, preset
 from mgp5.hub import DEMO
-from mgp5.memory import GB, estimate, rehearse, step, table, usual_length
-from mgp5.shapes import backbone_shape, skeleton
+from mgp5.memory.estimate import GB, dry_run_step, estimate, step, table, usual_length
+from mgp5.memory.skeletons import backbone_shape, skeleton
+from mgp5.training.batch import Collator
 
 DEMO_PARTS = str(DEMO / "mllm"), str(DEMO / "diffusion")
 PICTURE = DEMO.parents[1] / "examples/picnic/1.png"
@@ -48,7 +48,7 @@ def allocated(model, run):
 )
 def test_a_rehearsed_step_weighs_what_the_allocator_sees(stage, length, checkpointing):
     config = replace(preset(stage), batch=2, checkpointing=checkpointing)
-    told, flops = rehearse(shape(config), config, length)
+    told, flops = dry_run_step(shape(config), config, length)
     model = shape(config, "cpu")
     assert told == pytest.approx(allocated(model, lambda: step(model, config, length)), rel=0.1)
     with FlopCounterMode(display=False) as counter:
@@ -63,7 +63,7 @@ def test_the_made_up_step_weighs_what_the_loops_forward_does():
     talk = talk.add("assistant", Image(path=PICTURE, caption="a fox"))
     batch = Collator(model.backbone, model.head.tokens, (model.diffusion.native_size,) * 2, 1000)([talk] * 2)
     real = allocated(model, lambda: model(batch, config, torch.Generator()))
-    assert rehearse(shape(config), config, batch.ids.shape[1])[0] == pytest.approx(real, rel=0.15)
+    assert dry_run_step(shape(config), config, batch.ids.shape[1])[0] == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.parametrize("adapter", [{"lora": LoraConfig()}, {"lora": None, "prefix": PrefixConfig(hidden=32)}])

@@ -10,12 +10,13 @@ from PIL import ImageChops
 from tiny import picture
 
 from mgp5 import Conversation, Image, Message, Text
-from mgp5.collate import Collator
+from mgp5.apps.story import SceneInput, tell
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
-from mgp5.generation import Options, generate
-from mgp5.heads.vokens import predicting_states
-from mgp5.session import Session
-from mgp5.story import Given, tell
+from mgp5.heads.minigpt5 import predicting_states
+from mgp5.inference.reply import generate
+from mgp5.inference.session import Session
+from mgp5.options import Options, reply_options
+from mgp5.training.batch import Collator
 
 
 def ask(text="draw a fox", color="red"):
@@ -63,7 +64,7 @@ def test_run_in_one_forward_equals_token_by_token(model):
 
 
 def test_cached_turns_equal_uncached_turns_and_read_only_what_is_new(model):
-    options = Options(seed=3, max_tokens=12, steps=2, image="always")
+    options = reply_options(seed=3, max_tokens=12, steps=2, image="always")
     cached, fresh = Session(model.backbone), Session(model.backbone, reuse=False)
     talk, read_before = ask(), 0
     for _ in range(3):
@@ -87,7 +88,7 @@ def test_two_images_in_one_reply(model):
         return result
 
     model.backbone.logits = scripted
-    events = list(generate(model, ask(), Options(steps=3, temperature=0)))
+    events = list(generate(model, ask(), reply_options(steps=3, temperature=0)))
     done = [event for event in events if isinstance(event, ImageDone)]
     assert [event.index for event in done] == [0, 1]
     assert len([event for event in events if isinstance(event, ImageStep)]) == 6
@@ -101,7 +102,7 @@ def test_two_images_in_one_reply(model):
 
 def test_same_seeds_same_reply_and_seeds_are_separate(model):
     def run(**seeds):
-        message = last_message(generate(model, ask(), Options(steps=2, max_tokens=10, image="always", **seeds)))
+        message = last_message(generate(model, ask(), reply_options(steps=2, max_tokens=10, image="always", **seeds)))
         return message.text, message.images[0].load().tobytes()
 
     first = run(seed=1, image_seed=5)
@@ -114,7 +115,7 @@ def test_same_seeds_same_reply_and_seeds_are_separate(model):
 @pytest.mark.parametrize("image, count", [("never", 0), ("always", 1)])
 def test_image_can_be_forced_and_forbidden(model, image, count):
     for seed in range(3):
-        message = last_message(generate(model, ask(), Options(seed=seed, image=image, steps=1, max_tokens=8)))
+        message = last_message(generate(model, ask(), reply_options(seed=seed, image=image, steps=1, max_tokens=8)))
         assert len(message.images) >= count if image == "always" else not message.images
 
 
@@ -152,9 +153,9 @@ def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, c
         asked.append(conversation)
         yield Finished(Message("assistant", (Text("a tale"),)), "stop")
 
-    monkeypatch.setattr("mgp5.generation.generate", record)
+    monkeypatch.setattr("mgp5.inference.reply.generate", record)
     model.config = replace(model.config, narrate_from=context)
     first, second = Image(pixels=picture("red")), Image(pixels=picture("blue"))
-    list(tell(model, [Given(first, "once"), Given(second)], 0, Options()))
+    list(tell(model, [SceneInput(first, "once"), SceneInput(second)], 0, Options()))
     assert any(image is first for image in asked[0].images) is shown
     assert ("once" in asked[0].messages[-1].text) is shown

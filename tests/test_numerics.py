@@ -14,9 +14,9 @@ from torch import Tensor
 
 import mgp5
 from mgp5 import engines
-from mgp5.diffusion.sampler import SamplerTable, denoise
-from mgp5.diffusion.schedule import NoiseSchedule
-from mgp5.diffusion.sd2 import StableDiffusion
+from mgp5.generators.sampler import SamplerTable, denoise
+from mgp5.generators.schedule import NoiseSchedule
+from mgp5.generators.stable_diffusion import StableDiffusion
 
 DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
 GUIDANCE = 3.0

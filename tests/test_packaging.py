@@ -54,7 +54,8 @@ def test_every_package_is_listed():
 
 def test_the_public_names_exist():
     import mgp5
-    from mgp5 import generation, model
+    from mgp5 import model
+    from mgp5.inference import reply as generation
 
     assert mgp5.generate is generation.generate and mgp5.Options is generation.Options and mgp5.load is model.load
     assert all(hasattr(mgp5, name) for name in mgp5.__all__)

@@ -17,12 +17,13 @@ from mgp5 import Conversation, Image, engines
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished
-from mgp5.footprint import footprint
-from mgp5.generation import Options, generate
 from mgp5.hub import DEMO, resolve
-from mgp5.memory import GB
+from mgp5.inference.reply import generate
+from mgp5.memory.estimate import GB
+from mgp5.memory.generation import footprint
+from mgp5.memory.offload import Placement, Plan, first_plan_that_fits, memory_plans, place, select_memory_plan
 from mgp5.model import build, load
-from mgp5.placement import Placement, Plan, choose, fitting, ladder, place
+from mgp5.options import reply_options
 
 CPU = torch.device("cpu")
 EXAMPLE = DEMO.parents[1] / "examples/picnic/1.png"
@@ -82,7 +83,7 @@ def allocated(run):
 
 
 def test_activations_weigh_what_the_allocator_sees():
-    from mgp5.decode import Decoder
+    from mgp5.inference.decoder import Decoder
 
     told, model = needs("demo", dtype=torch.float32, tokens=300), demo()
     backbone, diffusion = model.backbone, model.diffusion
@@ -104,31 +105,33 @@ def test_activations_weigh_what_the_allocator_sees():
 
 def test_auto_takes_the_mildest_plan_that_fits():
     told = needs("qwen2.5-vl-7b+sd-3")
-    plans = [plan for plan in ladder() if not (plan.offload and plan.tiling)]  # the LLM is larger than any picture
+    plans = [
+        plan for plan in memory_plans() if not (plan.offload and plan.tiling)
+    ]  # the LLM is larger than any picture
     sizes = [told.total(plan) for plan in plans]
     assert all(more > less for more, less in pairwise(sizes))
-    assert told.total(ladder()[-1]) == sizes[-1]
+    assert told.total(memory_plans()[-1]) == sizes[-1]
     for plan, size in zip(plans, sizes, strict=True):
-        chosen = fitting(told, int(size) + 1)
+        chosen = first_plan_that_fits(told, int(size) + 1)
         assert (chosen.quantize, chosen.offload, chosen.tiling) == (plan.quantize, plan.offload, plan.tiling)
         assert f"about {size / GB:.1f} GiB" in chosen.why and plan.name in chosen.why
     with pytest.raises(Mgp5Error, match=r"takes about 7\.\d GiB of the GPU at least .*4\.0 GiB are free"):
-        fitting(told, 4 * GB)
-    assert fitting(told, 8 * GB, "4bit").quantize == "4bit"
+        first_plan_that_fits(told, 4 * GB)
+    assert first_plan_that_fits(told, 8 * GB, "4bit").quantize == "4bit"
     with pytest.raises(Mgp5Error, match="offload"):
-        fitting(told, 8 * GB, "8bit")  # layers of 8 bits stay on the GPU
+        first_plan_that_fits(told, 8 * GB, "8bit")  # layers of 8 bits stay on the GPU
     assert told.total(Plan(quantize="8bit", offload=True)) > told.quantized["8bit"] + told.weights["denoiser"]
 
 
 def test_modes_where_there_is_nothing_to_choose():
     parts = resolve("demo")
     for memory in ("auto", "full"):
-        assert choose(memory, parts, CPU, torch.float32, "8bit") == Plan(quantize="8bit")
-    low = choose("low", parts, CPU, torch.float32)
+        assert select_memory_plan(memory, parts, CPU, torch.float32, "8bit") == Plan(quantize="8bit")
+    low = select_memory_plan("low", parts, CPU, torch.float32)
     assert low.tiling and not low.offload and low.quantize == "none" and "nowhere to move" in low.why
-    on_gpu = choose("low", parts, torch.device("cuda"), torch.bfloat16)
+    on_gpu = select_memory_plan("low", parts, torch.device("cuda"), torch.bfloat16)
     assert (on_gpu.quantize, on_gpu.offload, on_gpu.tiling) == ("4bit", True, True)
-    assert choose("low", parts, torch.device("cuda"), torch.bfloat16, "8bit").quantize == "8bit"
+    assert select_memory_plan("low", parts, torch.device("cuda"), torch.bfloat16, "8bit").quantize == "8bit"
     assert (on_gpu.engine("auto"), on_gpu.engine(None), Plan().engine("triton")) == ("eager", None, "triton")
     with pytest.raises(Mgp5Error, match="--backend triton needs weights that stay"):
         on_gpu.engine("triton")
@@ -140,7 +143,7 @@ def told(model):
     """Text and picture of a reply to a picture, then of one to text."""
     talk, found = Conversation().add("user", Image(pixels=picture("blue")), "a fox"), []
     for turn in range(2):
-        options = Options(seed=turn, steps=2, max_tokens=4, image="always", max_images=1)
+        options = reply_options(seed=turn, steps=2, max_tokens=4, image="always", max_images=1)
         (reply,) = (e.message for e in generate(model, talk, options) if isinstance(e, Finished))
         talk = talk.add("assistant", *reply.content).add("user", "and then")
         found.append((reply.text, [image.load().tobytes() for image in reply.images]))

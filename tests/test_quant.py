@@ -10,14 +10,15 @@ from tiny import picture
 
 from mgp5 import Conversation, Image
 from mgp5.backbones.hf import HFBackbone
-from mgp5.checkpoint import save_checkpoint
-from mgp5.collate import Collator
+from mgp5.backbones.quantization import quantization
 from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
-from mgp5.generation import Options, generate
+from mgp5.inference.reply import generate
+from mgp5.loading import save_checkpoint
 from mgp5.model import build, load
-from mgp5.quant import quantization
+from mgp5.options import reply_options
+from mgp5.training.batch import Collator
 
 MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
 TYPES = {"4bit": torch.uint8, "8bit": torch.int8}
@@ -49,7 +50,7 @@ def update(model, stage):
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("mgp5.quant.find_spec", lambda name: None)
+    monkeypatch.setattr("mgp5.backbones.quantization.find_spec", lambda name: None)
     assert quantization("none") == {}
     with pytest.raises(Mgp5Error, match="quantize=4bit needs bitsandbytes"):
         quantization("4bit")
@@ -102,6 +103,6 @@ def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
     events = generate(
         load(tmp_path, quantize=kind),
         Conversation().add("user", "fox"),
-        Options(seed=1, steps=2, max_tokens=4, image="always"),
+        reply_options(seed=1, steps=2, max_tokens=4, image="always"),
     )
     assert any(isinstance(event, ImageDone) for event in events)

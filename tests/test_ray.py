@@ -144,11 +144,11 @@ class Deadly:
 
 @pytest.mark.slow
 def test_what_kills_every_worker_fails_alone(cluster):
-    from mgp5.cluster import connected, resources
-    from mgp5.cluster.spread import spread
+    from mgp5.apps.batch import Job
     from mgp5.errors import Mgp5Error
-    from mgp5.jobs import Job
     from mgp5.messages import Conversation
+    from mgp5.serving.cluster import connected, resources
+    from mgp5.serving.cluster.spread import spread
 
     job = Job(1, "", "", Deadly(), iter(()), (Conversation(), Deadly()))
     given = [[], [job]]
@@ -215,7 +215,7 @@ def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
 def test_a_cluster_of_our_own_does_not_see_this_folder(token, monkeypatch):
     import ray
 
-    from mgp5.cluster import connected
+    from mgp5.serving.cluster import connected
 
     monkeypatch.chdir(REPO)
     with ExitStack() as stack:

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image as pil
 from tiny import picture
 
+from mgp5.apps.recall import recall
 from mgp5.cli import main
-from mgp5.recall import recall
 from mgp5.views.files import StoryFolder
 
 BIN = Path(sys.executable).parent

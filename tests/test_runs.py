@@ -23,20 +23,21 @@ from tiny import picture
 from tiny_training import VOKENS, batch_of, config, finish, fork, fresh, same
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mgp5 import Conversation, Mgp5Error, cli, runs
-from mgp5.checkpoint import trained_tensors
+from mgp5 import Conversation, Mgp5Error, cli
 from mgp5.config import LoraConfig, preset
 from mgp5.data import load_data
-from mgp5.model import MiniGPT5, load
-from mgp5.train import rate, total_steps, train
-from mgp5.training import Interruption, start
+from mgp5.loading import trained_tensors
+from mgp5.model import InterleavedModel, load
+from mgp5.training import checkpoints as runs
+from mgp5.training.loop import rate, total_steps, train
+from mgp5.training.run import Interruption, start
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gb"}
 
 
 @pytest.fixture
-def llava(llava_folder, diffusion_folder) -> MiniGPT5:
+def llava(llava_folder, diffusion_folder) -> InterleavedModel:
     return fresh(llava_folder, diffusion_folder)
 
 
@@ -70,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage, llava_folder, diffusio
     extra = {"lora": LoraConfig(dropout=0.3), "ema": 0.8, "sample_every": 2} if stage == "finetune" else {"workers": 2}
     settings = config(stage, steps=5, accumulation=2, log_every=1, **extra)
 
-    def piece(out: str, **more) -> MiniGPT5:
+    def piece(out: str, **more) -> InterleavedModel:
         model = fresh(llava_folder, diffusion_folder)
         finish(model, data, settings, tmp_path / out, **more)
         return model
@@ -106,7 +107,7 @@ def test_shards_are_resumed_by_the_same_readers(llava_folder, diffusion_folder, 
                     member.size = len(data)
                     shard.addfile(member, io.BytesIO(data))
 
-    def piece(out: str, workers: int = 2, **more) -> MiniGPT5:
+    def piece(out: str, workers: int = 2, **more) -> InterleavedModel:
         model = fresh(llava_folder, diffusion_folder)
         settings = config("pretrain", steps=None, epochs=2, workers=workers, sample_every=3)
         finish(model, load_data("shards", tmp_path), settings, tmp_path / out, **more)
@@ -182,7 +183,7 @@ def test_a_second_ctrl_c_does_not_wait():
 
 
 def test_the_moving_average_is_what_a_run_saves_to_use(llava_folder, diffusion_folder, pairs, tmp_path):
-    def run(out: str, **values) -> MiniGPT5:
+    def run(out: str, **values) -> InterleavedModel:
         model = fresh(llava_folder, diffusion_folder)
         finish(model, pairs, config("pretrain", steps=3, save_every=1, keep=9, **values), tmp_path / out)
         return model
@@ -224,9 +225,9 @@ def test_old_checkpoints_go_and_the_newest_is_what_the_run_means(
     assert steps(out) == ["step-000004", "step-000005"] and log(out)[-1]["lr"] > 0
 
 
-def fresh_from(folder: Path) -> MiniGPT5:
-    from mgp5.checkpoint import load_checkpoint
+def fresh_from(folder: Path) -> InterleavedModel:
     from mgp5.hub import resolve
+    from mgp5.loading import load_checkpoint
 
     return load_checkpoint(resolve(str(folder)))
 

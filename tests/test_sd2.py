@@ -18,8 +18,8 @@ from diffusers import (
 from tiny import LENGTH, SIZE, WIDTH, save_pipeline
 
 from mgp5 import Mgp5Error
-from mgp5.diffusion import load_diffusion
-from mgp5.diffusion.sd2 import StableDiffusion
+from mgp5.generators import load_diffusion
+from mgp5.generators.stable_diffusion import StableDiffusion
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,

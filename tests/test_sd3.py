@@ -12,8 +12,8 @@ from tiny_sd3 import CHANNELS, POOLED, ROWS, WIDTH, save_sd3
 from torch.nn.functional import pad
 
 from mgp5 import Mgp5Error
-from mgp5.diffusion import load_diffusion
-from mgp5.diffusion.sd3 import StableDiffusion3
+from mgp5.generators import load_diffusion
+from mgp5.generators.sd3 import StableDiffusion3
 
 TEXTS = ["a red fox", "", "a very long text that goes on and on beyond the end of what clip can read"]
 

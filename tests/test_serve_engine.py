@@ -12,13 +12,14 @@ from test_decode import assert_same, finished
 from tiny import picture, save_llava, save_pipeline
 
 from mgp5 import engines
-from mgp5.batch import Paint
 from mgp5.engines.exported import engine_of
-from mgp5.engines.ort import Session
+from mgp5.engines.onnx import Session
 from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
-from mgp5.generation import Options, generate
+from mgp5.inference.reply import generate
+from mgp5.inference.scheduler import Paint
 from mgp5.messages import Conversation, Image
 from mgp5.model import build, load
+from mgp5.options import Options, reply_options
 from mgp5.serving.engine import Job, Refused, ServingEngine
 from mgp5.serving.painting import StepBatch
 
@@ -29,12 +30,12 @@ TALKS = [
     Conversation().add("user", "tell me of it, and at some length"),
 ]
 WAYS = [
-    Options(seed=1, steps=6, max_tokens=9, image="always"),
-    Options(seed=2, steps=3, max_tokens=0, image="always", guidance=1.0, sampler="euler"),
-    Options(seed=3, steps=4, max_tokens=40, temperature=0.7, image="never"),
-    Options(seed=4, image_seed=9, steps=9, max_tokens=3, image="always", sampler="pndm", guidance_until=0.5),
-    Options(seed=5, steps=4, max_tokens=2, image="always", sampler="ddim", height=32, width=16),
-    Options(seed=6, steps=5, max_tokens=30, max_images=3, temperature=2.0, top_p=1.0, image="always"),
+    reply_options(seed=1, steps=6, max_tokens=9, image="always"),
+    reply_options(seed=2, steps=3, max_tokens=0, image="always", guidance=1.0, sampler="euler"),
+    reply_options(seed=3, steps=4, max_tokens=40, temperature=0.7, image="never"),
+    reply_options(seed=4, image_seed=9, steps=9, max_tokens=3, image="always", sampler="pndm", guidance_until=0.5),
+    reply_options(seed=5, steps=4, max_tokens=2, image="always", sampler="ddim", height=32, width=16),
+    reply_options(seed=6, steps=5, max_tokens=30, max_images=3, temperature=2.0, top_p=1.0, image="always"),
 ]
 
 

@@ -8,8 +8,8 @@ from tiny import LENGTH, WIDTH
 
 from mgp5.config import preset
 from mgp5.hub import REPOS
+from mgp5.memory.skeletons import GENERATORS, MLLMS, backbone_shape, generator_shape, skeleton
 from mgp5.model import assemble, build
-from mgp5.shapes import GENERATORS, MLLMS, backbone_shape, generator_shape, skeleton
 
 # Parameters as the hub shows them, width, of one adapted layer (q and v, rank 8), layers, tied embeddings.
 PUBLISHED = {

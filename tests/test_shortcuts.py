@@ -12,9 +12,9 @@ from test_engines import SAVE, close, draw, smallest, stable_diffusion, start
 
 from mgp5 import engines
 from mgp5.cli import main
-from mgp5.diffusion import load_diffusion
-from mgp5.diffusion.sd2 import StableDiffusion
 from mgp5.errors import Mgp5Error
+from mgp5.generators import load_diffusion
+from mgp5.generators.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture(scope="module", params=["v_prediction", "sd3.5"])
@@ -24,7 +24,7 @@ def diffusion(request, tmp_path_factory):
     return load_diffusion(str(SAVE[request.param](tmp_path_factory.mktemp("sd3.5"))))
 
 
-@pytest.fixture(params=["plain", "hoisted", "whole"])
+@pytest.fixture(params=["plain", "precomputed", "whole"])
 def way(request, diffusion):
     put_on(diffusion, request.param)
     yield request.param
@@ -64,11 +64,11 @@ def test_steps_without_guidance_run_half_the_rows(diffusion, way):
 def test_engines_drop_guidance_alike(diffusion):
     calls = [{"seed": 1, "count": 2}, {"seed": 2, "count": 2}, {"seed": 2, "guidance_until": 0.2}, {"seed": 1}]
     drawn = {}
-    for way in ("plain", "hoisted", "whole"):
+    for way in ("plain", "precomputed", "whole"):
         put_on(diffusion, way)
         drawn[way] = [draw(diffusion, **{"steps": 5, "sampler": "dpm++", "guidance_until": 0.6} | c) for c in calls]
     engines.remove(diffusion)
-    close(drawn["hoisted"], drawn["plain"])
+    close(drawn["precomputed"], drawn["plain"])
     close(drawn["whole"], drawn["plain"])
 
 
@@ -97,7 +97,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("make", [stable_diffusion, smallest])
-@pytest.mark.parametrize("way", ["hoisted", "whole"])
+@pytest.mark.parametrize("way", ["precomputed", "whole"])
 def test_deep_features_are_used_again(make, way):
     diffusion = make()
     before, expected = draw(diffusion, 1), []
@@ -112,7 +112,7 @@ def test_deep_features_are_used_again(make, way):
     assert torch.equal(draw(diffusion, 1), before)
 
 
-@pytest.mark.parametrize("way", ["hoisted", "whole"])
+@pytest.mark.parametrize("way", ["precomputed", "whole"])
 def test_deep_blocks_run_in_one_of_so_many_steps(way):
     diffusion, ran = stable_diffusion(), []
     put_on(diffusion, way)
@@ -131,7 +131,7 @@ def test_deep_blocks_run_in_one_of_so_many_steps(way):
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_shortcuts_on_a_gpu(backend):
     diffusion = stable_diffusion()
-    put_on(diffusion, "hoisted")
+    put_on(diffusion, "precomputed")
     before = [draw(diffusion, **{"steps": 5} | call) for call in CALLS]
     engines.remove(diffusion)
     engines.apply(diffusion.to("cuda"), backend)

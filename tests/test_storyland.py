@@ -12,12 +12,12 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from mgp5.data.storyland import tell
-from mgp5.data.storyland.draw import draw
-from mgp5.data.storyland.tell import accepts, caption, dialog, image_due, mentions, story
-from mgp5.data.storyland.world import ATTRIBUTES, Scene, held_out, random_scene, rng
-from mgp5.data.storyland.write import write
 from mgp5.errors import Mgp5Error
+from mgp5.storyland import tell
+from mgp5.storyland.draw import draw
+from mgp5.storyland.tell import accepts, caption, dialog, image_due, mentions, story
+from mgp5.storyland.world import ATTRIBUTES, Scene, held_out, random_scene, rng
+from mgp5.storyland.write import write
 
 SPLITS = ("train", "test")
 FIRST = Scene.from_indices((0,) * 7)

@@ -12,24 +12,24 @@ from tiny_training import VOKENS, batch_of, config, finish, fresh
 
 from mgp5 import Conversation, Image, Mgp5Error
 from mgp5.config import LoraConfig, PrefixConfig, preset
-from mgp5.losses import Losses
-from mgp5.model import MiniGPT5
-from mgp5.processes import Step
-from mgp5.prompt import IGNORE
+from mgp5.heads.losses import Losses
+from mgp5.model import InterleavedModel
+from mgp5.prompts import IGNORE
+from mgp5.training.distributed import Step
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
-def llava(llava_folder, diffusion_folder) -> MiniGPT5:
+def llava(llava_folder, diffusion_folder) -> InterleavedModel:
     return fresh(llava_folder, diffusion_folder)
 
 
-def weights(model: MiniGPT5) -> dict[str, torch.Tensor]:
+def weights(model: InterleavedModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def changed(model: MiniGPT5, before: dict[str, torch.Tensor]) -> set[str]:
+def changed(model: InterleavedModel, before: dict[str, torch.Tensor]) -> set[str]:
     """Names of the weights that are not bit for bit what they were, adapters folded in."""
     model.merge()
     after = model.state_dict()
@@ -37,7 +37,7 @@ def changed(model: MiniGPT5, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
-def check_rows(model: MiniGPT5, before: dict[str, torch.Tensor]) -> None:
+def check_rows(model: InterleavedModel, before: dict[str, torch.Tensor]) -> None:
     """The voken rows of embedding and LM head have changed, and no other row, although weight decay is on."""
     ids, core = list(model.head.ids), model.backbone.core
     old = fresh_rows(before)

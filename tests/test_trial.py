@@ -11,7 +11,7 @@ from test_engines import stable_diffusion
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from mgp5 import engines
-from mgp5.engines import trial
+from mgp5.engines import autotune as trial
 
 
 def broken():

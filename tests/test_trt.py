@@ -97,7 +97,7 @@ def double(monkeypatch):
     monkeypatch.setattr("torch.utils.collect_env.get_nvidia_driver_version", lambda run: machine.driver)
     trt_double.CALLS.clear()
     yield machine
-    for module in ("mgp5.export.builder", "mgp5.engines.trt"):
+    for module in ("mgp5.export.builder", "mgp5.engines.tensorrt"):
         if sys.modules.pop(module, None):
             package, _, name = module.rpartition(".")
             delattr(sys.modules[package], name)
@@ -129,7 +129,7 @@ def test_without_tensorrt_or_a_gpu_it_says_what_is_missing_and_how_to_go_on(fold
         done = CliRunner().invoke(main, ["export", "--trt", "--from", str(folder), "--set", setting])
         assert done.exit_code == 2 and reason in done.stderr
     with pytest.raises(Mgp5Error, match="--backend trt cannot run here: TensorRT is not installed"):
-        engines.choose("trt", torch.device("cpu"), torch.float32)
+        engines.select_backend("trt", torch.device("cpu"), torch.float32)
 
 
 def test_the_command_writes_and_proves_the_onnx_files_first(small_folder, tmp_path):
@@ -186,7 +186,7 @@ def test_a_plan_that_is_stale_foreign_or_damaged_is_built_again(folder, double, 
 
 
 def test_a_call_binds_tensors_where_they_lie_on_the_current_stream(folder, double):
-    from mgp5.engines.trt import Sessions, Workspace
+    from mgp5.engines.tensorrt import Sessions, Workspace
 
     run = Sessions(source(folder, read_manifest(folder), "unet"), Workspace(torch.device("cpu")))
     for rows, side in ((2, 8), (1, 8), (2, 8)):
@@ -207,7 +207,7 @@ def test_a_call_binds_tensors_where_they_lie_on_the_current_stream(folder, doubl
 
 
 def test_a_dynamic_engine_takes_all_shapes_in_its_range(folder, double):
-    from mgp5.engines.trt import Sessions, Workspace
+    from mgp5.engines.tensorrt import Sessions, Workspace
 
     (place,) = build(folder, BuildOptions(sizes=((8, 8), (12, 10)), dynamic=True))
     assert place.name.startswith("model-1x8x8x5-to-2x12x10x5-")
@@ -221,7 +221,7 @@ def test_a_dynamic_engine_takes_all_shapes_in_its_range(folder, double):
 
 
 def test_new_weights_are_put_into_an_engine_that_can_be_refit(folder, trained_further, double):
-    from mgp5.engines.trt import Session, Workspace
+    from mgp5.engines.tensorrt import Session, Workspace
 
     options = replace(OPTIONS, batches=(2,), refit=True)
     (old,) = build(folder, options)
@@ -259,7 +259,7 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(folder, double, mon
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
 def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, small_export, tmp_path, double, split):
     """Both ways of the loop: step by step, and each step as a whole on buffers of its own, as a CUDA graph has it."""
-    from mgp5.engines import trt
+    from mgp5.engines import tensorrt as trt
 
     shutil.copytree(small_export, tmp_path / "export")
     if not split:

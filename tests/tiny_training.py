@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from mgp5 import Conversation, cli
-from mgp5.checkpoint import trained_tensors
-from mgp5.collate import Batch, Collator
 from mgp5.config import TrainConfig, preset
-from mgp5.model import MiniGPT5, build
-from mgp5.train import Progress, train
+from mgp5.loading import trained_tensors
+from mgp5.model import InterleavedModel, build
+from mgp5.training.batch import Batch, Collator
+from mgp5.training.loop import Progress, train
 
 VOKENS = 4
 
@@ -25,7 +25,7 @@ def config(stage: str, steps: int | None = 2, **values) -> TrainConfig:
     return replace(preset(stage, "demo"), steps=steps, **own | values)
 
 
-def fresh(mllm: Path, diffusion: Path, **options) -> MiniGPT5:
+def fresh(mllm: Path, diffusion: Path, **options) -> InterleavedModel:
     torch.manual_seed(1)
     return build(str(mllm), str(diffusion), num_vokens=VOKENS, guidance=3.0, **options)
 
@@ -34,7 +34,7 @@ def finish(*args, **more) -> list[Progress]:
     return list(train(*args, **more))
 
 
-def batch_of(model: MiniGPT5, *conversations: Conversation) -> Batch:
+def batch_of(model: InterleavedModel, *conversations: Conversation) -> Batch:
     size = (model.diffusion.native_size,) * 2
     return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, "first")(conversations)
 
@@ -51,7 +51,7 @@ def fork(args: list[str], **env: str) -> multiprocessing.Process:
     return process
 
 
-def same(one: MiniGPT5 | dict, other: MiniGPT5 | dict) -> bool:
+def same(one: InterleavedModel | dict, other: InterleavedModel | dict) -> bool:
     """Whether all trained tensors are equal, bit for bit."""
     one, other = (x if isinstance(x, dict) else trained_tensors(x) for x in (one, other))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

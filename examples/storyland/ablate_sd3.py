@@ -22,14 +22,14 @@ from sd3 import DEMO, paint
 from torch import Tensor
 from unet import moments, sheet
 
-from mgp5.collate import Batch
 from mgp5.config import TrainConfig, preset
-from mgp5.evaluation.judge import load_judge, right, scores
-from mgp5.heads.vokens import predicting_states
-from mgp5.losses import caption_loss
+from mgp5.heads.losses import caption_loss
+from mgp5.heads.minigpt5 import predicting_states
 from mgp5.messages import Conversation, Image
-from mgp5.model import MiniGPT5, build
-from mgp5.prompt import IGNORE, example
+from mgp5.model import InterleavedModel, build
+from mgp5.prompts import IGNORE, example
+from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.training.batch import Batch
 
 BATCH = 32
 PAINTED = 8  # pictures of a row of the sheet
@@ -61,7 +61,7 @@ RECIPES = {
 class Pairs:
     """Captioned renders, tokenized once, their latents from sd3.py's cache."""
 
-    def __init__(self, work: Path, split: str, count: int, model: MiniGPT5) -> None:
+    def __init__(self, work: Path, split: str, count: int, model: InterleavedModel) -> None:
         pictures, self.rows = renders(work, split, count)
         self.moments = moments(work, model.diffusion.vae, pictures)
         self.captions = captions(self.rows, -1)
@@ -87,7 +87,7 @@ class Pairs:
         ).to(device())
 
 
-def new_model(work: Path, recipe: Recipe) -> MiniGPT5:
+def new_model(work: Path, recipe: Recipe) -> InterleavedModel:
     """A fresh mapper between the demo's LLM and the tiny Stable Diffusion 3, changed as the recipe says."""
     torch.manual_seed(0)
     diffusion = str(work / "sd3" / "diffusion")
@@ -111,7 +111,9 @@ def phases(recipe: Recipe, updates: int) -> list[TrainConfig]:
     return [alone, replace(base, lr=LATER, rows_lr=LATER, steps=updates - first)]
 
 
-def pretrain(model: MiniGPT5, pairs: Pairs, configs: list[TrainConfig], log: Callable[[dict[str, Any]], None]) -> None:
+def pretrain(
+    model: InterleavedModel, pairs: Pairs, configs: list[TrainConfig], log: Callable[[dict[str, Any]], None]
+) -> None:
     """The phases one after the other, by AdamW with warm-up and linear decay in each."""
     model.prepare(configs[0])
     model.train()
@@ -135,7 +137,9 @@ def pretrain(model: MiniGPT5, pairs: Pairs, configs: list[TrainConfig], log: Cal
 
 
 @torch.no_grad()
-def measure(model: MiniGPT5, pairs: Pairs, condition: Tensor, empty: Tensor, guidance: float) -> tuple[dict, Tensor]:
+def measure(
+    model: InterleavedModel, pairs: Pairs, condition: Tensor, empty: Tensor, guidance: float
+) -> tuple[dict, Tensor]:
     """Scores of conditions (B, L, D) of the first B pairs, and their pictures (B, 3, 128, 128)."""
     rows, pooled, length = pairs.rows[: len(condition)], model.diffusion.pooled_width, len(condition)
     truth = model.diffusion.encode_text(pairs.captions[:length])
@@ -149,14 +153,14 @@ def measure(model: MiniGPT5, pairs: Pairs, condition: Tensor, empty: Tensor, gui
 
 
 @torch.no_grad()
-def conditions(model: MiniGPT5, pairs: Pairs, count: int) -> Tensor:
+def conditions(model: InterleavedModel, pairs: Pairs, count: int) -> Tensor:
     """What the mapper makes of the first captions: (B, L, D)."""
     batch = pairs.batch(np.arange(count))
     states = predicting_states(model.hidden(batch), batch.rows, batch.starts, model.head.num_vokens)
     return model.head.mapper(states)
 
 
-def bounds(model: MiniGPT5, pairs: Pairs, count: int, guidance: float) -> dict[str, tuple[dict, Tensor]]:
+def bounds(model: InterleavedModel, pairs: Pairs, count: int, guidance: float) -> dict[str, tuple[dict, Tensor]]:
     """Scores of the text encoders' own conditions, whole and in part, and of the empty text's."""
     truth, empty = (model.diffusion.encode_text(texts) for texts in (pairs.captions[:count], [""]))
     blind, only = truth.clone(), empty.repeat(count, 1, 1)

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 
 from mgp5.data import load_data
-from mgp5.data.storyland.tell import caption
 from mgp5.evaluation.tasks import pictured
+from mgp5.storyland.tell import caption
 
 
 def sentence(format: str, asked: dict, answer: dict) -> str:

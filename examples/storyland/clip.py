@@ -19,9 +19,9 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mgp5.data.storyland.tell import caption
-from mgp5.data.storyland.world import ATTRIBUTES, rng
-from mgp5.evaluation.judge import scores
+from mgp5.storyland.judge import scores
+from mgp5.storyland.tell import caption
+from mgp5.storyland.world import ATTRIBUTES, rng
 
 SIZE = 96  # pixels of the vision encoder
 

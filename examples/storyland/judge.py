@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgp5.data.storyland.draw import draw
-from mgp5.data.storyland.world import ATTRIBUTES, random_scene, rng
-from mgp5.evaluation.judge import FILE, SIZE, Judge, load_judge, right, scores
+from mgp5.storyland.draw import draw
+from mgp5.storyland.judge import FILE, SIZE, Judge, load_judge, right, scores
+from mgp5.storyland.world import ATTRIBUTES, random_scene, rng
 
 
 def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:  # (B, 3, 64, 64) -> (B, 3, 64, 64)

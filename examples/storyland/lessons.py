@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mgp5.backbones.hf import HFBackbone
 from mgp5.data import cc3m, mmdialog, vist
-from mgp5.data.storyland.draw import draw
-from mgp5.data.storyland.tell import Dialog, Story, caption, dialog, story
-from mgp5.data.storyland.world import Scene, Split, random_scene
 from mgp5.messages import Conversation, Image
-from mgp5.prompt import IGNORE, example, expand_labels
+from mgp5.prompts import IGNORE, example, expand_labels
+from mgp5.storyland.draw import draw
+from mgp5.storyland.tell import Dialog, Story, caption, dialog, story
+from mgp5.storyland.world import Scene, Split, random_scene
 
 
 @dataclass(frozen=True)

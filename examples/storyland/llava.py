@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.data.storyland.tell import story
-from mgp5.data.storyland.world import ATTRIBUTES, rng
-from mgp5.prompt import IGNORE
+from mgp5.prompts import IGNORE
+from mgp5.storyland.tell import story
+from mgp5.storyland.world import ATTRIBUTES, rng
 
 POOL = 8  # batches that are sorted by length together
 REST = 0.2  # weight of text that is not the reply

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgp5.data.storyland.draw import draw
-from mgp5.data.storyland.world import Scene, random_scene, rng
+from mgp5.storyland.draw import draw
+from mgp5.storyland.world import Scene, random_scene, rng
 
 
 def _one(args: tuple[str, int]) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -32,10 +32,10 @@ from transformers import (
 from unet import EMPTY, SHOWN, moments, sheet
 
 import mgp5
-from mgp5.data.storyland.world import ATTRIBUTES
-from mgp5.diffusion.flow import FlowSchedule
-from mgp5.diffusion.sd3 import StableDiffusion3
-from mgp5.evaluation.judge import load_judge, right, scores
+from mgp5.generators.flow import FlowSchedule
+from mgp5.generators.sd3 import StableDiffusion3
+from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.storyland.world import ATTRIBUTES
 
 DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
 WIDTH = 256  # D, and the width of T5

@@ -24,15 +24,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from mgp5.data.storyland.world import Scene
-from mgp5.data.storyland.write import write
 from mgp5.evaluation import tasks
-from mgp5.evaluation.judge import load_judge, look, scores
 from mgp5.evaluation.storyland import attributes_right
 from mgp5.evaluation.systems import Ask, Model, Undrawn
-from mgp5.generation import Options
 from mgp5.messages import Conversation
-from mgp5.model import MiniGPT5, load
+from mgp5.model import InterleavedModel, load
+from mgp5.options import Options, reply_options
+from mgp5.storyland.judge import load_judge, look, scores
+from mgp5.storyland.world import Scene
+from mgp5.storyland.write import write
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -66,7 +66,7 @@ class Recorder(Undrawn):
         return super().draw(condition, options, generators)
 
 
-def conditions(model: MiniGPT5, stories: int) -> tuple[Tensor, list[Scene]]:  # (B, L, C)
+def conditions(model: InterleavedModel, stories: int) -> tuple[Tensor, list[Scene]]:  # (B, L, C)
     """What the model makes of the true history of each test picture and its sentence, and what the picture shows."""
     head = Recorder(model.head)
     reader = Model(SimpleNamespace(backbone=model.backbone, head=head, config=model.config), Options())
@@ -87,7 +87,7 @@ def seeds(start: int, count: int) -> list[torch.Generator]:
 
 
 @torch.inference_mode()
-def paint(model: MiniGPT5, given: Tensor, options: Options, first: int) -> tuple[Tensor, float]:
+def paint(model: InterleavedModel, given: Tensor, options: Options, first: int) -> tuple[Tensor, float]:
     """Pictures (B, 3, H, W) in [-1, 1] with seeds from `first` on, and the processor's milliseconds for each."""
     began = time.process_time()
     *_, latents = model.head.draw(given, options, seeds(first, len(given)))
@@ -101,9 +101,9 @@ def psnr(pictures: Tensor, reference: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def measure(model: MiniGPT5, stories: int, batch: int) -> list[dict[str, Any]]:
+def measure(model: InterleavedModel, stories: int, batch: int) -> list[dict[str, Any]]:
     """One row for each of SETTINGS."""
-    plain = Options(guidance=model.config.guidance)
+    plain = reply_options(guidance=model.config.guidance)
     given, scenes = conditions(model, stories)
     ways = [replace(plain, **changes) for changes in SETTINGS]
     paint(model, given[:batch], plain, 0)  # what is prepared once

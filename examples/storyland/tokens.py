@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from mgp5.data import cc3m, mmdialog, vist
-from mgp5.data.storyland.tell import caption, dialog, story
-from mgp5.data.storyland.world import random_scene, rng
+from mgp5.storyland.tell import caption, dialog, story
+from mgp5.storyland.world import random_scene, rng
 
 VOCABULARY = 1024  # at most, specials included
 LENGTH = 32  # tokens of a CLIP prompt, with start and end

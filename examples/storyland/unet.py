@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from mgp5.data.storyland.world import ATTRIBUTES
-from mgp5.evaluation.judge import load_judge, right, scores
+from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.storyland.world import ATTRIBUTES
 
 EMPTY = 0.1  # share of training captions that are left empty, for classifier-free guidance
 SHOWN = 48  # pictures of an evaluation

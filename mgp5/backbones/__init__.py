@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..slots import SlotCache
+    from .kv_cache import KVCache
 
 
 class Backbone(Protocol):
@@ -61,7 +61,7 @@ class Backbone(Protocol):
         """hidden (..., D) -> (..., V)."""
         ...
 
-    def new_cache(self, rows: int = 1) -> SlotCache:
+    def new_cache(self, rows: int = 1) -> KVCache:
         """A key-value cache of conversations that holds no token yet, only the prefix where there is one."""
         ...
 

@@ -19,14 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
-from ..quant import Quantize, is_quantized, keep_layout, quantization
-from ..slots import SlotCache
+from .kv_cache import KVCache
 from .prefix import fixed_cache, prefix_encoder, prefix_states
+from .quantization import Quantize, is_quantized, keep_layout, quantization
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from ..placement import Placement
+    from ..memory.offload import Placement
 
 # How a picture is written in a prompt, by the token that is repeated once per slot; others stand alone.
 PICTURE_MARKS = {
@@ -39,7 +39,7 @@ class HFBackbone(nn.Module):
     """A frozen multimodal LLM of transformers, called in parts so that hidden states and the cache stay ours."""
 
     compiled = False  # whether tokens are decoded by compiled code
-    placement: Placement | None = None  # what moves weights, see `mgp5.placement`
+    placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class HFBackbone(nn.Module):
         self.use()
         return self.lm_head(hidden)
 
-    def new_cache(self, rows: int = 1) -> SlotCache:
+    def new_cache(self, rows: int = 1) -> KVCache:
         self.use()
         text = self.core.config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
@@ -179,7 +179,7 @@ class HFBackbone(nn.Module):
                 f"the LLM has layers of {', '.join(kinds)}", "expected full attention: take another --model"
             )
         states = None if self.prefix is None else prefix_states(self.prefix, 1, self.lm_head.weight.dtype)
-        return SlotCache(text.num_hidden_layers, rows, states)
+        return KVCache(text.num_hidden_layers, rows, states)
 
     @property
     def capturable(self) -> bool:

@@ -33,6 +33,6 @@ def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
     from ..device import quiet_libraries
 
     quiet_libraries()
-    from ..bench import report
+    from ..bench.run import report
 
     report(suite, out, as_json, **flags)

@@ -39,7 +39,7 @@ def cache(**flags: Any) -> None:
     A cache belongs to the weights and transforms that made it, and training with others refuses it. A run that was
     interrupted goes on where it was when it is given again.
     """
-    from ..caching import run
+    from ..training.make_cache import run
 
     run(flags)
 
@@ -56,7 +56,7 @@ def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, see
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..data.storyland.write import write
+    from ..storyland.write import write
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("drawing", total=None)

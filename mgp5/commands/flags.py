@@ -14,8 +14,8 @@ from ..errors import Mgp5Error
 
 if TYPE_CHECKING:
     from ..events import Event
-    from ..generation import Options
-    from ..model import MiniGPT5
+    from ..model import InterleavedModel
+    from ..options import Options
     from ..views.files import StoryFolder
 
 Command = Callable[..., Any]
@@ -103,16 +103,16 @@ def without(*names: str) -> Callable[[Command], Command]:
 
 
 def options_of(flags: dict[str, Any]) -> Options:
-    from ..config import override, parse_settings
-    from ..generation import Options
+    from ..config import parse_settings
+    from ..options import reply_options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
     given = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
-    options = Options(seed=seed, **given)
-    return override(options, parse_settings(flags["settings"]))
+    options = reply_options(seed=seed, **given)
+    return options.updated(parse_settings(flags["settings"]))
 
 
-def model_of(flags: dict[str, Any], folder: StoryFolder | None = None) -> MiniGPT5:
+def model_of(flags: dict[str, Any], folder: StoryFolder | None = None) -> InterleavedModel:
     """The model that the flags ask for; without it an empty folder goes again."""
     try:
         return _load(flags)
@@ -122,23 +122,24 @@ def model_of(flags: dict[str, Any], folder: StoryFolder | None = None) -> MiniGP
         raise
 
 
-def _load(flags: dict[str, Any]) -> MiniGPT5:
-    from ..device import pick_device, quiet_libraries, spare_threads
+def _load(flags: dict[str, Any]) -> InterleavedModel:
+    from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
 
     quiet_libraries()  # before anything imports them
-    from .. import engines, placement
+    from .. import engines
     from ..hub import resolve
-    from ..model import load, run_by
+    from ..memory import offload as placement
+    from ..model import load, set_backend
 
     device, dtype = pick_device(flags["device"])
-    engines.choose(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
-    plan = placement.choose(flags["memory"], resolve(flags["model"]), device, dtype, flags["quantize"])
+    engines.select_backend(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
+    plan = placement.select_memory_plan(flags["memory"], resolve(flags["model"]), device, dtype, flags["quantize"])
     backend = plan.engine(flags["backend"])
     if plan.why:
         say(flags, plan.why)
     model = load(flags["model"], dtype=dtype, device=str(device), backend=None, memory=plan)
-    spare_threads(model)
-    choice = run_by(model, backend, flags["exported"])
+    limit_threads_for_small_models(model)
+    choice = set_backend(model, backend, flags["exported"])
     if flags["exported"]:
         from ..engines.exported import put_mapper_on
 
@@ -158,9 +159,8 @@ def view_of(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Even
 
 
 def facts_of(flags: dict[str, Any], options: Options) -> dict[str, Any]:
-    from dataclasses import asdict
 
-    given = {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
+    given = {key: value for key, value in options.flat().items() if value is not None and key != "seed"}
     return given | engine_of(flags)
 
 

@@ -17,7 +17,7 @@ def models(as_json: bool) -> None:
 
     A multimodal LLM and a diffusion model make a model to train: LLM+MODEL, for instance llava-1.5-7b+sd-2.1-base.
     """
-    from ..library import catalogue, here
+    from ..apps.library import catalogue, here
     from ..views.tables import show, table
 
     rows = catalogue()
@@ -39,7 +39,7 @@ def pull(name: str) -> None:
     """
     import huggingface_hub.utils
 
-    from ..library import pull as run
+    from ..apps.library import pull as run
 
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -52,7 +52,7 @@ def pull(name: str) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:
     """Free the disk of a model that was fetched from the hub. Folders of your own are not touched."""
-    from ..library import GB, free, held
+    from ..apps.library import GB, free, held
 
     found = held(name)
     if not found:

@@ -56,10 +56,10 @@ def serve(**flags: Any) -> None:
 
 
 def _by_cluster(flags: dict[str, Any]) -> None:
-    from ..cluster import needs_ray
+    from ..serving.cluster import needs_ray
 
     needs_ray()
-    from ..cluster.serve import run
+    from ..serving.cluster.serve import run
 
     if flags["web"]:
         raise Mgp5Error(

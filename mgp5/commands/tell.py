@@ -15,7 +15,7 @@ from .flags import engine_of, facts_of, generation_options, model_of, options_of
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from ..jobs import Crew
+    from ..apps.batch import Crew
 
 
 @click.command()
@@ -51,7 +51,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         if images or text or title or not out:
             raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
         return _batch(out, scenes, flags)
-    from .. import story as stories
+    from ..apps import story as stories
     from ..hub import resolve
     from ..views.files import StoryFolder, free_folder
     from ..views.html import write_html
@@ -83,19 +83,18 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
 
 def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
     from contextlib import ExitStack, closing
-    from dataclasses import asdict
 
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..apps.batch import FAILURES, Batch, Results, earlier, read_lines
     from ..hub import resolve
-    from ..jobs import FAILURES, Batch, Results, earlier, read_lines
 
     resolve(flags["model"])  # a wrong name is told before anything is made
     lines, root = read_lines(flags["batch"])
     begun = earlier(out)
     options = options_of(flags | ({"seed": begun["options"]["seed"]} if begun and flags["seed"] is None else {}))
-    settings = {"scenes": scenes, "options": asdict(options)} | {n: flags[n] for n in ("model", "quantize")}
+    settings = {"scenes": scenes, "options": options.flat()} | {n: flags[n] for n in ("model", "quantize")}
     total, quiet = sum(bool(line.strip()) for line in lines), flags["as_json"] or not sys.stderr.isatty()
     with closing(Results(out, settings)) as results, Progress(console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task("lines", total=total, completed=len(results.done))
@@ -120,14 +119,14 @@ def _crew(flags: dict[str, Any], stack: ExitStack) -> Crew:
     """Who answers the lines; a cluster is left with the stack."""
     from functools import partial
 
-    from ..jobs import alone
+    from ..apps.batch import alone
 
     if not flags["ray"]:
         return alone(lambda: model_of(flags))
-    from ..cluster import absolute, connected, resources
+    from ..serving.cluster import absolute, connected, resources
 
     stack.enter_context(connected(flags["ray"]))
-    from ..cluster.spread import spread
+    from ..serving.cluster.spread import spread
 
     room, count, needs = resources(flags["workers"], flags["device"])
     if count > room:
@@ -148,10 +147,10 @@ def chat(
     images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
 ) -> None:
     """Talk with the model; it answers in text and images."""
-    from ..chat import Chat, read_picture
+    from ..apps.chat import Chat, read_picture
     from ..hub import resolve
-    from ..repl import Repl
     from ..views.files import StoryFolder
+    from .repl import Repl
 
     if out and resume:
         raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
@@ -185,7 +184,7 @@ def recall(picture: Path) -> None:
 
       eval "$(mgp5 recall story-1/003.png)"
     """
-    from ..recall import recall as run
+    from ..apps.recall import recall as run
 
     command, notes = run(picture)
     click.echo(command)

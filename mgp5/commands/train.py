@@ -48,7 +48,7 @@ def train(**flags: Any) -> None:
 
       accelerate launch --use_fsdp $(which mgp5) train ...    (weights shared out between them)
     """
-    from ..training import run
+    from ..training.run import run
 
     run(flags)
 

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..device import SMALL, user_cache
-from ..diffusion.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
 from ..errors import Mgp5Error
+from ..generators.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
+from ..kernels import registry as kernels
 from ..kernels.guided_step import step_rows
-from .trial import try_out
+from .autotune import try_out
 
-if TYPE_CHECKING:  # what imports diffusers takes seconds, and `choose` needs none of it
-    from ..diffusion.frozen import FrozenDiffusion
+if TYPE_CHECKING:  # what imports diffusers takes seconds, and `select_backend` needs none of it
+    from ..generators.latent_diffusion import FrozenDiffusion
+    from .cuda_graph import GraphedStep
     from .exported import ExportedEngine
-    from .graph import WholeStep
-    from .hoisted import Hoisted
     from .layers import Ops
+    from .precomputed import PrecomputedDenoiser
 
 Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
 DENOISERS = ("denoiser", "unet", "transformer")  # names of exported components, the fastest first
@@ -47,7 +47,7 @@ class Choice:
     why: str = ""
 
 
-def choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
+def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
     """Which engine runs where; `auto` takes the fastest, with the time to get started counted.
 
     Raises:
@@ -92,7 +92,7 @@ def apply(diffusion: FrozenDiffusion, backend: Backend = "auto", exported: Path 
     if backend == "trt" and not exported:
         hint = "mgp5 export --trt --split --precision fp16 --out DIR makes one: give it as --exported DIR"
         raise Mgp5Error("--backend trt needs an exported folder", hint, usage=True)
-    choice, tried = choose(backend, denoiser.device, denoiser.dtype), ""
+    choice, tried = select_backend(backend, denoiser.device, denoiser.dtype), ""
     remove(diffusion)
     if backend == "auto" and _export_pays(denoiser):
         try:
@@ -131,13 +131,13 @@ class Engine:
     decode: Callable[[Tensor], Tensor] | None = None  # latents as the VAE's decoder takes them -> pixels
 
     def __init__(self, name: Backend, denoiser: torch.nn.Module) -> None:
-        from .hoisted import hoist
+        from .precomputed import precompute
 
         self.name, device, dtype = name, denoiser.device, denoiser.dtype
         on_gpu = device.type == "cuda"
         flat = on_gpu and name == "eager"  # PyTorch's own GroupNorm on a GPU copies channels-last maps
         self.ops = operations(name, device, dtype)
-        self.model: Hoisted = hoist(
+        self.model: PrecomputedDenoiser = precompute(
             denoiser,
             self.ops,
             packed=name == "eager" and _packs(denoiser),
@@ -146,7 +146,7 @@ class Engine:
         if name == "compile":
             _compile(self.model, on_gpu)
         self.whole = on_gpu and name != "eager"
-        self.idle: dict[tuple, WholeStep] = {}
+        self.idle: dict[tuple, GraphedStep] = {}
 
     def denoise(
         self,
@@ -190,7 +190,7 @@ class Engine:
         reuse: int = 1,
     ) -> Iterator[Tensor]:
         """The same with each step as a whole, on a GPU one CUDA graph."""
-        from .graph import Inputs, Kind, WholeStep
+        from .cuda_graph import GraphedStep, Inputs, Kind
 
         rows = step_rows(table, guidance).to(noise.device, torch.float32)
         batch = guidance_batch(condition, unconditional, guidance)
@@ -200,7 +200,7 @@ class Engine:
         weight = next(self.model.model.parameters())  # a graph reads weights where they lay
         key = weight.data_ptr(), *inputs.key()
         # Taken out while it runs: another image drawn meanwhile gets buffers of its own.
-        step = self.idle.pop(key, None) or WholeStep(self.model, self.ops.guided_step, inputs)
+        step = self.idle.pop(key, None) or GraphedStep(self.model, self.ops.guided_step, inputs)
         kinds = [
             Kind(
                 rows=len(condition if guided is not None and i >= guided else batch),
@@ -248,7 +248,7 @@ def _onnx_refusal(device: torch.device) -> str:
 
 
 def _trt(diffusion: FrozenDiffusion, exported: Path) -> ExportedEngine:
-    from .trt import put_on
+    from .tensorrt import put_on
 
     return put_on(diffusion, exported)
 
@@ -274,7 +274,7 @@ def _packs(denoiser: torch.nn.Module) -> bool:
     return on_cpu and small and torch.backends.mkldnn.is_available()
 
 
-def _compile(model: Hoisted, on_gpu: bool) -> None:
+def _compile(model: PrecomputedDenoiser, on_gpu: bool) -> None:
     """Compile for the shapes that come."""
     keep_compiled()
     model.model.compile(dynamic=False, **({"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}))
@@ -305,5 +305,5 @@ def _compile_refusal(device: torch.device) -> str:
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why kernels cannot run here, or ""."""
-    chosen = kernels.choose("group_norm", device, dtype)
+    chosen = kernels.select_kernel("group_norm", device, dtype)
     return "" if chosen.implementation == "triton" else chosen.why.removeprefix("no triton: ")

@@ -18,12 +18,12 @@ from torch.nn.functional import pad
 
 from ..errors import Mgp5Error
 from . import DENOISERS, Engine, operations
-from .hoisted import Hoisted, hoist
+from .precomputed import PrecomputedDenoiser, precompute
 
 if TYPE_CHECKING:
-    from ..diffusion.frozen import FrozenDiffusion
-    from ..heads.vokens import VokenHead
-    from ..mapper import FeatureMapper
+    from ..generators.latent_diffusion import FrozenDiffusion
+    from ..heads.mapper import FeatureMapper
+    from ..heads.minigpt5 import MiniGPT5Head
 
 GROUP_NORM = 21  # the first opset with a GroupNorm that has a type for its statistics
 
@@ -35,7 +35,7 @@ class Run(Protocol):
 
 
 class Exported:
-    """See `Hoisted`.
+    """See `PrecomputedDenoiser`.
 
     Args:
         run: the file.
@@ -46,11 +46,11 @@ class Exported:
     layout = torch.contiguous_format
     deep = 0
 
-    def __init__(self, run: Run, denoiser: ModelMixin, parts: Hoisted | None) -> None:
+    def __init__(self, run: Run, denoiser: ModelMixin, parts: PrecomputedDenoiser | None) -> None:
         self.run, self.parts, self.model, self.dtype = run, parts, denoiser, denoiser.dtype
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See `Hoisted`; the table is (n, R, S), as files take a row for each: S is 1 of a whole denoiser."""
+        """Return the table (n, R, S) and the context; S is 1 for a whole denoiser."""
         table, context = timesteps[:, None, None], [condition]
         if self.parts is not None:
             table, context = self.parts.constants(timesteps, condition)
@@ -59,7 +59,7 @@ class Exported:
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:  # (R, C, h, w)
-        """See `Hoisted`."""
+        """See `PrecomputedDenoiser`."""
         if self.parts is not None:
             named = {f"context_{i}": part for i, part in enumerate(context)}
             return self.run(sample=latents, row=row, **named)["out_sample"], None
@@ -70,7 +70,7 @@ class Exported:
         return self.run(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
 
     def restore(self) -> None:
-        """See `Hoisted`."""
+        """See `PrecomputedDenoiser`."""
         if self.parts is not None:
             self.parts.restore()
 
@@ -122,7 +122,7 @@ class ExportedMapper(nn.Module):
         return rows.to(self.like)
 
 
-def hoisted(diffusion: FrozenDiffusion, opset: int = 23) -> Hoisted:
+def precomputed(diffusion: FrozenDiffusion, opset: int = 23) -> PrecomputedDenoiser:
     """The denoiser in two parts, by operations that every ONNX runtime knows.
 
     In half precision GroupNorm stays whole where the opset has one: it is for GPUs, where fused kernels do it.
@@ -131,7 +131,7 @@ def hoisted(diffusion: FrozenDiffusion, opset: int = 23) -> Hoisted:
     ops = operations("eager", model.device, model.dtype)
     if model.dtype == torch.float32 or opset < GROUP_NORM:
         ops = dataclasses.replace(ops, group_norm=plain_group_norm)
-    return hoist(model, ops, packed=False, layout=torch.contiguous_format)
+    return precompute(model, ops, packed=False, layout=torch.contiguous_format)
 
 
 def plain_group_norm(
@@ -165,7 +165,7 @@ def engine_of(
     if name is None:
         hint = "export it again with --component unet, or transformer for Stable Diffusion 3"
         raise Mgp5Error(f"{folder} has {', '.join(names)}, expected a denoiser", hint)
-    parts = hoisted(diffusion) if name == "denoiser" else None
+    parts = precomputed(diffusion) if name == "denoiser" else None
     model = Exported(load(folder / name / "model.onnx"), diffusion.denoiser, parts)
     if "vae_decoder" not in names:
         return ExportedEngine(model)
@@ -179,7 +179,7 @@ def put_on(diffusion: FrozenDiffusion, folder: Path | None) -> ExportedEngine:
     Raises:
         Mgp5Error: another model's export, or a file is missing or damaged, or it cannot be exported here.
     """
-    from .ort import Session
+    from .onnx import Session
 
     device, parts = diffusion.denoiser.device, {"denoiser": diffusion.denoiser, "vae": diffusion.vae}
     if folder is None:
@@ -217,16 +217,16 @@ def open_folder(folder: Path, parts: dict[str, nn.Module]) -> dict[str, Any]:
     return manifest
 
 
-def put_mapper_on(head: VokenHead, folder: Path, device: torch.device, backend: str) -> None:
+def put_mapper_on(head: MiniGPT5Head, folder: Path, device: torch.device, backend: str) -> None:
     """Let the mapper of an exported folder do the work of a model's own, where there is one. Raises as `put_on`."""
     manifest = open_folder(folder, {"mapper": head.mapper})
     if "mapper" in manifest["components"]:
         if backend == "trt":
-            from .trt import sessions
+            from .tensorrt import sessions
 
             run = sessions(folder, manifest, device)(folder / "mapper" / "model.onnx")
         else:
-            from .ort import Session
+            from .onnx import Session
 
             run = Session(folder / "mapper" / "model.onnx", device)
         head.mapper = ExportedMapper(run, head.mapper)

@@ -39,7 +39,7 @@ def require(*conditions: tuple[bool, str]) -> None:
         raise Mgp5Error(f"engines do not know a denoiser with {', '.join(found)}", "take --backend auto")
 
 
-class Known(nn.Module):
+class Passthrough(nn.Module):
     """A module whose result is known: it is given in the place of its first input."""
 
     def forward(self, known: Tensor, *_: Any) -> Tensor:

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import runs
-from ..collate import to_pixels
 from ..config import Stage
 from ..data.files import pick
-from ..data.storyland.world import ATTRIBUTES as NAMES
 from ..device import pick_device
-from ..generation import Options, to_picture
+from ..inference.reply import to_picture
 from ..messages import Conversation
-from ..model import MiniGPT5, load
-from ..trainer import TERMS
+from ..model import InterleavedModel, load
+from ..options import reply_options
+from ..storyland.judge import load_judge, look
+from ..storyland.world import ATTRIBUTES as NAMES
+from ..training import checkpoints as runs
+from ..training.batch import to_pixels
+from ..training.trainer import TERMS
 from . import tasks
 from .ablations import ATTRIBUTES, FRECHET
 from .images import frechet_distance
-from .judge import load_judge, look
 from .storyland import attributes_right
 from .systems import Ask, Model
 
@@ -65,7 +66,7 @@ def measure(plan: Plan, stage: Stage, folder: Path, drawn: Collection[Drawn]) ->
 
 @torch.inference_mode()
 def _draw(
-    plan: Plan, stage: Stage, model: MiniGPT5, context: str, guidance: float
+    plan: Plan, stage: Stage, model: InterleavedModel, context: str, guidance: float
 ) -> tuple[torch.Tensor, torch.Tensor, list]:
     """Pictures drawn and true, both (B, 3, 128, 128) in [-1, 1], and what the true ones show."""
     format, task = TASK[stage]
@@ -73,7 +74,7 @@ def _draw(
     contexts = (context,) if stage == "finetune" else ()
     samples = tasks.load(format, root, "test", tasks=(task,), contexts=contexts, limit=plan.samples).samples
     scenes = dict(tasks.pictured(root))
-    system = Model(model, Options(steps=plan.steps, guidance=guidance))
+    system = Model(model, reply_options(steps=plan.steps, guidance=guidance))
     drawn, real, shown = [], [], []
     for start in range(0, len(samples), AT_ONCE):
         asks = []

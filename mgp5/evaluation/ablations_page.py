@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .. import runs
 from ..config import Stage
 from ..doctor import machine, versions
+from ..training import checkpoints as runs
 from ..views.files import write_atomic
 from ..views.html import PAGE, STYLE
 from ..views.tables import show, table

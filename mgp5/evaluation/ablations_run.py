@@ -23,13 +23,15 @@ from typing import Any
 
 import click
 
-from .. import caching, runs, training
-from ..checkpoint import CONFIG
 from ..config import ModelConfig, Stage
 from ..data import load_data
-from ..data.storyland.write import write as write_storyland
 from ..errors import Mgp5Error
 from ..hub import Parts, read_config, resolve
+from ..loading import CONFIG
+from ..storyland.write import write as write_storyland
+from ..training import checkpoints as runs
+from ..training import make_cache as caching
+from ..training import run as training
 from .ablations import Row, needed, rows
 from .ablations_measure import Drawn, measure
 from .ablations_page import report

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collate import to_pixels
-from ..data.storyland.world import ATTRIBUTES, Scene
 from ..messages import Image
+from ..storyland.judge import load_judge, look
+from ..storyland.world import ATTRIBUTES, Scene
+from ..training.batch import to_pixels
 from .encoders import Clip, Inception, SentenceEncoder
-from .judge import load_judge, look
 from .weights import locate
 
 Encode = Callable[[list[Any]], Iterable[Any]]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.storyland.tell import mentions
-from ..data.storyland.world import ATTRIBUTES, held_out
 from ..messages import Text
+from ..storyland.tell import mentions
+from ..storyland.world import ATTRIBUTES, held_out
 from . import images, storyland
 from .encoded import Encoded
 from .replies import Number, Replies, mean

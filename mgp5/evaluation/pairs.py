@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
-from ..fingerprint import hash_of
 from ..messages import Conversation, Image, Message, Text
-from ..runs import SETTINGS, read_json, write_json
+from ..training.checkpoints import SETTINGS, read_json, write_json
+from ..training.fingerprint import hash_of
 from ..views.files import write_atomic
 from ..views.html import STYLE
 from . import tasks

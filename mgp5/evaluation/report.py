@@ -15,7 +15,7 @@ import torch
 from ..doctor import machine, versions
 from ..errors import Mgp5Error
 from ..messages import Conversation, Message
-from ..runs import write_json
+from ..training.checkpoints import write_json
 from . import METRICS
 from .encoded import ANTIALIAS, Encoded
 from .measure import METRICS_OF, measure

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ import click
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 
-from ..checkpoint import CONFIG
+from ..apps.story import WINDOW
 from ..data.files import pick
-from ..data.storyland.write import write as write_storyland
 from ..data.vist import Scene as Told
 from ..data.vist import continue_
 from ..device import pick_device
 from ..errors import Mgp5Error
 from ..export.manifest import sha256
-from ..fingerprint import hash_of
-from ..generation import Options
 from ..hub import Parts, read_config, resolve
+from ..loading import CONFIG
 from ..messages import Conversation, Message
-from ..model import MiniGPT5
-from ..processes import on_main
-from ..runs import SETTINGS, read_json, write_json
-from ..story import WINDOW
+from ..model import InterleavedModel
+from ..options import Options
+from ..storyland.write import write as write_storyland
+from ..training.checkpoints import SETTINGS, read_json, write_json
+from ..training.distributed import on_main
+from ..training.fingerprint import hash_of
 from ..views.files import write_png
 from . import tasks
 from .report import check, report
@@ -46,7 +46,7 @@ from .systems import Ask, Entry, System, build, entries
 from .tasks import Data, Sample
 
 Reply = Message | str  # or why there is none
-Load = Callable[[str, str], MiniGPT5]
+Load = Callable[[str, str], InterleavedModel]
 STORIES = 100  # of Storyland, where no number is given
 WAIT = timedelta(days=7)  # that a process waits for the others
 
@@ -99,12 +99,17 @@ class Runner:
     """Has systems reply to the samples that have no reply yet; this process takes its share of them."""
 
     def __init__(
-        self, flags: dict[str, Any], options: Options, load: Callable[[str], MiniGPT5], data: Data, state: PartialState
+        self,
+        flags: dict[str, Any],
+        options: Options,
+        load: Callable[[str], InterleavedModel],
+        data: Data,
+        state: PartialState,
     ) -> None:
         self.out, self.batch, self.name, self.as_json = (flags[key] for key in ("out", "batch", "model", "as_json"))
         self.options, self.data, self.state, self._load = options, data, state, load
         self._numbers = {sample.key: number for number, sample in enumerate(data.samples)}
-        self._model: MiniGPT5 | None = None
+        self._model: InterleavedModel | None = None
 
     def free(self) -> None:
         """Forget the model: what measures needs the memory."""
@@ -232,7 +237,7 @@ def _settings(flags: dict[str, Any], options: Options, weights: str) -> dict[str
     """What replies depend on, as JSON gives it back."""
     data = str(flags["data"].resolve()) if flags["data"] else "written here"
     kept = {name: flags[name] for name in ("model", "format", "split", "tasks", "contexts", "limit")}
-    kept |= {"data": data, "weights": weights, "quantize": flags["quantize"], "options": asdict(options)}
+    kept |= {"data": data, "weights": weights, "quantize": flags["quantize"], "options": options.flat()}
     return json.loads(json.dumps(kept))
 
 

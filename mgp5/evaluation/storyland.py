@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..data.storyland.tell import accepts, mentions
-from ..data.storyland.world import ATTRIBUTES, Scene
+from ..storyland.tell import accepts, mentions
+from ..storyland.world import ATTRIBUTES, Scene
 
 IDENTITY = [list(ATTRIBUTES).index(name) for name in ("species", "colour")]
 

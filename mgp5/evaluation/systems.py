@@ -6,7 +6,7 @@ B questions, L and C of a condition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collate import to_pixels
-from ..data.storyland.draw import draw
-from ..data.storyland.tell import caption
-from ..data.storyland.world import Scene, rng
-from ..diffusion import LatentDiffusion
-from ..diffusion.frozen import no_text_encoder
 from ..errors import Mgp5Error
 from ..events import Finished
-from ..generation import Options, generate_batch, to_picture
+from ..generators import LatentDiffusion
+from ..generators.latent_diffusion import no_text_encoder
+from ..inference.reply import complete, generate_batch, to_picture
 from ..messages import Conversation, Image, Message, Text
-from ..model import MiniGPT5, assemble, load_backbone, load_generator
+from ..model import InterleavedModel, assemble, load_backbone, load_generator
+from ..options import Options
+from ..storyland.draw import draw
+from ..storyland.tell import caption
+from ..storyland.world import Scene, rng
+from ..training.batch import to_pixels
 from .tasks import Sample
 
 ONE_PICTURE = {"image": "always", "max_images": 1}
@@ -55,12 +56,14 @@ System = Callable[[Sequence[Ask]], list[Message]]
 class Model:
     """MiniGPT-5, or a model trained with GILL's objective (`mgp5 train --preset gill`): an ordinary model here."""
 
-    model: MiniGPT5
+    model: InterleavedModel
     options: Options
 
     def __call__(self, asks: Sequence[Ask], **own: Any) -> list[Message]:
         """Replies; `own` options go before those of the kind."""
-        each = [replace(self.options, seed=ask.seed, image_seed=None, **(ASKED[ask.sample.kind] | own)) for ask in asks]
+        each = [
+            self.options.updated({"seed": ask.seed, "image_seed": None} | ASKED[ask.sample.kind] | own) for ask in asks
+        ]
         replies: dict[int, Message] = {}
         for index, event in generate_batch(self.model, [ask.question for ask in asks], each):
             if isinstance(event, Finished):
@@ -108,7 +111,7 @@ class TextToImage:
             conditions[:-1],
             conditions[-1:],
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **{name: getattr(self.options, name) for name in names},
+            **{name: getattr(self.options.image, name) for name in names},
         )
         facts = [{"prompt": text, "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
         pictures = map(to_picture, self.diffusion.decode(latents))
@@ -238,7 +241,11 @@ def entries(baselines: Sequence[str], format: str) -> list[Entry]:
 
 
 def build(
-    entry: Entry, model: MiniGPT5, options: Options, scenes: Mapping[Path, Scene], load: Callable[..., MiniGPT5]
+    entry: Entry,
+    model: InterleavedModel,
+    options: Options,
+    scenes: Mapping[Path, Scene],
+    load: Callable[..., InterleavedModel],
 ) -> System:
     """A system.
 
@@ -249,8 +256,7 @@ def build(
         load: gives another model by its name or folder.
     """
     name, path = entry.name, entry.path
-    own = {key: getattr(model.config, key) for key in ("guidance", "temperature") if getattr(options, key) is None}
-    options = replace(options, **own)
+    options = complete(model, options)
     painter = TextToImage(model.diffusion, options)
     if name == "t2i-tuned":
         tuned = load_generator(path, model.diffusion.denoiser.dtype)
@@ -271,7 +277,7 @@ def build(
     return TwoStage(Model(_writer(path, model) if path else undrawn, options), painter, captions=bool(path))
 
 
-def _writer(path: str, model: MiniGPT5) -> MiniGPT5:
+def _writer(path: str, model: InterleavedModel) -> InterleavedModel:
     """The LLM of a folder or the hub beside a fresh mapper: a model whose vokens must not be said."""
     backbone = load_backbone(path, model.backbone.lm_head.weight.dtype).to(model.device)
     writer = assemble(backbone, model.diffusion, path, model.config.diffusion, num_vokens=model.config.num_vokens)

@@ -13,11 +13,11 @@ from typing import Literal
 
 from ..data import Dataset, Problems, load_data
 from ..data.files import lines, pick
-from ..data.storyland.world import Scene
 from ..data.vist import TEMPLATES, Story, continue_, illustrate, narrate
 from ..data.vist import Scene as Told
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
+from ..storyland.world import Scene
 
 Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue"]
 CONTEXTS = ("none", "text", "image", "full")  # MiniGPT-5, table 6

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..generation import Options
+    from ..options import Options
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Context:
 
 
 class Head(Protocol):
-    """What an image head has to say; see `vokens.VokenHead`."""
+    """What an image head has to say; see `vokens.MiniGPT5Head`."""
 
     tokens: tuple[str, ...]  # special tokens it adds, the trigger first
 

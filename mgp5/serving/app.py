@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
-from ..generation import Options
 from ..messages import Conversation, Image, Text
+from ..options import Options
 from . import openapi
 from .engine import Job, Refused, ServingEngine
 from .guard import Guard, error_body, error_response
@@ -62,7 +62,7 @@ def make_app(
     pages = {"docs_url": None, "redoc_url": None, "separate_input_output_schemas": False}
     app = FastAPI(title="mgp5", version=__version__, description=openapi.ABOUT, lifespan=life, **pages)
     answers: Counter = Counter()
-    app.state.desk = Desk(engine, name, limits, answers)
+    app.state.desk = AppState(engine, name, limits, answers)
     json_only = {"methods": ["POST"], "dependencies": [Depends(_json_only)], "response_model": None}
     app.add_api_route("/v1/chat/completions", chat, responses=openapi.CHAT, **json_only)
     app.add_api_route("/v1/images/generations", images, responses=openapi.IMAGES, **json_only)
@@ -76,13 +76,13 @@ def make_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, lambda *_: error_response(Refused(500, "it failed", "internal_error")))
     if web:
-        from ..web.page import put_page
+        from .web.page import put_page
 
         put_page(app, app.state.desk)
     return Guard(app, limits, key, hosts, answers)
 
 
-class Desk:
+class AppState:
     """What all requests share."""
 
     def __init__(self, engine: ServingEngine, name: str, limits: Limits, answers: Counter) -> None:
@@ -137,7 +137,7 @@ class Running:
 
 async def chat(body: ChatRequest, request: Request) -> Response:
     """A reply in text and pictures, whole or streamed."""
-    desk: Desk = request.app.state.desk
+    desk: AppState = request.app.state.desk
     desk.check(body.model)
     options = chat_options(body, desk.limits, desk.engine.model)
     talk = await to_thread.run_sync(conversation, body.messages, desk.limits, limiter=desk.readers)
@@ -159,7 +159,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 async def images(body: ImagesRequest, request: Request) -> Response:
     """Pictures of a prompt."""
-    desk: Desk = request.app.state.desk
+    desk: AppState = request.app.state.desk
     desk.check(body.model)
     options = image_options(body, desk.limits, desk.engine.model)
     running = await desk.run(Conversation().add("user", body.prompt), options, body.timeout)
@@ -189,7 +189,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(state, 200 if engine.alive else 503)
 
 
-def _model(desk: Desk) -> dict[str, Any]:
+def _model(desk: AppState) -> dict[str, Any]:
     return {"id": desk.name, "object": "model", "created": desk.created, "owned_by": "mgp5"}
 
 

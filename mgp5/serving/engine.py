@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from jinja2 import TemplateError
 
-from ..batch import Paint, Turn, read_on
-from ..decode import Decoder
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageStep, TextChunk
-from ..generation import Options, reply
+from ..inference.decoder import Decoder
+from ..inference.reply import reply
+from ..inference.scheduler import Paint, Turn, read_on
+from ..inference.session import Session
 from ..messages import Conversation
-from ..session import Session
+from ..options import Options
 from .painting import Canvas, StepBatch
 
 if TYPE_CHECKING:
-    from ..model import MiniGPT5
+    from ..model import InterleavedModel
 
 PIECES = 8  # of text between two denoising steps, at most: text is cheap, and others wait for it
 
@@ -79,7 +80,7 @@ class ServingEngine:
         workers: see `StepBatch`.
     """
 
-    def __init__(self, model: MiniGPT5, rows: int = 8, waiting: int = 64, workers: int = 1) -> None:
+    def __init__(self, model: InterleavedModel, rows: int = 8, waiting: int = 64, workers: int = 1) -> None:
         self.model, self.rows, self.waiting = model, rows, waiting
         self.painter = StepBatch(model.head, workers)
         self.queue: deque[Job] = deque()

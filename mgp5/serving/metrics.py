@@ -10,12 +10,12 @@ from fastapi import Request
 from fastapi.responses import PlainTextResponse
 
 if TYPE_CHECKING:
-    from .app import Desk
+    from .app import AppState
 
 
 async def metrics(request: Request) -> PlainTextResponse:
     """Counters in Prometheus' text format."""
-    desk: Desk = request.app.state.desk
+    desk: AppState = request.app.state.desk
     engine = desk.engine
     values = {f"mgp5_{name}_total": ("counter", value) for name, value in sorted(dict(engine.counts).items())}
     values |= {"mgp5_running": ("gauge", len(engine.seats)), "mgp5_waiting": ("gauge", len(engine.queue))}

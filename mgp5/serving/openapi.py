@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from ..diffusion.sampler import SAMPLERS
+from ..generators.sampler import SAMPLERS
 from .schema import Part
 
 if TYPE_CHECKING:

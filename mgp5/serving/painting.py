@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion.sampler import SamplerTable, guidance_batch, linear_update, sampler_table
+from ..generators.sampler import SamplerTable, guidance_batch, linear_update, sampler_table
 
 if TYPE_CHECKING:
-    from ..batch import Paint
-    from ..diffusion.frozen import FrozenDiffusion
-    from ..heads.vokens import VokenHead
+    from ..generators.latent_diffusion import FrozenDiffusion
+    from ..heads.minigpt5 import MiniGPT5Head
+    from ..inference.scheduler import Paint
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Canvas:
     Args:
         latents: (1, C, h, w), float32.
         table: of its sampler.
-        times: (n, 1 or r, S), see `Hoisted.constants`; without an engine its timesteps, (n, 1, 1).
+        times: (n, 1 or r, S), see `PrecomputedDenoiser.constants`; without an engine its timesteps, (n, 1, 1).
         context: see there too, each (r, ...); without an engine the condition, (r, L, D). r is 2 with guidance, else 1.
         guidance: scale.
         guided: how many steps have guidance, the first.
@@ -84,7 +84,7 @@ class StepBatch:
             its cores better than threads within an operation.
     """
 
-    def __init__(self, head: VokenHead, workers: int = 1) -> None:
+    def __init__(self, head: MiniGPT5Head, workers: int = 1) -> None:
         self.head, self.workers = head, workers
         self._pool = ThreadPoolExecutor(workers)
         self._contexts: dict[Members, list[Tensor]] = {}  # of the groups of the last step
@@ -97,7 +97,7 @@ class StepBatch:
     @torch.no_grad()
     def begin(self, paint: Paint) -> Canvas:
         """A picture before its first step. Raises Mgp5Error for a size, sampler or number of steps that cannot be."""
-        diffusion, options = self.diffusion, paint.options
+        diffusion, options = self.diffusion, paint.options.image
         table = sampler_table(options.sampler, diffusion.schedule, options.steps)
         size = diffusion.native_size
         shape = diffusion.latent_shape(options.height or size, options.width or size)

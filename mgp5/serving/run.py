@@ -19,14 +19,14 @@ from .guard import PAGE, patient
 from .limits import Limits
 
 if TYPE_CHECKING:
-    from ..model import MiniGPT5
+    from ..model import InterleavedModel
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KEY = "MGP5_API_KEY"
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
-def run(flags: dict[str, Any], load: Callable[[], MiniGPT5], tell: Callable[[str], None]) -> None:
+def run(flags: dict[str, Any], load: Callable[[], InterleavedModel], tell: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what was begun, for `drain` seconds at most.
 
     Raises:
@@ -80,7 +80,7 @@ def entry(flags: dict[str, Any]) -> tuple[Limits, str | None, frozenset[str] | N
     return limits, key, LOCAL | {host.lower()} if local and not key else None
 
 
-def engine_of(flags: dict[str, Any], model: MiniGPT5, cores: int) -> ServingEngine:
+def engine_of(flags: dict[str, Any], model: InterleavedModel, cores: int) -> ServingEngine:
     """The engine of a server that has so many cores."""
     workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
     return ServingEngine(model, flags["rows"], flags["waiting"], workers)

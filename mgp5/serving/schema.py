@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import Mgp5Error
-from ..generation import Options
 from ..messages import Conversation, Message, Text
+from ..options import Options, reply_options
 from .engine import Refused
 from .pictures import read_picture
 
 if TYPE_CHECKING:
-    from ..model import MiniGPT5
+    from ..model import InterleavedModel
     from .limits import Limits
 
 
@@ -126,7 +126,7 @@ class ImagesRequest(Drawing):
     output_format: Literal["png"] | None = None
 
 
-def chat_options(body: ChatRequest, limits: Limits, model: MiniGPT5) -> Options:
+def chat_options(body: ChatRequest, limits: Limits, model: InterleavedModel) -> Options:
     """How to reply. Raises Refused for what contradicts itself or is above the limits."""
     wanted = {"text": "never", "image": "always"}.get("+".join(dict.fromkeys(body.modalities or [])), "auto")
     if body.image and wanted != "auto" and body.image != wanted:
@@ -154,7 +154,7 @@ def chat_options(body: ChatRequest, limits: Limits, model: MiniGPT5) -> Options:
     )
 
 
-def image_options(body: ImagesRequest, limits: Limits, model: MiniGPT5) -> list[Options]:
+def image_options(body: ImagesRequest, limits: Limits, model: InterleavedModel) -> list[Options]:
     """How to draw each image, with seeds that count up. Raises as `chat_options`."""
     _bounded("n", body.n or 1, limits.images)
     first = _options(body, limits, model, max_tokens=0, max_images=1, image="always")
@@ -187,7 +187,7 @@ def _content(message: ChatMessage, limits: Limits) -> tuple:
         raise _refused(str(error), "messages") from None
 
 
-def _options(body: Drawing, limits: Limits, model: MiniGPT5, **more: Any) -> Options:
+def _options(body: Drawing, limits: Limits, model: InterleavedModel, **more: Any) -> Options:
     """What both kinds of request share; told now if it cannot be drawn, not in the middle of a reply."""
     steps = min(20, limits.steps) if body.steps is None else body.steps
     _bounded("steps", steps, limits.steps)
@@ -195,7 +195,7 @@ def _options(body: Drawing, limits: Limits, model: MiniGPT5, **more: Any) -> Opt
     seed = random.SystemRandom().randrange(2**31) if body.seed is None else body.seed
     drawing = {"steps": steps, "guidance": body.guidance, "sampler": body.sampler}
     try:
-        options = Options(seed=seed, height=height, width=width, **drawing, **more)
+        options = reply_options(seed=seed, height=height, width=width, **drawing, **more)
         model.head.num_steps(options)
         if width and height:
             model.diffusion.latent_shape(height, width)

@@ -1,1 +1,0 @@
-"""Deployable files: ONNX, proved to compute what PyTorch does, and TensorRT engines of them."""

@@ -1,0 +1,270 @@
+"""What all frozen diffusion models share: the VAE, the loss, the sampling loop, and how their parts are loaded.
+
+Letters: B batch, H and W pixels, C, h and w of the latents, L length and D width of the condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
+from torch import Tensor, nn
+
+from ..errors import Mgp5Error
+from .sampler import Schedule, denoise, sampler_table
+
+if TYPE_CHECKING:
+    from ..engines import Engine
+    from ..memory.offload import Placement
+
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+CLIP_LENGTH = 77  # CLIP's tokens for a model that comes without its text encoder
+
+
+class FrozenDiffusion(nn.Module):
+    """A frozen denoiser in the latent space of a VAE; subclasses add the denoiser, its condition and `predict`."""
+
+    vae: AutoencoderKL | AutoencoderTiny
+    schedule: Schedule
+    pooled_width = 0
+    engine: Engine | None = None  # what `draw` runs by, see `mgp5.engines`
+    placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The UNet or transformer."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also while weights wait elsewhere."""
+        return self.placement.device if self.placement else self.denoiser.device
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
+        """One call of the denoiser: what the schedule's `prediction_type` says, in float32.
+
+        Args:
+            latents: (B, C, h, w), noisy.
+            timesteps: (B,) or (), in [0, T].
+            condition: (B, L, D).
+        """
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> FrozenDiffusion:
+        """Stay in eval mode: the model is frozen, whatever the model around it does."""
+        return super().train(False)
+
+    def checkpointing(self, on: bool) -> None:
+        """Gradient checkpointing: the backward pass computes the denoiser's activations again instead of keeping them.
+
+        It works on a frozen model in eval mode: diffusers asks only whether gradients are enabled.
+        """
+        (self.denoiser.enable_gradient_checkpointing if on else self.denoiser.disable_gradient_checkpointing)()
+
+    @property
+    def native_size(self) -> int:
+        """Height and width in pixels that the model was trained for."""
+        size = self.denoiser.config.sample_size
+        return (size if isinstance(size, int) else size[0]) * self._factor
+
+    @property
+    def _factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def _unit(self) -> int:
+        """Height and width of an image are multiples of this."""
+        return self._factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of height x width pixels.
+
+        Raises:
+            Mgp5Error: height or width is not a positive multiple of what the model works in.
+        """
+        unit = self._unit
+        if min(height, width) < unit or height % unit or width % unit:
+            raise Mgp5Error(
+                f"image size {height}x{width}, expected multiples of {unit}",
+                f"this model draws best at {self.native_size}x{self.native_size}",
+            )
+        return self.denoiser.config.in_channels, height // self._factor, width // self._factor
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:  # (B, 2C, h, w)
+        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the VAE's posterior, in float32.
+
+        This is all that a cache needs to keep of a picture. AutoencoderTiny has no posterior: its deviation is zero.
+        """
+        self._use_vae()
+        with self._own_precision():
+            encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        if isinstance(self.vae, AutoencoderTiny):
+            moments = encoded.latents, torch.zeros_like(encoded.latents)
+        else:
+            moments = encoded.latent_dist.mean, encoded.latent_dist.std
+        # As a cache gives them back: convolutions round differently in another memory layout.
+        return torch.cat(moments, dim=1).float().contiguous()
+
+    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, C, h, w)
+        """Float32 latents of about unit variance from `moments`: the mean, or a sample by a generator on the CPU."""
+        latents, deviation = moments.float().chunk(2, dim=1)
+        if generator is not None:
+            latents = latents + deviation * torch.randn(latents.shape, generator=generator).to(latents.device)
+        return (latents - self._shift) * self.vae.config.scaling_factor
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, C, h, w)
+        """Pixels (B, 3, H, W) in [-1, 1] to float32 latents of about unit variance: `sample` of `moments`."""
+        return self.sample(self.moments(pixels), generator)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:  # (B, 3, H, W)
+        """Latents (B, C, h, w) to float32 pixels in [-1, 1]."""
+        latents = latents / self.vae.config.scaling_factor + self._shift
+        if self.engine and self.engine.decode and not self.vae.use_tiling:
+            return self.engine.decode(latents).float().clamp(-1, 1)
+        self._use_vae()
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def _use_vae(self) -> None:
+        if self.placement:
+            self.placement.enter("decode")
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    def loss(
+        self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None
+    ) -> Tensor:  # (B,)
+        """The denoising loss of each image, differentiable in the condition: the schedule's target, mean square.
+
+        Rombach et al., arXiv 2112.10752, eq. 3; with flow matching, Esser et al., arXiv 2403.03206, section 2.
+
+        Args:
+            latents: (B, C, h, w), from `encode` or `sample`.
+            condition: (B, L, D).
+            generator: on the CPU; draws timesteps and noise.
+            min_snr: gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); None leaves the loss plain.
+
+        Raises:
+            Mgp5Error: min_snr with flow matching.
+        """
+        timesteps = self.schedule.draw_timesteps(len(latents), generator)
+        weight = None if min_snr is None else self.schedule.min_snr_weight(timesteps, min_snr)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
+        target = self.schedule.target(latents.float(), noise, timesteps)
+        with self._own_precision():
+            prediction = self.predict(noisy, timesteps.to(latents.device), condition)
+        loss = (prediction - target).square().flatten(1).mean(1)
+        return loss if weight is None else loss * weight.to(loss.device)
+
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Without autocast where the weights are half precision already: it would run every norm in float32 beside."""
+        if self.denoiser.dtype == torch.float32:
+            return nullcontext()
+        kind = self.denoiser.device.type
+        return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+
+    def draw(
+        self,
+        condition: Tensor,  # (B, L, D)
+        unconditional: Tensor | None = None,  # (1 or B, L, D)
+        *,
+        steps: int = 25,
+        guidance: float = 7.5,
+        sampler: str = "dpm++",
+        height: int | None = None,
+        width: int | None = None,
+        guidance_until: float = 1.0,
+        reuse: int = 1,
+        generators: list[torch.Generator],
+    ) -> Iterator[Tensor]:
+        """Yield the float32 latents (B, C, h, w) after each step; the last are the result, ready for `decode`.
+
+        Args:
+            condition: one for each image.
+            unconditional: the other half of guidance; not needed with guidance 1.
+            steps: of the sampler; PNDM takes one more.
+            sampler: one of the schedule's `samplers`.
+            height, width: in pixels; the native size when None.
+            guidance_until: the share of the steps that have guidance, in [0, 1]; see `sampler.denoise`.
+            reuse: one of so many steps runs the whole UNet, see `engines.precomputed.DeepCacheUNet`.
+            generators: one for each image, on the CPU, so that an image does not depend on the device or its batch.
+
+        Raises:
+            Mgp5Error: a size, sampler or number of steps that cannot be, or `reuse` without an engine that can; at
+                once, not at the first step.
+        """
+        if len(generators) != len(condition):
+            raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
+        if unconditional is None and guidance != 1.0:
+            raise Mgp5Error(f"guidance {guidance} without an unconditional condition", "give one, or guidance 1")
+        if reuse != 1 and not (self.engine and self.engine.model.deep):
+            found = f"reuse {reuse} of a {type(self.denoiser).__name__} {'by' if self.engine else 'without'} an engine"
+            raise Mgp5Error(f"{found}, expected a UNet with one", "take --reuse 1", usage=True)
+        table = sampler_table(sampler, self.schedule, steps)
+        guided = round(guidance_until * len(table))
+        shape = self.latent_shape(height or self.native_size, width or self.native_size)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        run = partial(self.engine.denoise, reuse=reuse) if self.engine else partial(denoise, self.predict)
+        steps = run(noise.to(self.device), condition, unconditional, table, guidance if guided else 1.0, guided)
+        return self.placement.during("draw", steps) if self.placement else steps
+
+
+def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:
+    """The VAE of a pipeline. Raises Mgp5Error when it is of a kind not known here."""
+    kind = load_part(AutoencoderKL.load_config, name, "vae", revision).get("_class_name")
+    if kind not in AUTOENCODERS:
+        raise Mgp5Error(f"vae is a {kind}, expected one of {', '.join(AUTOENCODERS)}", "choose another model")
+    return load_part(AUTOENCODERS[kind].from_pretrained, name, "vae", revision, **options)
+
+
+def load_text_parts(
+    name: str,
+    index: dict[str, Any],
+    classes: dict[str, tuple[type, str, type]],
+    revision: str | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The text encoders and tokenizers of a pipeline, by their names; without those that it came without.
+
+    Args:
+        index: the pipeline's model_index.json.
+        classes: name of an encoder -> its class, name of its tokenizer, the tokenizer's class.
+        options: for the encoders.
+    """
+    parts = {}
+    for encoder, (model, tokenizer, words) in classes.items():
+        listed = (index.get(encoder) or [None])[-1] is not None
+        if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
+            parts[encoder] = load_part(model.from_pretrained, name, encoder, revision, **options)
+            parts[tokenizer] = load_part(words.from_pretrained, name, tokenizer, revision)
+    return parts
+
+
+def load_part(load: Any, name: str, part: str, revision: str | None, **options: Any) -> Any:
+    """Call a `from_pretrained` or `load_config` on one folder of a pipeline.
+
+    Raises:
+        Mgp5Error: it is missing or cannot be read; the part is named.
+    """
+    if Path(name).is_dir() and not (Path(name) / part).is_dir():
+        raise Mgp5Error(f"{name} has no folder {part}, expected one for each part", "copy the whole model")
+    try:
+        return load(str(name), subfolder=part, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Mgp5Error(f"cannot load {part} of {name} ({reason})", "only safetensors weights are read") from error
+
+
+def no_text_encoder() -> Mgp5Error:
+    """What `encode_text` raises of a model that came without."""
+    return Mgp5Error("this diffusion model has no text encoder", "add its text_encoder and tokenizer folders")

@@ -1,0 +1,157 @@
+"""Stable Diffusion 3 and 3.5: a transformer in the latent space of a VAE, trained by flow matching (Esser et al., arXiv
+2403.03206), conditioned on the tokens of two CLIPs and a T5 and on a pooled vector.
+
+Letters: B batch, C, h and w of the latents, L length and D width of the condition, P width of the pooled vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ..errors import Mgp5Error
+from . import read_index
+from .flow import FlowSchedule
+from .latent_diffusion import CLIP_LENGTH, FrozenDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
+
+T5_LENGTH = 256  # tokens of T5, as StableDiffusion3Pipeline takes them by default, where its tokenizer allows as many
+TEXT_PARTS = {
+    "text_encoder": (CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
+    "text_encoder_2": (CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
+    "text_encoder_3": (T5EncoderModel, "tokenizer_3", T5TokenizerFast),
+}
+
+
+class StableDiffusion3(FrozenDiffusion):
+    """A frozen Stable Diffusion 3 or 3.5.
+
+    Its condition is one tensor (B, L, D): the rows of both CLIPs, side by side and padded with zeros to D, then those
+    of T5, and in the last row the pooled vector, padded too. Only `encode_text` and `predict` need to know.
+
+    `transformer` may be replaced by anything that is called alike and has its `config`, `device` and `dtype`.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL | AutoencoderTiny,
+        schedule: FlowSchedule,
+        text_encoder: CLIPTextModelWithProjection | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer_3: T5TokenizerFast | None = None,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.vae = vae
+        self.schedule = schedule
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
+        self.requires_grad_(False).train(False)
+        if self.pooled_width > self.condition_shape[1]:
+            found = f"the pooled vector has {self.pooled_width} numbers and a row {self.condition_shape[1]}"
+            raise Mgp5Error(f"{found}, expected no more than in a row", "choose another diffusion model")
+
+    @classmethod
+    def load(cls, name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> StableDiffusion3:
+        """Load from a folder or a hub id in the layout of StableDiffusion3Pipeline; text encoders may be missing.
+
+        Only safetensors files are read, as other formats can run code.
+
+        Raises:
+            Mgp5Error: a part is missing or cannot be read, or the scheduler config is not understood.
+        """
+        weights = {"dtype": dtype, "use_safetensors": True}
+        scheduler = load_part(FlowMatchEulerDiscreteScheduler.load_config, name, "scheduler", revision)
+        return cls(
+            schedule=FlowSchedule.from_config(scheduler),
+            transformer=load_part(SD3Transformer2DModel.from_pretrained, name, "transformer", revision, **weights),
+            vae=load_vae(name, revision, **weights),
+            **load_text_parts(name, read_index(name, revision), TEXT_PARTS, revision, **weights),
+        )
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel:
+        """The transformer."""
+        return self.transformer
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """(L, D) of a condition: CLIP's rows, T5's, and one of the pooled vector; (334, 4096) for the real models."""
+        return self._clip_length + self._t5_length + 1, self.transformer.config.joint_attention_dim
+
+    @property
+    def pooled_width(self) -> int:
+        """P, how many numbers of a condition's last row are the pooled vector; 2048 for the real models."""
+        return self.transformer.config.pooled_projection_dim
+
+    @property
+    def _clip_length(self) -> int:
+        return CLIP_LENGTH if self.text_encoder is None else self.text_encoder.config.max_position_embeddings
+
+    @property
+    def _t5_length(self) -> int:
+        return T5_LENGTH if self.tokenizer_3 is None else min(T5_LENGTH, self.tokenizer_3.model_max_length)
+
+    @property
+    def _unit(self) -> int:
+        return self._factor * self.transformer.config.patch_size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of height x width pixels.
+
+        Raises:
+            Mgp5Error: height or width is no positive multiple of 16 (for the real models), or too large.
+        """
+        limit = self.transformer.config.pos_embed_max_size * self._unit
+        if max(height, width) > limit:
+            hint = f"this model draws best at {self.native_size}x{self.native_size}"
+            raise Mgp5Error(f"image size {height}x{width}, expected at most {limit}", hint)
+        return super().latent_shape(height, width)
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, D)
+        """What StableDiffusion3Pipeline makes of texts, with the pooled vector as last row; zeros for a missing T5.
+
+        Raises:
+            Mgp5Error: the model came without one of its CLIPs.
+        """
+        if self.text_encoder is None or self.text_encoder_2 is None:
+            raise no_text_encoder()
+        _, width = self.condition_shape
+        clips = (self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)
+        states = [
+            encoder(_ids(texts, tokenizer, self._clip_length).to(encoder.device), output_hidden_states=True)
+            for encoder, tokenizer in clips
+        ]
+        rows = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # (B, 77, D1 + D2)
+        pooled = torch.cat([state.text_embeds for state in states], dim=-1)[:, None]  # (B, 1, P)
+        if self.text_encoder_3 is None:
+            last = rows.new_zeros(len(texts), self._t5_length, width)
+        else:
+            ids = _ids(texts, self.tokenizer_3, self._t5_length).to(self.text_encoder_3.device)
+            last = self.text_encoder_3(ids).last_hidden_state  # (B, 256, D)
+        return torch.cat([pad(part, (0, width - part.shape[-1])) for part in (rows, last, pooled)], dim=1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
+        """One call of the transformer; see FrozenDiffusion."""
+        condition = condition.to(self.transformer.dtype)
+        outputs = self.transformer(
+            latents.to(self.transformer.dtype),
+            encoder_hidden_states=condition[:, :-1],
+            pooled_projections=condition[:, -1, : self.pooled_width],
+            timestep=timesteps.to(torch.float32).expand(len(latents)),
+            return_dict=False,
+        )
+        return outputs[0].float()
+
+
+def _ids(texts: list[str], tokenizer: CLIPTokenizer | T5TokenizerFast, length: int) -> Tensor:  # (B, length)
+    """Token ids, padded or cut; as in StableDiffusion3Pipeline, no mask goes with them."""
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

@@ -1,0 +1,63 @@
+"""What a model in training replies to a few fixed samples of its data, as a page."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import Mgp5Error
+from ..events import Finished
+from ..inference.reply import generate
+from ..messages import Conversation, Message, Text
+from ..model import InterleavedModel
+from ..options import reply_options
+from ..views.html import write_html
+
+COUNT, STEPS, TOKENS = 4, 12, 64  # samples, denoising steps, tokens of text
+
+
+def fixed_samples(data: Any, seed: int) -> list[Conversation]:
+    """The same samples whenever it is called: spread over the data, or the first of a stream."""
+    if hasattr(data, "stream"):
+        items = islice(data.stream(rank=0, world=1, batch=1, first=0, seed=seed), COUNT)
+    else:
+        items = (data[number] for number in range(0, len(data), -(-len(data) // COUNT)))
+    samples = (item if isinstance(item, Conversation) else item[1] for item in items)
+    return [s for s in samples if isinstance(s, Conversation) and _readable(s)]  # a stream tells what it skips
+
+
+def _readable(sample: Conversation) -> bool:
+    try:
+        return all(image.load() for image in sample.images)
+    except Mgp5Error:
+        return False
+
+
+def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
+    """The model's own last message of a sample, with a picture where the data has one. Raises Mgp5Error."""
+    *context, target = sample.messages
+    options = reply_options(
+        image="always" if target.images else "never", steps=STEPS, max_tokens=TOKENS if target.text else 0
+    )
+    *_, last = generate(model, Conversation(tuple(context)), options)
+    assert isinstance(last, Finished)
+    return last.message
+
+
+def sample_page(model: InterleavedModel, samples: list[Conversation], step: int, path: Path | None) -> None:
+    """Write a page of samples, each with the model's reply and then the data's; without a path, only reply.
+
+    Nothing of the training's randomness is touched. A sample that cannot be read or is too long is left out.
+    """
+    shown = Conversation()
+    for sample in samples:
+        try:
+            reply = reply_to(model, sample)
+        except Mgp5Error:
+            continue
+        told = Message("system", (Text("In the data:"), *sample.messages[-1].content))
+        shown = Conversation((*shown.messages, *sample.messages[:-1], reply, told))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_html(shown, {"title": f"Step {step}", "options": {"steps": STEPS}}, path, kind="chat")
