@@ -221,12 +221,12 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path, kind: str) -> No
 
 def test_scenes_pair_pictures_with_their_sentences() -> None:
     one, two, three = (picture(colour) for colour in ("red", "green", "blue"))
-    story = Conversation().add("system", "Look.").add("user", "SceneInput one.", one, "SceneInput two.", two)
+    story = Conversation().add("system", "Look.").add("user", "Given one.", one, "Given two.", two)
     story = story.add("user", "Generate an image with the scene description: She will draw a picture.")
     story = story.add("assistant", three)
     story = story.add("user", "Tell me the next scene description by this image:", one).add("assistant", "Narrated.")
     story = story.add("user", "What should happen then?").add("assistant", "Continued.", two).add("assistant", "Bye.")
-    expected = [("SceneInput one.", one), ("SceneInput two.", two), ("She will draw a picture.", three)]
+    expected = [("Given one.", one), ("Given two.", two), ("She will draw a picture.", three)]
     expected += [("Narrated.", one), ("Continued.", two), ("Bye.", None)]
     assert scenes(story) == [Scene(*page) for page in expected]
 

@@ -65,7 +65,7 @@ def _encoder(config: MapperConfig, layers: int) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(
         width, config.heads, width * config.ffn_ratio, dropout=0.0, batch_first=True, norm_first=True
     )
-    # DeepCacheUNet tensors are of no use without padding, and pre-norm would only warn about them.
+    # Nested tensors are of no use without padding, and pre-norm would only warn about them.
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
     for parameter in encoder.parameters():
         if parameter.dim() > 1:
