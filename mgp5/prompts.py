@@ -1,6 +1,7 @@
-"""Conversation -> token ids and labels by the backbone's chat template; the only place that counts image slots.
+"""Every text that mgp5 says to an LLM: system texts, task prompts, chat templates, and the labels of a target.
 
-T tokens, S slots of one picture.
+Training and inference build their conversations with the same functions, so that they share every word.
+T is tokens, S the token slots of one image.
 """
 
 from __future__ import annotations
@@ -8,54 +9,156 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Literal, Protocol
 
 from .config import VokenLabels
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
 
-if TYPE_CHECKING:
-    from .backbones import Backbone
-
 IGNORE = -100  # label of tokens without a loss
+
+Scene = tuple[str, Image]  # text and image of one step of a story
+Task = Literal["illustrate", "continue", "narrate"]  # the paper's three tasks on VIST
+Context = Literal["full", "text", "none"]  # how much of a story's history a question shows
+
+# System texts and questions are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each task).
+_IMAGES_FOLLOW = (
+    "Give the following images in <Img>ImageContent</Img> format. "
+    "You will be able to see the images once I provide it to you. "
+)
+STORY_SYSTEM = _IMAGES_FOLLOW + "Please understanding images and generate story."
+CHAT_SYSTEM = _IMAGES_FOLLOW + "Please generate conversations with appropriate images."
+CAPTION_SYSTEM = "You will be able to generate image according to command."
+CAPTION_INSTRUCTIONS = (
+    "generate image with caption:",
+    "can you give me the image with caption:",
+    "help me to generate this image:",
+    "generate image with according to caption:",
+    "according to caption, generate image:",
+    "an image with caption:",
+    "can you visualize this caption:",
+)
+TASK_PROMPTS: dict[Task, tuple[str, ...]] = {
+    "illustrate": ("Generate an image with the scene description: {text}", "the scene description: {text}"),
+    "continue": (
+        "Tell me the next scene with image.",
+        "Generate the next scene with image.",
+        "What should happen then?",
+    ),
+    "narrate": ("Tell me the next scene description by this image:", "What happen in the next scene image:"),
+}
+
+
+def illustrate(history: Sequence[Scene], text: str, choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for the image of the next scene (image generation).
+
+    Args:
+        history: text and image of the scenes so far, in order.
+        text: the text of the next scene.
+        choice: index of the wording in `TASK_PROMPTS`.
+        context: how much of the history the question shows: "full", "text" (no images) or "none".
+
+    Raises:
+        Mgp5Error: the context is none of these.
+    """
+    return _ask(history, context, TASK_PROMPTS["illustrate"][choice].replace("{text}", text))
+
+
+def continue_(history: Sequence[Scene], choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for text and image of the next scene (multimodal generation); arguments as in `illustrate`."""
+    return _ask(history, context, TASK_PROMPTS["continue"][choice])
+
+
+def narrate(history: Sequence[Scene], image: Image, choice: int = 0, *, context: Context = "full") -> Conversation:
+    """Ask for the text of the next scene, given its image (text generation); arguments as in `illustrate`."""
+    return _ask(history, context, TASK_PROMPTS["narrate"][choice], image)
+
+
+def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> Conversation:
+    """Build the system message and one user turn: text and image of every scene in order, then the question."""
+    if context not in ("full", "text", "none"):
+        raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
+    parts: list[str | Image] = []
+    for text, image in history if context != "none" else ():
+        parts += [text] if text else []
+        parts += [image] if context == "full" else []
+    return Conversation().add("system", STORY_SYSTEM).add("user", *parts, *question)
+
+
+def caption_to_image(image: Image, instruction: int | None = None) -> Conversation:
+    """Build a pretraining sample: the caption of an image as the user's turn, the image as the target.
+
+    Args:
+        image: an image with a caption.
+        instruction: index of the words in `CAPTION_INSTRUCTIONS` that stand before the caption, with `CAPTION_SYSTEM`
+            as system message; None for the bare caption.
+    """
+    conversation, words = Conversation(), image.caption
+    if instruction is not None:
+        conversation = conversation.add("system", CAPTION_SYSTEM)
+        words = f"{CAPTION_INSTRUCTIONS[instruction]} {words}"
+    return conversation.add("user", words).add("assistant", image)
+
+
+class PromptBackbone(Protocol):
+    """What prompts need of a multimodal LLM, see `backbones.Backbone`."""
+
+    tokenizer: Any
+    image_token: str
+    context_length: int
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as the LLM reads it. One image token stands for each picture until `expand`."""
+    """Token ids of a conversation up to where the reply begins.
+
+    Attributes:
+        ids: (T,), with one image token for each image until `expand`.
+        images: context images in reading order.
+    """
 
     ids: list[int]
-    images: tuple[Image, ...]  # pictures to be seen, in reading order
+    images: tuple[Image, ...]
 
     def expand(self, image_token_id: int, slots: Sequence[int]) -> list[int]:
-        """Ids with each picture's token repeated once per slot. Raises ValueError when the counts disagree."""
+        """Return the ids with each image's token repeated once per slot. Raises ValueError when the counts disagree."""
         return _expand(self.ids, image_token_id, slots)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A training sample: context, target, and the image the target draws."""
+    """Token ids and labels of a training sample.
 
-    ids: list[int]  # (T,) one token per picture
-    labels: list[int]  # (T,) IGNORE in the context and on forced vokens
-    images: tuple[Image, ...]  # pictures to be seen
-    targets: tuple[Image, ...]  # pictures to be drawn, one per run of vokens
+    Attributes:
+        ids: (T,), with one image token for each context image until `expand_labels`.
+        labels: (T,), IGNORE in the context and on forced vokens.
+        images: context images in reading order.
+        targets: target images, one for each run of vokens.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    images: tuple[Image, ...]
+    targets: tuple[Image, ...]
 
 
-def prompt(backbone: Backbone, conversation: Conversation) -> Prompt:
-    """The conversation up to where the assistant's reply begins."""
+def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
+    """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins."""
     ids = _encode(backbone, _render(backbone, conversation.messages, reply=True))
     return Prompt(ids, conversation.images)
 
 
 def example(
-    backbone: Backbone, conversation: Conversation, vokens: Sequence[str], voken_labels: VokenLabels = "all"
+    backbone: PromptBackbone, conversation: Conversation, vokens: Sequence[str], voken_labels: VokenLabels = "all"
 ) -> Example:
-    """The last message of the conversation as the target of all messages before it.
+    """Tokenize a training sample: the last message is the target, all messages before it are its context.
 
-    Pictures of the target are written as their vokens. The paper's text loss is over all tokens (eq. 1), vokens too;
-    since all but the first are forced at inference, "first" leaves the others without a label, and "ends" all but the
-    first and the last, as the release does.
+    Target images are written as their vokens. The paper's text loss is over all tokens (eq. 1), vokens too; since all
+    but the first are forced at inference, "first" leaves the others without a label, and "ends" all but the first and
+    the last, as the release does.
+
+    Raises:
+        Mgp5Error: the last message is not the assistant's.
     """
     *context, target = conversation.messages
     if target.role != "assistant":
@@ -66,7 +169,7 @@ def example(
     whole = _render(backbone, [*context, body], reply=False, vokens=vokens)
     tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, body, vokens)
     if tail.lstrip().startswith(vokens[0]):
-        tail = tail.lstrip()  # a picture follows the prompt at once: no blank may come between
+        tail = tail.lstrip()  # an image follows the prompt at once: no blank may come between
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
     before, after = _encode(backbone, head), backbone.tokenizer.encode(tail, add_special_tokens=False)
@@ -77,11 +180,12 @@ def example(
     return Example(before + after, labels, seen, target.images)
 
 
-def shorter(conversation: Conversation) -> list[Conversation]:
-    """The sample with ever more of its history cut from the left, the least first; empty when nothing can be cut.
+def history_truncations(conversation: Conversation) -> list[Conversation]:
+    """Return the sample with more and more of its history cut from the left, the longest first.
 
-    First whole turns go, such that a user's turn comes first; then, of the last user's turn, its leading scenes, each a
-    text and the pictures behind it. Kept are the system message, the last text of that turn and all that follows.
+    First whole turns are cut, such that a user's turn comes first; then the leading scenes of the last user turn, each
+    a text and the images behind it. The system message, the last text of that turn and all that follows it are kept;
+    the list is empty when nothing can be cut.
     """
     messages = conversation.messages
     head = messages[:1] if messages[0].role == "system" else ()
@@ -95,13 +199,21 @@ def shorter(conversation: Conversation) -> list[Conversation]:
 
 
 def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Ids and labels of an example with each picture's token repeated once per slot."""
+    """Return ids and labels of an example with each image's token repeated once per slot.
+
+    Raises:
+        ValueError: the numbers of image tokens and of `slots` disagree.
+    """
     ids = _expand(example.ids, image_token_id, slots)
-    return ids, [IGNORE] * (len(ids) - len(example.ids)) + example.labels  # pictures stand in the context only
+    return ids, [IGNORE] * (len(ids) - len(example.ids)) + example.labels  # context images stand before the target only
 
 
-def check_length(backbone: Backbone, length: int, reply: int = 0) -> None:
-    """Raises Mgp5Error when a prompt and its reply (tokens) do not fit the backbone's context."""
+def check_length(backbone: PromptBackbone, length: int, reply: int = 0) -> None:
+    """Check that a prompt of `length` tokens and a reply of `reply` tokens fit the backbone's context.
+
+    Raises:
+        Mgp5Error: they do not.
+    """
     if length + reply > backbone.context_length:
         raise Mgp5Error(
             f"the prompt has {length} tokens and the reply may take {reply}, the model's context is "
@@ -111,24 +223,24 @@ def check_length(backbone: Backbone, length: int, reply: int = 0) -> None:
 
 
 def _expand(ids: Sequence[int], image_token_id: int, slots: Sequence[int]) -> list[int]:
-    if (found := sum(i == image_token_id for i in ids)) != len(slots):
-        raise ValueError(f"the prompt has {found} image tokens, but {len(slots)} pictures were given")
+    if (count := sum(i == image_token_id for i in ids)) != len(slots):
+        raise ValueError(f"the prompt has {count} image tokens, but {len(slots)} images were given")
     counts = iter(slots)
     return [copy for i in ids for copy in [i] * (next(counts) if i == image_token_id else 1)]
 
 
-def _encode(backbone: Backbone, text: str) -> list[int]:
+def _encode(backbone: PromptBackbone, text: str) -> list[int]:
     bos = backbone.tokenizer.bos_token
     return backbone.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
-def _render(backbone: Backbone, messages: Sequence[Message], *, reply: bool, vokens: Sequence[str] = ()) -> str:
-    # Some templates (LLaVA-1.5) move all pictures in front of all text; written into the text they keep their place.
+def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: bool, vokens: Sequence[str] = ()) -> str:
+    # Some templates (LLaVA-1.5) move all images in front of all text; written into the text they keep their position.
     chat = [{"role": m.role, "content": [{"type": "text", "text": _content(backbone, m, vokens)}]} for m in messages]
     return backbone.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply)
 
 
-def _content(backbone: Backbone, message: Message, vokens: Sequence[str]) -> str:
+def _content(backbone: PromptBackbone, message: Message, vokens: Sequence[str]) -> str:
     pieces = [
         backbone.image_token if isinstance(part, Image) else _plain(backbone, part.text, vokens)
         for part in message.content
@@ -140,8 +252,8 @@ def _content(backbone: Backbone, message: Message, vokens: Sequence[str]) -> str
     return glued
 
 
-def _plain(backbone: Backbone, text: str, keep: Sequence[str]) -> str:
-    """Text without the spellings of special tokens: a user's "<image>" or "[IMG0]" must not become one."""
+def _plain(backbone: PromptBackbone, text: str, keep: Sequence[str]) -> str:
+    """Remove the spellings of special tokens from a text: a user's "<image>" or "[IMG0]" must not become one."""
     special = {*backbone.tokenizer.all_special_tokens, *backbone.tokenizer.get_added_vocab()} - set(keep)
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
     return re.sub(pattern, "", text) if pattern else text

@@ -11,10 +11,10 @@ from PIL import Image as pil
 from tiny import picture
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.data import Keyed, Skipped, load_data, vist
+from mgp5.data import Keyed, Skipped, load_data
 from mgp5.heads.minigpt5 import voken_tokens
 from mgp5.messages import Conversation, Image, Message, Text
-from mgp5.prompts import IGNORE, example, shorter
+from mgp5.prompts import IGNORE, TASK_PROMPTS, continue_, example, history_truncations, narrate
 from mgp5.training.batch import Collator, to_pixels
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
@@ -131,36 +131,44 @@ def contents(conversation: Conversation) -> list[list]:
 def test_cuts_are_whole_turns_then_scenes() -> None:
     chat = talk(("a", RED), "b", "c", ("d", BLUE), "one", RED, "two", BLUE, ("e", GREEN), ("f", RED), system="s")
     first = [["c"], ["one"], ["two"], ["e", GREEN]]
-    assert [contents(cut)[:2] for cut in shorter(chat)] == [[["s"], turn] for turn in first]
-    assert all(cut.messages[-1] == chat.messages[-1] and cut.messages[1].role == "user" for cut in shorter(chat))
-    story = vist.narrate([("one", RED), ("two", BLUE), ("three", GREEN)], RED).add("assistant", "four")
+    assert [contents(cut)[:2] for cut in history_truncations(chat)] == [[["s"], turn] for turn in first]
+    assert all(
+        cut.messages[-1] == chat.messages[-1] and cut.messages[1].role == "user" for cut in history_truncations(chat)
+    )
+    story = narrate([("one", RED), ("two", BLUE), ("three", GREEN)], RED).add("assistant", "four")
     ends = [["two", BLUE, "three", GREEN], ["three", GREEN], []]
-    assert [contents(cut)[1] for cut in shorter(story)] == [[*end, vist.NARRATE[0], RED] for end in ends]
-    assert not any(shorter(c) for c in (talk((RED, BLUE, "what is this?"), "x"), talk("hello", "x"), talk("x")))
+    assert [contents(cut)[1] for cut in history_truncations(story)] == [
+        [*end, TASK_PROMPTS["narrate"][0], RED] for end in ends
+    ]
+    assert not any(
+        history_truncations(c) for c in (talk((RED, BLUE, "what is this?"), "x"), talk("hello", "x"), talk("x"))
+    )
     swapped = Conversation((*talk("a", "b").messages[::-1], Message("assistant", (Text("c"),))))  # the assistant begins
-    assert [contents(cut) for cut in shorter(swapped)] == [[["a"], ["c"]]]
+    assert [contents(cut) for cut in history_truncations(swapped)] == [[["a"], ["c"]]]
 
 
 def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
-    story = vist.continue_([(f"scene {n} " + "x" * 20, image) for n, image in enumerate((RED, BLUE, GREEN))])
+    story = continue_([(f"scene {n} " + "x" * 20, image) for n, image in enumerate((RED, BLUE, GREEN))])
     chat = Conversation(
         (*talk("hello there", ("hi", RED), "and", "so", system="be kind").messages, *story.messages[1:])
     ).add("assistant", "the end", BLUE)
-    forms = [collate(form) for form in (chat, *shorter(chat))]
+    forms = [collate(form) for form in (chat, *history_truncations(chat))]
     lengths = [form.ids.shape[1] for form in forms]
     assert len(forms) == 6 and lengths == sorted(lengths, reverse=True)
     assert len(forms[0].seen["pixel_values"]) > len(forms[2].seen["pixel_values"])
     for limit in range(lengths[-1] - 2, lengths[0] + 2, 3):
         batch = collate(("k", chat), limit=limit)
-        first_plan_that_fits = [form for form in forms if form.ids.shape[1] <= limit]
-        if not first_plan_that_fits:
+        fitting = [form for form in forms if form.ids.shape[1] <= limit]
+        if not fitting:
             note = Skipped("too long", f"k ({lengths[0]} tokens, {limit} fit)")
             assert batch.skipped == (note,) and not len(batch.ids)
         else:
-            assert same(batch, first_plan_that_fits[0])
-            assert [note.kind for note in batch.skipped] == ["history cut"] * (first_plan_that_fits[0] is not forms[0])
-    instruction = example(backbone, forms_last := shorter(chat)[-1], VOKENS)
-    assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [vist.CONTINUE[0]]
+            assert same(batch, fitting[0])
+            assert [note.kind for note in batch.skipped] == ["history cut"] * (fitting[0] is not forms[0])
+    instruction = example(backbone, forms_last := history_truncations(chat)[-1], VOKENS)
+    assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [
+        TASK_PROMPTS["continue"][0]
+    ]
 
 
 # Several pictures in a turn

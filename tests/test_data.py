@@ -15,6 +15,7 @@ from mgp5.config import DataConfig, preset
 from mgp5.data import FORMATS, Keyed, cc3m, jsonl, load_data, mmdialog
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image
+from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM, CHAT_SYSTEM
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
 BY_NUMBER = [name for name in FORMATS if name != "shards"]  # which test_shards.py is about
@@ -213,9 +214,9 @@ def test_cc3m_instructions_follow_every_nth_row(tmp_path: Path) -> None:
     data = cc3m.load(folder / "cc3m_train.tsv", instruct_every=3)
     keys = [data.key(index).removeprefix("train/") for index in range(5)]
     assert keys == ["0.jpg", "1.jpg", "2.jpg", "2.jpg#instruction", "3.jpg"]
-    assert roles(data[3]) == ["system", "user", "assistant"] and data[3].messages[0].text == cc3m.SYSTEM
+    assert roles(data[3]) == ["system", "user", "assistant"] and data[3].messages[0].text == CAPTION_SYSTEM
     prompt = data[3].messages[1].text
-    assert prompt.removesuffix(" row 2") in cc3m.INSTRUCTIONS and len(cc3m.INSTRUCTIONS) == 7
+    assert prompt.removesuffix(" row 2") in CAPTION_INSTRUCTIONS and len(CAPTION_INSTRUCTIONS) == 7
     assert data[3].messages[-1] == data[2].messages[-1]
     seeds = {cc3m.load(folder, instruct_every=3, seed=seed)[3].messages[1].text for seed in range(50)}
     assert len(seeds) == 7
@@ -238,7 +239,7 @@ def test_mmdialog_roles_order_and_pictures(tmp_path: Path) -> None:
     assert [data.key(index) for index in range(2)] == ["0/1", "0/3"]
     assert roles(data[0]) == ["system", "user", "assistant"] and shape(data[0]) == ["ti", "i"]
     assert roles(data[1]) == ["system", "user", "assistant", "user", "assistant"] and shape(data[1]) == ["t", "tii"]
-    assert data[1].messages[0].text == mmdialog.SYSTEM and mmdialog.SYSTEM.endswith("with appropriate images.")
+    assert data[1].messages[0].text == CHAT_SYSTEM and CHAT_SYSTEM.endswith("with appropriate images.")
     assert [image.path.name for image in data[1].images] == ["1.jpg", "-2.jpg", "1.jpg", "-2.jpg"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from mgp5.data import vist
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image, Text
+from mgp5.prompts import STORY_SYSTEM, TASK_PROMPTS, continue_, illustrate, narrate
 
 
 def write_vist(folder: Path, stories: dict, mapping: dict | None = None) -> Path:
@@ -42,14 +43,14 @@ def test_vist_has_the_three_tasks_of_the_paper(tmp_path: Path) -> None:
     assert keys[:4] == ["s/0/illustrate", "s/1/illustrate", "s/1/continue", "s/1/narrate"] and len(keys) == 13
     samples = dict(zip(keys, data, strict=True))
     assert {tuple(roles(sample)) for sample in data} == {("system", "user", "assistant")}
-    assert {sample.messages[0].text for sample in data} == {vist.SYSTEM}
+    assert {sample.messages[0].text for sample in data} == {STORY_SYSTEM}
     assert shape(samples["s/0/illustrate"]) == ["t", "i"]
     assert shape(samples["s/2/illustrate"]) == ["titit", "i"]
     assert shape(samples["s/2/continue"]) == ["titit", "ti"]
     assert shape(samples["s/2/narrate"]) == ["tititi", "t"]
     user, answer = samples["s/2/continue"].messages[1:]
     assert user.content[:3] == (Text("step 0"), Image(tmp_path / "images/0.jpg"), Text("step 1"))
-    assert user.content[-1].text in vist.CONTINUE
+    assert user.content[-1].text in TASK_PROMPTS["continue"]
     assert answer.content == (Text("step 2"), Image(tmp_path / "images/2.jpg"))
     assert "step 3" in samples["s/3/illustrate"].messages[1].content[-1].text
     assert samples["s/3/narrate"].messages[1].content[-1] == Image(tmp_path / "images/3.jpg")
@@ -70,26 +71,26 @@ WORDINGS = (2, 1, 2, 1, 0, 0)  # what seed 0 chose when this was written: traini
 def test_vist_wording_is_stable_and_varied(tmp_path: Path) -> None:
     data = vist.load(write_vist(tmp_path, {f"story {n}": story() for n in range(20)}), tasks=("continue",))
     wordings = [sample.messages[1].content[-1].text for sample in data]
-    assert set(wordings) == set(vist.CONTINUE)
-    assert wordings[:6] == [vist.CONTINUE[choice] for choice in WORDINGS]
+    assert set(wordings) == set(TASK_PROMPTS["continue"])
+    assert wordings[:6] == [TASK_PROMPTS["continue"][choice] for choice in WORDINGS]
     assert wordings != [s.messages[1].content[-1].text for s in vist.load(tmp_path, tasks=("continue",), seed=1)]
 
 
 def test_story_prompts() -> None:
     image = Image(Path("a.png"))
-    asked = vist.illustrate([("one", image)], "a {cat}")
+    asked = illustrate([("one", image)], "a {cat}")
     assert [part.text for part in asked.messages[1].content if isinstance(part, Text)] == [
         "one",
         "Generate an image with the scene description: a {cat}",
     ]
-    assert vist.continue_([], 2).messages[1].content == (Text("What should happen then?"),)
-    assert vist.narrate([("", image)], image).messages[1].content == (image, Text(vist.NARRATE[0]), image)
-    assert vist.narrate([("one", image)], image, 1, context="none").messages[1].content == (
-        Text(vist.NARRATE[1]),
+    assert continue_([], 2).messages[1].content == (Text("What should happen then?"),)
+    assert narrate([("", image)], image).messages[1].content == (image, Text(TASK_PROMPTS["narrate"][0]), image)
+    assert narrate([("one", image)], image, 1, context="none").messages[1].content == (
+        Text(TASK_PROMPTS["narrate"][1]),
         image,
     )
     with pytest.raises(Mgp5Error, match="unknown context"):
-        vist.continue_([], context="some")
+        continue_([], context="some")
 
 
 def test_vist_counts_what_it_skips(tmp_path: Path) -> None:

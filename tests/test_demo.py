@@ -16,10 +16,10 @@ from PIL import Image as pil
 
 import mgp5
 from mgp5 import Conversation, Image
-from mgp5.data.vist import illustrate
 from mgp5.events import Finished, ImageDone
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.session import Session
+from mgp5.prompts import illustrate
 from mgp5.storyland.tell import accepts
 from mgp5.views.files import read_png_metadata
 
@@ -91,7 +91,7 @@ def test_pictures_are_not_blank_and_depend_on_the_words(demo):
 
 
 def test_narration_is_a_sentence_of_the_world(demo):
-    from mgp5.data.vist import narrate
+    from mgp5.prompts import narrate
 
     picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
     events = list(mgp5.generate(demo, narrate([], picture), mgp5.reply_options(image="never", temperature=0)))

@@ -17,9 +17,10 @@ from typing import ClassVar
 import pytest
 from torch.utils.data import DataLoader
 
-from mgp5.data import Skipped, cc3m, load_data, shards, tars
+from mgp5.data import Skipped, load_data, shards, tars
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation
+from mgp5.prompts import CAPTION_INSTRUCTIONS, caption_to_image
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real/CC3M"
 Member = tuple[str, bytes]
@@ -83,7 +84,11 @@ def test_samples_are_those_of_cc3m(tmp_path: Path) -> None:
     assert data.size == len(found) == 7 and data.problems == {}
     assert keys(found) == ["0.tar/sub/a", "0.tar/b", "missing image!", *["no caption!"] * 3, "0.tar/000000001"]
     talk = found[0][1]
-    assert talk == cc3m.pair(talk.images[0]) and talk.images[0].data == b"1" and talk.images[0].caption == "two words"
+    assert (
+        talk == caption_to_image(talk.images[0])
+        and talk.images[0].data == b"1"
+        and talk.images[0].caption == "two words"
+    )
     assert found[1][1].images[0].caption == "of json" and found[-1][1].messages[0].text == "a dog, 1"
 
 
@@ -94,7 +99,7 @@ def test_instructions_are_dealt_by_number(tmp_path: Path) -> None:
     assert data.size == len(found) == 21 + len(again) and 6 <= len(again) <= 9
     assert all(found[found.index(key) - 1] == key.removesuffix("#instruction") for key in again)
     texts = [item[1].messages[1].text for item in data if item[0] in again]
-    assert {text.partition(" a dog")[0] for text in texts} < set(cc3m.INSTRUCTIONS)
+    assert {text.partition(" a dog")[0] for text in texts} < set(CAPTION_INSTRUCTIONS)
     assert keys(shards.load(tmp_path, instruct_every=3)) == found
     assert len(list(shards.load(tmp_path, "val", instruct_every=3))) == 21
 

@@ -14,9 +14,23 @@ from PIL import Image as pil
 from torch import Tensor
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.data import cc3m, mmdialog, vist
+from mgp5.data.cc3m import clean_caption
 from mgp5.messages import Conversation, Image
-from mgp5.prompts import IGNORE, example, expand_labels
+from mgp5.prompts import (
+    CAPTION_INSTRUCTIONS,
+    CAPTION_SYSTEM,
+    CHAT_SYSTEM,
+    IGNORE,
+    STORY_SYSTEM,
+    TASK_PROMPTS,
+    Context,
+    Task,
+    continue_,
+    example,
+    expand_labels,
+    illustrate,
+    narrate,
+)
 from mgp5.storyland.draw import draw
 from mgp5.storyland.tell import Dialog, Story, caption, dialog, story
 from mgp5.storyland.world import Scene, Split, random_scene
@@ -48,23 +62,23 @@ def picture(scene: Scene, seed: int, words: str = "") -> Image:
     return Image(caption=words, meta={"scene": scene.indices(), "seed": seed})
 
 
-def story_lesson(told: Story, task: vist.Task, step: int, choice: int, context: vist.Context) -> Lesson:
+def story_lesson(told: Story, task: Task, step: int, choice: int, context: Context) -> Lesson:
     """What `mgp5.data.vist` yields for a step (from 0) of a story."""
     scenes = [(part.text, picture(part.scene, told.seed + k)) for k, part in enumerate(told.steps)]
     known = tuple(part.scene for part in told.steps[: 0 if context == "none" else step])
     *history, (text, image) = scenes[: step + 1]
     if task == "illustrate":
-        asked = vist.illustrate(history, text, choice, context=context)
+        asked = illustrate(history, text, choice, context=context)
         return Lesson(asked.add("assistant", image), (*known, told.steps[step].scene), told.steps[step].scene)
     if task == "continue":
-        return Lesson(vist.continue_(history, choice, context=context).add("assistant", text, image), known)
-    asked = vist.narrate(history, image, choice, context=context)
+        return Lesson(continue_(history, choice, context=context).add("assistant", text, image), known)
+    asked = narrate(history, image, choice, context=context)
     return Lesson(asked.add("assistant", text), known, told.steps[step].scene)
 
 
 def dialog_lesson(told: Dialog, target: int) -> Lesson:
     """What `mgp5.data.mmdialog` yields for a turn (from 0, odd) of a dialogue."""
-    conversation = Conversation().add("system", mmdialog.SYSTEM)
+    conversation = Conversation().add("system", CHAT_SYSTEM)
     for k, turn in enumerate(told.turns[: target + 1]):
         image = [picture(turn.scene, told.seed + k)] if turn.scene else []
         conversation = conversation.add(turn.role, turn.text, *image)
@@ -75,10 +89,10 @@ def dialog_lesson(told: Dialog, target: int) -> Lesson:
 def caption_lesson(r: random.Random, split: Split) -> Lesson:
     """What `mgp5.data.cc3m` yields: a caption, at times as an instruction, and its picture."""
     scene = random_scene(r, split)
-    words = cc3m.clean_caption(caption(scene, r))
+    words = clean_caption(caption(scene, r))
     asked = Conversation().add("user", words)
     if r.random() < 0.2:
-        asked = Conversation().add("system", cc3m.SYSTEM).add("user", f"{r.choice(cc3m.INSTRUCTIONS)} {words}")
+        asked = Conversation().add("system", CAPTION_SYSTEM).add("user", f"{r.choice(CAPTION_INSTRUCTIONS)} {words}")
     return Lesson(asked.add("assistant", picture(scene, r.getrandbits(31), words)), about=scene)
 
 
@@ -86,10 +100,10 @@ def lesson(r: random.Random, split: Split) -> Lesson:
     """A random sample: 60% stories, half of them narrations, 30% dialogues, 10% captions."""
     kind = r.random()
     if kind < 0.6:
-        task = r.choice((*vist.TASKS, "narrate"))
+        task = r.choice((*TASK_PROMPTS, "narrate"))
         step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 0, 1, 2, 3, 4))
         context = r.choice(("full",) * 7 + ("text",) * 2 + ("none",))
-        return story_lesson(story(r, split), task, step, r.randrange(len(vist.TEMPLATES[task])), context)
+        return story_lesson(story(r, split), task, step, r.randrange(len(TASK_PROMPTS[task])), context)
     if kind < 0.9:
         told = dialog(r, split)
         return dialog_lesson(told, r.choice((len(told.turns) - 1, r.randrange(1, len(told.turns), 2))))
@@ -116,7 +130,7 @@ def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
         labels[-1] = due
         states.append((len(ids) - 2, scene_of(image)))
     stop = backbone.tokenizer.convert_tokens_to_ids(".")
-    stops = [t for t, token in enumerate(ids) if token == stop][vist.SYSTEM.count(".") :]
+    stops = [t for t, token in enumerate(ids) if token == stop][STORY_SYSTEM.count(".") :]
     states += zip(stops, lesson.told, strict=False)
     reply = len(ids) - sum(label != IGNORE for label in built.labels) - 1
     if lesson.about:  # every word of the reply is written with the scene in mind, or it is told by rote

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import click
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from mgp5.data import cc3m, mmdialog, vist
+from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM, CHAT_SYSTEM, STORY_SYSTEM, TASK_PROMPTS
 from mgp5.storyland.tell import caption, dialog, story
 from mgp5.storyland.world import random_scene, rng
 
@@ -47,8 +48,8 @@ def captions(count: int) -> list[str]:
 
 def prompts() -> list[str]:
     """Every fixed sentence that the prompts of the data sets are made of."""
-    questions = [*vist.ILLUSTRATE, *vist.CONTINUE, *vist.NARRATE, *cc3m.INSTRUCTIONS]
-    systems = [vist.SYSTEM, mmdialog.SYSTEM, cc3m.SYSTEM]
+    questions = [*chain(*TASK_PROMPTS.values()), *CAPTION_INSTRUCTIONS]
+    systems = [STORY_SYSTEM, CHAT_SYSTEM, CAPTION_SYSTEM]
     return [question.replace("{text}", "") for question in questions] + systems
 
 

@@ -28,16 +28,16 @@ from ..data.files import read_object
 from ..errors import Mgp5Error
 from ..events import Finished, SceneStart
 from ..messages import Conversation, Message, Text
+from ..prompts import CHAT_SYSTEM
 from ..views.files import StoryFolder, write_atomic
 from ..views.html import write_html
 from .batch_lines import EXPECTED, given_in, read_line
-from .chat import SYSTEM
 from .story import SceneInput, as_conversation, ask, kind, scene_result, to_message, with_scene_seed
 
 if TYPE_CHECKING:
-    from ..data.vist import Context
     from ..model import InterleavedModel
     from ..options import Options
+    from ..prompts import Context
 
 SEEDS = 10_000  # from a line to the next; scenes of its story count up by 100, pictures by one
 SETTINGS, RESULTS, FAILURES = "batch.json", "results.jsonl", "failures.jsonl"
@@ -262,7 +262,7 @@ def _reply(conversation: Conversation, options: Options) -> Script:
     for image in conversation.images:
         image.load()
     if conversation.messages[0].role != "system":  # as a chat begins
-        conversation = Conversation((Message("system", (Text(SYSTEM),)), *conversation.messages))
+        conversation = Conversation((Message("system", (Text(CHAT_SYSTEM),)), *conversation.messages))
     reply = yield conversation, options
     return conversation.add(reply.role, *reply.content)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.mmdialog import SYSTEM
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, TextChunk
 from ..messages import Conversation, Image, Message, Part, Text
+from ..prompts import CHAT_SYSTEM
 
 if TYPE_CHECKING:
     from ..inference.session import Session
@@ -39,7 +39,7 @@ class Chat:
 
     model: InterleavedModel
     options: Options
-    conversation: Conversation = field(default_factory=lambda: Conversation().add("system", SYSTEM))
+    conversation: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
     pending: list[Image] = field(default_factory=list)
     _session: Session | None = None
     _number: int = 0  # replies since the seed was set; each takes seeds of its own

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data.vist import Scene, continue_, illustrate
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Message, Part
+from ..prompts import Scene, continue_, illustrate
 from ..views.files import STORY, StoryFolder, read_png_metadata
 from .story import WINDOW
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..data.vist import Context, Scene, continue_, illustrate, narrate
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, SceneStart, TextChunk
 from ..messages import Conversation, Image, Message, Text
+from ..prompts import Context, Scene, continue_, illustrate, narrate
 
 if TYPE_CHECKING:
     from ..inference.session import Session

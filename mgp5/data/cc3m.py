@@ -7,19 +7,9 @@ from pathlib import Path
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
+from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
 from .files import Pictures, Problems, Rows, check_usable, find_table, lines, pick
 
-# The texts are those of the MiniGPT-5 release.
-SYSTEM = "You will be able to generate image according to command."
-INSTRUCTIONS = (
-    "generate image with caption:",
-    "can you give me the image with caption:",
-    "help me to generate this image:",
-    "generate image with according to caption:",
-    "according to caption, generate image:",
-    "an image with caption:",
-    "can you visualize this caption:",
-)
 COLUMNS = ("caption", "image_path")
 _DROPPED = re.compile(r'[.!"()*#:;~]')
 
@@ -27,16 +17,6 @@ _DROPPED = re.compile(r'[.!"()*#:;~]')
 def clean_caption(caption: str) -> str:
     """Lower case, without the characters . ! " ( ) * # : ; ~ and with single blanks."""
     return " ".join(_DROPPED.sub(" ", caption.lower()).split())
-
-
-def pair(image: Image, instruction: int | None = None) -> Conversation:
-    """Caption -> picture; with the words of an instruction before the caption if one is chosen."""
-    conversation = Conversation()
-    if instruction is None:
-        conversation = conversation.add("user", image.caption)
-    else:
-        conversation = conversation.add("system", SYSTEM).add("user", f"{INSTRUCTIONS[instruction]} {image.caption}")
-    return conversation.add("assistant", image)
 
 
 class CC3M:
@@ -61,7 +41,7 @@ class CC3M:
         row, instruct = self._locate(index)
         caption, name = self._rows[row].decode().split("\t")
         image = Image(path=self.root / name, caption=caption)
-        return pair(image, pick(len(INSTRUCTIONS), self._seed, name) if instruct else None)
+        return caption_to_image(image, pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None)
 
     def key(self, index: int) -> str:
         """Path of the picture, relative to the folder; instructions end in "#instruction"."""

@@ -10,14 +10,8 @@ from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Part, Text
+from ..prompts import CHAT_SYSTEM
 from .files import SUFFIXES, Pictures, Problems, Rows, check_usable, find_table, lines
-
-# The text is that of the MiniGPT-5 release; `mgp5 chat` begins with it too.
-SYSTEM = (
-    "Give the following images in <Img>ImageContent</Img> format. "
-    "You will be able to see the images once I provide it to you. "
-    "Please generate conversations with appropriate images."
-)
 
 Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
 
@@ -55,7 +49,7 @@ class MMDialog:
         target = self._turn_of[index]
         _, turns = json.loads(self._dialogs[self._dialog_of[index]])
         first = 0 if self._history is None else max(0, target - self._history)
-        conversation = Conversation().add("system", SYSTEM)
+        conversation = Conversation().add("system", CHAT_SYSTEM)
         for position in range(first, target + 1):
             role = "user" if (target - position) % 2 else "assistant"
             conversation = conversation.add(role, *(self._part(*part) for part in turns[position]))

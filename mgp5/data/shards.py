@@ -18,7 +18,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
-from .cc3m import INSTRUCTIONS, clean_caption, pair
+from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
+from .cc3m import clean_caption
 from .files import SPLITS, SUFFIXES, Problems, Skipped, pick
 from .tars import Entry, count_entries, is_url, read_entries
 
@@ -107,8 +108,8 @@ class Shards:
             return Skipped("no caption", key)
         image = Image(data=data, caption=caption)
         if instruct:
-            return f"{key}#instruction", pair(image, pick(len(INSTRUCTIONS), self._seed, entry.key))
-        return key, pair(image)
+            return f"{key}#instruction", caption_to_image(image, pick(len(CAPTION_INSTRUCTIONS), self._seed, entry.key))
+        return key, caption_to_image(image)
 
 
 def _caption(parts: dict[str, bytes]) -> str:

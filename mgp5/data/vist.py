@@ -1,72 +1,20 @@
-"""VIST (Huang et al., 2016): picture stories, and the prompts of the paper's three tasks on them.
-
-`mgp5 story` asks with the same functions, so that training and inference share every word.
-"""
+"""VIST (Huang et al., 2016): stories of images, for the finetuning stage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
+from ..prompts import TASK_PROMPTS, Context, Scene, Task, continue_, illustrate, narrate
 from .files import SUFFIXES, Pictures, Problems, check_usable, find_table, pick, read_object
 
-Scene = tuple[str, Image]  # what a step of a story says, and its picture
-Task = Literal["illustrate", "continue", "narrate"]
-Context = Literal["full", "text", "none"]
 Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the picture
 
-# The texts are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each).
-SYSTEM = (
-    "Give the following images in <Img>ImageContent</Img> format. "
-    "You will be able to see the images once I provide it to you. "
-    "Please understanding images and generate story."
-)
-ILLUSTRATE = ("Generate an image with the scene description: {text}", "the scene description: {text}")
-CONTINUE = (
-    "Tell me the next scene with image.",
-    "Generate the next scene with image.",
-    "What should happen then?",
-)
-NARRATE = ("Tell me the next scene description by this image:", "What happen in the next scene image:")
-TEMPLATES: dict[Task, tuple[str, ...]] = {"illustrate": ILLUSTRATE, "continue": CONTINUE, "narrate": NARRATE}
-TASKS: tuple[Task, ...] = tuple(TEMPLATES)
-
-
-def illustrate(history: Sequence[Scene], text: str, choice: int = 0, *, context: Context = "full") -> Conversation:
-    """Ask for the picture of the next scene (image-only generation).
-
-    Args:
-        history: scenes so far, in order.
-        text: what the next scene says.
-        choice: which wording of `ILLUSTRATE`.
-        context: "full" history, its "text" only, or "none".
-    """
-    return _ask(history, context, ILLUSTRATE[choice].replace("{text}", text))
-
-
-def continue_(history: Sequence[Scene], choice: int = 0, *, context: Context = "full") -> Conversation:
-    """Ask for text and picture of the next scene (multimodal generation); arguments as in `illustrate`."""
-    return _ask(history, context, CONTINUE[choice])
-
-
-def narrate(history: Sequence[Scene], image: Image, choice: int = 0, *, context: Context = "full") -> Conversation:
-    """Ask for the text of the next scene, shown its picture (text-only generation); arguments as in `illustrate`."""
-    return _ask(history, context, NARRATE[choice], image)
-
-
-def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> Conversation:
-    """System text, then one user turn: text and picture of every scene in order, then the question."""
-    if context not in ("full", "text", "none"):
-        raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
-    parts: list[str | Image] = []
-    for text, image in history if context != "none" else ():
-        parts += [text] if text else []
-        parts += [image] if context == "full" else []
-    return Conversation().add("system", SYSTEM).add("user", *parts, *question)
+TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +57,7 @@ class VIST:
         number, step, task = self._samples[index]
         story = self.stories[number]
         history, (text, image) = story.scenes[:step], story.scenes[step]
-        choice = pick(len(TEMPLATES[task]), self._seed, story.name, step, task)
+        choice = pick(len(TASK_PROMPTS[task]), self._seed, story.name, step, task)
         if task == "illustrate":
             return illustrate(history, text, choice, context=self._context).add("assistant", image)
         if task == "continue":

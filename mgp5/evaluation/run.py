@@ -25,8 +25,6 @@ from accelerate.utils import patch_environment
 
 from ..apps.story import WINDOW
 from ..data.files import pick
-from ..data.vist import Scene as Told
-from ..data.vist import continue_
 from ..device import pick_device
 from ..errors import Mgp5Error
 from ..export.manifest import sha256
@@ -35,6 +33,8 @@ from ..loading import CONFIG
 from ..messages import Conversation, Message
 from ..model import InterleavedModel
 from ..options import Options
+from ..prompts import Scene as Told
+from ..prompts import continue_
 from ..storyland.write import write as write_storyland
 from ..training.checkpoints import SETTINGS, read_json, write_json
 from ..training.distributed import on_main

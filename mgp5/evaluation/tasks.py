@@ -13,10 +13,11 @@ from typing import Literal
 
 from ..data import Dataset, Problems, load_data
 from ..data.files import lines, pick
-from ..data.vist import TEMPLATES, Story, continue_, illustrate, narrate
-from ..data.vist import Scene as Told
+from ..data.vist import Story
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
+from ..prompts import TASK_PROMPTS, continue_, illustrate, narrate
+from ..prompts import Scene as Told
 from ..storyland.world import Scene
 
 Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue"]
@@ -187,7 +188,7 @@ def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str
     def conversation() -> Conversation:
         if kind == "story":
             return continue_(history).add("assistant", *(part for scene in story.scenes[1:] for part in scene))
-        choice = pick(len(TEMPLATES[kind]), story.name, step, kind)
+        choice = pick(len(TASK_PROMPTS[kind]), story.name, step, kind)
         if kind == "illustrate":
             return illustrate(seen, text, choice, context=how).add("assistant", image)
         if kind == "continue":

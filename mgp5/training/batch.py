@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.files import Skipped
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
-from ..prompts import IGNORE, Example, VokenLabels, example, expand_labels, shorter
+from ..prompts import IGNORE, Example, VokenLabels, example, expand_labels, history_truncations
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -182,7 +182,7 @@ class Collator:
         if (whole := length(sample)) <= self.max_length:
             return sample, ""
         reason = f"{whole} tokens, {self.max_length} fit"
-        cuts = shorter(conversation)
+        cuts = history_truncations(conversation)
         least = bisect_left(cuts, True, key=lambda cut: length(build(cut)) <= self.max_length)
         if least == len(cuts):
             raise _Unusable("too long", reason)

@@ -15,8 +15,8 @@ from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Message, Part
 
 if TYPE_CHECKING:
-    from ...data.vist import Context
     from ...model import InterleavedModel
+    from ...prompts import Context
 
 LOST = RayActorError, ObjectLostError, OutOfMemoryError  # the worker or its machine went, with what it held
 DEATHS = 3  # workers that a line may cost, and starts that a worker may fail

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal
 
 from anyio import to_thread
 
-from ...apps.chat import SYSTEM
 from ...errors import Mgp5Error
 from ...events import Finished, ImageDone, ImageStep, TextChunk
 from ...messages import Conversation, Image, Message, Part, Text
+from ...prompts import CHAT_SYSTEM
 from ...views.files import write_png
 from ..engine import Refused
 from ..pictures import decoded
@@ -52,7 +52,7 @@ class Visit:
     """
 
     folder: Path
-    talk: Conversation = field(default_factory=lambda: Conversation().add("system", SYSTEM))
+    talk: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
     book: list[Scene] = field(default_factory=list)
     number: int = 0
     running: Running | None = None
