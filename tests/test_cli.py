@@ -602,7 +602,7 @@ def test_a_stopped_reply_is_kept_and_its_picture_is_not_sent_twice(talk, tmp_pat
 def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
     from dataclasses import replace
 
-    talk.chat.options = replace(talk.chat.options, image="always")
+    talk.chat.options = replace(talk.chat.options, draw="always")
     talk.type("one", "two")
     names = paths(tmp_path / "chat-1")
     assert len(names) >= 2 and len(set(names)) == len(names)

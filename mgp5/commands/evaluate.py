@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import Mgp5Error
-from .flags import SEED, generation_options, model_of, options_of, without
+from .flags import SEED, generation_options, notes, requests_of, without
+
+if TYPE_CHECKING:
+    from ..model import InterleavedModel
 
 
 @click.command("eval")
@@ -62,8 +66,12 @@ def evaluate(**flags: Any) -> None:
 
     if flags["format"] != "storyland" and flags["data"] is None:
         raise Mgp5Error(f"--format {flags['format']} without --data", "name the folder of the data set", usage=True)
-    options = options_of(flags)
+    model, options = requests_of(flags)
     quiet_libraries()
+    from ..apps.open_model import open_model
     from ..evaluation.run import run
 
-    run(flags, options, lambda model, device: model_of(flags | {"model": model, "device": device}))
+    def load(name: str, device: str) -> InterleavedModel:
+        return open_model(replace(model, model=name, device=device), notes(flags))
+
+    run(flags, options, load)

@@ -1,21 +1,20 @@
-"""Flags that mean the same in several commands, and what they stand for: options, a model, a view."""
+"""Flags that mean the same in several commands, and the requests and views that they stand for."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Mgp5Error
-
 if TYPE_CHECKING:
     from ..events import Event
     from ..model import InterleavedModel
-    from ..options import Options
+    from ..options import ModelRequest, Options
     from ..views.files import StoryFolder
 
 Command = Callable[..., Any]
@@ -102,54 +101,36 @@ def without(*names: str) -> Callable[[Command], Command]:
     return take_off
 
 
-def options_of(flags: dict[str, Any]) -> Options:
+def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
+    """Return what the flags of `generation_options` ask for. A seed that was not given is drawn at random.
+
+    Raises:
+        Mgp5Error: options that are unknown or out of range.
+    """
     from ..config import parse_settings
     from ..options import reply_options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
-    given = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
-    options = reply_options(seed=seed, **given)
-    return options.updated(parse_settings(flags["settings"]))
+    image = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
+    return model_request(flags), reply_options(seed=seed, **image).updated(parse_settings(flags["settings"]))
 
 
-def model_of(flags: dict[str, Any], folder: StoryFolder | None = None) -> InterleavedModel:
-    """The model that the flags ask for; without it an empty folder goes again."""
-    try:
-        return _load(flags)
-    except Mgp5Error:
-        if folder:
-            folder.discard()
-        raise
+def model_request(flags: dict[str, Any]) -> ModelRequest:
+    """Return which model the flags ask for, and how to hold and run it."""
+    from ..options import ModelRequest
+
+    return ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)})
 
 
-def _load(flags: dict[str, Any]) -> InterleavedModel:
-    from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
+def model_of(flags: dict[str, Any]) -> InterleavedModel:
+    """Load the model that the flags ask for."""
+    from ..apps.open_model import open_model
 
-    quiet_libraries()  # before anything imports them
-    from .. import engines
-    from ..hub import resolve
-    from ..memory import offload as placement
-    from ..model import load, set_backend
-
-    device, dtype = pick_device(flags["device"])
-    engines.select_backend(flags["backend"], device, dtype)  # what cannot run is told before anything is loaded
-    plan = placement.select_memory_plan(flags["memory"], resolve(flags["model"]), device, dtype, flags["quantize"])
-    backend = plan.engine(flags["backend"])
-    if plan.why:
-        say(flags, plan.why)
-    model = load(flags["model"], dtype=dtype, device=str(device), backend=None, memory=plan)
-    limit_threads_for_small_models(model)
-    choice = set_backend(model, backend, flags["exported"])
-    if flags["exported"]:
-        from ..engines.exported import put_mapper_on
-
-        put_mapper_on(model.head, flags["exported"], device, backend)
-    if choice.why:
-        say(flags, f"backend {choice.name or 'diffusers'}: {choice.why}")
-    return model
+    return open_model(model_request(flags), notes(flags))
 
 
 def view_of(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Event], None]:
+    """Return the view that shows events on this terminal, or writes them as JSON lines."""
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
@@ -158,23 +139,6 @@ def view_of(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Even
     return TerminalView(flags["show"], folder=folder)
 
 
-def facts_of(flags: dict[str, Any], options: Options) -> dict[str, Any]:
-
-    given = {key: value for key, value in options.flat().items() if value is not None and key != "seed"}
-    return given | engine_of(flags)
-
-
-def engine_of(flags: dict[str, Any]) -> dict[str, str]:
-    """What else pictures depend on, where it was given."""
-    named = {name: str(flags[name]) for name in ("backend", "exported", "quantize")}
-    return {name: value for name, value in named.items() if value not in ("auto", "None", "none")}
-
-
-def tell_seed(flags: dict[str, Any], options: Options) -> None:
-    if flags["seed"] is None:
-        say(flags, f"seed {options.seed}")
-
-
-def say(flags: dict[str, Any], text: str) -> None:
-    if not flags.get("as_json"):
-        click.echo(text, err=True)
+def notes(flags: dict[str, Any]) -> Callable[[str], None]:
+    """Return a function that prints a line on stderr; with --json it drops the line."""
+    return (lambda line: None) if flags.get("as_json") else lambda line: click.echo(line, err=True)

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Mgp5Error
-from .flags import engine_of, facts_of, generation_options, model_of, options_of, ray_option, say, tell_seed, view_of
+from .flags import generation_options, model_of, notes, ray_option, requests_of, view_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
 
     from ..apps.batch import Crew
+    from ..model import InterleavedModel
+    from ..options import ModelRequest, Options
+    from ..views.files import StoryFolder
 
 
 @click.command()
@@ -60,13 +64,14 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     given += stories.read_lines(text) if text else []
     if not given:
         raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
-    options = options_of(flags)
-    resolve(flags["model"])  # a wrong name is told before anything is made
-    folder = StoryFolder.create(out or free_folder("story"))
-    model = model_of(flags, folder)
-    tell_seed(flags, options)
+    request, options = requests_of(flags)
+    resolve(request.model)  # a wrong name is told before anything is made
+    folder, say = StoryFolder.create(out or free_folder("story")), notes(flags)
+    model = _open(request, folder, say)
+    if flags["seed"] is None:
+        say(f"seed {options.seed}")
     record, complete = stories.Record(), False
-    facts = {"model": flags["model"], "seed": options.seed, "options": facts_of(flags, options), "title": title}
+    facts = {"model": request.model, "seed": options.seed, "options": _record(request, options), "title": title}
     try:
         with view_of(flags, folder) as view:
             for event in stories.tell(model, given, scenes, options):
@@ -78,7 +83,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         if complete or record.made:  # also what was made before an interruption
             folder.save(record.conversation, **facts)
             write_html(*folder.load(), folder.path / "story.html")
-            say(flags, f"The story is in {folder.path / 'story.html'}")
+            say(f"The story is in {folder.path / 'story.html'}")
 
 
 def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
@@ -93,7 +98,8 @@ def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
     resolve(flags["model"])  # a wrong name is told before anything is made
     lines, root = read_lines(flags["batch"])
     begun = earlier(out)
-    options = options_of(flags | ({"seed": begun["options"]["seed"]} if begun and flags["seed"] is None else {}))
+    seed = begun["options"]["seed"] if begun and flags["seed"] is None else flags["seed"]
+    request, options = requests_of(flags | {"seed": seed})
     settings = {"scenes": scenes, "options": options.flat()} | {n: flags[n] for n in ("model", "quantize")}
     total, quiet = sum(bool(line.strip()) for line in lines), flags["as_json"] or not sys.stderr.isatty()
     with closing(Results(out, settings)) as results, Progress(console=Console(stderr=True), disable=quiet) as bar:
@@ -104,7 +110,7 @@ def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
             if flags["as_json"]:
                 click.echo(json.dumps(row))
 
-        given = {"model": flags["model"], "engine": engine_of(flags), "at_once": flags["at_once"]}
+        given = {"model": flags["model"], "engine": request.given(), "at_once": flags["at_once"]}
         work = Batch(lines=lines, root=root, options=options, scenes=scenes, **given)
         with ExitStack() as stack:
             failures = work.run(results, _crew(flags, stack), tell)
@@ -112,7 +118,7 @@ def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
         which = ", ".join(map(str, list(failures)[:9])) + (", ..." if len(failures) > 9 else "")
         hint = f"{out / FAILURES} says why; the same command tries them again"
         raise Mgp5Error(f"{len(failures)} of {total} lines failed, line {which}", hint)
-    say(flags, f"The results are in {out}")
+    notes(flags)(f"The results are in {out}")
 
 
 def _crew(flags: dict[str, Any], stack: ExitStack) -> Crew:
@@ -131,7 +137,7 @@ def _crew(flags: dict[str, Any], stack: ExitStack) -> Crew:
     room, count, needs = resources(flags["workers"], flags["device"])
     if count > room:
         raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
-    say(flags, f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
+    notes(flags)(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
     return spread(count, needs, partial(model_of, absolute(flags)))
 
 
@@ -154,16 +160,18 @@ def chat(
 
     if out and resume:
         raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
-    options = options_of(flags)
+    request, options = requests_of(flags)
     given = [read_picture(image) for image in images]
-    resolve(flags["model"])  # a wrong name is told before anything is made
+    resolve(request.model)  # a wrong name is told before anything is made
     folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
     earlier, story_facts = folder.load() if folder and resume else (None, {})
-    model = model_of(flags, folder)
-    tell_seed(flags, options)
+    say = notes(flags)
+    model = _open(request, folder, say)
+    if flags["seed"] is None:
+        say(f"seed {options.seed}")
     talk = Chat(model, options, earlier) if earlier else Chat(model, options)
     talk.pending += given
-    facts = {"model": flags["model"], "options": facts_of(flags, options), "title": story_facts.get("title", "")}
+    facts = {"model": request.model, "options": _record(request, options), "title": story_facts.get("title", "")}
     repl = Repl(talk, folder, lambda place: view_of(flags, place), facts)
     if messages:
         repl.say_all(messages)
@@ -172,7 +180,7 @@ def chat(
     else:
         repl.say_all(line for line in map(str.strip, sys.stdin) if line)
     if repl.folder:
-        say(flags, f"The conversation is in {repl.folder.path}")
+        say(f"The conversation is in {repl.folder.path}")
 
 
 @click.command()
@@ -190,3 +198,21 @@ def recall(picture: Path) -> None:
     click.echo(command)
     for note in notes:
         click.echo(note, err=True)
+
+
+def _open(request: ModelRequest, folder: StoryFolder | None, say: Callable[[str], None]) -> InterleavedModel:
+    """Load the model; when it cannot be loaded, remove the folder if it is empty."""
+    from ..apps.open_model import open_model
+
+    try:
+        return open_model(request, say)
+    except Mgp5Error:
+        if folder:
+            folder.discard()
+        raise
+
+
+def _record(request: ModelRequest, options: Options) -> dict[str, Any]:
+    """Return what story.json keeps of the options."""
+    values = {key: value for key, value in options.flat().items() if value is not None and key != "seed"}
+    return values | request.given()
