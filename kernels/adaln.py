@@ -1,20 +1,19 @@
-"""SD 3's adaptive LayerNorm, and the gated residual sum that comes before it in the second half of a block.
+"""The adaptive LayerNorm of SD 3, and its fusion with the gated residual sum before it in the second half of a block.
 
-Letters: B batch, T tokens, D width. Scale, shift and gate belong to an image: (B, D), often slices of one projection.
+Letters: B batch, T tokens, D width. Scale, shift and gate are (B, D), one row an image, often slices of one projection.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .language import ceil_div, jit, operator, tl
+from .language import ceil_div, jit, launcher, operator, tl
 from .layer_norm import normalize_rows, row_tile
 
 
 def adaln_reference(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:  # (B, T, D)
-    """LayerNorm(hidden) (1 + scale) + shift, the norm without weights (Peebles and Xie, arXiv 2212.09748).
+    """Return LayerNorm(hidden) (1 + scale) + shift; the norm has no weights (Peebles and Xie, arXiv 2212.09748).
 
     Args:
         hidden: (B, T, D).
@@ -32,7 +31,8 @@ def gated_adaln_reference(
     shift: Tensor,  # (B, D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """hidden + gate update, what an attention or feed-forward layer leaves behind, and its `adaln_reference`."""
+    """Add the gated output of an attention or feed-forward layer; return hidden + gate update, and its
+    `adaln_reference`."""
     hidden = hidden + gate[:, None] * update
     return hidden, adaln_reference(hidden, scale, shift, eps)
 
@@ -62,18 +62,18 @@ def _adaln(
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Elements of the last axis side by side; copies only what lies otherwise."""
+    """Return x with stride 1 in its last axis; a copy only where that is not so already."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @operator("adaln")
 def adaln(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:  # (B, T, D)
-    """`adaln_reference` by Triton, in float32 from load to store."""
+    """Run `adaln_reference` as one Triton kernel, in float32 from load to store."""
     hidden, scale, shift = _packed(hidden), _packed(scale), _packed(shift)
     batch, tokens, width = hidden.shape
     out, tile = hidden.new_empty(hidden.shape), row_tile(width)
     strides = hidden.stride(0), hidden.stride(1), 0, 0, 0, scale.stride(0), shift.stride(0)
-    wrap_triton(_adaln)[(ceil_div(tokens, tile["ROWS"]), batch)](
+    launcher(_adaln)[(ceil_div(tokens, tile["ROWS"]), batch)](
         hidden, None, None, scale, shift, None, out, tokens, width, *strides, eps, GATED=False, **tile
     )
     return out
@@ -88,13 +88,13 @@ def gated_adaln(
     shift: Tensor,  # (B, D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_adaln_reference` by Triton; the norm is of the sum in float32, not of the sum as it is stored."""
+    """Run `gated_adaln_reference` as one Triton kernel; it normalizes the sum in float32, before it is rounded."""
     hidden, update, gate = _packed(hidden), _packed(update), _packed(gate)
     scale, shift = _packed(scale), _packed(shift)
     batch, tokens, width = hidden.shape
     total, out, tile = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape), row_tile(width)
     strides = *hidden.stride()[:2], *update.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0)
-    wrap_triton(_adaln)[(ceil_div(tokens, tile["ROWS"]), batch)](
+    launcher(_adaln)[(ceil_div(tokens, tile["ROWS"]), batch)](
         hidden, update, gate, scale, shift, total, out, tokens, width, *strides, eps, GATED=True, **tile
     )
     return total, out

@@ -1,4 +1,4 @@
-"""GEGLU, the gated activation of Stable Diffusion's feed-forward layers: one pass instead of a GELU and a product.
+"""GEGLU, the gated activation of the feed-forward layers of Stable Diffusion: GELU and product in one pass.
 
 Letters: N rows, F width of the result.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .language import as_rows, ceil_div, jit, operator, tl
+from .language import as_rows, ceil_div, jit, launcher, operator, tl
 
 ROWS, COLUMNS = 8, 256  # 2048 results: with 4 warps, a thread has two loads of 16 bytes in flight for each half
 
 
 def geglu_reference(x: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
-    """The first half times the exact (erf) GELU of the second; Shazeer, arXiv 2002.05202, as in diffusers' GEGLU."""
+    """Return the first half times the exact (erf) GELU of the second (Shazeer, arXiv 2002.05202)."""
     hidden, gate = x.chunk(2, dim=-1)
     return hidden * torch.nn.functional.gelu(gate)
 
@@ -34,10 +33,10 @@ def _geglu(x, out, N, F, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @operator("geglu")
 def geglu(x: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
-    """`geglu_reference` by Triton, in float32 from load to store."""
+    """Run `geglu_reference` as one Triton kernel, in float32 from load to store."""
     width = x.shape[-1] // 2
     rows = as_rows(x)
     out = x.new_empty(*x.shape[:-1], width)
     grid = (ceil_div(len(rows), ROWS), ceil_div(width, COLUMNS))
-    wrap_triton(_geglu)[grid](rows, out, len(rows), width, rows.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    launcher(_geglu)[grid](rows, out, len(rows), width, rows.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
     return out

@@ -1,26 +1,25 @@
-"""GroupNorm in channels-last, with the time embedding before it and the SiLU after it, as in a ResNet block of a UNet.
+"""GroupNorm in channels-last, fused with the time embedding before it and the SiLU after it, as in a ResNet block.
 
 Letters: B batch, C channels, G groups, P pixels (h w), S splits of the pixels.
 
-A tile is some pixels by some whole groups; a group has C / G channels, which is no power of two in any UNet. The groups
-of a tile are therefore picked so that they fill a power of two well (12 groups of 10 channels, of 128) and start at a
-multiple of 8 channels, where loads of 16 bytes are possible; sums over columns become sums over groups by a matrix of
-ones and zeros. A small map is one tile high and needs one kernel that reads it once. Of a larger map, S splits each
-write mean and squared deviations of their groups, and a second kernel merges these (Chan et al., 1983) and normalizes;
-between the two the map stays in the L2 cache.
+A tile has some pixels (rows) and some whole groups (columns). A group has C / G channels, which is a power of two in no
+UNet; the number of groups in a tile is therefore chosen so that they fill a power of two well (12 groups of 10 channels
+fill 120 of 128 columns) and start at a multiple of 8 channels, where loads of 16 bytes are possible. A matrix of ones
+and zeros turns sums over columns into sums over groups. A small feature map is one tile high: one kernel reads it once.
+A larger one is divided into S splits, each of which writes mean and squared deviations of its groups; a second kernel
+merges these (Chan et al., 1983) and normalizes, while the feature map is still in the L2 cache.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .language import ceil_div, jit, operator, power_of_2, tl
+from .language import ceil_div, jit, launcher, operator, power_of_2, tl
 
-ONE_TILE = 16384  # elements of the largest map that one program holds
-TILE = 4096  # elements of a tile of a larger map
-# Tiles of a split: at least 2, or merging all splits in each program costs more than it reads of the map.
+ONE_TILE = 16384  # elements of the largest tile that one program holds
+TILE = 4096  # elements of a tile where there are several
+# Tiles of a split: with fewer than 2, each program reads more for merging all splits than of its own split.
 MIN_TILES, MAX_SPLITS = 2, 128
 
 
@@ -33,7 +32,7 @@ def group_norm_reference(
     silu: bool,
     time: Tensor | None = None,  # (B, C)
 ) -> Tensor:  # (B, C, *)
-    """GroupNorm (Wu and He, arXiv 1803.08494) of x + time, then SiLU where asked."""
+    """Return GroupNorm (Wu and He, arXiv 1803.08494) of x + time, followed by SiLU if `silu`."""
     if time is not None:
         x = x + time.view(*time.shape, *[1] * (x.ndim - 2))
     normed = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
@@ -41,7 +40,7 @@ def group_norm_reference(
 
 
 def group_tile(channels: int, groups: int, columns: int) -> tuple[int, int]:
-    """How many groups a tile has, aligned if possible and leaving few columns empty; and how many columns it has."""
+    """Return the number of groups of a tile, aligned if possible and leaving few columns empty, and of its columns."""
     width = channels // groups
     columns = max(columns, power_of_2(width))
 
@@ -53,7 +52,7 @@ def group_tile(channels: int, groups: int, columns: int) -> tuple[int, int]:
 
 @jit
 def _load(x, time, pixel, P, channel, inside, x_p, x_c, TIMED: tl.constexpr):
-    """A tile in float32 with its time embedding, 0 outside its mask; and the mask."""
+    """Return a tile in float32 with its time embedding added, 0 outside its mask; and the mask."""
     mask = (pixel < P) & inside
     value = tl.load(x + pixel * x_p + channel * x_c, mask=mask, other=0.0).to(tl.float32)
     if TIMED:
@@ -63,21 +62,21 @@ def _load(x, time, pixel, P, channel, inside, x_p, x_c, TIMED: tl.constexpr):
 
 @jit
 def _by_group(columns, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum what belongs to columns over each group: (COLUMNS) -> (COUNT)."""
+    """Sum values of columns over each group: (COLUMNS) -> (COUNT)."""
     member = tl.arange(0, COLUMNS)[:, None] // WIDTH == tl.arange(0, COUNT)[None, :]
     return tl.sum(tl.where(member, columns[:, None], 0.0), axis=0)
 
 
 @jit
 def _by_column(groups, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Hand what belongs to groups to their columns: (COUNT) -> (1, COLUMNS)."""
+    """Expand values of groups to their columns: (COUNT) -> (1, COLUMNS)."""
     member = tl.arange(0, COLUMNS)[:, None] // WIDTH == tl.arange(0, COUNT)[None, :]
     return tl.sum(tl.where(member, groups[None, :], 0.0), axis=1)[None, :]
 
 
 @jit
 def _store(out, value, weight, bias, pixel, channel, C, inside, mask, SILU: tl.constexpr):
-    """Weight and bias of normalized values, SiLU, and the store."""
+    """Apply weight, bias and SiLU to normalized values, and store them."""
     gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * gain + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -183,13 +182,16 @@ def group_norm(
     silu: bool,
     time: Tensor | None = None,  # (B, C)
 ) -> Tensor:  # (B, C, *)
-    """`group_norm_reference` by Triton, in float32 from load to store; the result is channels-last.
+    """Run `group_norm_reference` as one or two Triton kernels, in float32 from load to store.
 
-    Any strides give the right result; it is fast where x is channels-last. Rows of `time` may be slices of a table.
+    The result is channels-last. Any strides of x are correct; channels-last is fast. Rows of `time` may be slices.
+
+    Raises:
+        ValueError: the channels of `time` do not have stride 1.
     """
     if time is not None and time.stride(1) != 1:
         raise ValueError(f"a time embedding of strides {time.stride()}, expected its channels side by side")
-    flat = x.flatten(2)  # (B, C, P); a view, unless pixels lie oddly
+    flat = x.flatten(2)  # (B, C, P); a view if the pixels are evenly spaced
     batch, channels, pixels = flat.shape
     out = x.new_empty(batch, *x.shape[2:], channels).movedim(-1, 1)
     sizes = (
@@ -204,7 +206,7 @@ def group_norm(
     count, columns = group_tile(channels, groups, 64)
     if (rows := power_of_2(pixels)) * columns <= ONE_TILE:
         tile = _tile(channels // groups, count, rows, columns)
-        wrap_triton(_norm_one_tile)[(batch, ceil_div(groups, count))](
+        launcher(_norm_one_tile)[(batch, ceil_div(groups, count))](
             flat, time, weight, bias, out, *sizes, eps, TIMED=time is not None, SILU=silu, **tile
         )
     else:
@@ -222,7 +224,7 @@ def _norm_large(
     eps: float,
     silu: bool,
 ) -> None:
-    """Statistics of splits, then the normalization: two launches."""
+    """Launch the kernel of the statistics of all splits, then that of the normalization."""
     batch, channels, pixels = x.shape
     groups = sizes[2]
     count, columns = group_tile(channels, groups, 128)
@@ -231,13 +233,13 @@ def _norm_large(
     grid = ceil_div(pixels, split_rows), ceil_div(groups, count), batch
     partial = torch.empty(batch, grid[0], 2, groups, device=x.device, dtype=torch.float32)  # mean, squared deviations
     # Fewer elements a thread here: with its sums on top it would spill registers.
-    wrap_triton(_statistics)[grid](x, time, partial, *sizes, split_rows, **tile | {"num_warps": 8})
-    wrap_triton(_normalize)[grid](
+    launcher(_statistics)[grid](x, time, partial, *sizes, split_rows, **tile | {"num_warps": 8})
+    launcher(_normalize)[grid](
         x, time, partial, weight, bias, out, *sizes, split_rows, eps, SILU=silu, SPLITS=MAX_SPLITS, **tile
     )
 
 
 def _tile(width: int, count: int, rows: int, columns: int) -> dict[str, int]:
-    """The constants of a tile of `count` groups of `width` channels: 32 elements a thread."""
+    """Return the compile-time constants of a tile of `count` groups of `width` channels: 32 elements a thread."""
     sizes = {"WIDTH": width, "SPAN": count * width, "COUNT": power_of_2(count), "ROWS": rows, "COLUMNS": columns}
     return sizes | {"num_warps": min(16, max(4, rows * columns // 1024))}

@@ -1,6 +1,6 @@
-"""Triton where it is installed: what kernels are written in, and how they become operators of PyTorch.
+"""Triton, where it is installed, and what turns its kernels into operators of PyTorch.
 
-Without Triton this module still imports, and so do the kernels' PyTorch references; kernels are then never run.
+This module and the PyTorch references can be imported without Triton; kernels are never run then.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.library import triton_op
+from torch.library import triton_op, wrap_triton
 
 try:
     import triton
@@ -17,34 +17,42 @@ try:
 except ImportError:  # the extra "triton" is not installed
     triton = tl = None
 
-__all__ = ["as_rows", "ceil_div", "jit", "operator", "power_of_2", "tl", "triton"]
+__all__ = ["as_rows", "ceil_div", "jit", "launcher", "operator", "power_of_2", "tl", "triton"]
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where there is no Triton to run it."""
+    """Apply `triton.jit`; return the function unchanged where Triton is not installed."""
     return kernel if triton is None else triton.jit(kernel)
 
 
-def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Declare a function that launches kernels through `wrap_triton` as the operator `mgp5::name`.
+def launcher(kernel: Any) -> Any:
+    """Return the object whose `[grid](...)` launches a kernel, so that torch.compile sees what is launched.
 
-    torch.compile looks into it, torch.export keeps it whole; traced on fake tensors it is its own shape rule. It has no
-    backward. Without Triton it stays a plain function.
+    That is `torch.library.wrap_triton`; or the kernel itself under TRITON_INTERPRET=1: torch < 2.12 does not wrap it.
+    """
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches kernels through `launcher` as the operator `mgp5::name` (`triton_op`).
+
+    torch.compile traces into it, torch.export keeps it as one node; run on fake tensors, it infers its own shapes. It
+    has no backward. Without Triton it stays a plain function.
     """
     return lambda launch: launch if triton is None else triton_op(f"mgp5::{name}", launch, mutates_args=mutates)
 
 
 def power_of_2(count: int) -> int:
-    """The least power of two that is not below `count`: sides of a Triton tile are powers of two."""
+    """Return the smallest power of two >= `count`: the sides of a Triton tile are powers of two."""
     return 1 << (count - 1).bit_length()
 
 
 def ceil_div(count: int, size: int) -> int:
-    """How many blocks of `size` cover `count`."""
+    """Return the number of blocks of `size` that cover `count`."""
     return -(-count // size)
 
 
 def as_rows(x: Tensor) -> Tensor:  # (N, D)
-    """Collapse all but the last axis, whose elements then lie side by side; copies only what lies otherwise."""
+    """Flatten all but the last axis, whose stride is 1 then; copy only where that is necessary."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,4 +1,4 @@
-"""LayerNorm with the residual sum before it: the sum is needed twice, and is read from memory not once.
+"""LayerNorm fused with the residual sum before it: the sum is used twice, and never read back from memory.
 
 Letters: N rows, D width.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .language import as_rows, ceil_div, jit, operator, power_of_2, tl
+from .language import as_rows, ceil_div, jit, launcher, operator, power_of_2, tl
 
 
 def add_layer_norm_reference(
@@ -19,15 +18,15 @@ def add_layer_norm_reference(
     bias: Tensor,  # (D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of both, and its LayerNorm (Ba et al., arXiv 1607.06450)."""
+    """Return x + residual, and its LayerNorm (Ba et al., arXiv 1607.06450)."""
     total = x + residual
     return total, torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps)
 
 
 def row_tile(width: int) -> dict[str, int]:
-    """Rows and columns of a tile that holds whole rows, 16 elements a thread where rows are up to 4096 wide.
+    """Return the constants of a tile of whole rows: 16 elements a thread where rows are up to 4096 wide.
 
-    Rows stay in registers between the statistics and their use: that bounds the width (see MAX_WIDTH in __init__.py).
+    Rows stay in registers between the statistics and their use, which limits the width (`registry.OPERATIONS`).
     """
     columns = power_of_2(width)
     return {"ROWS": max(1, 4096 // columns), "COLUMNS": columns, "num_warps": 8 if columns <= 4096 else 16}
@@ -35,7 +34,7 @@ def row_tile(width: int) -> dict[str, int]:
 
 @jit
 def normalize_rows(value, mask, D, eps):
-    """Mean 0 and variance 1 for each row of a tile that is 0 outside its mask: two passes, over registers."""
+    """Normalize each row of a tile (0 outside its mask) to mean 0 and variance 1, in two passes over registers."""
     mean = tl.sum(value, axis=1) / D
     centred = tl.where(mask, value - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / D
@@ -44,20 +43,9 @@ def normalize_rows(value, mask, D, eps):
 
 @jit
 def _add_layer_norm(
-    x,
-    residual,
-    weight,
-    bias,
-    total,
-    normed,
-    N,
-    D,
-    x_stride,
-    residual_stride,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, residual, weight, bias, total, normed, N, D, x_stride, residual_stride, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < N) & (column < D)
@@ -79,11 +67,11 @@ def add_layer_norm(
     bias: Tensor,  # (D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm_reference` by Triton; the norm is of the sum in float32, not of the sum as it is stored."""
+    """Run `add_layer_norm_reference` as one Triton kernel; it normalizes the sum in float32, before it is rounded."""
     rows, residuals = as_rows(x), as_rows(residual)
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     (count, width), tile = rows.shape, row_tile(x.shape[-1])
-    wrap_triton(_add_layer_norm)[(ceil_div(count, tile["ROWS"]),)](
+    launcher(_add_layer_norm)[(ceil_div(count, tile["ROWS"]),)](
         rows, residuals, weight, bias, total, normed, count, width, rows.stride(0), residuals.stride(0), eps, **tile
     )
     return total, normed

@@ -1,7 +1,7 @@
-"""Fused kernels of the guided denoising step: which implementation of an operation runs where, and why.
+"""Selects between the implementations of each fused operation of the guided denoising step.
 
-Every operation has a PyTorch reference (its specification, the fallback and the tests' oracle) and a Triton kernel, in
-a file of its own. MGP5_KERNELS=auto|triton|torch decides between them: `auto` takes the first that can run.
+Every operation has a PyTorch reference (its specification, the fallback and the oracle of the tests) and a Triton
+kernel, both in one file. MGP5_KERNELS=auto|triton|torch selects between them: `auto` takes the kernel where it can run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..errors import Mgp5Error
 
 VARIABLE = "MGP5_KERNELS"
-OLDEST = (7, 5)  # compute capability
+OLDEST = (7, 5)  # the lowest compute capability that kernels are compiled and tested for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Operation -> its file, and the widest row (of layer norm, a head, a group) that its kernel holds in registers.
 OPERATIONS: dict[str, tuple[str, int | None]] = {
@@ -33,24 +33,22 @@ OPERATIONS: dict[str, tuple[str, int | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """One way to do an operation.
+    """One implementation of an operation.
 
     Args:
         name: "triton" or "torch".
-        priority: of those that can run, the highest is taken.
-        refusal: (device, dtype, width) -> why it cannot run there, or "" where it can.
-        load: gives the function; imports its file.
+        refusal: (device, dtype, width) -> why it cannot run there, "" where it can.
+        load: imports its file and returns the function.
     """
 
     name: str
-    priority: int
     refusal: Callable[[torch.device, torch.dtype, int], str]
     load: Callable[[], Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was chosen for an operation, and why; `function` does it."""
+    """The implementation that was selected for an operation, why, and its function."""
 
     operation: str
     implementation: str
@@ -59,7 +57,7 @@ class Choice:
 
 
 def implementations(operation: str) -> tuple[Implementation, ...]:
-    """All ways to do an operation, the best first."""
+    """Return all implementations of an operation, the fastest first; the last is its reference."""
     file, limit = OPERATIONS[operation]
 
     def load(name: str) -> Callable[[], Callable[..., Any]]:
@@ -71,46 +69,44 @@ def implementations(operation: str) -> tuple[Implementation, ...]:
         return _triton_refusal(device, dtype)
 
     return (
-        Implementation(name="triton", priority=10, refusal=refusal, load=load(operation)),
-        Implementation(name="torch", priority=0, refusal=lambda *_: "", load=load(f"{operation}_reference")),
+        Implementation(name="triton", refusal=refusal, load=load(operation)),
+        Implementation(name="torch", refusal=lambda *_: "", load=load(f"{operation}_reference")),
     )
 
 
 def select_kernel(operation: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Choice:
-    """Choose an implementation, once, for tensors of one device and type; not to be called in every step.
+    """Select the implementation of an operation for a device and a dtype.
 
     Args:
-        operation: a key of OPERATIONS.
-        dtype: of the model (for the guided step, of its input).
-        width: of a row, a head or a group, where it matters; 0 means any usual one.
+        width: of a row, a head or a group, where the kernel has a limit; 0 is any usual one.
 
     Raises:
         Mgp5Error: MGP5_KERNELS is unknown, or names an implementation that cannot run here.
     """
     wanted = os.environ.get(VARIABLE, "auto")
-    ways = sorted(implementations(operation), key=lambda way: -way.priority)
-    if wanted not in ("auto", *(way.name for way in ways)):
+    candidates = {candidate.name: candidate for candidate in implementations(operation)}
+    if wanted not in ("auto", *candidates):
         raise Mgp5Error(f"{VARIABLE}={wanted}, expected auto, triton or torch", "change it", usage=True)
-    refusals = {way.name: way.refusal(device, dtype, width) for way in ways}
+    refusals = {name: candidate.refusal(device, dtype, width) for name, candidate in candidates.items()}
     if refusals.get(wanted):
         raise Mgp5Error(
             f"{VARIABLE}={wanted}, but {operation} cannot run so ({refusals[wanted]})",
             f"take {VARIABLE}=auto",
             usage=True,
         )
-    way = next(way for way in ways if wanted in ("auto", way.name) and not refusals[way.name])
+    name = next(name for name in candidates if wanted in ("auto", name) and not refusals[name])
     why = f"{VARIABLE}={wanted}" if wanted != "auto" else "; ".join(f"no {n}: {r}" for n, r in refusals.items() if r)
-    return Choice(
-        operation=operation, implementation=way.name, why=why or "the fastest that runs here", function=way.load()
-    )
+    why = why or "the fastest that runs here"
+    return Choice(operation=operation, implementation=name, why=why, function=candidates[name].load())
 
 
 def choices(device: torch.device, dtype: torch.dtype) -> list[Choice]:
-    """What `select_kernel` gives for every operation, as `mgp5 doctor` shows it."""
+    """Return what `select_kernel` selects for every operation, as `mgp5 doctor` shows it."""
     return [select_kernel(operation, device, dtype) for operation in OPERATIONS]
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why Triton kernels cannot run with a device and a dtype, "" where they can."""
     from . import language
 
     if language.triton is None:

@@ -1,4 +1,4 @@
-"""RMSNorm of queries and keys, head by head, as SD 3.5 has it: both in one launch.
+"""RMSNorm of queries and keys over each head, as in SD 3.5: both in one launch.
 
 Letters: B batch, T tokens, H heads, D width of a head.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .language import ceil_div, jit, operator, power_of_2, tl
+from .language import ceil_div, jit, launcher, operator, power_of_2, tl
 
 
 def rms_norm_reference(
@@ -19,7 +18,7 @@ def rms_norm_reference(
     key_weight: Tensor,  # (D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each head over its root mean square (Zhang and Sennrich, arXiv 1910.07467), times a weight."""
+    """Divide each head by its root mean square (Zhang and Sennrich, arXiv 1910.07467), and multiply it by a weight."""
     norm = torch.nn.functional.rms_norm
     return norm(query, query_weight.shape, query_weight, eps), norm(key, key_weight.shape, key_weight, eps)
 
@@ -53,10 +52,10 @@ def rms_norm(
     key_weight: Tensor,  # (D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm_reference` by Triton; queries and keys may be slices of one fused projection.
+    """Run `rms_norm_reference` as one Triton kernel; queries and keys may be slices of one fused projection.
 
     Raises:
-        ValueError: queries and keys differ in shape, or the elements of a head do not lie side by side.
+        ValueError: queries and keys differ in shape, or the elements of a head do not have stride 1.
     """
     if query.shape != key.shape or query.stride(-1) != 1 or key.stride(-1) != 1:
         raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)}: expected one shape, last stride 1")
@@ -64,7 +63,7 @@ def rms_norm(
     outs = query.new_empty(query.shape), key.new_empty(key.shape)
     count, columns = query.numel() // width, power_of_2(width)
     rows = max(1, 4096 // columns)  # 32 elements a thread: two loads of 16 bytes and more in half precision
-    wrap_triton(_rms_norm)[(ceil_div(count, rows), 2)](
+    launcher(_rms_norm)[(ceil_div(count, rows), 2)](
         query, key, query_weight, key_weight, *outs, count, tokens, heads, width,
         *query.stride()[:3], *key.stride()[:3], eps, ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip

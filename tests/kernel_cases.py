@@ -122,7 +122,7 @@ def test_elements_that_do_not_lie_side_by_side():
         group_norm.group_norm(draw(1, 4, 2, 2), weight[:4], bias[:4], 2, 1e-5, True, draw(4, 2).T[:1, :4])
 
 
-def steps(name, dtype, shape, *, guided=True, rescale=0.0, last=True):
+def steps(name, dtype, shape, *, guided=True, last=True):
     """Buffers of a guided step as an engine keeps them; the history holds what an earlier run may have left."""
     table = sampler_table(name, NoiseSchedule(), 7)
     latents = draw(*shape)
@@ -132,20 +132,19 @@ def steps(name, dtype, shape, *, guided=True, rescale=0.0, last=True):
         "history": torch.full((table.history, *shape), torch.nan, device=DEVICE),
         "step": torch.zeros(2, dtype=torch.int32, device=DEVICE),
         "model_input": torch.zeros(2 * shape[0], *shape[1:], dtype=dtype, device=DEVICE).to(memory_format=layout),
-        "rows": guided_step.step_rows(table, 7.5 if guided else 1.0, rescale).float().to(DEVICE),
-        "rescaled": rescale > 0,
+        "rows": guided_step.step_rows(table, 7.5 if guided else 1.0).float().to(DEVICE),
     }
 
 
 @dtypes
 @pytest.mark.parametrize(
-    ("shape", "guided", "rescale", "last"),
-    [((1, 1, 1, 1), True, 0.0, False), ((3, 4, 5, 7), True, 0.7, True), ((2, 4, 16, 16), False, 0.0, True)],
+    ("shape", "guided", "last"),
+    [((1, 1, 1, 1), True, False), ((3, 4, 5, 7), True, True), ((2, 4, 16, 16), False, True)],
 )
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "pndm"])
-def test_guided_steps(name, shape, guided, rescale, last, dtype):
+def test_guided_steps(name, shape, guided, last, dtype):
     """Several in a row: the ring of kept predictions and the index on the device are part of it."""
-    found = steps(name, dtype, shape, guided=guided, rescale=rescale, last=last)
+    found = steps(name, dtype, shape, guided=guided, last=last)
     expected = {k: v.double() if k in ("latents", "history", "rows", "model_input") else v for k, v in found.items()}
     expected["step"] = found["step"].clone()
     for i in range(len(found["rows"])):
@@ -174,7 +173,7 @@ def test_what_a_guided_step_refuses():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_a_guided_step_in_a_cuda_graph():
     """One graph replays for all steps: index, row and ring slot are read on the device."""
-    buffers = steps("pndm", torch.bfloat16, (2, 4, 64, 64), rescale=0.5)
+    buffers = steps("pndm", torch.bfloat16, (2, 4, 64, 64))
     expected = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in buffers.items()}
     prediction, start = draw(4, 4, 64, 64, dtype=torch.bfloat16), buffers["latents"].clone()
     guided_step.guided_step(prediction=prediction, **buffers)  # compiles before the capture

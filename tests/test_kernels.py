@@ -73,21 +73,6 @@ def test_the_guided_step_is_the_samplers(schedule, name, guidance):
         assert torch.equal(model_input, latents.float().repeat(2, 1, 1, 1)) and step.tolist() == [i + 1, 0]
 
 
-def test_the_guidance_rescale_is_that_of_the_paper():
-    """Lin et al., arXiv 2305.08891, eq. 14 to 16, written out."""
-    table = sampler_table("ddim", NoiseSchedule(), 4)
-    latents, prediction = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    found, step, model_input = latents.clone(), torch.zeros(2, dtype=torch.int32), torch.empty(2, 3, 8, 8)
-    history = torch.empty(0, *latents.shape)
-    guided_step_reference(found, history, step, model_input, prediction, step_rows(table, 7.5, 0.7).float(), True)
-    without, given = prediction.chunk(2)
-    guided = without + 7.5 * (given - without)
-    matched = guided * given.flatten(1).std(1)[:, None, None, None] / guided.flatten(1).std(1)[:, None, None, None]
-    mixed = 0.7 * matched + 0.3 * guided
-    expected, _ = linear_update(latents, mixed, [], table.coefficients[0].tolist(), table.conversion[0].tolist(), 1.0)
-    torch.testing.assert_close(found, expected)
-
-
 def test_on_a_cpu_the_references_run_and_say_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for wanted, why in (("auto", "no triton: "), ("torch", "MGP5_KERNELS=torch")):

@@ -65,12 +65,12 @@ def norm(channels, size, silu, timed, groups=32):
     return launch
 
 
-def step(name, history, channels, rescaled, halves):
+def step(history, channels, halves):
     def launch(dtype):
         latents, x = torch.empty(1, channels, 64, 64), torch.empty(halves, channels, 64, 64, dtype=dtype)
         x = x.to(memory_format=torch.channels_last) if channels == 4 else x
-        rows, past = torch.empty(50, 6 + history), torch.empty(history, *latents.shape)
-        guided_step.guided_step(latents, past, torch.zeros(2, dtype=torch.int32), x, x, rows, rescaled)
+        rows, past = torch.empty(50, 5 + history), torch.empty(history, *latents.shape)
+        guided_step.guided_step(latents, past, torch.zeros(2, dtype=torch.int32), x, x, rows)
 
     return launch
 
@@ -116,11 +116,8 @@ def cases():
         *heads.to(dtype).unbind(2)[:2], *heads[0, 0, 0, :2].to(dtype), 1e-6
     )
     samplers = [("ddim", 0), ("dpm++", 1), ("pndm", 4)]
-    for (name, history), channels, (rescaled, halves) in itertools.product(
-        samplers, (4, 16), [(False, 1), (False, 2), (True, 2)]
-    ):
-        key = "guided_step_rescaled" if rescaled else "guided_step"
-        found[f"{key} {name} {channels} {halves}"] = step(name, history, channels, rescaled, halves)
+    for (name, history), channels, halves in itertools.product(samplers, (4, 16), (1, 2)):
+        found[f"guided_step {name} {channels} {halves}"] = step(history, channels, halves)
     return found
 
 
@@ -170,8 +167,8 @@ def test_kernels_compile_for_every_card(capability, compile_for):
         count = SAMPLE.get(operation, 1)
         some += [group[(turn * count + i) % len(group)] for i in range(count)]  # across the cards, ever new ones
     kernels = check(compile_for, capability, some)
-    names = {"_norm_one_tile", "_statistics", "_normalize", "_geglu", "_add_layer_norm", "_adaln", "_rms_norm"}
-    assert kernels == names | {"_guided_step", "_rescale_factor"}
+    norms = {"_norm_one_tile", "_statistics", "_normalize", "_add_layer_norm", "_adaln", "_rms_norm"}
+    assert kernels == norms | {"_geglu", "_guided_step"}
 
 
 @pytest.mark.slow
@@ -197,11 +194,11 @@ def test_torch_compile_sees_the_kernels_of_an_operator(compile_for):
     from torch._dynamo.backends.common import aot_autograd
 
     latents, history, x = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 4, 8, 8), torch.empty(2, 4, 8, 8)
-    buffers = latents, history, torch.zeros(2, dtype=torch.int32), x, x.clone(), torch.empty(9, 7)
+    buffers = latents, history, torch.zeros(2, dtype=torch.int32), x, x.clone(), torch.empty(9, 6)
     graphs = []
     backend = aot_autograd(fw_compiler=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    compiled = torch.compile(lambda *tensors: guided_step.guided_step(*tensors, True), backend=backend, fullgraph=True)
+    compiled = torch.compile(lambda *tensors: guided_step.guided_step(*tensors), backend=backend, fullgraph=True)
     with torch.no_grad():
         compile_for(90, lambda dtype: compiled(*buffers), None)
     written = [node.kwargs["tensors_to_clone"] for node in graphs[0].graph.nodes if "tensors_to_clone" in node.kwargs]
-    assert list(map(list, written)) == [["factor"], ["latents", "history", "step", "model_input"]]
+    assert list(map(list, written)) == [["latents", "history", "step", "model_input"]]

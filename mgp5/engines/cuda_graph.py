@@ -25,7 +25,7 @@ class Inputs:
         noise: (B, C, h, w), float32; becomes the latents.
         table: (n, 1 or R, S), see `PrecomputedDenoiser.constants`.
         context: see there too; each (R, ...).
-        rows: (n, 6 + K), see `kernels.guided_step.step_rows`; float32.
+        rows: (n, 5 + K), see `kernels.guided_step.step_rows`; float32.
     """
 
     noise: Tensor
@@ -73,7 +73,7 @@ class GraphedStep:
 
     def __init__(self, model: PrecomputedDenoiser, update: Callable[..., None], like: Inputs) -> None:
         self.model, self.update = model, update
-        rows, keeps, shape = len(like.context[0]), like.rows.shape[1] - 6, like.noise.shape[1:]
+        rows, keeps, shape = len(like.context[0]), like.rows.shape[1] - 5, like.noise.shape[1:]
         with torch.inference_mode(False):  # else the buffers could be written to in inference mode only
             self.inputs = like.empty()
             self.history = like.noise.new_zeros(keeps, *like.noise.shape)
