@@ -1,4 +1,4 @@
-"""What generation says while it works; views consume these and nothing else."""
+"""Events of a generation under way, in the order in which they happen; views consume these and nothing else."""
 
 from __future__ import annotations
 
@@ -10,26 +10,35 @@ from .messages import Image, Message
 if TYPE_CHECKING:
     from torch import Tensor
 
+SceneKind = Literal["given", "narrated", "illustrated", "continued"]
+
 
 @dataclass(frozen=True)
 class SceneStart:
-    """A scene of a story begins: given by the user, narrated, illustrated or continued by the model."""
+    """A scene of a story begins.
 
-    scene: int  # from 0
-    kind: Literal["given", "narrated", "illustrated", "continued"]
+    Attributes:
+        scene: index of the scene, from 0.
+        kind: "given": text and image are the user's; "narrated": the image is the user's, the model writes the text;
+            "illustrated": the text is the user's, the model draws the image; "continued": both are the model's.
+        total: number of scenes in the story.
+    """
+
+    scene: int
+    kind: SceneKind
     total: int
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A piece of text as it comes, ready to print (no newline is implied)."""
+    """The next piece of a text, to be joined to the one before without a blank or line break."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ImageStep:
-    """One denoising step of one image is done."""
+    """One step of drawing an image is done."""
 
     image: int  # index of the image in this reply, from 0
     step: int  # from 1 to total
@@ -39,19 +48,28 @@ class ImageStep:
 
 @dataclass(frozen=True)
 class ImageDone:
-    """An image is finished (or, in a scene of kind given, was read); `image.meta` holds seed, prompt and options."""
+    """An image is finished, or the user's image of a scene was read.
 
-    index: int
+    `image.meta` of a generated image holds prompt, seed and options; `image.path` names its file where it has one.
+    """
+
+    index: int  # of the image in this reply, from 0
     image: Image
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The reply is complete. `message` is what becomes history; `reason` says why it ended."""
+    """The reply is complete.
+
+    Attributes:
+        message: the reply as it becomes part of the conversation.
+        reason: why it ended: an end token, a limit of tokens or context, or an interruption.
+        meta: JSON-ready: seed, tokens, prefilled (tokens of the prompt that were computed), seconds.
+    """
 
     message: Message
     reason: Literal["stop", "length", "interrupted"]
-    meta: dict[str, Any] = field(default_factory=dict)  # seed, tokens, seconds
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 Event = SceneStart | TextChunk | ImageStep | ImageDone | Finished

@@ -507,8 +507,8 @@ def talk(loaded, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     chat = Chat(loaded, reply_options(seed=1, steps=1, max_tokens=6, image="never"))
-    facts = {"model": "tiny", "options": {}}
-    repl = Repl(chat, None, lambda folder: TerminalView("off", quiet=True, folder=folder), facts)
+    chat.record = {"model": "tiny", "options": {}}
+    repl = Repl(chat, lambda: TerminalView("off"))
 
     def type_lines(*lines: str | type[BaseException]) -> None:
         queue = iter([*lines, EOFError])
@@ -536,7 +536,7 @@ def test_undo_takes_back_a_message_and_its_reply(talk, capfd):
     assert "took back: how are you?" in capfd.readouterr().err
     talk.type("/undo", "/undo")
     assert not texts(talk.chat.conversation)
-    assert "nothing was said yet" in capfd.readouterr().err
+    assert "no message of yours" in capfd.readouterr().err
 
 
 def test_retry_gives_another_reply_and_seed_chooses_it(talk):
@@ -608,9 +608,10 @@ def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
     assert len(names) >= 2 and len(set(names)) == len(names)
 
 
-def test_events_of_a_story_can_be_used_without_the_command_line(loaded, pictures):
-    from mgp5.apps.story import read_folder, tell
+def test_a_story_is_told_without_the_command_line(loaded, pictures):
+    from mgp5.apps.story import StoryRequest, tell_story
     from mgp5.options import reply_options
 
-    events = list(tell(loaded, read_folder(pictures), 1, reply_options(steps=1, max_tokens=2)))
+    request = StoryRequest(images=pictures, options=reply_options(steps=1, max_tokens=2))
+    events = list(tell_story(request, loaded))
     assert sum(isinstance(event, ImageDone) for event in events) == 3

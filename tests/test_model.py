@@ -10,12 +10,12 @@ from PIL import ImageChops
 from tiny import picture
 
 from mgp5 import Conversation, Image, Message, Text
-from mgp5.apps.story import SceneInput, tell
+from mgp5.apps.story import SceneInput, StoryRequest, tell_story
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
-from mgp5.options import Options, reply_options
+from mgp5.options import reply_options
 from mgp5.training.batch import Collator
 
 
@@ -156,6 +156,7 @@ def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, c
     monkeypatch.setattr("mgp5.inference.reply.generate", record)
     model.config = replace(model.config, narrate_from=context)
     first, second = Image(pixels=picture("red")), Image(pixels=picture("blue"))
-    list(tell(model, [SceneInput(first, "once"), SceneInput(second)], 0, Options()))
+    inputs = SceneInput(first, "once"), SceneInput(second)
+    list(tell_story(StoryRequest(inputs=inputs, scenes=0), model))
     assert any(image is first for image in asked[0].images) is shown
     assert ("once" in asked[0].messages[-1].text) is shown

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import read_object
 from ..errors import Mgp5Error
-from ..events import Finished, SceneStart
+from ..events import Finished
 from ..messages import Conversation, Message, Text
 from ..prompts import CHAT_SYSTEM
 from ..views.files import StoryFolder, write_atomic
 from ..views.html import write_html
 from .batch_lines import EXPECTED, given_in, read_line
-from .story import SceneInput, as_conversation, ask, kind, scene_result, to_message, with_scene_seed
+from .recorder import StoryScene, story_conversation
+from .story import SceneInput, finished_scene, scene_request
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -267,18 +268,13 @@ def _reply(conversation: Conversation, options: Options) -> Script:
     return conversation.add(reply.role, *reply.content)
 
 
-def _story(given: Sequence[SceneInput], scenes: int, options: Options, context: Context) -> Script:
-    """The scenes of `story.tell`, for a batch."""
-    history, told = [], []
-    total = len(given) + scenes
-    for number in range(total):
-        part = given[number] if number < len(given) else None
-        asked = ask(history, part, with_scene_seed(options, number), context)
-        text, image = scene_result(part, (yield asked) if asked else to_message(part))
-        told.append((SceneStart(number, kind(part), total), text, image))
-        if image is not None:
-            history.append((text, image))
-    return as_conversation(told)
+def _story(inputs: Sequence[SceneInput], count: int, options: Options, narrate_from: Context) -> Script:
+    scenes: list[StoryScene] = []
+    for number in range(len(inputs) + count):
+        part = inputs[number] if number < len(inputs) else None
+        asked = scene_request(scenes, part, options, narrate_from)
+        scenes.append(finished_scene(part, (yield asked) if asked else part.message))
+    return story_conversation(scenes)
 
 
 def read_lines(file: Path) -> tuple[list[bytes], Path]:

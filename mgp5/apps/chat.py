@@ -1,139 +1,181 @@
-"""A conversation with the model: turns, undo, retry, and what the typed commands do."""
+"""Hold a conversation with a model: messages and replies in turn, with undo and retry."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error
-from ..events import Event, Finished, ImageDone, TextChunk
+from ..events import Event
 from ..messages import Conversation, Image, Message, Part, Text
+from ..options import ModelRequest, Options
 from ..prompts import CHAT_SYSTEM
+from ..views.files import StoryFolder
+from .open_model import Tell, open_model, silent
+from .recorder import Recorder
+from .story import SEEDS, recorded_options
 
 if TYPE_CHECKING:
     from ..inference.session import Session
     from ..model import InterleavedModel
-    from ..options import Options
 
-HELP = """\
-/image FILE   show a picture with your next message
-/undo         take back your last message and its reply
-/retry        another reply to your last message
-/seed N       seed of the next reply; those after it count up
-/save DIR     put the conversation, its pictures and a page into a folder
-/help         this list
-/quit         end (so does Ctrl-D); Ctrl-C stops a reply and keeps what it has said
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A conversation to begin, or to go on with.
+
+    Args:
+        images: files of images for the first message.
+        out: new folder for the conversation.
+        resume: folder of an earlier conversation, which goes on there.
+        model: which model replies.
+        options: of every reply; seeds count up by SEEDS from reply to reply.
+
+    Raises:
+        Mgp5Error: both folders are given.
+    """
+
+    images: tuple[Path, ...] = ()
+    out: Path | None = None
+    resume: Path | None = None
+    model: ModelRequest = field(default_factory=ModelRequest)
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if self.out and self.resume:
+            hint = "--resume goes on in its own folder"
+            raise Mgp5Error("--out and --resume were both given", hint, usage=True)
 
 
 @dataclass
 class Chat:
-    """A conversation and the LLM's memory of it.
+    """A conversation with an open model.
 
     Attributes:
-        conversation: all turns so far, with the system text first.
-        pending: pictures that go with the next message.
+        conversation: all messages so far, the system text first.
+        pending: images that go with the next message.
+        folder: where the conversation is to be kept, None for nowhere; whoever shows the events saves it.
+        record: what story.json keeps beside the conversation.
     """
 
     model: InterleavedModel
     options: Options
     conversation: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
     pending: list[Image] = field(default_factory=list)
+    folder: StoryFolder | None = None
+    record: dict[str, Any] = field(default_factory=dict)
     _session: Session | None = None
     _number: int = 0  # replies since the seed was set; each takes seeds of its own
 
     def __post_init__(self) -> None:
         self._number = sum(message.role == "user" for message in self.conversation.messages)
 
-    def show(self, path: Path) -> None:
-        """Queue a picture for the next message."""
-        self.pending.append(read_picture(path))
+    def attach(self, path: Path) -> None:
+        """Read an image for the next message. Raises Mgp5Error when it cannot be read."""
+        self.pending.append(_read_image(path))
 
     def say(self, text: str) -> Iterator[Event]:
-        """Send a message with the queued pictures; yields the reply's events.
+        """Send a message with the pending images; yields the events of the reply.
 
-        If the message cannot be answered (it does not fit the context, say) it is taken back and nothing is lost; a
-        reply that is interrupted is kept as far as it came.
+        A message that cannot be answered (it does not fit the context, say) is taken back and nothing is lost; of a
+        reply that is interrupted, what there is of it is kept.
+
+        Raises:
+            Mgp5Error: the message is empty or cannot be answered.
         """
         content: list[Part] = [*self.pending, *([Text(text)] if text else [])]
         if not content:
-            raise Mgp5Error("the message is empty", "write something, or show a picture with /image FILE")
-        before, pending = self.conversation, self.pending
-        self.conversation, self.pending = Conversation((*before.messages, Message("user", tuple(content)))), []
-        try:
-            yield from self._reply()
-        except Mgp5Error:
-            self.conversation, self.pending = before, pending
-            raise
+            raise Mgp5Error("the message is empty", "write something, or attach an image with /image FILE")
+        yield from self._reply(Conversation((*self.conversation.messages, Message("user", tuple(content)))), [])
 
     def retry(self) -> Iterator[Event]:
-        """Another reply to the last message; the old one stays if there cannot be another."""
-        self._last_user()
-        before = self.conversation
-        if before.messages[-1].role == "assistant":
-            self.conversation = Conversation(before.messages[:-1])
-        try:
-            yield from self._reply()
-        except Mgp5Error:
-            self.conversation = before
-            raise
+        """Replace the last reply by another one; it stays when there cannot be another. Raises Mgp5Error."""
+        last = self._last_user()
+        yield from self._reply(Conversation(self.conversation.messages[: last + 1]), self.pending)
 
     def undo(self) -> str:
-        """Take back the last message and its reply; returns its text."""
+        """Remove the last message of the user and its reply; return its text. Raises Mgp5Error when there is none."""
         last = self._last_user()
         text = self.conversation.messages[last].text
         self.conversation = Conversation(self.conversation.messages[:last])
         return text
 
     def seed(self, seed: int) -> None:
-        """Seed of the next reply and, counting up, of those after it."""
+        """Set the seed of the next reply; those of the replies after it count up."""
         self.options = replace(self.options, seed=seed, image_seed=None)
         self._number = 0
 
     def _last_user(self) -> int:
+        """Return the index of the user's last message."""
         roles = [message.role for message in self.conversation.messages]
         if "user" not in roles:
-            raise Mgp5Error("nothing was said yet", "write a message first")
+            raise Mgp5Error("the conversation has no message of yours, expected one", "write a message first")
         return len(roles) - 1 - roles[::-1].index("user")
 
-    def _reply(self) -> Iterator[Event]:
+    def _reply(self, asked: Conversation, pending: list[Image]) -> Iterator[Event]:
+        """Reply to `asked`, which becomes the conversation, with `pending` left for the next message."""
         from ..inference.reply import generate
         from ..inference.session import Session
 
+        before = self.conversation, self.pending
+        self.conversation, self.pending = asked, pending
         self._session = self._session or Session(self.model.backbone)
-        shift = 100 * self._number
+        shift = SEEDS * self._number
         self._number += 1
         image_seed = None if self.options.image_seed is None else self.options.image_seed + shift
         options = replace(self.options, seed=self.options.seed + shift, image_seed=image_seed)
-        parts: list[Part] = []
+        recorder = Recorder()
         try:
-            for event in generate(self.model, self.conversation, options, self._session):
-                if isinstance(event, TextChunk):
-                    _append(parts, event.text)
-                elif isinstance(event, ImageDone):
-                    parts.append(event.image)
-                elif isinstance(event, Finished):
-                    parts = list(event.message.content)
+            for event in generate(self.model, asked, options, self._session):
+                recorder(event)
                 yield event
+        except Mgp5Error:
+            (self.conversation, self.pending), recorder = before, Recorder()
+            raise
         except KeyboardInterrupt:
             self._session = None  # it may have been cut inside a forward, with cache and tokens at odds
             raise
         finally:
-            if parts:
-                self.conversation = self.conversation.add("assistant", *parts)
+            if recorder.parts:
+                self.conversation = Conversation((*self.conversation.messages, recorder.message))
 
 
-def read_picture(path: Path) -> Image:
-    """A picture for a message; it is opened now, so that a broken one is told now."""
+def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
+    """Open the model and the folder of a chat.
+
+    Args:
+        request: what to begin or to go on with.
+        tell: see `open_model`.
+
+    Raises:
+        Mgp5Error: an image or conversation that cannot be read, a folder that is taken, or a model that cannot be
+            opened; an empty folder is removed then.
+    """
+    from ..hub import resolve
+
+    pending = [_read_image(path) for path in request.images]
+    resolve(request.model.model)  # a wrong name is reported before a folder is made
+    record = {"model": request.model.model, "options": recorded_options(request.model, request.options)}
+    earlier, folder = {}, None
+    if request.resume:
+        folder = StoryFolder.open(request.resume)
+        earlier["conversation"], metadata = folder.load()
+        record["title"] = metadata["title"]
+    elif request.out:
+        folder = StoryFolder.create(request.out)
+    try:
+        model = open_model(request.model, tell)
+    except Mgp5Error:
+        if folder:
+            folder.discard()
+        raise
+    return Chat(model, request.options, pending=pending, folder=folder, record=record, **earlier)
+
+
+def _read_image(path: Path) -> Image:
+    """Return an image for a message; it is opened now, so that a broken file is reported now."""
     image = Image(path=path)
     image.load()
     return image
-
-
-def _append(parts: list[Part], text: str) -> None:
-    if parts and isinstance(parts[-1], Text):
-        parts[-1] = Text(parts[-1].text + text)
-    else:
-        parts.append(Text(text.lstrip()))

@@ -15,10 +15,10 @@ from typing import Any
 
 from .. import __version__
 from ..errors import Mgp5Error
-from ..messages import Conversation, Image, Message, Part
-from ..prompts import Scene, continue_, illustrate
+from ..messages import Conversation, Image, Part
 from ..views.files import STORY, StoryFolder, read_png_metadata
-from .story import WINDOW
+from ..views.html import scenes
+from .story import SceneInput, scene_prompt
 
 NOT_OPTIONS = {"version", "prompt", "seed", "text_seed"}  # of a picture's metadata
 FLAGS = {"backend", "exported", "quantize"}  # in the options of a story.json, where they were given
@@ -80,24 +80,10 @@ def _asked(conversation: Conversation, picture: Path, options: dict[str, Any]) -
     if messages[0].role == "system":  # a chat, or a conversation of a batch
         limits = {name: options[name] for name in ("max_images",) if name in options}
         return Conversation(messages[:number]), drawn[number].index(place), limits
-    past = _scenes(messages[:number])[-WINDOW:]
     line = messages[number - 1] if number and messages[number - 1].role == "user" else None
-    question = continue_(past) if line is None or line.images else illustrate(past, line.text)
-    return question, 0, {"max_images": 1}
-
-
-def _scenes(messages: Sequence[Message]) -> list[Scene]:
-    """The scenes of `story.as_conversation` that have a picture."""
-    scenes: list[Scene] = []
-    text, image = "", None
-    for message in messages:
-        text, image = text or message.text, image or (message.images or (None,))[0]
-        if message.role == "user" and not (text and image):
-            continue  # the reply completes it
-        if image is not None:
-            scenes.append((text, image))
-        text, image = "", None
-    return scenes
+    part = SceneInput(text=line.text) if line and not line.images else None
+    past = scenes(Conversation(messages[: number - 1 if part else number]))
+    return scene_prompt([(scene.text, scene.image) for scene in past if scene.image], part), 0, {"max_images": 1}
 
 
 def _bare(part: Part) -> Part:

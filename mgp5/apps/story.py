@@ -1,55 +1,118 @@
-"""The paper's three tasks as one job: narrate pictures, illustrate sentences, continue with scenes of one's own."""
+"""Tell a story: narrate images, illustrate texts, continue in both; the three tasks of the paper as one job."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error
-from ..events import Event, Finished, ImageDone, SceneStart, TextChunk
+from ..events import Event, Finished, ImageDone, SceneKind, SceneStart, TextChunk
 from ..messages import Conversation, Image, Message, Text
+from ..options import ModelRequest, Options
 from ..prompts import Context, Scene, continue_, illustrate, narrate
+from ..views.files import StoryFolder, keep_images
+from ..views.html import write_html
+from .open_model import Tell, open_model, silent
+from .recorder import Recorder, StoryScene
 
 if TYPE_CHECKING:
-    from ..inference.session import Session
     from ..model import InterleavedModel
-    from ..options import Options
 
-WINDOW = 4  # scenes of history that a prompt shows: stories of five scenes are what models are trained on
-SEEDS = 100  # from a scene, or a reply of a chat, to the next; its pictures count up by one
+WINDOW = 4  # scenes of history that a prompt shows: models are trained on stories of five scenes
+SEEDS = 100  # between the seeds of two scenes, or of two replies of a chat; images of one reply count up by one
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class SceneInput:
-    """What the user brings: a picture with or without its text, or a text without a picture."""
+    """What the user gives of a scene: an image with or without its text, or a text without an image."""
 
     image: Image | None = None
     text: str = ""
 
+    @property
+    def message(self) -> Message:
+        """The same as a message of the user."""
+        return Message("user", tuple(part for part in (self.image, self.text and Text(self.text)) if part))
 
-def read_folder(folder: Path) -> list[SceneInput]:
-    """The pictures of a folder in natural order (2 before 10), each with the text of the same stem if there is one.
 
-    Every picture is opened here, so that a broken one is told before any work is done.
+@dataclass(frozen=True, kw_only=True)
+class StoryRequest:
+    """A story to tell: first the scenes of `images`, then those of `text` and `inputs`, then the model's own.
+
+    Args:
+        images: folder of images, each with a .txt file of the same stem or without.
+        text: file with one scene to illustrate per line.
+        inputs: scenes in memory.
+        scenes: how many scenes the model adds.
+        out: new folder for the story, saved after every scene; None writes nothing.
+        title: heading of the page.
+        model: which model tells it.
+        options: of every reply; seeds count up by SEEDS from scene to scene.
 
     Raises:
-        Mgp5Error: no such folder, no picture in it, or one that cannot be read.
+        Mgp5Error: all that is wrong with the request.
     """
-    if not folder.is_dir():
-        raise Mgp5Error(f"--images {folder} is not a folder", "give a folder of pictures", usage=True)
+
+    images: Path | None = None
+    text: Path | None = None
+    inputs: tuple[SceneInput, ...] = ()
+    scenes: int = 1
+    out: Path | None = None
+    title: str = ""
+    model: ModelRequest = field(default_factory=ModelRequest)
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not (self.images or self.text or self.inputs):
+            problems.append("there is no story to continue: give --images DIR, --text FILE or both")
+        if self.images and not self.images.is_dir():
+            problems.append(f"--images {self.images} is not a folder: give a folder of images")
+        if self.text and not self.text.exists():
+            problems.append(f"no text file at {self.text}: check the path")
+        if self.scenes < 0:
+            problems.append(f"scenes is {self.scenes}, expected 0 or more")
+        if problems:
+            raise Mgp5Error("; ".join(problems), usage=True)
+
+    def read_inputs(self) -> list[SceneInput]:
+        """Read what the user gives of the first scenes. Raises Mgp5Error for a file that cannot be read."""
+        given = read_folder(self.images) if self.images else []
+        return [*given, *(read_lines(self.text) if self.text else ()), *self.inputs]
+
+    def record(self) -> dict[str, Any]:
+        """Return what story.json keeps of the request."""
+        options = recorded_options(self.model, self.options)
+        return {"model": self.model.model, "seed": self.options.seed, "options": options, "title": self.title}
+
+
+def recorded_options(model: ModelRequest, options: Options) -> dict[str, Any]:
+    """Return the options that story.json keeps: those that are set, without the seed, and those of the engine."""
+    values = {name: value for name, value in options.flat().items() if value is not None and name != "seed"}
+    return values | model.given()
+
+
+def read_folder(folder: Path) -> list[SceneInput]:
+    """Return the images of a folder in natural order (2 before 10), each with the text of the same stem, if any.
+
+    Every image is opened here, so that a broken one is reported before any work is done.
+
+    Raises:
+        Mgp5Error: the folder cannot be read or holds no image, or one cannot be read.
+    """
     try:
-        found = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
+        files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
     except OSError as error:
         raise Mgp5Error(f"--images {folder} cannot be read ({error.strerror})", "check its permissions") from None
-    files = sorted(found, key=natural)
     if not files:
-        raise Mgp5Error(f"--images {folder} holds no picture", f"expected files with {', '.join(SUFFIXES)}", usage=True)
+        raise Mgp5Error(f"--images {folder} holds no image", f"expected files with {', '.join(SUFFIXES)}", usage=True)
     given = []
-    for file in files:
+    for file in sorted(files, key=natural):
         Image(path=file).load()
         note = file.with_suffix(".txt")
         given.append(SceneInput(Image(path=file), read_text(note).strip() if note.is_file() else ""))
@@ -57,7 +120,7 @@ def read_folder(folder: Path) -> list[SceneInput]:
 
 
 def read_lines(path: Path) -> list[SceneInput]:
-    """Each line of a text file that is not blank, as a scene to illustrate."""
+    """Return each line of a text file that is not blank as a scene to illustrate. Raises Mgp5Error."""
     lines = [SceneInput(text=line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise Mgp5Error(f"--text {path} is empty", "write one scene per line", usage=True)
@@ -65,155 +128,134 @@ def read_lines(path: Path) -> list[SceneInput]:
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises Mgp5Error when it cannot be read as UTF-8."""
+    """Return the contents of a text file. Raises Mgp5Error when it cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise Mgp5Error(f"no text file at {path}", "check the path", usage=True) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Mgp5Error(f"{path} cannot be read as UTF-8 text ({error})", "save it as UTF-8") from None
 
 
 def natural(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key by which picture2 comes before picture10."""
+    """Return a sort key of file names by which page2 comes before page10."""
     pieces = re.split(r"(\d+)", path.name.lower())
     return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in pieces]
 
 
-def tell(model: InterleavedModel, given: Sequence[SceneInput], scenes: int, options: Options) -> Iterator[Event]:
-    """Go through what is given, then continue with `scenes` scenes; yields events scene by scene.
+def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tell: Tell = silent) -> Iterator[Event]:
+    """Tell a story; yields its events scene by scene.
 
-    Every scene has seeds of its own, derived from `options.seed` and its number, so that it does not depend on how
-    many tokens the scenes before took.
-    """
-    from ..inference.session import Session
-
-    history: list[Scene] = []
-    # One for all scenes: pictures are encoded once. It reads each question anew, so that a scene is what it is alone.
-    session = Session(model.backbone, reuse=False)
-    for number in range(len(given) + scenes):
-        part = given[number] if number < len(given) else None
-        yield SceneStart(number, kind(part), len(given) + scenes)
-        text, image = yield from _scene(model, session, history, part, with_scene_seed(options, number))
-        if image is not None:
-            history.append((text, image))
-
-
-def _scene(
-    model: InterleavedModel, session: Session, history: list[Scene], part: SceneInput | None, options: Options
-) -> Generator[Event, None, tuple[str, Image | None]]:
-    """One scene; returns its text and image."""
-    from ..inference.reply import generate
-
-    if part is not None and part.image is not None:
-        yield ImageDone(0, part.image)
-    if part is not None and part.text:
-        yield TextChunk(part.text)
-    asked = ask(history, part, options, model.config.narrate_from)
-    reply = to_message(part)
-    if asked is None:
-        yield Finished(reply, "stop")
-    for event in generate(model, *asked, session) if asked else ():
-        if isinstance(event, Finished):
-            reply = event.message
-        yield event
-    return scene_result(part, reply)
-
-
-def ask(
-    history: Sequence[Scene], part: SceneInput | None, options: Options, narrate_from: Context
-) -> tuple[Conversation, Options] | None:
-    """What the model is asked for a scene, and how it replies; None where nothing is missing.
+    With `request.out`, the folder gets every image at once, story.json after every scene, and the page at the end. What
+    was made is kept on an error or interruption too; close the generator (`contextlib.closing`) to have that done.
 
     Args:
-        history: text and picture of every scene before.
-        part: what the user gave of it; None for one that the model continues with.
-        options: with the seeds of the scene, see `with_scene_seed`.
-        narrate_from: what a question for a text shows of the history.
+        request: what to tell.
+        model: an open model; None opens `request.model`.
+        tell: is given lines for the user, see `open_model`, and at last where the story is.
+
+    Raises:
+        Mgp5Error: an input that cannot be read, no such model, or a folder that is taken; nothing has been made then.
+    """
+    from ..hub import resolve
+
+    inputs = request.read_inputs()
+    if model is None:
+        resolve(request.model.model)  # a wrong name is reported before a folder is made
+    folder = StoryFolder.create(request.out) if request.out else None
+    recorder, complete = Recorder(), False
+    try:
+        events = _events(model or open_model(request.model, tell), inputs, request)
+        with closing(keep_images(events, folder) if folder else events) as events:
+            for event in events:
+                recorder(event)
+                if folder and isinstance(event, Finished) and recorder.generated:
+                    folder.save(recorder.conversation, **request.record())
+                yield event
+        complete = True
+    finally:
+        if folder and (complete or recorder.generated):
+            folder.save(recorder.conversation, **request.record())
+            write_html(*folder.load(), folder.path / "story.html")
+            tell(f"The story is in {folder.path / 'story.html'}")
+        elif folder:
+            folder.discard()
+
+
+def _events(model: InterleavedModel, inputs: Sequence[SceneInput], request: StoryRequest) -> Iterator[Event]:
+    """Yield the events of all scenes: for each SceneStart, what the user gave of it, then the model's reply."""
+    from ..inference.reply import generate
+    from ..inference.session import Session
+
+    scenes: list[StoryScene] = []
+    total = len(inputs) + request.scenes
+    # One session for all scenes: images are encoded once. It reads each prompt anew, so that a scene does not depend
+    # on the calls before.
+    session = Session(model.backbone, reuse=False)
+    for number in range(total):
+        part = inputs[number] if number < len(inputs) else None
+        yield SceneStart(number, scene_kind(part), total)
+        if part and part.image:
+            yield ImageDone(0, part.image)
+        if part and part.text:
+            yield TextChunk(part.text)
+        asked = scene_request(scenes, part, request.options, model.config.narrate_from)
+        for event in generate(model, *asked, session) if asked else (Finished(part.message, "stop"),):
+            if isinstance(event, Finished):
+                scenes.append(finished_scene(part, event.message))
+            yield event
+
+
+def scene_request(
+    before: Sequence[StoryScene], part: SceneInput | None, options: Options, narrate_from: Context = "full"
+) -> tuple[Conversation, Options] | None:
+    """Return the prompt and the options of the reply that completes a scene; None where nothing is missing.
+
+    Every scene has seeds of its own, derived from those of the story and its number, so that it does not depend on how
+    many tokens the scenes before took.
+
+    Args:
+        before: all scenes before this one.
+        part: what the user gave of it; None for a scene that the model continues with.
+        options: of the story.
+        narrate_from: how much of the history a prompt for a text shows: the model's `config.narrate_from`.
+    """
+    history = [(scene.text, scene.image) for scene in before if scene.image]
+    if (prompt := scene_prompt(history, part, narrate_from)) is None:
+        return None
+    image_seed = options.seed if options.image_seed is None else options.image_seed
+    shift = SEEDS * len(before)
+    options = replace(options, seed=options.seed + shift, image_seed=image_seed + shift)
+    if part and part.image:
+        return prompt, replace(options, draw="never")
+    return prompt, replace(options, draw="always", max_images=1, max_tokens=0 if part else options.max_tokens)
+
+
+def scene_prompt(
+    history: Sequence[Scene], part: SceneInput | None, narrate_from: Context = "full"
+) -> Conversation | None:
+    """Return the prompt for what is missing of a scene: text, image or both; None where nothing is missing.
+
+    Args:
+        history: text and image of the scenes before that have an image; the last WINDOW of them are shown.
+        part, narrate_from: see `scene_request`.
     """
     past = history[-WINDOW:]
     if part is None:
-        return continue_(past), replace(options, draw="always", max_images=1)
+        return continue_(past)
     if part.image is None:
-        return illustrate(past, part.text), replace(options, draw="always", max_images=1, max_tokens=0)
-    return None if part.text else (narrate(past, part.image, context=narrate_from), replace(options, draw="never"))
+        return illustrate(past, part.text)
+    return None if part.text else narrate(past, part.image, context=narrate_from)
 
 
-def to_message(part: SceneInput | None) -> Message:
-    """What the user gave of a scene, as a message."""
-    content = (part.image, part.text and Text(part.text)) if part is not None else ()
-    return Message("user", tuple(piece for piece in content if piece))
-
-
-def scene_result(part: SceneInput | None, reply: Message) -> tuple[str, Image | None]:
-    """Text and picture of a scene: what was given of it, else what was replied."""
-    text, image = (part.text, part.image) if part is not None else ("", None)
-    return text or reply.text, image or (reply.images or (None,))[0]
-
-
-def with_scene_seed(options: Options, number: int) -> Options:
-    """The options with the seeds of a scene."""
-    image_seed = options.seed if options.image_seed is None else options.image_seed
-    return replace(options, seed=options.seed + SEEDS * number, image_seed=image_seed + SEEDS * number)
-
-
-def as_conversation(events: Sequence[tuple[SceneStart, str, Image | None]]) -> Conversation:
-    """Scenes as a conversation: what the user gave is the user's, what the model made is the assistant's."""
-    conversation = Conversation()
-    for start, text, image in events:
-        words = [Text(text)] if text else []
-        picture = [image] if image is not None else []
-        if start.kind == "given":
-            conversation = conversation.add("user", *picture, *words)
-        elif start.kind == "narrated":
-            conversation = conversation.add("user", *picture).add("assistant", *words)
-        elif start.kind == "illustrated":
-            conversation = conversation.add("user", *words).add("assistant", *picture)
-        else:
-            conversation = conversation.add("assistant", *words, *picture)
-    return conversation
-
-
-class Record:
-    """Follows the events of a story and keeps its scenes; used to save after each scene and on interruption."""
-
-    def __init__(self) -> None:
-        self.scenes: list[tuple[SceneStart, str, Image | None]] = []
-        self._text = ""
-
-    def __call__(self, event: Event) -> bool:
-        """Take an event; True when a scene is complete."""
-        if isinstance(event, SceneStart):
-            self.scenes.append((event, "", None))
-            self._text = ""
-        elif isinstance(event, TextChunk):
-            self._text += event.text
-            self._replace(text=self._text.strip())
-        elif isinstance(event, ImageDone):
-            self._replace(image=event.image)
-        elif isinstance(event, Finished) and event.message.text:
-            self._replace(text=event.message.text)  # as history tells it, blanks between its pieces
-        return isinstance(event, Finished)
-
-    @property
-    def made(self) -> bool:
-        """Whether the model has added anything yet."""
-        return any(message.role == "assistant" and message.content for message in self.conversation.messages)
-
-    @property
-    def conversation(self) -> Conversation:
-        """The story so far."""
-        return as_conversation([scene for scene in self.scenes if scene[1] or scene[2] is not None])
-
-    def _replace(self, text: str | None = None, image: Image | None = None) -> None:
-        start, old_text, old_image = self.scenes[-1]
-        self.scenes[-1] = (start, old_text if text is None else text, old_image if image is None else image)
-
-
-def kind(part: SceneInput | None) -> Literal["given", "narrated", "illustrated", "continued"]:
-    """Who makes what of a scene."""
+def scene_kind(part: SceneInput | None) -> SceneKind:
+    """Return the kind of a scene by what the user gave of it, None for nothing."""
     if part is None:
         return "continued"
     if part.image is None:
         return "illustrated"
     return "given" if part.text else "narrated"
+
+
+def finished_scene(part: SceneInput | None, reply: Message) -> StoryScene:
+    """Return the scene of what the user gave of it and what the model replied."""
+    text, image = (part.text, part.image) if part else ("", None)
+    return StoryScene(scene_kind(part), text or reply.text, image or next(iter(reply.images), None))

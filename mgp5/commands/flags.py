@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..events import Event
     from ..model import InterleavedModel
     from ..options import ModelRequest, Options
-    from ..views.files import StoryFolder
+    from ..views.files import JsonEvents
+    from ..views.terminal import TerminalView
 
 Command = Callable[..., Any]
 SEED = click.IntRange(0, 2**62)  # what torch takes, with room to count up
@@ -129,14 +129,14 @@ def model_of(flags: dict[str, Any]) -> InterleavedModel:
     return open_model(model_request(flags), notes(flags))
 
 
-def view_of(flags: dict[str, Any], folder: StoryFolder | None) -> Callable[[Event], None]:
+def view_of(flags: dict[str, Any]) -> JsonEvents | TerminalView:
     """Return the view that shows events on this terminal, or writes them as JSON lines."""
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
     if flags["as_json"]:
-        return JsonEvents(sys.stdout, folder)
-    return TerminalView(flags["show"], folder=folder)
+        return JsonEvents(sys.stdout)
+    return TerminalView(flags["show"])
 
 
 def notes(flags: dict[str, Any]) -> Callable[[str], None]:

@@ -1,47 +1,49 @@
-"""The chat's prompt: lines and /commands in, events to a view, everything kept in a folder."""
+"""Run a chat on a terminal: lines and /commands in, events to a view, everything kept in a folder."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..apps.chat import HELP, Chat
+from ..apps.chat import Chat
 from ..errors import Mgp5Error
 from ..events import Event
-from ..views.files import STORY, StoryFolder, free_folder
+from ..views.files import STORY, StoryFolder, free_folder, keep_images
 from ..views.html import write_html
+
+HELP = """\
+/image FILE   show a picture with your next message
+/undo         take back your last message and its reply
+/retry        another reply to your last message
+/seed N       seed of the next reply; those after it count up
+/save DIR     put the conversation, its pictures and a page into a folder
+/help         this list
+/quit         end (so does Ctrl-D); Ctrl-C stops a reply and keeps what it has said
+"""
 
 
 class Repl:
-    """Runs a chat. A folder is made at the first picture if none was asked for, so that no picture is lost.
+    """Run a chat. A folder is made after the first reply with an image if there is none, so that no image is lost.
 
     Args:
-        talk: the conversation.
-        folder: where it is kept, or None.
-        view: makes a view for a folder; used once per reply.
-        facts: model and options, for story.json.
+        chat: the conversation.
+        make_view: makes the view of one reply, a context manager that is called with every event.
     """
 
-    def __init__(
-        self,
-        talk: Chat,
-        folder: StoryFolder | None,
-        view: Callable[[StoryFolder | None], Any],
-        facts: Mapping[str, Any],
-    ) -> None:
-        self.talk, self.folder, self._view, self._facts = talk, folder, view, facts
+    def __init__(self, chat: Chat, make_view: Callable[[], Any]) -> None:
+        self.chat, self._make_view = chat, make_view
 
     def say_all(self, messages: Iterable[str]) -> None:
-        """Say one message after the other (scripts). Raises Mgp5Error and KeyboardInterrupt with everything kept."""
+        """Send one message after the other. Raises Mgp5Error and KeyboardInterrupt, with everything kept."""
         for message in messages:
-            self._show(self.talk.say(message))
+            self._show(self.chat.say(message))
 
     def run(self) -> None:
-        """Read lines until /quit or the end of input; errors are told and the conversation goes on."""
+        """Read lines until /quit or the end of input; an error is printed and the conversation goes on."""
         click.echo("Write a message, or /help. Ctrl-D ends.", err=True)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history)
@@ -65,47 +67,51 @@ class Repl:
                 click.echo("\n(stopped; what was said is kept)", err=True)
 
     def _line(self, line: str) -> None:
+        """Do what one line says: a message, or a /command. Raises Mgp5Error."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if not word.startswith("/"):
-            self._show(self.talk.say(line))
+            self._show(self.chat.say(line))
         elif word == "/help":
             click.echo(HELP, err=True, nl=False)
         elif word == "/image" and rest:
-            self.talk.show(Path(rest).expanduser())
+            self.chat.attach(Path(rest).expanduser())
             click.echo(f"{rest} goes with your next message", err=True)
         elif word == "/undo":
-            click.echo(f"took back: {self.talk.undo()}", err=True)
+            click.echo(f"took back: {self.chat.undo()}", err=True)
             self._save()
         elif word == "/retry":
-            self._show(self.talk.retry())
+            self._show(self.chat.retry())
         elif word == "/seed" and rest.isascii() and rest.isdigit() and len(rest) < 19:
-            self.talk.seed(int(rest))
+            self.chat.seed(int(rest))
             click.echo(f"the next reply takes seed {rest}", err=True)
         elif word == "/save" and rest:
-            self.folder = StoryFolder.create(Path(rest).expanduser())
+            self.chat.folder = StoryFolder.create(Path(rest).expanduser())
             self._save()
-            click.echo(f"saved in {self.folder.path}", err=True)
+            click.echo(f"saved in {rest}", err=True)
         else:
             raise Mgp5Error(f"{line!r} is no command", "see /help")
 
     def _show(self, events: Iterator[Event]) -> None:
+        """Show the events of a reply and save the conversation, after an interruption too."""
         try:
-            with self._view(self.folder) as view:
-                for event in events:
+            with self._make_view() as view, contextlib.closing(self._kept(events)) as kept:
+                for event in kept:
                     view(event)
         finally:
-            # Closing the generator ends an interrupted reply and keeps what it has said.
-            events.close()
             self._save()
 
+    def _kept(self, events: Iterator[Event]) -> Iterator[Event]:
+        return keep_images(events, self.chat.folder) if self.chat.folder else events
+
     def _save(self) -> None:
-        talk = self.talk.conversation
-        if self.folder is None and talk.images:
-            self.folder = StoryFolder.create(free_folder("chat"))
-            click.echo(f"pictures and conversation are kept in {self.folder.path}", err=True)
-        said = any(message.role != "system" for message in talk.messages)
-        if self.folder is None or not (said or (self.folder.path / STORY).exists()):
+        """Write story.json and the page, unless there is neither a folder nor an image to make one for."""
+        chat = self.chat
+        if chat.folder is None and chat.conversation.images:
+            chat.folder = StoryFolder.create(free_folder("chat"))
+            click.echo(f"pictures and conversation are kept in {chat.folder.path}", err=True)
+        begun = any(message.role != "system" for message in chat.conversation.messages)
+        if chat.folder is None or not (begun or (chat.folder.path / STORY).exists()):
             return
-        self.folder.save(talk, seed=self.talk.options.seed, **self._facts)
-        write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
+        chat.folder.save(chat.conversation, seed=chat.options.seed, **chat.record)
+        write_html(*chat.folder.load(), chat.folder.path / "story.html", kind="chat")

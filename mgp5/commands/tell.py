@@ -13,13 +13,9 @@ from ..errors import Mgp5Error
 from .flags import generation_options, model_of, notes, ray_option, requests_of, view_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import ExitStack
 
     from ..apps.batch import Crew
-    from ..model import InterleavedModel
-    from ..options import ModelRequest, Options
-    from ..views.files import StoryFolder
 
 
 @click.command()
@@ -55,35 +51,19 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         if images or text or title or not out:
             raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
         return _batch(out, scenes, flags)
-    from ..apps import story as stories
-    from ..hub import resolve
-    from ..views.files import StoryFolder, free_folder
-    from ..views.html import write_html
+    from contextlib import closing
 
-    given = stories.read_folder(images) if images else []
-    given += stories.read_lines(text) if text else []
-    if not given:
-        raise Mgp5Error("there is no story to continue", "give --images DIR, --text FILE or both", usage=True)
-    request, options = requests_of(flags)
-    resolve(request.model)  # a wrong name is told before anything is made
-    folder, say = StoryFolder.create(out or free_folder("story")), notes(flags)
-    model = _open(request, folder, say)
+    from ..apps.story import StoryRequest, tell_story
+    from ..views.files import free_folder
+
+    model, options = requests_of(flags)
+    out, say = out or free_folder("story"), notes(flags)
+    request = StoryRequest(images=images, text=text, scenes=scenes, out=out, title=title, model=model, options=options)
     if flags["seed"] is None:
         say(f"seed {options.seed}")
-    record, complete = stories.Record(), False
-    facts = {"model": request.model, "seed": options.seed, "options": _record(request, options), "title": title}
-    try:
-        with view_of(flags, folder) as view:
-            for event in stories.tell(model, given, scenes, options):
-                view(event)
-                if record(event) and record.made:
-                    folder.save(record.conversation, **facts)
-        complete = True
-    finally:
-        if complete or record.made:  # also what was made before an interruption
-            folder.save(record.conversation, **facts)
-            write_html(*folder.load(), folder.path / "story.html")
-            say(f"The story is in {folder.path / 'story.html'}")
+    with closing(tell_story(request, tell=say)) as events, view_of(flags) as view:
+        for event in events:
+            view(event)
 
 
 def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
@@ -153,34 +133,23 @@ def chat(
     images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
 ) -> None:
     """Talk with the model; it answers in text and images."""
-    from ..apps.chat import Chat, read_picture
-    from ..hub import resolve
-    from ..views.files import StoryFolder
+    from ..apps.chat import ChatRequest, open_chat
     from .repl import Repl
 
-    if out and resume:
-        raise Mgp5Error("--out and --resume were both given", "--resume goes on in its own folder", usage=True)
-    request, options = requests_of(flags)
-    given = [read_picture(image) for image in images]
-    resolve(request.model)  # a wrong name is told before anything is made
-    folder = StoryFolder.open(resume) if resume else StoryFolder.create(out) if out else None
-    earlier, story_facts = folder.load() if folder and resume else (None, {})
+    model, options = requests_of(flags)
     say = notes(flags)
-    model = _open(request, folder, say)
+    chat = open_chat(ChatRequest(images=images, out=out, resume=resume, model=model, options=options), say)
     if flags["seed"] is None:
         say(f"seed {options.seed}")
-    talk = Chat(model, options, earlier) if earlier else Chat(model, options)
-    talk.pending += given
-    facts = {"model": request.model, "options": _record(request, options), "title": story_facts.get("title", "")}
-    repl = Repl(talk, folder, lambda place: view_of(flags, place), facts)
+    repl = Repl(chat, lambda: view_of(flags))
     if messages:
         repl.say_all(messages)
     elif sys.stdin.isatty():
         repl.run()
     else:
         repl.say_all(line for line in map(str.strip, sys.stdin) if line)
-    if repl.folder:
-        say(f"The conversation is in {repl.folder.path}")
+    if chat.folder:
+        say(f"The conversation is in {chat.folder.path}")
 
 
 @click.command()
@@ -198,21 +167,3 @@ def recall(picture: Path) -> None:
     click.echo(command)
     for note in notes:
         click.echo(note, err=True)
-
-
-def _open(request: ModelRequest, folder: StoryFolder | None, say: Callable[[str], None]) -> InterleavedModel:
-    """Load the model; when it cannot be loaded, remove the folder if it is empty."""
-    from ..apps.open_model import open_model
-
-    try:
-        return open_model(request, say)
-    except Mgp5Error:
-        if folder:
-            folder.discard()
-        raise
-
-
-def _record(request: ModelRequest, options: Options) -> dict[str, Any]:
-    """Return what story.json keeps of the options."""
-    values = {key: value for key, value in options.flat().items() if value is not None and key != "seed"}
-    return values | request.given()

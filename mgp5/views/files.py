@@ -6,7 +6,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -234,17 +235,24 @@ def free_folder(stem: str) -> Path:
     return next(path for number in count(1) if not (path := Path(f"{stem}-{number}")).exists())
 
 
+def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]:
+    """Pass events on; every image is put into the folder as it comes, and its event names the file."""
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, ImageDone):
+                event = replace(event, image=replace(event.image, path=folder.keep(event.image)))
+            yield event
+
+
 class JsonEvents:
     """A view that writes every event as one JSON object per line, flushed, for other programs to read.
 
     Args:
-        stream: where the lines go.
-        folder: pictures are put there as they come, so that a line can name the file; None leaves them in memory.
+        stream: where the lines go. An image is named by its path; None where it is in memory only.
     """
 
-    def __init__(self, stream: TextIO, folder: StoryFolder | None = None) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._path: Callable[[Image], Path | None] = folder.keep if folder else lambda image: image.path
 
     def __enter__(self) -> JsonEvents:
         return self
@@ -256,21 +264,23 @@ class JsonEvents:
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
-        self._stream.write(json.dumps(self._fields(event), default=str) + "\n")
+        self._stream.write(json.dumps(_fields(event), default=str) + "\n")
         self._stream.flush()
 
-    def _fields(self, event: Event) -> dict[str, Any]:
-        match event:
-            case SceneStart():
-                return {"event": "scene", "scene": event.scene, "kind": event.kind, "total": event.total}
-            case TextChunk():
-                return {"event": "text", "text": event.text}
-            case ImageStep():
-                return {"event": "image_step", "image": event.image, "step": event.step, "total": event.total}
-            case ImageDone():
-                path, meta = self._path(event.image), event.image.meta
-                fields = {"event": "image", "image": event.index, "path": None if path is None else str(path)}
-                return fields | {"seed": meta.get("seed"), "meta": meta}
-            case Finished():
-                facts = {"reason": event.reason, "text": event.message.text, "images": len(event.message.images)}
-                return {"event": "finished"} | facts | {"meta": event.meta}
+
+def _fields(event: Event) -> dict[str, Any]:
+    """Return an event as a JSON object."""
+    match event:
+        case SceneStart():
+            return {"event": "scene", "scene": event.scene, "kind": event.kind, "total": event.total}
+        case TextChunk():
+            return {"event": "text", "text": event.text}
+        case ImageStep():
+            return {"event": "image_step", "image": event.image, "step": event.step, "total": event.total}
+        case ImageDone():
+            path, meta = event.image.path, event.image.meta
+            fields = {"event": "image", "image": event.index, "path": None if path is None else str(path)}
+            return fields | {"seed": meta.get("seed"), "meta": meta}
+        case Finished():
+            values = {"reason": event.reason, "text": event.message.text, "images": len(event.message.images)}
+            return {"event": "finished"} | values | {"meta": event.meta}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +15,6 @@ from .files import write_atomic
 
 MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger picture goes into the page as a JPEG of at most MAX_SIDE pixels
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
-# What users say to the model to get a scene. It is no part of the story; what follows a colon is.
-INSTRUCTION = re.compile(
-    r"(?:^|(?<=[.:!?] ))"
-    r"((tell me|generate|draw|give me|continue)\b[^:.?!]*\b(scene|image|picture|story)\b[^:.?!]*[:.?!]?"
-    r"|the scene description:|what (should )?happens? (then|next|in the next scene image)[^:.?!]*[:.?!]?)",
-    re.IGNORECASE | re.MULTILINE,
-)
 
 STYLE = """
 :root { color-scheme: light dark; --back: #f6efe2; --page: #fffdf8; --ink: #3a3028; --soft: #75685a; --line: #e9dfcd;
@@ -91,7 +83,7 @@ PAGE = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class Scene:
-    """One page of the book: a picture, its text, or both."""
+    """One page of the story: an image, its text, or both."""
 
     text: str = ""
     image: Image | None = None
@@ -106,7 +98,7 @@ def write_html(
         conversation: what to show; pictures are read from their files or from memory.
         meta: `title`, `model`, `seed`, `options` (with `steps`, ...), `lang`, all optional, as in story.json.
         path: the page to write; an older one is replaced.
-        kind: a story shows scenes and hides what was asked of the model; a chat shows every turn.
+        kind: a story shows scenes, see `scenes`; a chat shows every message.
 
     Raises Mgp5Error when a picture cannot be read or the page cannot be written.
     """
@@ -125,45 +117,37 @@ def write_html(
 
 
 def scenes(conversation: Conversation) -> list[Scene]:
-    """The pages of a story: per request and reply, each picture with the text beside it, instructions left out."""
-    pages: list[Scene] = []
-    for exchange in _exchanges(conversation):
-        page = Scene()
-        for part in _story_parts(exchange):
-            if page.image and (page.text or isinstance(part, Image)):  # the page is full
-                pages.append(page)
-                page = Scene()
-            if isinstance(part, Image):
-                page = replace(page, image=part)
-            else:
-                page = replace(page, text=f"{page.text} {part}".strip())
-        if page != Scene():
-            pages.append(page)
-    return pages
+    """Return the scenes of a story that `apps.recorder` has recorded.
 
-
-def _exchanges(conversation: Conversation) -> Iterator[list[Message]]:
-    """Messages in groups that begin with the user's turn; system messages are left out."""
-    group: list[Message] = []
+    Each message holds one scene, or the user's message holds its text or its image and the reply the other. System
+    messages are left out; of a message with several images, each one makes a scene with the text around it.
+    """
+    found: list[Scene] = []
+    incomplete = False  # the last scene is the user's, and a reply completes it
     for message in conversation.messages:
-        if message.role == "user" and group:
-            yield group
-            group = []
-        group += [message] if message.role != "system" else []
-    if group:
-        yield group
+        if message.role == "system":
+            continue
+        new = _split(message)
+        if incomplete and message.role == "assistant":
+            reply, last = new.pop(0) if new else Scene(), found.pop()
+            found.append(Scene(last.text or reply.text, last.image or reply.image))
+        found += new
+        incomplete = message.role == "user" and bool(new) and not (new[-1].text and new[-1].image)
+    return found
 
 
-def _story_parts(exchange: list[Message]) -> Iterator[Image | str]:
-    """Pictures and texts of the story itself."""
-    for message in exchange:
-        for part in message.content:
-            if isinstance(part, Image):
-                yield part
-            else:
-                text = INSTRUCTION.sub("", part.text) if message.role == "user" else part.text
-                if text.strip():
-                    yield text.strip()
+def _split(message: Message) -> list[Scene]:
+    """Return the scenes of one message: a new one begins where the last has an image and a text."""
+    found: list[Scene] = []
+    for part in message.content:
+        image, text = (part, "") if isinstance(part, Image) else (None, part.text.strip())
+        if not (image or text):
+            continue
+        if not found or (found[-1].image and (found[-1].text or image)):
+            found.append(Scene())
+        last = found[-1]
+        found[-1] = Scene(f"{last.text} {text}".strip(), image or last.image)
+    return found
 
 
 def _scene(scene: Scene, number: int) -> str:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .files import StoryFolder
-
 HEADINGS = {
     "given": "yours",
     "narrated": "your picture, narrated",
@@ -32,22 +30,18 @@ class TerminalView:
 
     Args:
         images: "auto" takes the best the terminal can do, "blocks" coloured half blocks, "off" none. Nothing is ever
-            drawn when stdout is no terminal; the path of the picture is then told on stderr.
-        quiet: leave out headings, progress and paths.
-        folder: where pictures are put as they come; None leaves that to the caller.
+            drawn when stdout is no terminal; the path of the image is then told on stderr.
         stdout, stderr: streams to write to instead of the usual ones.
     """
 
     def __init__(
         self,
         images: Images = "auto",
-        quiet: bool = False,
         *,
-        folder: StoryFolder | None = None,
         stdout: TextIO | None = None,
         stderr: TextIO | None = None,
     ) -> None:
-        self._images, self._quiet, self._folder = images, quiet, folder
+        self._images = images
         self._stdout, self._stderr = stdout or sys.stdout, stderr or sys.stderr
         self._line_open = False  # text was written that no line break has ended yet
         self._fresh = True  # no text came since the last event of another kind
@@ -95,8 +89,7 @@ class TerminalView:
         return painter(self._images, self._stdout)
 
     def _note(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, style="dim", soft_wrap=True)
+        self._console.print(text, style="dim", soft_wrap=True)
 
     def _text(self, text: str) -> None:
         text = text.lstrip() if self._fresh else text
@@ -117,13 +110,13 @@ class TerminalView:
             self._line_open = False
 
     def _heading(self, event: SceneStart) -> None:
-        if self._in_story and not self._quiet and self._stderr.isatty():
+        if self._in_story and self._stderr.isatty():
             self._console.print()
         self._in_story = True
         self._note(f"Scene {event.scene + 1} of {event.total} · {HEADINGS[event.kind]}")
 
     def _step(self, event: ImageStep) -> None:
-        if self._quiet or not self._stderr.isatty():
+        if not self._stderr.isatty():
             return
         if self._progress is None or self._drawing != event.image:
             self._stop_progress()
@@ -152,11 +145,10 @@ class TerminalView:
             self._progress = None
 
     def _image(self, event: ImageDone) -> None:
-        path = self._folder.keep(event.image) if self._folder else event.image.path
         if self._painter is not None:
             self._painter(event.image.load())
             return
-        seed = event.image.meta.get("seed")
+        seed, path = event.image.meta.get("seed"), event.image.path
         note = f"picture {event.index + 1}" if path is None else f"picture: {path}"
         self._note(note if seed is None else f"{note} (seed {seed})")
 

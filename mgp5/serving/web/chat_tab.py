@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from anyio import to_thread
 
+from ...apps.recorder import Recorder
 from ...apps.story import SEEDS
 from ...events import Finished
 from ...messages import Conversation, Image, Message, Part, Text
 from .forms import progress, read_options, settings, told
-from .visits import Draft, Visit, Visits, check_size, replying
+from .visits import Visit, Visits, check_size, replying
 
 if TYPE_CHECKING:
     from ...options import Options
@@ -100,7 +101,7 @@ class ChatTab:
         """Reply to a conversation, which becomes the visit's; what cannot be answered is given back."""
         visit.begin()
         check_size(talk, self.desk.limits)
-        before, visit.talk, draft = visit.talk, talk, Draft()
+        before, visit.talk, draft = visit.talk, talk, Recorder()
         shift, visit.number = SEEDS * visit.number, visit.number + 1
         options = replace(options, seed=options.seed + shift)
         history, role = _messages(visit, talk), "assistant"
@@ -114,10 +115,10 @@ class ChatTab:
             return
         if draft.parts:
             visit.talk = talk.add(role, *draft.parts)
-        box = {} if draft.end else {"value": _asked(visit, talk.messages[-1])}
-        if not draft.end:
+        box = {} if draft.finished else {"value": _asked(visit, talk.messages[-1])}
+        if not draft.finished:
             visit.talk = before
-        line = _how(draft.end, options) if draft.end else ""
+        line = _how(draft.finished, options) if draft.finished else ""
         yield _messages(visit, visit.talk), gr.update(submit_btn=True, stop_btn=False, **box), progress(line)
 
     async def stop(self, request: gr.Request) -> None:

@@ -15,9 +15,9 @@ from ..engine import Refused
 from ..schema import ChatRequest, chat_options
 
 if TYPE_CHECKING:
+    from ...apps.recorder import Recorder
     from ...options import Options
     from ..app import AppState
-    from .visits import Draft
 
 POLICIES = [("when it fits", "auto"), ("always", "always"), ("never", "never")]
 
@@ -56,7 +56,7 @@ def told() -> Iterator[None]:
         gr.Warning(escape(str(error)), title="That did not work")
 
 
-def progress(text: str, draft: Draft | None = None, where: str = "") -> str:
+def progress(text: str, draft: Recorder | None = None, where: str = "") -> str:
     """A line of HTML on what is being done, with a bar where a picture is drawn; where: before it."""
     bar = ""
     if draft and draft.step:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from anyio import to_thread
 
-from ...apps.story import SceneInput, as_conversation, ask, kind, natural, scene_result, with_scene_seed
+from ...apps.recorder import Recorder, StoryScene, story_conversation
+from ...apps.story import SceneInput, finished_scene, natural, scene_request
 from ...errors import Mgp5Error
-from ...events import SceneStart
-from ...messages import Image, Message, Text
 from ...views.html import write_html
 from .forms import progress, read_options, settings, told
-from .visits import Draft, Scene, Visit, Visits, replying
+from .visits import Visit, Visits, replying
 
 if TYPE_CHECKING:
     from ...options import Options
@@ -84,7 +83,7 @@ class StoryTab:
             _room(visit, len(files))
             for file in sorted(map(Path, files), key=natural):
                 image = await to_thread.run_sync(visit.bring, file, self.desk.limits)
-                visit.book.append(Scene("given", "", image))
+                visit.book.append(StoryScene("given", "", image))
         return [None, *self._view(visit, progress(""))]
 
     async def narrate(self, request: gr.Request, *given: Any) -> AsyncIterator[View]:
@@ -129,19 +128,18 @@ class StoryTab:
 
     async def _scene(
         self, visit: Visit, number: int, part: SceneInput | None, options: Options
-    ) -> AsyncIterator[Draft]:
+    ) -> AsyncIterator[Recorder]:
         """One scene of the book as it grows."""
         book, before = visit.book, visit.book[number : number + 1]
-        history = [(scene.text, scene.image) for scene in book[:number] if scene.image]
-        book[number:] = [Scene(kind(part), *_outcome(part, Draft())), *book[number + 1 :]]
+        asked = scene_request(book[:number], part, options, self.desk.engine.model.config.narrate_from)
+        book[number:] = [finished_scene(part, Recorder().message), *book[number + 1 :]]
         done = False
         try:
-            asked = ask(history, part, with_scene_seed(options, number), self.desk.engine.model.config.narrate_from)
-            yield Draft()
+            yield Recorder()
             async with aclosing(replying(self.desk, visit, *asked)) as drafts:
                 async for draft in drafts:
-                    book[number] = Scene(kind(part), *_outcome(part, draft))
-                    done = bool(draft.end and draft.end.reason != "interrupted")
+                    book[number] = finished_scene(part, draft.message)
+                    done = bool(draft.finished and draft.finished.reason != "interrupted")
                     yield draft
         finally:
             if not done:
@@ -176,10 +174,9 @@ class StoryTab:
             if not visit.book:
                 raise Mgp5Error("there is no story yet", "drop pictures in, or let the story go on")
             options = asdict(read_options(self.desk, *given[:5]))
-            told_scenes = [(SceneStart(n, s.kind, len(visit.book)), s.text, s.image) for n, s in enumerate(visit.book)]
             path = Path(tempfile.mkdtemp(dir=visit.folder)) / "story.html"
             facts = {"title": (title or "").strip(), "model": self.desk.name, "options": options}
-            await to_thread.run_sync(write_html, as_conversation(told_scenes), facts, path)
+            await to_thread.run_sync(write_html, story_conversation(visit.book), facts, path)
             return str(path), progress("the page is in your downloads")
         raise gr.Error("there is no page", visible=False)
 
@@ -216,11 +213,6 @@ def _card(number: int) -> tuple[gr.Group, gr.Image, gr.Textbox, gr.Button]:
         )
         remove = gr.Button("Take out", size="sm", elem_classes="quiet")
     return card, image, text, remove
-
-
-def _outcome(part: SceneInput | None, draft: Draft) -> tuple[str, Image | None]:
-    """Text and picture of a scene so far."""
-    return scene_result(part, Message("assistant", tuple(p for p in draft.parts if not isinstance(p, Text) or p.text)))
 
 
 def _room(visit: Visit, more: int) -> None:

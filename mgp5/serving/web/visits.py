@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
+from ...apps.recorder import Recorder, StoryScene
 from ...errors import Mgp5Error
-from ...events import Finished, ImageDone, ImageStep, TextChunk
-from ...messages import Conversation, Image, Message, Part, Text
+from ...events import Finished, ImageDone
+from ...messages import Conversation, Image, Message
 from ...prompts import CHAT_SYSTEM
 from ...views.files import write_png
 from ..engine import Refused
@@ -32,15 +33,6 @@ PACE = 0.1  # seconds between two updates of a page, at least
 STOPPED = Finished(Message("assistant", ()), "interrupted")
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A scene of a story: who made what of it, see `story.kind`."""
-
-    kind: Literal["given", "narrated", "illustrated", "continued"]
-    text: str = ""
-    image: Image | None = None
-
-
 @dataclass
 class Visit:
     """One open page.
@@ -53,7 +45,7 @@ class Visit:
 
     folder: Path
     talk: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
-    book: list[Scene] = field(default_factory=list)
+    book: list[StoryScene] = field(default_factory=list)
     number: int = 0
     running: Running | None = None
     stopped: bool = False
@@ -113,43 +105,17 @@ class Visits:
         return visit
 
 
-@dataclass
-class Draft:
-    """A reply so far."""
-
-    parts: list[Part] = field(default_factory=list)
-    step: ImageStep | None = None  # of the picture that is being drawn
-    end: Finished | None = None
-
-    def take(self, event: object) -> None:
-        """Add what an event tells."""
-        match event:
-            case TextChunk() if self.parts and isinstance(self.parts[-1], Text):
-                self.parts[-1] = Text(self.parts[-1].text + event.text)
-            case TextChunk():
-                self.parts.append(Text(event.text.lstrip()))
-            case ImageStep():
-                self.step = event
-            case ImageDone():
-                self.step = None
-                self.parts.append(event.image)
-            case Finished():
-                self.step, self.end = None, event
-                if event.reason != "interrupted":
-                    self.parts = list(event.message.content)
-
-
-async def replying(desk: AppState, visit: Visit, talk: Conversation, options: Options) -> AsyncIterator[Draft]:
+async def replying(desk: AppState, visit: Visit, talk: Conversation, options: Options) -> AsyncIterator[Recorder]:
     """A reply as it grows, the last time whole; leaving early cancels it. Raises Refused."""
     (visit.running,) = await desk.run(talk, [options], None)
-    draft, shown = Draft(), 0.0
+    draft, shown = Recorder(), 0.0
     try:
         async with aclosing(visit.running.events()) as events:
             async for event in events:
                 if isinstance(event, ImageDone):
                     await to_thread.run_sync(visit.show, event.image)  # encoded here, not in the thread of all requests
-                draft.take(event)
-                if draft.end or isinstance(event, ImageDone) or time.monotonic() - shown > PACE:
+                draft(event)
+                if draft.finished or isinstance(event, ImageDone) or time.monotonic() - shown > PACE:
                     yield draft
                     shown = time.monotonic()
     finally:
