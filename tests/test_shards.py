@@ -17,7 +17,7 @@ from typing import ClassVar
 import pytest
 from torch.utils.data import DataLoader
 
-from mgp5.data import Skipped, load_data, shards, tars
+from mgp5.data import Skipped, load_data, shards
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation
 from mgp5.prompts import CAPTION_INSTRUCTIONS, caption_to_image
@@ -136,8 +136,8 @@ def test_one_shard_and_many_readers_resume_too(tmp_path: Path) -> None:
 
 def test_what_is_passed_is_not_opened(tmp_path: Path, monkeypatch) -> None:
     data = shards.load(write_shards(tmp_path, 6, 6, 6, stats=True), instruct_every=0, buffer=2)
-    whole, opened, read = batches(data, 9), [], tars._read
-    monkeypatch.setattr(tars, "_read", lambda name, wanted: opened.append(Path(name).name) or read(name, wanted))
+    whole, opened, read = batches(data, 9), [], shards._open
+    monkeypatch.setattr(shards, "_open", lambda name: opened.append(Path(name).name) or read(name))
     assert batches(pickle.loads(pickle.dumps(data)), 1, first=8) == whole[8:]
     assert opened == [whole[8][0][:9]]
 
@@ -163,15 +163,16 @@ def test_damage_is_told_and_the_stream_goes_on(tmp_path: Path) -> None:
     assert data.size == len(found) and shards.load(folder / "{00000..00004}.tar", instruct_every=0).size == len(found)
 
 
-@pytest.mark.parametrize(
-    ("told", "notes"), [(6, ["missing sample!"] * 2), (3, ["wrong stats file!"]), ("x", []), (4, [])]
-)
-def test_stats_that_disagree_are_told(told: object, notes: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "notes"), [(6, ["missing sample!"] * 2), ("x", []), (4, [])])
+def test_stats_that_disagree_are_told(number: object, notes: list[str], tmp_path: Path) -> None:
     folder = write_shards(tmp_path, 4)
-    (folder / "00000_stats.json").write_text(json.dumps({"successes": told}))
+    (folder / "00000_stats.json").write_text(json.dumps({"successes": number}))
     data = shards.load(folder, instruct_every=0)
     found = keys(data)
     assert [key for key in found if key.endswith("!")] == notes and data.size == len(found)
+    (folder / "00000_stats.json").write_text(json.dumps({"successes": 3}))
+    with pytest.raises(Mgp5Error, match=r"00000.tar has 4 samples, its stats file says 3: remove the stats file"):
+        list(data)
 
 
 def test_only_regular_members_are_read_and_no_name_is_a_path(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_only_regular_members_are_read_and_no_name_is_a_path(tmp_path: Path) -> 
 
 
 def test_a_member_too_large_is_skipped(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tars, "LARGEST", 1000)
+    monkeypatch.setattr(shards, "LARGEST", 1000)
     write_tar(tmp_path / "0.tar", ("a.jpg", b"x" * 1001), ("a.txt", b"big"), ("b.jpg", b"x"), ("b.txt", b"small"))
     assert keys(shards.load(tmp_path)) == ["too large!", "0.tar/b"]
 
@@ -221,7 +222,7 @@ class _Flaky(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(tars, "PAUSE", 0)
+    monkeypatch.setattr(shards, "PAUSE", 0)
     _Flaky.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Flaky, directory=tmp_path)) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
@@ -246,7 +247,7 @@ def test_urls_are_streamed_and_tried_again(stats: bool, server: str, tmp_path: P
 
 def test_places_that_are_refused(tmp_path: Path) -> None:
     for place in ("pipe:cat 0.tar", "s3://bucket/{0..3}.tar", "file:///etc/x.tar"):
-        with pytest.raises(Mgp5Error, match="cannot be read through") as caught:
+        with pytest.raises(Mgp5Error, match=r"no \.tar file at .*http\(s\) URL") as caught:
             load_data("shards", place)
         assert caught.value.exit_code == 2
     for place in (tmp_path, tmp_path / "0.tar", tmp_path / "{0..3}.tar"):

@@ -19,6 +19,11 @@ def clean_caption(caption: str) -> str:
     return " ".join(_DROPPED.sub(" ", caption.lower()).split())
 
 
+def num_samples(rows: int, instruct_every: int) -> int:
+    """Return how many samples rows make where every `instruct_every`-th is repeated as an instruction; 0 = none is."""
+    return rows + (rows // instruct_every if instruct_every else 0)
+
+
 class CC3M:
     """One sample per row, and after every `instruct_every`-th row the same row again as an instruction.
 
@@ -34,7 +39,7 @@ class CC3M:
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._rows) + (len(self._rows) // self._every if self._every else 0)
+        return num_samples(len(self._rows), self._every)
 
     def __getitem__(self, index: int) -> Conversation:
         """Caption -> picture. Raises IndexError."""
