@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ..errors import Mgp5Error
-from ..views.files import write_atomic
+from ..files import write_bytes
 from .plans import Span
 from .trt import BuildOptions
 
@@ -95,7 +95,7 @@ def build_plan(
     if plan is None:
         hint = "try a lower --level, smaller shapes, or another version of TensorRT"
         raise Mgp5Error(f"TensorRT {VERSION} cannot build {onnx} ({log.why})", hint)
-    write_atomic(timings, cache.serialize())
+    write_bytes(timings, cache.serialize())
     return plan
 
 

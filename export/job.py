@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..device import DTYPES
 from ..errors import Mgp5Error
+from ..files import replacing, write_json
 
 if TYPE_CHECKING:
     from .subject import Subject
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_SIDE = 256  # pixels; of the image that proves, where the model's own is larger: 20 steps of that take long
 READABLE = ("unet", "transformer", "vae_decoder")
 NEEDED = ("onnx", "onnxruntime", "onnxscript", "optimum")
@@ -103,10 +102,8 @@ def export(subject: Subject, request: Request, out: Path, tell: Tell = lambda li
     _free(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made:
-            part = Path(made) / out.name
+        with replacing(out) as part:
             manifest = _fill(subject, request, part, tell)
-            os.replace(part, out)
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "make room there or choose another --out"
@@ -132,7 +129,6 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
     """Write all into `folder`; the manifest comes last."""
     import resource
 
-    from ..training.checkpoints import write_json
     from . import manifest as facts
     from . import specs
 
@@ -165,7 +161,7 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
         "length": diffusion.condition_shape[0] - bool(diffusion.pooled_width),
         "components": entries,
         "image": image,
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "versions": facts.versions(),
     }
     if subject.source:
@@ -176,7 +172,6 @@ def _fill(subject: Subject, request: Request, folder: Path, tell: Tell) -> dict[
 
 def _write(make: Callable[[], Any], folder: Path, request: Request, tell: Tell) -> dict[str, Any]:
     """One component; returns its entry in the manifest, without proof yet."""
-    from ..training.checkpoints import write_json
     from . import onnx
     from .manifest import describe
 
@@ -238,7 +233,6 @@ def _readable(subject: Subject, names: Sequence[str], folder: Path) -> None:
     from ..generators import PIPELINES
     from ..generators.latent_diffusion import load_part
     from ..hub import from_hub
-    from ..training.checkpoints import write_json
 
     classes = {name: kind for kind, (_, name) in PIPELINES.items()}
     config = from_hub(subject.source, lambda name, at: load_part(DDIMScheduler.load_config, name, "scheduler", at))

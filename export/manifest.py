@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import Mgp5Error
+from ..files import read_json, sha256
 
 NAME = "manifest.json"
 FORMAT = 2  # of what components take and give; 1 had one timestep for all rows
@@ -22,10 +22,10 @@ LIBRARIES = ("mgp5", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that `mgp5 export` wrote. Raises Mgp5Error when it is missing, broken or old."""
     try:
-        manifest = json.loads((folder / NAME).read_text())
+        manifest = read_json(folder / NAME)
         if not all(entry["files"] for entry in manifest["components"].values()):
             raise ValueError("it lists no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (Mgp5Error, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "give a folder that mgp5 export has written"
         raise Mgp5Error(f"no readable {NAME} in {folder} ({str(error) or type(error).__name__})", hint) from None
     if (found := manifest.get("format", 1)) != FORMAT:
@@ -71,12 +71,6 @@ def _kind(value: Any) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what exports and proves."""
     return {name: version(name) for name in LIBRARIES}
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..views.files import write_atomic
-from .manifest import sha256
+from ..errors import Mgp5Error
+from ..files import read_json, sha256, write_bytes, write_json
 
 Span = tuple[int, int, int]  # least, usual and greatest size of a dimension
 
@@ -77,19 +77,19 @@ def graph_hash(onnx: Path) -> str:
 
 def keep(place: Path, key: Key, plan: Any, **notes: Any) -> None:
     """Write a plan, any buffer, and what belongs to it; each appears whole or not at all."""
-    write_atomic(place, plan)
+    write_bytes(place, plan)
     facts = {"key": key.facts(), "sha256": sha256(place), "bytes": place.stat().st_size, **notes}
-    write_atomic(place.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+    write_json(place.with_suffix(".json"), facts)
 
 
 def note(place: Path) -> dict[str, Any]:
     """What was written beside a plan; {} where it is missing or broken."""
     try:
-        found = json.loads(place.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        found = read_json(place.with_suffix(".json"))
+    except Mgp5Error:
         return {}
     names = {field.name for field in fields(Key)}
-    return found if isinstance(found, dict) and {*(found.get("key") or ())} == names else {}
+    return found if {*(found.get("key") or ())} == names else {}
 
 
 def fault(place: Path, key: Key) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..device import user_cache
 from ..errors import Mgp5Error
-from ..training.fingerprint import hash_of
+from ..files import digest
 from .job import Request, export
 from .manifest import versions, weights_hash
 from .subject import Subject
@@ -28,7 +28,7 @@ def stored(diffusion: FrozenDiffusion) -> Path:
     """
     facts = {"version": VERSION, "versions": versions(), "config": dict(diffusion.denoiser.config)}
     facts |= {"denoiser": weights_hash(diffusion.denoiser), "vae": weights_hash(diffusion.vae)}
-    folder = user_cache() / "onnx" / hash_of(facts)
+    folder = user_cache() / "onnx" / digest(facts)
     if not (folder / "manifest.json").is_file():
         sys.stderr.write(f"exporting the denoiser to ONNX, once: it is kept in {folder}\n")
         request = Request(components=COMPONENTS, split=True, image=False)

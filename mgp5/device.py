@@ -9,6 +9,7 @@ import torch
 
 from .errors import Mgp5Error
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 100_000_000  # parameters; below, a CPU thread has so little to do that threads mostly wait for each other
 
 

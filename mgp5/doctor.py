@@ -19,6 +19,7 @@ from .device import pick_device
 from .errors import Mgp5Error
 from .evaluation.weights import WEIGHTS, locate
 from .export.job import missing
+from .files import GiB
 from .hub import bases, local_names, resolve
 from .kernels import registry as kernels
 from .views.tables import show, table
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CORE = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
-GB = 2**30  # bytes
 EXTRAS = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
 
 
@@ -100,13 +100,13 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
     facts |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
     if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
-        facts["memory_gib"] = round(int(kilobytes) * 1024 / GB, 1)
+        facts["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
     if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
         facts["driver"] = driver
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         facts |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
-        facts["gpu_gib"] = round(card.total_memory / GB, 1)
+        facts["gpu_gib"] = round(card.total_memory / GiB, 1)
     return facts
 
 
@@ -196,4 +196,4 @@ def _field(place: str, pattern: str) -> str | None:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GB:.2f}"
+    return f"{size / GiB:.2f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from .errors import Mgp5Error
+from .files import read_json
 
 LOST = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 DEMO = Path(__file__).parent / "demo"
@@ -219,11 +219,8 @@ def _from_folder(name: str, folder: Path) -> Parts:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The raw configuration of a trained model. Raises Mgp5Error when it is not JSON."""
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Mgp5Error(f"cannot read {path} ({error})", "train or copy the model again") from None
-    if not isinstance(raw, dict) or not {"mllm", "diffusion"} <= raw.keys():
+    raw = read_json(path, "train or copy the model again")
+    if not {"mllm", "diffusion"} <= raw.keys():
         raise Mgp5Error(f"{path} names no mllm and diffusion", "train or copy the model again")
     return raw
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from .backbones.hf import HFBackbone
 from .backbones.quantization import Quantize
 from .config import ModelConfig, model_config_from
 from .errors import Mgp5Error
+from .files import replacing, write_json
 from .hub import Parts, read_config
 from .model import InterleavedModel, _load_parts, backbone_kind, diffusion_kind
 
@@ -55,10 +54,9 @@ def write_weights(
 ) -> None:
     """Write the two files of a trained folder."""
     place.mkdir(parents=True, exist_ok=True)
-    write_tensors({name: value.to(dtype or value.dtype) for name, value in tensors.items()}, place / f"{WEIGHTS}.tmp")
-    (place / f"{CONFIG}.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(place / f"{name}.tmp", place / name)
+    with replacing(place / WEIGHTS) as part:
+        write_tensors({name: value.to(dtype or value.dtype) for name, value in tensors.items()}, part)
+    write_json(place / CONFIG, asdict(config))
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from .errors import Mgp5Error
+from .files import digest
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -66,7 +66,7 @@ class Image:
                 contents = self.data if self.data is not None or self.path is None else self.path.read_bytes()
             except OSError as error:
                 raise Mgp5Error(f"{self.path} cannot be read ({error.strerror})", "check the file") from None
-        return hashlib.blake2b(contents or b"", digest_size=16).hexdigest()
+        return digest(contents or b"")
 
 
 Part = Text | Image

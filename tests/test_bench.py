@@ -205,7 +205,7 @@ def test_the_train_suite_measures_every_way_and_reports_it(tmp_path):
         assert min(parts.values()) > 0
     operations = [row["tflop"] for row in rows]
     assert operations[0] > operations[1] and operations[2] > operations[0]  # to recompute costs, then the VAE
-    assert rows[0]["estimated_gb"] < rows[1]["estimated_gb"]
+    assert rows[0]["estimated_gib"] < rows[1]["estimated_gib"]
 
 
 def test_an_update_that_does_not_fit_is_told(monkeypatch):

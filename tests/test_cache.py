@@ -145,7 +145,9 @@ def test_a_run_killed_while_it_writes_goes_on(folders, world, tmp_path, monkeypa
     monkeypatch.setattr(caches, "SHARD_ITEMS", 3)
 
     def in_third_shard() -> bool:
-        return [len([*tmp_path.glob(f"killed/*/*.{end}")]) for end in ("safetensors", "safetensors.tmp")] == [2, 1]
+        return [
+            len([*tmp_path.glob(f"killed/*/{name}")]) for name in ("[0-9]*.safetensors", ".*.safetensors.part")
+        ] == [2, 1]
 
     if not (child := os.fork()):
         fsync = os.fsync
@@ -167,7 +169,7 @@ def test_a_run_killed_while_it_writes_goes_on(folders, world, tmp_path, monkeypa
     middle = counted.index(-1)
     assert sum(counted[:middle]) == sum(counted[middle + 1 : -1]) - done
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert not list(tmp_path.glob("killed/*/*.tmp"))
+    assert not list(tmp_path.glob("killed/*/*.part"))
     for kind in caches.KINDS:
         assert items(tmp_path / "killed", kind).keys() == items(tmp_path / "whole", kind).keys()
         (manifest,) = (tmp_path / "killed").glob(f"{kind}-*/manifest.json")

@@ -77,7 +77,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(usual, one, tmp_
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen([*torchrun, *two], cwd=tmp_path, env=env, **pipes)
     first = json.loads(launcher.stdout.readline())
-    assert first["step"] == 1 and {"samples_per_second", "eta", "memory_gb"} <= first.keys()
+    assert first["step"] == 1 and {"samples_per_second", "eta", "memory_gib"} <= first.keys()
     workers = [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
     workers[1].send_signal(signal.SIGTERM)  # to one of them only
     out, err = launcher.communicate()

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgp5 import Conversation, Image
 from mgp5.cli import main
 from mgp5.config import LoraConfig, PrefixConfig, preset
+from mgp5.files import GiB
 from mgp5.hub import DEMO
-from mgp5.memory.estimate import GB, dry_run_step, estimate, step, table, usual_length
+from mgp5.memory.estimate import dry_run_step, estimate, step, table, usual_length
 from mgp5.memory.skeletons import backbone_shape, skeleton
 from mgp5.training.batch import Collator
 
@@ -93,9 +94,9 @@ def needs(**changes):
 
 def test_the_defaults_fit_the_cards_they_are_meant_for():
     assert preset("pretrain").batch * preset("pretrain").accumulation == 48
-    assert 16 * GB < needs().total.total < 22 * GB  # LLaVA-1.5-7B with Stable Diffusion 2.1 on a card of 24 GB
+    assert 16 * GiB < needs().total.total < 22 * GiB  # LLaVA-1.5-7B with Stable Diffusion 2.1 on a card of 24 GiB
     small = needs(quantize="4bit")
-    assert small.total.total < 14 * GB  # and of 16 GB
+    assert small.total.total < 14 * GiB  # and of 16 GiB
     kept = 2 * (2 * 32064 * 4096 + 65 * 4096)  # embedding, LM head and norms
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     weights = {row.part: row.weights for row in small.rows}

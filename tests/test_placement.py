@@ -17,9 +17,9 @@ from mgp5 import Conversation, Image, engines
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished
+from mgp5.files import GiB
 from mgp5.hub import DEMO, resolve
 from mgp5.inference.reply import generate
-from mgp5.memory.estimate import GB
 from mgp5.memory.generation import footprint
 from mgp5.memory.offload import Placement, Plan, first_plan_that_fits, memory_plans, place, select_memory_plan
 from mgp5.model import build, load
@@ -43,9 +43,9 @@ def demo():
 def test_a_7b_model_fits_the_cards_it_is_meant_for():
     told = needs("llava-1.5-7b+sd-2.1-base")
     assert (told.size, told.tokens) == ((512, 512), 400 + 5 * 576)
-    assert 17 * GB < told.total(Plan()) < 24 * GB  # bf16 without tricks
-    assert told.total(Plan(quantize="4bit")) < 12 * GB
-    assert told.total(SMALLEST) < 8 * GB
+    assert 17 * GiB < told.total(Plan()) < 24 * GiB  # bf16 without tricks
+    assert told.total(Plan(quantize="4bit")) < 12 * GiB
+    assert told.total(SMALLEST) < 8 * GiB
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert told.quantized["4bit"] == pytest.approx(told.weights["LLM"] - layers * (2 - 4.127 / 8), rel=1e-3)
     assert told.cache == 32 * 2 * 4096 * 4096 * 2  # keys and values, room for the next power of two
@@ -53,9 +53,9 @@ def test_a_7b_model_fits_the_cards_it_is_meant_for():
 
 def test_text_encoders_take_no_gpu_memory():
     told = needs("qwen2.5-vl-7b+sd-3")
-    assert told.weights["text encoders"] > 10 * GB  # a T5 of 4.7 billion parameters
-    assert told.total(Plan()) < 24 * GB
-    assert told.total(SMALLEST) < 8 * GB
+    assert told.weights["text encoders"] > 10 * GiB  # a T5 of 4.7 billion parameters
+    assert told.total(Plan()) < 24 * GiB
+    assert told.total(SMALLEST) < 8 * GiB
 
 
 def test_weights_are_those_of_the_loaded_model():
@@ -114,12 +114,12 @@ def test_auto_takes_the_mildest_plan_that_fits():
     for plan, size in zip(plans, sizes, strict=True):
         chosen = first_plan_that_fits(told, int(size) + 1)
         assert (chosen.quantize, chosen.offload, chosen.tiling) == (plan.quantize, plan.offload, plan.tiling)
-        assert f"about {size / GB:.1f} GiB" in chosen.why and plan.name in chosen.why
+        assert f"about {size / GiB:.1f} GiB" in chosen.why and plan.name in chosen.why
     with pytest.raises(Mgp5Error, match=r"takes about 7\.\d GiB of the GPU at least .*4\.0 GiB are free"):
-        first_plan_that_fits(told, 4 * GB)
-    assert first_plan_that_fits(told, 8 * GB, "4bit").quantize == "4bit"
+        first_plan_that_fits(told, 4 * GiB)
+    assert first_plan_that_fits(told, 8 * GiB, "4bit").quantize == "4bit"
     with pytest.raises(Mgp5Error, match="offload"):
-        first_plan_that_fits(told, 8 * GB, "8bit")  # layers of 8 bits stay on the GPU
+        first_plan_that_fits(told, 8 * GiB, "8bit")  # layers of 8 bits stay on the GPU
     assert told.total(Plan(quantize="8bit", offload=True)) > told.quantized["8bit"] + told.weights["denoiser"]
 
 

@@ -33,7 +33,7 @@ from mgp5.training.loop import rate, total_steps, train
 from mgp5.training.run import Interruption, start
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gb"}
+TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gib"}
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(base, storyland, tmp_pa
             time.sleep(0.0001)
 
     def half_saved() -> list[Path]:
-        return list(out.glob("checkpoints/*.tmp"))
+        return list(out.glob("checkpoints/.*.part"))
 
     saving = 0
     for attempt in range(12):
@@ -212,7 +212,7 @@ def test_old_checkpoints_go_and_the_newest_is_what_the_run_means(
     assert steps(out) == ["step-000003", "step-000004"]
     assert (out / "mgp5").resolve() == (out / "checkpoints/step-000004/mgp5").resolve()
     assert same(llava, fresh_from(out)) and not same(llava, fresh_from(out / "checkpoints/step-000003"))
-    (out / "checkpoints/step-000009.tmp/state").mkdir(parents=True)  # killed while it saved
+    (out / "checkpoints/.step-000009.part/state").mkdir(parents=True)  # killed while it saved
     os.replace(out / "log.jsonl", tmp_path / "log")
     (out / "log.jsonl").write_text((tmp_path / "log").read_text() + '{"step": 5, "lr": 0}\n{"step": 6, "l')
     finish(

@@ -106,7 +106,7 @@ def test_saving_again_writes_only_what_is_new_and_undo_loses_nothing(tmp_path: P
         raise OSError(28, "No space left on device")
 
     before = (tmp_path / STORY).read_bytes()
-    monkeypatch.setattr("mgp5.views.files.os.replace", full)
+    monkeypatch.setattr("mgp5.files.os.replace", full)
     with pytest.raises(Mgp5Error, match="No space left"):
         folder.save(first, **MADE)
     assert (tmp_path / STORY).read_bytes() == before
@@ -135,9 +135,9 @@ def _image(path: object, **more: object) -> list:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "not readable JSON"),
-        ("[" * 100_000, "not readable JSON"),
-        ("[]", "no story"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "holds a JSON list"),
         (_story(format="else"), "no story"),
         (_story(version=2), "version 2"),
         (_story(options=3), "options"),

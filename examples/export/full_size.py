@@ -41,7 +41,7 @@ def main() -> None:
     request = Request(components=tuple(args.component), precision=args.precision, split=args.split, size=size)
     started = time.monotonic()
     manifest = export(subject, request, args.out, lambda line: print(line, flush=True))
-    print(f"{time.monotonic() - started:.0f} s, at most {manifest['peak_gb']} GB of memory")
+    print(f"{time.monotonic() - started:.0f} s, at most {manifest['peak_gib']} GiB of memory")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ Both take "title", and "options" of generation. Paths are relative to the file.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections import deque
@@ -24,12 +21,12 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import read_object
 from ..errors import Mgp5Error
 from ..events import Finished
+from ..files import digest, lock, read_json, replacing, write_json, write_text
 from ..messages import Conversation, Message, Text
 from ..prompts import CHAT_SYSTEM
-from ..views.files import StoryFolder, write_atomic
+from ..views.files import StoryFolder
 from ..views.html import write_html
 from .batch_lines import EXPECTED, given_in, read_line
 from .recorder import StoryScene, story_conversation
@@ -82,18 +79,15 @@ class Results:
             others = {path.name for path in out.iterdir()} - {RESULTS, f".{SETTINGS}.part"}
             if others and SETTINGS not in others:
                 raise Mgp5Error(f"--out {out} is not empty and holds no batch", "choose another --out", usage=True)
-            self._file = (out / RESULTS).open("a+b")
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mgp5Error(f"another process is at work in --out {out}", "wait for it") from None
         except OSError as error:
             raise Mgp5Error(f"--out {out} cannot be written ({error.strerror})", "choose another --out") from None
+        self._file = lock(out / RESULTS)
         settings = json.loads(json.dumps(settings))
         old = earlier(out) or settings
         if changed := [name for name in settings | old if old.get(name) != settings.get(name)]:
             found = f"--out {out} is a batch with another {', '.join(changed)}"
             raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
-        write_atomic(out / SETTINGS, json.dumps(settings, indent=2).encode())
+        write_json(out / SETTINGS, settings)
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
@@ -103,14 +97,13 @@ class Results:
     def add(self, job: Job, conversation: Conversation, model: str, engine: Mapping[str, str]) -> dict[str, Any]:
         """Write what a line has become; returns its row."""
         name = f"{job.line:06d}"
-        part, place = self.out / f".{name}.part", self.out / name
-        for left in (part, place):  # of a run that was killed before the row was written
-            shutil.rmtree(left, ignore_errors=True)
-        folder, options = StoryFolder.create(part), job.options
+        shutil.rmtree(self.out / name, ignore_errors=True)  # of a run that was killed before the row was written
+        options = job.options
         facts = {key: value for key, value in options.flat().items() if value is not None and key != "seed"}
-        folder.save(conversation, model=model, seed=options.seed, options=facts | engine, title=job.title)
-        write_html(*folder.load(), part / "story.html")
-        os.replace(part, place)
+        with replacing(self.out / name) as part:
+            folder = StoryFolder.create(part)
+            folder.save(conversation, model=model, seed=options.seed, options=facts | engine, title=job.title)
+            write_html(*folder.load(), part / "story.html")
         said = " ".join(m.text for m in conversation.messages if m.role == "assistant" and m.text)
         row = {"line": job.line, "key": job.key, "folder": name, "seed": options.seed, "text": said}
         self._file.write(json.dumps(row).encode() + b"\n")
@@ -120,7 +113,7 @@ class Results:
     def fail(self, failures: Mapping[int, str]) -> None:
         """Write which lines failed, and why."""
         rows = [json.dumps({"line": line, "error": failures[line]}) + "\n" for line in sorted(failures)]
-        write_atomic(self.out / FAILURES, "".join(rows).encode())
+        write_text(self.out / FAILURES, "".join(rows))
 
     def close(self) -> None:
         """Let others work here."""
@@ -132,7 +125,7 @@ def earlier(out: Path) -> dict[str, Any] | None:
     file = out / SETTINGS
     if not file.is_file():
         return None
-    settings = read_object(file)
+    settings = read_json(file)
     if not isinstance(settings.get("options"), dict):
         raise Mgp5Error(f"{file} is not of a batch", "choose another --out", usage=True)
     return settings
@@ -191,7 +184,7 @@ class Batch:
         """Number and hash of each line that is not done."""
         todo: deque[tuple[int, str]] = deque()
         for number, line in enumerate(self.lines, 1):
-            key = hashlib.sha256(line.strip()).hexdigest()[:16]
+            key = digest(line.strip(), size=8)
             if results.done.get(number, key) != key:
                 raise Mgp5Error(f"line {number} was another when it was done", "choose another --out", usage=True)
             if line.strip() and number not in results.done:

@@ -5,7 +5,6 @@ Such a folder loads like any other backbone (`hf.HFBackbone`); here it is put to
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from functools import partial
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from ..errors import Mgp5Error
+from ..files import replacing
 from ..hub import from_hub
 
 IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
@@ -67,10 +67,9 @@ def compose(
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     model.language_projection = _linear(model.config, projection).to(dtype)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
-    part = out.with_name(f"{out.name}.part")
-    for piece in (model, tokenizer, _image_processor(model.config.vision_config.image_size)):
-        piece.save_pretrained(part)
-    os.replace(part, out)
+    with replacing(out) as part:
+        for piece in (model, tokenizer, _image_processor(model.config.vision_config.image_size)):
+            piece.save_pretrained(part)
     return out
 
 

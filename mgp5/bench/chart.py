@@ -3,13 +3,14 @@ from the 20th to the 80th percentile."""
 
 from __future__ import annotations
 
-import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as pil
 from PIL import ImageDraw, ImageFont
+
+from ..files import replacing
 
 WIDTH, MARGIN, BAR, GAP, HEADING = 1800, 56, 34, 10, 66  # pixels; of a row, between rows, above a group
 SIZES = {"title": 40, "text": 25, "heading": 30}
@@ -37,9 +38,8 @@ def chart(machine: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> No
         draw.line((MARGIN, top, WIDTH - MARGIN, top), LINE, 2)
         draw.text((MARGIN, top + 18), f"{group[0]['name']}: {group[0]['size']}", INK, fonts["heading"])
         top = _bars(draw, group, fonts["text"], left, top + HEADING) + GAP
-    part = path.with_name(f"{path.name}.tmp")
-    canvas.save(part, "PNG")
-    os.replace(part, path)
+    with replacing(path) as part:
+        canvas.save(part, "PNG")
 
 
 def _bars(draw: ImageDraw.ImageDraw, group: list[dict[str, Any]], font: Any, left: int, top: int) -> int:

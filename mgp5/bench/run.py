@@ -17,9 +17,9 @@ import torch
 from .. import doctor
 from ..device import pick_device
 from ..errors import Mgp5Error
+from ..files import write_json
 from ..hub import Parts, resolve
 from ..kernels.bench import rows as kernel_rows
-from ..training.checkpoints import write_json
 from .chart import chart
 from .decoding import condition_rows, decode_rows
 from .drawing import draw_rows
@@ -54,8 +54,8 @@ FIGURES = {
     "of matmul": "share_of_matmul",
     "GB/s": "gb_per_s",
     "of copy": "share_of_copy",
-    "peak GB": "peak_gb",
-    "estimate": "estimated_gb",
+    "peak GiB": "peak_gib",
+    "estimate": "estimated_gib",
     "PSNR dB": "psnr",
     "error": "step_error",
 }

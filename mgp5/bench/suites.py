@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import Mgp5Error
+from ..files import GiB
 from ..kernels.bench import copy_bandwidth, timed
-from ..memory.estimate import GB
 
 if TYPE_CHECKING:
     from ..engines import Backend
@@ -75,7 +75,7 @@ class Timed:
             return {"skipped": self.skipped}
         columns = percentiles([1000 * run[phase] / per for run in self.runs]) | {"unit": "ms"}
         columns["first_s"] = round(self.first, 2)
-        return columns | ({} if self.peak is None else {"peak_gb": round(self.peak / GB, 2)})
+        return columns | ({} if self.peak is None else {"peak_gib": round(self.peak / GiB, 2)})
 
     def median(self, phase: int) -> float:
         """Seconds of a phase."""

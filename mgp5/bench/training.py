@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig, preset
-from ..device import pick_device
+from ..device import DTYPES, pick_device
+from ..files import GiB
 from ..hub import resolve
-from ..memory.estimate import GB, estimate
+from ..memory.estimate import estimate
 from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..prompts import IGNORE
 from ..training.batch import Batch
-from ..training.distributed import DTYPES, launch
+from ..training.distributed import launch
 from ..training.trainer import Trainer
 from .suites import Row, Setting, percentiles
 
@@ -88,7 +89,7 @@ def made_up(model: InterleavedModel, count: int, cached: bool) -> Batch:
 def _expected(names: tuple[str, str], config: TrainConfig, cached: bool, length: int) -> Row:
     """What the shapes say: memory, and operations of an update."""
     told = estimate(skeleton(*names, config, dtype=DTYPES[config.precision]), config, length, cached)
-    return {"estimated_gb": round(told.total.total / GB, 2), "tflop": round(told.flops / 1e12, 3)}
+    return {"estimated_gib": round(told.total.total / GiB, 2), "tflop": round(told.flops / 1e12, 3)}
 
 
 def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, setting: Setting, tflop: float) -> Row:
@@ -126,7 +127,7 @@ def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, settin
         "updates_per_s": round(1000 / median, 3),
         "samples_per_s": round(1000 * config.batch * config.accumulation / median, 2),
         "tflop_per_s": round(1000 * tflop / median, 2),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 2) if cuda else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GiB, 2) if cuda else None,
         "parts": spans.shares(sum(times)),
     }
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import Mgp5Error
+from ..files import digest
 from ..messages import Conversation, inside
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
@@ -154,23 +153,6 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise Mgp5Error(f"{path} cannot be read ({error.strerror})", "check the file") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises Mgp5Error that names the file, and the line when it is not JSON."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise Mgp5Error(f"no {path}", "give the folder that holds this file as data") from None
-    except OSError as error:
-        raise Mgp5Error(f"{path} cannot be read ({error.strerror})", "check the file") from None
-    except json.JSONDecodeError as error:
-        raise Mgp5Error(f"{path}:{error.lineno} is not JSON ({error.msg})", "repair the file") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise Mgp5Error(f"{path} is not JSON ({error})", "repair the file") from None
-    if not isinstance(value, dict):
-        raise Mgp5Error(f"{path} holds a JSON {type(value).__name__}, expected an object", "repair the file")
-    return value
-
-
 def check_usable(dataset: Dataset, table: Path) -> None:
     """Raise Mgp5Error when nothing is left to train on."""
     if not len(dataset):
@@ -179,5 +161,4 @@ def check_usable(dataset: Dataset, table: Path) -> None:
 
 def pick(count: int, *key: object) -> int:
     """A number below `count` that depends on the key only: the same in every run, process and Python version."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % count
+    return int(digest(repr(key), size=8), 16) % count

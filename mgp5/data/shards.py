@@ -35,9 +35,7 @@ from .files import SPLITS, SUFFIXES, Problems, Skipped, pick
 Sample = tuple[str, Conversation] | Skipped
 Member = tuple[str, str, tarfile.TarInfo]  # name of its entry, suffix, and where its contents are
 Entry = tuple[str, tarfile.TarFile, list[Member]]
-NAME = re.compile(
-    r"((?:.*/)?[^/.]+)\.([^/]*)"
-)  # WebDataset's rule: a suffix begins at the first dot
+NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # WebDataset's rule: a suffix begins at the first dot
 TRIES, PAUSE, TIMEOUT = 4, 2.0, 60  # of a download; seconds
 LARGEST = 100_000_000  # bytes of a member
 UNREADABLE = (tarfile.TarError, HTTPException, OSError, ValueError)

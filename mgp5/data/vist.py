@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
+from ..files import read_json
 from ..messages import Conversation, Image
 from ..prompts import TASK_PROMPTS, Context, Scene, Task, continue_, illustrate, narrate
-from .files import SUFFIXES, Pictures, Problems, check_usable, find_table, pick, read_object
+from .files import SUFFIXES, Pictures, Problems, check_usable, find_table, pick
 
 Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the picture
 
 TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
+DATA_HINT = "give the folder that holds this file as data, and repair it if it is broken"
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def load(
     official = "{split}.story-in-sequence.json"
     table = find_table(path, split, "{split}_cleaned.json", official, f"sis/{official}")
     pictures = Pictures(path if path.is_dir() else table.parent)
-    problems, stories, told = Problems(), [], read_object(table)
+    problems, stories, told = Problems(), [], read_json(table, DATA_HINT)
     if isinstance(told.get("annotations"), list):
         told, find = _official(told["annotations"], problems, table), _photos(pictures, table)
     else:
-        find = _mapped(pictures, read_object(table.with_name(table.name.replace("cleaned", "image_mapping"))))
+        find = _mapped(pictures, read_json(table.with_name(table.name.replace("cleaned", "image_mapping")), DATA_HINT))
     for name, raw in told.items():
         scenes = _scenes(raw, find, pictures.root, problems, f"{table.name} story {name}")
         if scenes:

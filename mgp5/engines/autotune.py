@@ -5,11 +5,10 @@ Letters: B images, C, h and w of the latents.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..device import user_cache
+from ..errors import Mgp5Error
+from ..files import digest, lock, read_json, write_json
 
 if TYPE_CHECKING:
     from ..generators.latent_diffusion import FrozenDiffusion
@@ -67,10 +68,8 @@ def try_out(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> tuple[str, st
             known[key] = list(fastest(dict(_mode(diffusion, names))))
         finally:
             remove(diffusion)
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        fresh = memory.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(known, indent=1))
-        fresh.replace(memory)
+        with suppress(Mgp5Error), lock(memory.with_suffix(".lock")):  # another process may be writing there
+            write_json(memory, known)
     best, why = known[key]
     return best, why
 
@@ -102,7 +101,7 @@ def _key(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> str:
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "mgp5")]
     shape = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
     facts = [card, *libraries, type(denoiser).__name__, str(denoiser.dtype), shape, *names]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    return digest(facts, size=8)
 
 
 def _file() -> Path:
@@ -112,7 +111,6 @@ def _file() -> Path:
 def _read(path: Path) -> dict[str, list[str]]:
     """What was found before; a file that cannot be read is as none, for it only saves time."""
     try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except Mgp5Error:
         return {}
-    return known if isinstance(known, dict) else {}

@@ -12,6 +12,7 @@ import torch
 from ..config import Stage
 from ..data.files import pick
 from ..device import pick_device
+from ..files import read_json, write_json
 from ..inference.reply import to_picture
 from ..messages import Conversation
 from ..model import InterleavedModel, load
@@ -61,7 +62,7 @@ def measure(plan: Plan, stage: Stage, folder: Path, drawn: Collection[Drawn]) ->
         file.parent.mkdir(exist_ok=True)
         strip = to_picture(torch.cat(list(pictures[:SHOWN]), dim=2))
         strip.save(file.with_suffix(".jpg"), quality=88)
-        runs.write_json(file, found)
+        write_json(file, found)
 
 
 @torch.inference_mode()
@@ -92,7 +93,7 @@ def _training(folder: Path) -> dict[str, Any]:
     """Of a finished run: updates, minutes of them, and losses, means over the last quarter of its log."""
     log = [json.loads(line) for line in (folder / runs.LOG).read_text().splitlines()]
     last = log[-1]
-    batch = runs.read_json(folder / runs.SETTINGS)["batch"]
+    batch = read_json(folder / runs.SETTINGS)["batch"]
     minutes = last["step"] * batch / last["samples_per_second"] / 60 if last["samples_per_second"] else 0.0
     tail = log[-max(1, len(log) // 4) :]
     losses = {name: sum(row[name] for row in tail) / len(tail) for name in TERMS if name in last}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Stage
 from ..doctor import machine, versions
+from ..files import read_json, write_json, write_text
 from ..training import checkpoints as runs
-from ..views.files import write_atomic
 from ..views.html import PAGE, STYLE
 from ..views.tables import show, table
 from .ablations import ATTRIBUTES, BASELINE, FRECHET, Row, mean_over_seeds, verdict
@@ -50,17 +50,17 @@ def report(plan: Plan, rows: Mapping[str, Row], found: Mapping[tuple, Run], seed
     lines = {name: _line(row, values) for name, row in rows.items()}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"command": shlex.join(["mgp5", *sys.argv[1:]]), "made": now, "method": METHOD}
-    facts |= {"settings": runs.read_json(plan.out / runs.SETTINGS), "versions": versions(), "machine": machine()}
+    facts |= {"settings": read_json(plan.out / runs.SETTINGS), "versions": versions(), "machine": machine()}
     facts["rows"] = {name: line for name, line in lines.items() if line}
-    runs.write_json(plan.out / "ablations.json", facts)
-    write_atomic(plan.out / "ablations.html", _page(plan, rows, found, facts).encode())
+    write_json(plan.out / "ablations.json", facts)
+    write_text(plan.out / "ablations.html", _page(plan, rows, found, facts))
     return facts
 
 
 def _values(plan: Plan, row: Row, run: Run, seeds: int) -> Values:
     drawn = (row.context, row.guidance or plan.guidance)
     files = {seed: place(run.folder(plan.out, seed), drawn) for seed in range(seeds)}
-    return {seed: runs.read_json(file) for seed, file in files.items() if file.exists()}
+    return {seed: read_json(file) for seed, file in files.items() if file.exists()}
 
 
 def _line(row: Row, values: Mapping[tuple[str, Stage], Values]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ ablations.json  ablations.html       of all that is measured so far
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import click
 from ..config import ModelConfig, Stage
 from ..data import load_data
 from ..errors import Mgp5Error
+from ..files import lock, read_json, replacing, write_json
 from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG
 from ..storyland.write import write as write_storyland
@@ -202,10 +202,8 @@ def _write_data(plan: Plan, train: bool) -> None:
     for split, (pairs, stories) in counts.items():
         folder = plan.out / "data" / split
         if not folder.exists():
-            part = folder.with_name(f"{split}.tmp")
-            shutil.rmtree(part, ignore_errors=True)
-            write_storyland(part, split, pairs, stories, 0, 0)
-            os.replace(part, folder)
+            with replacing(folder) as part:
+                write_storyland(part, split, pairs, stories, 0, 0)
 
 
 @contextmanager
@@ -218,17 +216,12 @@ def _claimed(plan: Plan, weights: str, data: Path | None) -> Iterator[None]:
         plan.out.mkdir(parents=True, exist_ok=True)
         if not file.exists() and any(plan.out.iterdir()):
             raise Mgp5Error(f"--out {plan.out} is not empty and holds no ablations", "choose another --out", usage=True)
-        old = runs.read_json(file) if file.exists() else settings
+        old = read_json(file) if file.exists() else settings
         if changed := [name for name in settings if old.get(name) != settings[name]]:
             found = f"--out {plan.out} holds ablations with another {', '.join(changed)}"
             raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
-        runs.write_json(file, settings)
-        lock = (plan.out / ".lock").open("w")
+        write_json(file, settings)
     except OSError as error:
         raise Mgp5Error(f"--out {plan.out} cannot be written ({error.strerror})", "choose another --out") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Mgp5Error(f"another process works in {plan.out}", "wait for it, or choose another --out") from None
+    with lock(plan.out / ".lock"):
         yield

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
+from ..files import write_text
 from ..messages import Conversation, Image, Message, Text
-from ..views.files import write_atomic
 from ..views.html import PAGE, STYLE
 from . import METRICS
 
@@ -55,7 +55,7 @@ def write_page(
     title = f"{settings['model']} on {settings['format']}"
     footer = f"Made with mgp5 {report['versions']['mgp5']}, {report['made']}, weights {settings['weights']}"
     page = PAGE.format(lang="en", title=escape(title), style=STYLE + OWN, body="\n".join(parts), footer=escape(footer))
-    write_atomic(path, page.encode("utf-8", "replace"))
+    write_text(path, page)
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
+from ..files import digest, read_json, write_json, write_text
 from ..messages import Conversation, Image, Message, Text
-from ..training.checkpoints import SETTINGS, read_json, write_json
-from ..training.fingerprint import hash_of
-from ..views.files import write_atomic
+from ..training.checkpoints import SETTINGS
 from ..views.html import STYLE
 from . import tasks
 from .run import read_replies
@@ -100,7 +99,7 @@ def compare(
     questions = [_question(sample, systems, pictures) for sample in chosen]
     shown = [[uri, *size] for uri, (_, size) in pictures.items()]
     page = {"seed": seed, "criteria": CRITERIA, "questions": questions, "pictures": shown}
-    page["page"] = hash_of(page)
+    page["page"] = digest(page)
     key = {"page": page["page"], "seed": seed, "systems": {label: system.name for label, system in systems.items()}}
     key |= {"of": len(samples), "left_out": left_out}
     key["questions"] = {one["question"]: {name: one[name] for name in ("group", "criteria")} for one in questions}
@@ -109,7 +108,7 @@ def compare(
         write_json(out / KEY, key)
     except OSError as error:
         raise Mgp5Error(f"--out {out} cannot be written ({error.strerror})", "choose another --out") from None
-    write_atomic(out / PAGE, _html(page).encode("utf-8", "replace"))
+    write_text(out / PAGE, _html(page))
     return key
 
 

@@ -14,8 +14,8 @@ import torch
 
 from ..doctor import machine, versions
 from ..errors import Mgp5Error
+from ..files import write_json
 from ..messages import Conversation, Message
-from ..training.checkpoints import write_json
 from . import METRICS
 from .encoded import ANTIALIAS, Encoded
 from .measure import METRICS_OF, measure

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from ..apps.story import WINDOW
 from ..data.files import pick
 from ..device import pick_device
 from ..errors import Mgp5Error
-from ..export.manifest import sha256
+from ..files import digest, read_json, replacing, sha256, write_json
 from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG
 from ..messages import Conversation, Message
@@ -36,9 +35,8 @@ from ..options import Options
 from ..prompts import Scene as Told
 from ..prompts import continue_
 from ..storyland.write import write as write_storyland
-from ..training.checkpoints import SETTINGS, read_json, write_json
+from ..training.checkpoints import SETTINGS
 from ..training.distributed import on_main
-from ..training.fingerprint import hash_of
 from ..views.files import write_png
 from . import tasks
 from .report import check, report
@@ -215,7 +213,7 @@ def read_replies(out: Path, name: str) -> dict[str, dict[str, Any]]:
 
 def weights(parts: Parts) -> str:
     """A hash of all weights of a model that lie in folders, and of the names of those on the hub."""
-    return hash_of([list(_weights_of(str(folder))) for folder in (parts.mllm, parts.diffusion, parts.trained)])
+    return digest([list(_weights_of(str(folder))) for folder in (parts.mllm, parts.diffusion, parts.trained)])
 
 
 def _weights_of(folder: str) -> Iterator[str]:
@@ -229,7 +227,7 @@ def _weights_by(entry: Entry) -> str:
     """A hash of a baseline's own weights, and where they are; "" without."""
     if not entry.path:
         return ""
-    found = weights(trained(entry.path)) if entry.name == "gill" else hash_of(list(_weights_of(entry.path)))
+    found = weights(trained(entry.path)) if entry.name == "gill" else digest(list(_weights_of(entry.path)))
     return f"{entry.path} {found}"
 
 
@@ -263,8 +261,6 @@ def _claim(out: Path, settings: dict[str, Any], systems: dict[str, str]) -> None
 def _storyland(folder: Path, split: str, number: int, seed: int) -> Path:
     """Storyland, written once and whole."""
     if not folder.exists():
-        part = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        write_storyland(part, "train" if split == "train" else "test", 0, number, number, seed)
-        os.replace(part, folder)
+        with replacing(folder) as part:
+            write_storyland(part, "train" if split == "train" else "test", 0, number, number, seed)
     return folder

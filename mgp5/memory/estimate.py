@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..files import GiB
 from ..heads.losses import Losses, text_loss
 from ..heads.minigpt5 import predicting_states
 from ..training.batch import Batch
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from ..config import TrainConfig
     from ..model import InterleavedModel
 
-GB = 2**30  # as graphics cards are sold
-CONTEXT = 1.0 * GB  # CUDA's context and the libraries' workspaces
+CONTEXT = 1.0 * GiB  # CUDA's context and the libraries' workspaces
 FRAGMENTS = 0.1  # of the activations: what the allocator cannot use between them
 BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}  # NF4 with doubly quantised scales; one scale a row
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter
@@ -186,7 +186,7 @@ def table(told: Estimate) -> Table:
         column.justify = "right"
     for row in [*told.rows, told.total]:
         counts = (f"{n / 1e6:,.2f}" if n else "" for n in (row.parameters, row.trained))
-        sizes = (f"{n / GB:.2f}" if n else "" for n in (row.weights, row.gradients, row.optimizer, row.total))
+        sizes = (f"{n / GiB:.2f}" if n else "" for n in (row.weights, row.gradients, row.optimizer, row.total))
         view.add_row(row.part, *counts, *sizes, style="bold" if row.part == "total" else None)
     return view
 

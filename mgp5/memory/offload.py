@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..backbones.quantization import Quantize
 from ..errors import Mgp5Error
+from ..files import GiB
 from ..hub import Parts
-from .estimate import GB
 from .generation import Footprint, footprint
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def memory_plans(quantize: Quantize = "none") -> list[Plan]:
 def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none", name: str = "the model") -> Plan:
     """The mildest plan that fits `free` bytes; why tells the numbers. Raises Mgp5Error when none does."""
     plans = memory_plans(quantize)
-    sizes = [needs.total(plan) / GB for plan in plans]
-    have = f"{free / GB:.1f} GiB are free"
+    sizes = [needs.total(plan) / GiB for plan in plans]
+    have = f"{free / GiB:.1f} GiB are free"
     for plan, size in zip(plans, sizes, strict=True):
-        if size * GB <= free:
+        if size * GiB <= free:
             more = "" if plan is plans[0] else f"; {plans[0].name} would take {sizes[0]:.1f}"
             return replace(plan, why=f"memory auto: {plan.name}, about {size:.1f} GiB, and {have}{more}")
     least = f"{name} takes about {sizes[-1]:.1f} GiB of the GPU at least ({plans[-1].name}), and {have}"

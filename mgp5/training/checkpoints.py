@@ -9,9 +9,7 @@ mgp5 -> checkpoints/step-000500/mgp5               the newest weights: `--model 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +19,13 @@ from safetensors import SafetensorError
 
 from ..config import TrainConfig
 from ..errors import Mgp5Error
+from ..files import read_json, remove_folder, remove_leftovers, replacing, write_json, write_text
 
 SETTINGS, LOG, REPORT, FACTS = "config.json", "log.jsonl", "report.json", "state/state.json"
 # What may change between the pieces of a run; of accumulation, only how it is split between processes and steps.
 FREE = {"accumulation", "checkpointing", "epochs", "keep", "log_every", "sample_every", "save_every", "steps"}
 FREE |= {"trackers", "workers"}
+BROKEN = "start the run again with another --out"
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not checkpoints(out):
         raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
-    old, new = read_json(out / SETTINGS), json.loads(json.dumps(asdict(config)))
+    old, new = read_json(out / SETTINGS, BROKEN), json.loads(json.dumps(asdict(config)))
     if changed := [name for name in new if name not in FREE and old.get(name) != new[name]]:
         other = f"--out {out} is a run with another {', '.join(changed)}"
         raise Mgp5Error(other, "resume it with the same settings", usage=True)
@@ -63,7 +63,7 @@ def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stre
     check(out, config, resume)
     newest = checkpoints(out)[-1] if resume else None
     if newest:
-        old = read_json(newest / FACTS)
+        old = read_json(newest / FACTS, BROKEN)
         new = {"accumulation": config.accumulation, "processes": processes, "workers": config.workers}
         same = ("processes", "workers") if stream else ()
         if any(old[name] != new[name] for name in same) or _microbatches(old) != _microbatches(new):
@@ -72,11 +72,10 @@ def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stre
             raise Mgp5Error(f"--out {out} is a run with {was}, not {now}", hint, usage=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for part in out.glob("checkpoints/*.tmp"):
-            shutil.rmtree(part)
+        remove_leftovers(out / "checkpoints")
         write_json(out / SETTINGS, asdict(config))
         log = (out / LOG).read_text().splitlines(keepends=True) if newest else []
-        _replace(out / LOG, "".join(line for line in log if newest and _step_of(line) <= int(newest.name[5:])))
+        write_text(out / LOG, "".join(line for line in log if newest and _step_of(line) <= int(newest.name[5:])))
         if newest:
             _link(out)
     except OSError as error:
@@ -90,45 +89,21 @@ def save(out: Path, step: int, keep: int, fill: Callable[[Path], None]) -> None:
     Raises Mgp5Error when the disk is full, say; the checkpoints before it stay as they are.
     """
     place = out / f"checkpoints/step-{step:06d}"
-    part = place.with_name(f"{place.name}.tmp")
     try:
-        part.mkdir(parents=True)
-        fill(part)
-        for path in (*part.rglob("*"), part):
-            _sync(path)
-        part.rename(place)
-        _sync(place.parent)
+        with replacing(place, durable=True) as part:
+            part.mkdir(parents=True)
+            fill(part)
         _link(out)
-        for old in checkpoints(out)[:-keep]:  # renamed first: half of it must not look whole
-            shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        for old in checkpoints(out)[:-keep]:
+            remove_folder(old)
+    except (OSError, SafetensorError, Mgp5Error) as error:
         hint = "the checkpoint before it is whole: make room and go on with --resume"
         raise Mgp5Error(f"step {step} cannot be saved in {out} ({error})", hint) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run. Raises Mgp5Error when it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Mgp5Error(f"cannot read {path} ({error})", "start the run again with another --out") from None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file of a run; it appears whole or not at all."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _microbatches(facts: dict[str, Any]) -> int:
     """Of an update."""
     return facts["accumulation"] * facts["processes"]
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def _step_of(line: str) -> float:
@@ -140,16 +115,5 @@ def _step_of(line: str) -> float:
 
 
 def _link(out: Path) -> None:
-    link = out / "mgp5.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to((checkpoints(out)[-1] / "mgp5").relative_to(out))
-    os.replace(link, out / "mgp5")
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written before anything goes on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(out / "mgp5") as link:
+        link.symlink_to((checkpoints(out)[-1] / "mgp5").relative_to(out))

@@ -29,13 +29,12 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from ..config import TrainConfig
-from ..device import pick_device
+from ..device import DTYPES, pick_device
 from ..errors import Mgp5Error
 from ..model import InterleavedModel
 from .batch import Batch
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = ".") -> Accelerator:

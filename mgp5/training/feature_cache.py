@@ -8,9 +8,6 @@ manifest that says what the items were made by. Nothing but a model of the same 
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -23,16 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..device import DTYPES
 from ..errors import Mgp5Error
+from ..files import digest, lock, read_json, remove_leftovers, write_bytes, write_json
 from ..messages import Image
-from .fingerprint import CacheKey, hash_of, origin
+from .fingerprint import CacheKey, origin
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
     from .batch import Batch
 
 KINDS = ("latents", "captions", "features")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MANIFEST = "manifest.json"
 SHARD_ITEMS, SHARD_BYTES = 512, 2**28
 
@@ -91,22 +89,12 @@ class Writer:
     def __init__(self, root: Path, origin: CacheKey, dtype: str) -> None:
         self.origin, self.dtype, self.itemsize = origin, dtype, DTYPES[dtype].itemsize
         self.folder = root / f"{origin.kind}-{origin.fingerprint[:12]}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise Mgp5Error(f"{self.folder} cannot be made ({error.strerror})", "choose another --out") from None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, gone with this very process
-        except OSError:
-            found = f"another process writes to {self.folder}"
-            raise Mgp5Error(found, "wait for it, or choose another --out") from None
+        self._lock = lock(self.folder / ".lock")
         manifest = read_manifest(self.folder)
         if manifest and manifest.get("dtype") != dtype:
             found = f"{self.folder} holds {manifest.get('dtype')}, not {dtype}"
             raise Mgp5Error(found, "choose another --out", usage=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+        remove_leftovers(self.folder)
         self.shards = sorted(path.name for path in self.folder.glob("*.safetensors"))
         self.done = Reader(self.folder, self.shards)
         self.count = len(self.done)
@@ -139,7 +127,7 @@ class Writer:
         self.shards.append(f"{last + 1:05}.safetensors")
         contents, self._fresh = save(self._fresh), {}
         self.bytes += len(contents)
-        _write(self.folder / self.shards[-1], contents)
+        write_bytes(self.folder / self.shards[-1], contents, durable=True)
         self._write_manifest()
 
     def close(self) -> None:
@@ -153,31 +141,13 @@ class Writer:
 
     def _write_manifest(self) -> None:
         facts = asdict(self.origin) | {"fingerprint": self.origin.fingerprint, "dtype": self.dtype, "count": self.count}
-        _write(self.folder / MANIFEST, json.dumps(facts | {"shards": self.shards}, indent=1).encode())
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """Write a file that appears whole or not at all. Raises Mgp5Error."""
-    part = path.with_name(f"{path.name}.tmp")
-    try:
-        with part.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        hint = "what was written before is kept: make room, and run the command again"
-        raise Mgp5Error(f"{path} cannot be written ({error.strerror})", hint) from None
+        write_json(self.folder / MANIFEST, facts | {"shards": self.shards}, durable=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache, {} when there is none. Raises Mgp5Error when it cannot be read."""
-    try:
-        return json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise Mgp5Error(f"{folder / MANIFEST} cannot be read ({error})", "remove the folder and cache again") from None
+    file = folder / MANIFEST
+    return read_json(file, "remove the folder and cache again") if file.exists() else {}
 
 
 class Caches:
@@ -231,7 +201,7 @@ class Caches:
         """Encodings of all captions, or None when one is missing; zeros for "", which no loss uses."""
         if "captions" not in self._readers or not any(captions):
             return None
-        found = {caption: self._get("captions", hash_of(caption)) for caption in {*captions} - {""}}
+        found = {caption: self._get("captions", digest(caption)) for caption in {*captions} - {""}}
         if None in found.values():
             return None
         values = {caption: item[0] for caption, item in found.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbones.hf import HFBackbone
+from ..files import digest
 from ..generators import LatentDiffusion
 from ..hub import REPOS
 
@@ -45,7 +45,7 @@ class CacheKey:
     @property
     def fingerprint(self) -> str:
         """A hash of all this but the model's name, in 32 hexadecimal digits."""
-        return hash_of({name: value for name, value in asdict(self).items() if name != "model"})
+        return digest({name: value for name, value in asdict(self).items() if name != "model"})
 
     def difference(self, found: dict[str, Any]) -> str:
         """In words, how the manifest of another cache differs from this."""
@@ -63,7 +63,7 @@ def origin(kind: str, part: HFBackbone | LatentDiffusion, model: str) -> CacheKe
         kind=kind,
         model=model,
         revision=next((repo.revision for repo in REPOS.values() if repo.id == model), None),
-        config=hash_of(_plain(config)),
+        config=digest(_plain(config)),
         weights=_hash_weights(weights),
         transform=_plain(transform),
     )
@@ -82,7 +82,7 @@ def _encoders(diffusion: LatentDiffusion) -> Facts:
     encoders = nn.ModuleDict({name: m for name, m in diffusion.named_children() if name.startswith("text_encoder")})
     names = [name.replace("text_encoder", "tokenizer") for name in encoders]
     config = {name: encoder.config.to_dict() for name, encoder in encoders.items()}
-    config |= {name: hash_of(getattr(diffusion, name).get_vocab()) for name in names}
+    config |= {name: digest(getattr(diffusion, name).get_vocab()) for name in names}
     return config, encoders.named_parameters(), dict(zip(("rows", "width"), diffusion.condition_shape, strict=True))
 
 
@@ -101,12 +101,6 @@ def _plain(value: Any) -> Any:
         kept = {str(k): v for k, v in value.items() if v is not None and k not in VOLATILE}
         return {k: _plain(v) for k, v in kept.items() if not k.startswith("_")}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def hash_of(value: Any) -> str:
-    """Of a text or of what JSON can hold, in 32 hexadecimal digits."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def _hash_weights(named: Iterable[tuple[str, Tensor]]) -> str:

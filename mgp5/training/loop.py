@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import TrainConfig
 from ..data import Problems
 from ..errors import Mgp5Error
+from ..files import GiB
 from ..model import InterleavedModel
 from . import checkpoints as runs
 from .batch import Batch, Collator
@@ -46,7 +47,7 @@ class Progress:
         lr: of the mapper.
         samples_per_second, images_per_second: read, and drawn, since this piece of the run began.
         eta: seconds to the end of the run.
-        memory_gb: at most so far, of the GPU; of the process, on a CPU.
+        memory_gib: at most so far in GiB, of the GPU; of the process, on a CPU.
         problems: samples that were left out or cut since the run began.
         stopped: before the end, by a signal.
     """
@@ -58,7 +59,7 @@ class Progress:
     samples_per_second: float
     images_per_second: float
     eta: float
-    memory_gb: float
+    memory_gib: float
     problems: int
     stopped: bool = False
 
@@ -169,7 +170,7 @@ def train(
             samples_per_second=round(samples / seconds, 2),
             images_per_second=round(images / seconds, 2),
             eta=round((total - step) * seconds / (step - first), 1),
-            memory_gb=_peak_memory(accelerator.device),
+            memory_gib=_peak_memory(accelerator.device),
             problems=trainer.num_problems,
             stopped=counts.stop > 0 and step < last,
         )
@@ -225,5 +226,5 @@ def _own_session(worker: int) -> None:
 
 def _peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)  # Linux counts in KiB
+        return round(torch.cuda.max_memory_allocated(device) / GiB, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB, 2)  # Linux counts in KiB

@@ -23,13 +23,14 @@ from ..data import Keyed, Problems, Skipped
 from ..data.shards import Shards
 from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
 from ..errors import Mgp5Error
+from ..files import digest
 from ..generators import LatentDiffusion
 from ..hub import Parts, resolve
 from ..messages import Conversation, Image
 from ..model import load_backbone, load_generator
 from .batch import to_pixels
 from .feature_cache import KINDS, Item, Writer
-from .fingerprint import hash_of, origin
+from .fingerprint import origin
 from .run import sources, tokenizer_of
 
 PROBES = 32  # samples from which sizes are estimated
@@ -100,7 +101,7 @@ def things(conversation: Conversation) -> Iterator[tuple[str, Thing]]:
 
 def key_of(thing: Thing) -> str:
     """The key of an item. Raises Mgp5Error for a picture that cannot be read."""
-    return hash_of(thing) if isinstance(thing, str) else thing.digest()
+    return digest(thing) if isinstance(thing, str) else thing.digest()
 
 
 def prepare(kind: str, thing: Thing, model: Part) -> Any:

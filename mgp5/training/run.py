@@ -17,13 +17,14 @@ import torch
 
 from ..config import TrainConfig, model_config_from, override, parse_settings, preset, read_toml
 from ..data import Keyed, load_data, options_of
-from ..device import quiet_libraries
+from ..device import DTYPES, quiet_libraries
 from ..errors import Mgp5Error
+from ..files import read_json
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, load_checkpoint
 from ..model import InterleavedModel, build
 from . import checkpoints as runs
-from .distributed import DTYPES, frozen_dtype, launch
+from .distributed import frozen_dtype, launch
 from .feature_cache import Caches
 from .loop import Progress, num_samples, total_steps, train
 
@@ -197,7 +198,7 @@ class Interruption:
 
 def _tell(out: Path, stopped: bool) -> None:
     """Where the result is, and what was not trained on."""
-    for kind, (number, place) in runs.read_json(out / runs.REPORT)["problems"].items():
+    for kind, (number, place) in read_json(out / runs.REPORT)["problems"].items():
         click.echo(f"{number} x {kind} (first: {place})", err=True)
     click.echo(f"What was trained is in {out}{': go on with --resume' if stopped else ''}", err=True)
 
@@ -225,4 +226,4 @@ def _line(event: Progress) -> str:
     hours, seconds = divmod(round(event.eta), 3600)
     losses = " ".join(f"{name} {value:.3f}" for name, value in event.losses.items())
     eta = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
-    return f"{eta} {losses} {event.images_per_second:.1f} images/s {event.memory_gb:.1f} GB"
+    return f"{eta} {losses} {event.images_per_second:.1f} images/s {event.memory_gib:.1f} GiB"

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..config import TrainConfig
 from ..data import Problems
 from ..errors import Mgp5Error
+from ..files import read_json, write_json
 from ..hub import Parts
 from ..loading import WEIGHTS, full, put, read_weights, trained_tensors, write_tensors, write_weights
 from ..messages import Conversation
@@ -168,17 +169,17 @@ class Trainer:
                 write_weights(weights, self.model.config, folder / "mgp5")
                 (folder / STATE).parent.mkdir()
                 write_tensors(tensors, folder / STATE)
-                runs.write_json(folder / runs.FACTS, facts)
+                write_json(folder / runs.FACTS, facts)
 
             on_main(self.accelerator, lambda: runs.save(out, self.step, self.config.keep, fill))
         problems.merge(loaded)
         if self.accelerator.is_main_process:
-            runs.write_json(out / runs.REPORT, {"step": self.step, "problems": _told(problems)})
+            write_json(out / runs.REPORT, {"step": self.step, "problems": _told(problems)})
 
     @torch.no_grad()
     def _restore(self, checkpoint: Path) -> None:
         """What a checkpoint holds besides the usable weights, which the model has by now."""
-        facts, tensors = runs.read_json(checkpoint / runs.FACTS), read_weights(checkpoint / STATE)
+        facts, tensors = read_json(checkpoint / runs.FACTS), read_weights(checkpoint / STATE)
         for full_name, value in (tensors | facts["numbers"]).items():
             kind, _, name = full_name.partition(".")
             weight = self.trained[name]

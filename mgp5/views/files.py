@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
@@ -16,28 +15,12 @@ from typing import Any, TextIO
 from .. import __version__
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
+from ..files import read_json, write_bytes, write_text
 from ..messages import Conversation, Image, inside
 
 FORMAT, VERSION = "mgp5-story", 1
 STORY = "story.json"
 LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")  # given pictures of these kinds stay lossless, others become JPEG
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader or a crash sees its old content or its new one, never a half.
-
-    Raises Mgp5Error when the disk is full or the place cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise Mgp5Error(f"cannot write {path} ({reason})", "make room there or choose another --out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def write_png(image: Image, path: Path) -> None:
@@ -58,7 +41,7 @@ def write_png(image: Image, path: Path) -> None:
                 info.add_text(key, _clean(str(facts[key])))
     buffer = io.BytesIO()
     image.load().save(buffer, "PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def _clean(text: str) -> str:
@@ -151,7 +134,7 @@ class StoryFolder:
         else:
             buffer = io.BytesIO()
             image.load().save(buffer, "JPEG", quality=92)
-            write_atomic(self.path / name, buffer.getvalue())
+            write_bytes(self.path / name, buffer.getvalue())
         return name
 
     def _free_stem(self) -> str:
@@ -180,7 +163,7 @@ class StoryFolder:
             "messages": conversation.to_chat(iter(names)),
         }
         text = json.dumps(story, ensure_ascii=False, indent=2, default=str)
-        write_atomic(self.path / STORY, text.encode("utf-8", "replace"))
+        write_text(self.path / STORY, text)
 
     def load(self) -> tuple[Conversation, dict[str, Any]]:
         """The story so far, and its title, model, seed and options.
@@ -199,13 +182,8 @@ class StoryFolder:
 
 def _read_story(path: Path) -> dict[str, Any]:
     """The JSON object of a story file, checked for format and version."""
-    try:
-        story = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Mgp5Error(f"{path} does not exist", "give a folder that mgp5 story or mgp5 chat wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Mgp5Error(f"{path} is not readable JSON ({error})", "repair the file or start a new story") from None
-    if not isinstance(story, dict) or story.get("format") != FORMAT or not isinstance(story.get("messages"), list):
+    story = read_json(path, "give a folder that mgp5 story or mgp5 chat wrote, or start a new one")
+    if story.get("format") != FORMAT or not isinstance(story.get("messages"), list):
         raise Mgp5Error(f"{path} is no story, expected an object with format {FORMAT!r}", "give a story's folder")
     if story.get("version") != VERSION:
         raise Mgp5Error(f"{path} has version {story.get('version')!r}, expected {VERSION}", "upgrade mgp5")

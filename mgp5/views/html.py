@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+from ..files import write_text
 from ..messages import Conversation, Image, Message, Text
-from .files import write_atomic
 
 MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger picture goes into the page as a JPEG of at most MAX_SIDE pixels
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
@@ -113,7 +113,7 @@ def write_html(
         body="\n".join(body),
         footer=escape(_colophon(meta)),
     )
-    write_atomic(path, page.encode("utf-8", "replace"))
+    write_text(path, page)
 
 
 def scenes(conversation: Conversation) -> list[Scene]:

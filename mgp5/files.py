@@ -1,0 +1,161 @@
+"""Write files that appear whole or not at all, lock folders, hash contents, read JSON: for all rooms, without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import Mgp5Error
+
+GiB = 2**30  # bytes; the unit of all memory that mgp5 measures or estimates
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside `path`, for a file, a folder or a link; move it there when the block succeeds.
+
+    A reader, or whoever comes after a crash, finds the old content or the new one. A folder cannot replace one that
+    has files in it.
+
+    Args:
+        durable: flush all of it to the disk before it is moved, so that it also survives a loss of power.
+
+    Raises:
+        OSError: it cannot be moved. Whatever the block raises passes; the temporary path is removed.
+    """
+    part = _part(path)
+    _remove(part)
+    try:
+        yield part
+        for written in (part, *part.rglob("*")) if durable else ():
+            _flush(written)
+        os.replace(part, path)
+        if durable:
+            _flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def write_bytes(path: Path, contents: bytes | memoryview, durable: bool = False) -> None:
+    """Write a file that appears whole or not at all. Raises Mgp5Error when the disk is full or `path` not writable."""
+    try:
+        with replacing(path, durable) as part:
+            part.write_bytes(contents)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Mgp5Error(f"cannot write {path} ({reason})", "make room there or choose another --out") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_bytes` does; half surrogate pairs, which UTF-8 cannot hold, become "?"."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Write a JSON file as `write_bytes` does; values that JSON does not know are written as their `str`."""
+    write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode(), durable)
+
+
+def read_json(path: Path, hint: str = "check the file") -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        hint: what to do when it is missing or broken.
+
+    Raises:
+        Mgp5Error: one line that names the file, and the line in it that is not JSON.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Mgp5Error(f"no {path}", hint) from None
+    except OSError as error:
+        raise Mgp5Error(f"{path} cannot be read ({error.strerror})", hint) from None
+    except json.JSONDecodeError as error:
+        raise Mgp5Error(f"{path}:{error.lineno} is not JSON ({error.msg})", hint) from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise Mgp5Error(f"{path} is not JSON ({error})", hint) from None
+    if not isinstance(value, dict):
+        raise Mgp5Error(f"{path} holds a JSON {type(value).__name__}, expected an object", hint)
+    return value
+
+
+def lock(path: Path) -> BinaryIO:
+    """Open a file to read and append, in a folder that is made if needed, and keep other processes from locking it.
+
+    The lock ends when the file is closed or the process ends; a forked process does not inherit it.
+
+    Raises:
+        Mgp5Error: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise Mgp5Error(f"{path.parent} cannot be written ({error.strerror})", "choose another --out") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        found = f"another process is at work in {path.parent}"
+        raise Mgp5Error(found, "wait for it, or choose another --out") from None
+    return file
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; one that is removed only in part, as by a kill, no longer has its name."""
+    part = _part(folder)
+    _remove(part)
+    shutil.rmtree(folder.rename(part))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that `replacing` left when its process was killed."""
+    for part in folder.glob(".*.part"):
+        _remove(part)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in 64 hexadecimal digits: for files whose hash other programs know."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any, size: int = 16) -> str:
+    """Return the BLAKE2b hash of bytes, of a text, or of a value as JSON.
+
+    Args:
+        size: bytes of the hash; the result has twice as many hexadecimal digits.
+    """
+    if not isinstance(value, bytes):
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        value = text.encode(errors="surrogatepass")
+    return hashlib.blake2b(value, digest_size=size).hexdigest()
+
+
+def _part(path: Path) -> Path:
+    path = path.absolute()  # "." has no name
+    return path.with_name(f".{path.name}.part")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
