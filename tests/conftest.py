@@ -1,13 +1,58 @@
-"""Tiny models on disk, made once per run."""
+"""Tiny models on disk, made once for all processes of a run; which tests are quick, and which need a GPU."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 from tiny import save_llava, save_pipeline, save_qwen
 from tiny_mllm import save_minigpt4, save_qwen3
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+
+QUICK = (  # files of `pytest -m quick`: a minute on two cores
+    "architecture", "collate", "convert", "data", "evaluation", "golden", "hub", "mapper", "model", "sampler", "sd2",
+    "storyland", "views",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in two processes, where pytest-xdist is installed; named tests stay in this one."""
+    worker, named = "PYTEST_XDIST_WORKER" in os.environ, config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if not worker and not named and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, make) -> a folder of the run, which `make(folder)` fills in the first process that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    base.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,53 +64,52 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def llava_folder(tmp_path_factory):
-    return save_llava(tmp_path_factory.mktemp("llava"))
+def llava_folder(shared):
+    return shared("llava", save_llava)
 
 
 @pytest.fixture(scope="session")
-def qwen_folder(tmp_path_factory):
-    return save_qwen(tmp_path_factory.mktemp("qwen"))
+def qwen_folder(shared):
+    return shared("qwen", save_qwen)
 
 
 @pytest.fixture(scope="session")
-def qwen3_folder(tmp_path_factory):
-    return save_qwen3(tmp_path_factory.mktemp("qwen3"))
+def qwen3_folder(shared):
+    return shared("qwen3", save_qwen3)
 
 
 @pytest.fixture(scope="session")
-def minigpt4_folder(tmp_path_factory):
-    parts = tmp_path_factory.mktemp("minigpt4")
-    return save_minigpt4(parts / "composed", parts)
+def minigpt4_folder(shared):
+    return shared("minigpt4", lambda folder: save_minigpt4(folder / "composed", folder)) / "composed"
 
 
 @pytest.fixture(scope="session")
-def diffusion_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffusion")
-    save_pipeline(folder, "v_prediction")
-    return folder
+def diffusion_folder(shared):
+    return shared("diffusion", lambda folder: save_pipeline(folder, "v_prediction"))
 
 
 @pytest.fixture(scope="session")
-def small_folder(llava_folder, tmp_path_factory):
+def small_folder(llava_folder, shared):
     """A whole model of the fewest layers."""
     from tiny_export import save_small
 
-    return save_small(tmp_path_factory.mktemp("small") / "model", llava_folder)
+    return shared("small", lambda folder: save_small(folder, llava_folder))
 
 
 @pytest.fixture(scope="session")
-def small_export(small_folder, tmp_path_factory):
+def small_export(small_folder, shared):
     """All its components as ONNX files, by the command."""
     from click.testing import CliRunner
 
     from mgp5.cli import main
 
-    out = tmp_path_factory.mktemp("exported") / "onnx"
-    result = CliRunner().invoke(main, ["export", "--onnx", "--split", "--model", str(small_folder), "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert "dB from PyTorch's" in result.stderr and str(out) in result.stderr
-    return out
+    def export(folder: Path) -> None:
+        command = ["export", "--onnx", "--split", "--model", str(small_folder), "--out", str(folder)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        assert "dB from PyTorch's" in result.stderr and str(folder) in result.stderr
+
+    return shared("onnx", export)
 
 
 @pytest.fixture(scope="session", params=["llava", "qwen"])
@@ -92,12 +136,10 @@ def fresh_accelerator():
 
 
 @pytest.fixture(scope="session")
-def storyland(tmp_path_factory):
+def storyland(shared):
     from mgp5.storyland.write import write
 
-    folder = tmp_path_factory.mktemp("storyland") / "train"
-    write(folder, "train", pairs=6, stories=1, dialogs=2, seed=0)
-    return folder
+    return shared("storyland", lambda folder: write(folder, "train", pairs=6, stories=1, dialogs=2, seed=0))
 
 
 @pytest.fixture(scope="session")

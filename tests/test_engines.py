@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
-from tiny import LENGTH, SIZE, WIDTH, save_pipeline, tiny_vae
+from tiny import SIZE, WIDTH, conditions_of, save_pipeline, tiny_vae
 from tiny_sd3 import save_sd3
 
 from mgp5 import engines
@@ -77,11 +78,7 @@ def clean(diffusion):
 
 def start(diffusion, seed: int, count: int = 1, **options):
     """A drawing that has not begun; conditions and noise belong to the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    length, width = diffusion.condition_shape
-    if isinstance(diffusion, StableDiffusion):
-        length = LENGTH
-    conditions = torch.randn(count + 1, length, width, generator=generator)
+    conditions = conditions_of(diffusion, seed, count + 1)
     generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
     settings = {"steps": 3, "guidance": 3.0, "sampler": "euler"} | options
     return diffusion.draw(conditions[1:], conditions[:1], generators=generators, **settings)
@@ -89,6 +86,17 @@ def start(diffusion, seed: int, count: int = 1, **options):
 
 def draw(diffusion, seed: int, count: int = 1, **options):
     return torch.stack(list(start(diffusion, seed, count, **options)))
+
+
+def test_inputs_are_where_the_model_is(diffusion):
+    """A device without memory refuses tensors of others, so this holds for GPUs too."""
+    elsewhere = copy.deepcopy(diffusion).to("meta")
+    for backend in (None, "eager"):
+        if backend:
+            engines.apply(elsewhere, backend)
+        drawn = draw(elsewhere, 1, count=2, sampler="dpm++", steps=4)
+        size = (diffusion.native_size,) * 2
+        assert drawn.is_meta and drawn.shape == (4, 2, *diffusion.latent_shape(*size))
 
 
 CALLS = [
@@ -284,7 +292,6 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_engines_on_a_gpu(clean, backend):
     before = all_calls(clean)

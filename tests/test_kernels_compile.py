@@ -2,8 +2,8 @@
 
 Triton is given a driver that compiles for a card and launches nothing; so what is compiled is what would be launched,
 with the alignment of real tensors. The compiler (ptxas) reports registers, stack and spills. Every kernel is compiled
-for every card, each time for some of its shapes and types; `pytest -m slow tests/test_kernels_compile.py` takes them
-all (10 minutes on one core).
+for three cards, each time for some of its shapes and types; `pytest -m slow tests/test_kernels_compile.py` takes all
+cards, shapes and types (10 minutes on one core).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def cases():
 
 
 CASES = list(itertools.product(cases().items(), DTYPES))
-SAMPLE = {"group_norm": 6, "group_norm_small": 3, "guided_step": 3}  # cases of an operation for each card, else 1
+SAMPLE = {"group_norm": 3, "group_norm_small": 2, "guided_step": 2}  # cases of an operation for each card, else 1
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def check(compile_for, capability, some):
     return kernels
 
 
-@pytest.mark.parametrize("capability", CARDS)
-def test_kernels_compile_for_every_card(capability, compile_for):
+@pytest.mark.parametrize("capability", [75, 90, 120])
+def test_kernels_compile_for_old_and_new_cards(capability, compile_for):
     turn, operations = list(CARDS).index(capability), defaultdict(list)
     for case in CASES:
         operations[case[0][0].split()[0]].append(case)

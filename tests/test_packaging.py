@@ -1,15 +1,21 @@
-"""The package as installed: its folders, its command, and what must not be importable."""
+"""The package as installed and in the checkout: its folders, its command, and what it must not shadow."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+from mgp5 import __version__ as version
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -22,17 +28,81 @@ def command(letter: str) -> str:
     return found[1]
 
 
-def test_the_root_of_the_repository_is_not_on_the_path():
-    """There, our kernels/ would shadow Hugging Face's package of that name, which transformers imports."""
-    assert ROOT not in [Path(entry).resolve() for entry in sys.path if entry]
+FAKE_KERNELS = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name[0].isupper():
+        return type(name, (), {"__init__": lambda self, *_, **__: None})
+    return lambda *_, **__: lambda decorated: decorated
+"""
+WHERE = """
+import mgp5, mgp5.kernels.registry, mgp5.export.manifest
+model = mgp5.load("demo", backend=None)
+print(mgp5.__file__, mgp5.kernels.registry.__file__, mgp5.export.manifest.__file__, sep="\\n")
+"""
+OURS = """
+import kernels, transformers.integrations.hub_kernels
+from transformers.utils import is_kernels_available
+print(is_kernels_available(), getattr(kernels, "__file__", None))
+"""
+
+
+def run(code: str, folder: Path, *before: Path, safe: bool = False) -> list[str]:
+    """Lines that Python prints for code in a folder, which is on its path unless `safe`, as it is not for `mgp5`."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, before)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(["-P"] if safe else []), "-c", code]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_checkouts_root_shadows_no_package(tmp_path):
+    """With Hugging Face's `kernels` installed, transformers finds that one, and we find ours."""
+    fake = tmp_path / "kernels"
+    fake.mkdir()
+    (fake / "__init__.py").write_text(FAKE_KERNELS)
+    metadata = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    ours = [str(ROOT / path) for path in ("mgp5/__init__.py", "kernels/registry.py", "export/manifest.py")]
+    *places, found = run(WHERE + OURS, ROOT, tmp_path)
+    assert places == ours and found == f"True {fake / '__init__.py'}"
+
+
+def test_the_readmes_snippet_runs_in_the_checkouts_root(tmp_path):
+    """There, without Hugging Face's `kernels`, transformers finds none."""
+    (snippet,) = re.findall(r"^```python\n(import mgp5\n.+?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    out = tmp_path / "fox.png"
+    plain = 'import sys; sys.modules["onnxruntime"] = None\n'  # as README installs it: no extras
+    *events, found = run(plain + snippet.replace("fox.png", str(out)) + OURS, ROOT)
+    assert events[-1].startswith("Finished(") and out.stat().st_size > 1000
     spec = find_spec("kernels")
-    assert spec is None or not str(spec.origin).startswith(str(ROOT))
+    assert found.split()[1] == str(spec and spec.origin)
 
 
-@pytest.mark.parametrize("name", ["kernels", "export"])
-def test_folders_beside_mgp5_are_its_subpackages(name):
-    spec = find_spec(f"mgp5.{name}")
-    assert spec is not None and Path(spec.origin).resolve() == ROOT / name / "__init__.py"
+@pytest.mark.slow
+def test_wheels_hold_all_folders_and_work_in_any(tmp_path):
+    """One of the checkout, and one of its source distribution."""
+    source = tmp_path / "source"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):  # a build leaves folders behind: not in the checkout
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    sdist = "import os, sys; from setuptools import build_meta as b; os.chdir(sys.argv[1]); b.build_sdist(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", sdist, source, tmp_path / "sdist"], check=True, capture_output=True)
+    for kind, origin in ("checkout", source), ("sdist", *(tmp_path / "sdist").iterdir()):
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", str(origin)]
+        subprocess.run([*command, "-w", str(tmp_path / f"{kind}-wheel")], check=True, capture_output=True)
+        (wheel,) = (tmp_path / f"{kind}-wheel").iterdir()
+        site = tmp_path / f"{kind}-site"
+        with zipfile.ZipFile(wheel) as archive:
+            assert {name.split("/")[0] for name in archive.namelist()} <= {"mgp5", f"mgp5-{version}.dist-info"}
+            archive.extractall(site)
+        files = [str(site / "mgp5" / path) for path in ("__init__.py", "kernels/registry.py", "export/manifest.py")]
+        for folder in tmp_path, ROOT:
+            assert run(WHERE, folder, site, safe=True) == files
 
 
 def test_the_command_is_our_main():

@@ -127,7 +127,6 @@ def test_deep_blocks_run_in_one_of_so_many_steps(way):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_shortcuts_on_a_gpu(backend):
     diffusion = stable_diffusion()

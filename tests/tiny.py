@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image as pil
+from PIL import ImageChops
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -176,6 +177,22 @@ def save_clip(folder: Path) -> Path:
     tiny_tokenizer().save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder)
     return folder
+
+
+def conditions_of(diffusion, seed: int, count: int) -> torch.Tensor:  # (count, L, D)
+    """Random conditions of a seed, made on the CPU and put where the generator is, in its type."""
+    length, width = diffusion.condition_shape
+    length = LENGTH if hasattr(diffusion, "unet") else length  # a UNet takes any
+    drawn = torch.randn(count, length, width, generator=torch.Generator().manual_seed(seed))
+    parameter = next(diffusion.denoiser.parameters())
+    return drawn.to(parameter.device, parameter.dtype)
+
+
+def assert_alike(images, others) -> None:
+    """Images of one size whose values differ by at most 2 of 255, as CPUs of several makers may round."""
+    for one, other in zip(images, others, strict=True):
+        assert one.size == other.size
+        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 2
 
 
 def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> pil.Image:
