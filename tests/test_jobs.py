@@ -111,14 +111,14 @@ def test_a_killed_batch_goes_on_and_does_every_line_once(batch, small_folder):
 WRONG = {
     "nonsense": "not JSON",
     "[]": "not a conversation or a story",
-    '{"messages": [], "scenes": 1}': "nothing is given",
+    '{"messages": [], "scenes": 1}': "empty conversation",
     '{"messages": [{"role": "user"}, 3]}': "no role",
     '{"messages": [{"role": "user", "content": [3]}]}': "not understood",
     '{"messages": [{"role": "assistant", "content": "hi"}]}': "not the user's",
     '{"messages": [{"role": "user", "content": [{"type": "image", "path": "../a.png"}]}]}': "leaves its folder",
     '{"story": [{"path": "no.png"}]}': "no image at no.png",
     '{"story": [{}]}': "a scene is {}",
-    '{"story": [{"text": " "}]}': "a scene is empty",
+    '{"story": [{"text": " "}]}': 'a scene is {"text": " "}',
     '{"story": [{"text": "a"}], "scenes": -1}': "not a conversation or a story",
     '{"story": [{"text": "a"}], "color": 1}': "not a conversation or a story",
     '{"story": [{"text": "a"}], "options": {"steps": 0}}': "steps is 0",
@@ -149,7 +149,7 @@ def test_another_batch_in_the_same_folder_is_refused(batch, small_folder):
         other.stdout.readline()
         assert "another process is at work" in batch(chat("one"), code=1, flags=()).stderr
         other.stdin.close()
-    assert "line 1 was another" in batch(chat("other"), code=2, flags=()).stderr
+    assert "line 1 has changed" in batch(chat("other"), code=2, flags=()).stderr
     assert "with another options" in batch(chat("one"), code=2, flags=("--seed", "0", "--guidance", "2")).stderr
     Path("mine").mkdir()
     Path("mine/file").touch()

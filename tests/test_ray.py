@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -143,26 +142,30 @@ class Deadly:
 
 
 @pytest.mark.slow
-def test_what_kills_every_worker_fails_alone(cluster):
-    from mgp5.apps.batch import Job
+def test_what_kills_every_worker_fails_alone(cluster, small_folder):
     from mgp5.errors import Mgp5Error
     from mgp5.messages import Conversation
+    from mgp5.options import ModelRequest, Options
     from mgp5.serving.cluster import connected, resources
     from mgp5.serving.cluster.spread import spread
 
-    job = Job(1, "", "", Deadly(), iter(()), (Conversation(), Deadly()))
-    given = [[], [job]]
+    class Dying:
+        """A request whose reading ends the process."""
 
-    def model() -> SimpleNamespace:
-        return SimpleNamespace(config=SimpleNamespace(narrate_from="text"))
+        device = property(lambda _: os._exit(1))
 
     with connected(cluster) as own:
         assert not own and resources(None, "auto") == (2, 2, {"num_cpus": 1})
         assert resources(4, "cpu") == (4, 4, {"num_cpus": 0.5}) and resources(3, "auto")[2] == {"num_cpus": 0.5}
-        ((jobs, (why,)),) = spread(1, {"num_cpus": 0.5}, model)(lambda context, _: given.pop() if given else [])
-        assert jobs == [job] and "3 workers died over it" in str(why)
-        with pytest.raises(Mgp5Error, match="no worker of the cluster starts"):
-            list(spread(1, {"num_cpus": 0.5}, lambda: os._exit(1))(lambda *_: []))
+        request = ModelRequest(model=str(small_folder), device="cpu", backend="eager")
+        with spread(1, {"num_cpus": 0.5}, request) as answer:
+            (why,) = answer([(Conversation(), Deadly())])
+        assert "3 workers died over it" in str(why)
+        with (
+            pytest.raises(Mgp5Error, match="no worker of the cluster starts"),
+            spread(1, {"num_cpus": 0.5}, Dying()) as answer,
+        ):
+            answer([(Conversation(), Options())])
 
 
 @pytest.mark.slow

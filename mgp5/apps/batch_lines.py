@@ -1,41 +1,131 @@
-"""The lines of a batch's file, checked."""
+"""Lines of a batch: read and check one, ask for what it needs next, record the replies.
+
+Each line is a JSON object. A conversation, which gets its next reply, is in the Hugging Face chat format; a story is
+what the user gives of its scenes, and how many scenes the model adds:
+
+    {"messages": [{"role": "user", "content": "a red fox"}]}
+    {"story": [{"path": "a.png", "text": "A day."}, {"path": "b.png"}, {"text": "It snows."}], "scenes": 2}
+
+Both take "title", and "options" of generation. Paths are relative to the file and may not leave its folder.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
-from ..messages import Image, inside
-from .story import SceneInput
+from ..messages import Conversation, Image, Message, inside
+from ..options import Options
+from ..prompts import CHAT_SYSTEM, Context
+from .recorder import StoryScene, story_conversation
+from .story import SceneInput, finished_scene, scene_request
 
 EXPECTED = 'expected {"messages": [...]} or {"story": [...]}, with scenes, title, options'
+TYPES = {"messages": list, "story": list, "scenes": int, "title": str, "options": dict}
+Ask = tuple[Conversation, Options]  # a prompt, and how to reply to it
 
 
-def read_line(line: bytes) -> dict[str, Any]:
-    """A line, with fields of the right types. Raises Mgp5Error."""
+@dataclass
+class ChatLine:
+    """A conversation that gets one reply."""
+
+    title: str
+    options: Options
+    conversation: Conversation
+    replied: bool = False
+
+    def next_ask(self) -> Ask | None:
+        """Return what the model is asked next; None when the line is done."""
+        return None if self.replied else (self.conversation, self.options)
+
+    def record(self, reply: Message) -> None:
+        """Add the reply to what was asked."""
+        self.conversation, self.replied = Conversation((*self.conversation.messages, reply)), True
+
+
+@dataclass
+class StoryLine:
+    """A story that is told scene by scene, as by `story.tell_story`."""
+
+    title: str
+    options: Options
+    inputs: list[SceneInput | None]  # of all scenes, None for those of the model
+    narrate_from: Context
+    scenes: list[StoryScene] = field(default_factory=list)
+
+    def next_ask(self) -> Ask | None:
+        """Return what the model is asked next; None when the line is done."""
+        for part in self.inputs[len(self.scenes) :]:
+            if asked := scene_request(self.scenes, part, self.options, self.narrate_from):
+                return asked
+            self.record(part.message)
+        return None
+
+    def record(self, reply: Message) -> None:
+        """Add the reply to what was asked."""
+        self.scenes.append(finished_scene(self.inputs[len(self.scenes)], reply))
+
+    @property
+    def conversation(self) -> Conversation:
+        """The story so far."""
+        return story_conversation(self.scenes)
+
+
+def read_line(line: bytes, root: Path, options: Options, scenes: int, narrate_from: Context) -> ChatLine | StoryLine:
+    """Read one line and the images that it names.
+
+    Args:
+        line: the JSON object.
+        root: folder that paths are relative to.
+        options: of the line, where it has no others.
+        scenes: how many a story gets whose line does not say.
+        narrate_from: see `story.scene_request`.
+
+    Raises:
+        Mgp5Error: what is wrong with the line, or an image that cannot be read.
+    """
+    row = _checked(line)
+    try:
+        title, options = row.get("title", ""), options.updated(row.get("options", {}))
+        if "story" in row:
+            inputs = [_scene_input(part, root) for part in row["story"]]
+            return StoryLine(title, options, inputs + [None] * row.get("scenes", scenes), narrate_from)
+        conversation = Conversation.from_chat(row["messages"], root)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of the wrong types, deeper inside
+        raise Mgp5Error(f"not understood ({error})", EXPECTED) from None
+    if conversation.messages[-1].role != "user":
+        raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
+    for image in conversation.images:
+        image.load()
+    if conversation.messages[0].role != "system":  # as a chat begins
+        conversation = Conversation((*Conversation().add("system", CHAT_SYSTEM).messages, *conversation.messages))
+    return ChatLine(title, options, conversation)
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """Return the object of a line, with fields of the right types. Raises Mgp5Error."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise Mgp5Error(f"not JSON ({error})", EXPECTED) from None
-    types = {"messages": list, "story": list, "scenes": int, "title": str, "options": dict}
-    wrong = not isinstance(row, dict) or any(type(value) is not types.get(name) for name, value in row.items())
+    wrong = not isinstance(row, dict) or any(type(value) is not TYPES.get(name) for name, value in row.items())
     if wrong or ("messages" in row) == ("story" in row) or row.get("scenes", 0) < 0:
         raise Mgp5Error("not a conversation or a story", EXPECTED)
-    if not row.get("messages", True) or row.get("story") == []:
-        raise Mgp5Error("nothing is given", EXPECTED)
+    if [] in (row.get("messages"), row.get("story")):
+        raise Mgp5Error("an empty conversation or story", EXPECTED)
     return row
 
 
-def given_in(part: Any, root: Path) -> SceneInput:
-    """A scene of which a picture, a text or both are given."""
-    fields = part.items() if isinstance(part, dict) else [("", None)]
-    if not fields or any(name not in ("path", "text") or not isinstance(value, str) for name, value in fields):
+def _scene_input(part: Any, root: Path) -> SceneInput:
+    """Return what the user gives of a scene, its image read. Raises Mgp5Error."""
+    fields = part if isinstance(part, dict) else {}
+    texts = all(name in ("path", "text") and isinstance(value, str) for name, value in fields.items())
+    if not texts or not any(map(str.strip, fields.values())):
         raise Mgp5Error(f"a scene is {json.dumps(part)[:80]}", 'expected {"path": ..., "text": ...}, one or both')
-    image = Image(path=inside(root, part["path"])) if "path" in part else None
+    image = Image(path=inside(root, fields["path"])) if "path" in fields else None
     if image:
         image.load()
-    if image is None and not part["text"].strip():
-        raise Mgp5Error("a scene is empty", "give it a path, a text or both")
-    return SceneInput(image, part.get("text", "").strip())
+    return SceneInput(image, fields.get("text", "").strip())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..model import InterleavedModel
     from ..options import ModelRequest
+    from ..prompts import Context
 
 Tell = Callable[[str], None]  # takes a line for the user
 
@@ -54,3 +55,15 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
     if choice.why:
         tell(f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model
+
+
+def narrate_from(request: ModelRequest) -> Context:
+    """Return how much of a story's history a prompt for a text shows, of the model's configuration alone.
+
+    Raises:
+        Mgp5Error: no such model, or a configuration that cannot be read.
+    """
+    from ..hub import read_config, resolve
+
+    trained = resolve(request.model).trained
+    return "full" if trained is None else read_config(trained / "config.json").get("narrate_from", "full")

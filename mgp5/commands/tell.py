@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import Mgp5Error
-from .flags import generation_options, model_of, notes, ray_option, requests_of, view_of
+from .flags import generation_options, notes, ray_option, requests_of, view_of
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-    from ..apps.batch import Crew
+    from ..apps.batch import Answer, BatchRequest
 
 
 @click.command()
@@ -51,8 +52,6 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         if images or text or title or not out:
             raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
         return _batch(out, scenes, flags)
-    from contextlib import closing
-
     from ..apps.story import StoryRequest, tell_story
     from ..views.files import free_folder
 
@@ -67,58 +66,57 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
 
 
 def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
-    from contextlib import ExitStack, closing
+    from contextlib import ExitStack
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..apps.batch import FAILURES, Batch, Results, earlier, read_lines
-    from ..hub import resolve
+    from ..apps.batch import FAILURES, Batch, BatchRequest
 
-    resolve(flags["model"])  # a wrong name is told before anything is made
-    lines, root = read_lines(flags["batch"])
-    begun = earlier(out)
-    seed = begun["options"]["seed"] if begun and flags["seed"] is None else flags["seed"]
-    request, options = requests_of(flags | {"seed": seed})
-    settings = {"scenes": scenes, "options": options.flat()} | {n: flags[n] for n in ("model", "quantize")}
-    total, quiet = sum(bool(line.strip()) for line in lines), flags["as_json"] or not sys.stderr.isatty()
-    with closing(Results(out, settings)) as results, Progress(console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("lines", total=total, completed=len(results.done))
-
-        def tell(row: dict[str, Any]) -> None:
+    model, options = requests_of(flags)
+    request = BatchRequest(
+        file=flags["batch"],
+        out=out,
+        scenes=scenes,
+        at_once=flags["at_once"],
+        model=model,
+        options=options,
+        keep_seed=flags["seed"] is None,
+    )
+    quiet = flags["as_json"] or not sys.stderr.isatty()
+    with ExitStack() as stack:
+        batch = stack.enter_context(closing(Batch(request)))
+        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=quiet))
+        answer, workers = _answer(request, flags, stack)
+        task = bar.add_task("lines", total=batch.total, completed=len(batch.done))
+        for row in stack.enter_context(closing(batch.run(answer, workers))):
             bar.advance(task)
             if flags["as_json"]:
                 click.echo(json.dumps(row))
-
-        given = {"model": flags["model"], "engine": request.given(), "at_once": flags["at_once"]}
-        work = Batch(lines=lines, root=root, options=options, scenes=scenes, **given)
-        with ExitStack() as stack:
-            failures = work.run(results, _crew(flags, stack), tell)
-    if failures:
-        which = ", ".join(map(str, list(failures)[:9])) + (", ..." if len(failures) > 9 else "")
+    if batch.failures:
+        which = ", ".join(map(str, list(batch.failures)[:9])) + (", ..." if len(batch.failures) > 9 else "")
         hint = f"{out / FAILURES} says why; the same command tries them again"
-        raise Mgp5Error(f"{len(failures)} of {total} lines failed, line {which}", hint)
+        raise Mgp5Error(f"{len(batch.failures)} of {batch.total} lines failed, line {which}", hint)
     notes(flags)(f"The results are in {out}")
 
 
-def _crew(flags: dict[str, Any], stack: ExitStack) -> Crew:
-    """Who answers the lines; a cluster is left with the stack."""
-    from functools import partial
+def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> tuple[Answer, int]:
+    """Return what answers the lines, and by how many models; a cluster is left when the stack closes."""
+    from ..apps.batch import local_answer
 
-    from ..apps.batch import alone
-
+    say = notes(flags)
     if not flags["ray"]:
-        return alone(lambda: model_of(flags))
+        return local_answer(request, say), 1
     from ..serving.cluster import absolute, connected, resources
 
     stack.enter_context(connected(flags["ray"]))
     from ..serving.cluster.spread import spread
 
-    room, count, needs = resources(flags["workers"], flags["device"])
+    room, count, needs = resources(flags["workers"], request.model.device)
     if count > room:
         raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
-    notes(flags)(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
-    return spread(count, needs, partial(model_of, absolute(flags)))
+    say(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
+    return stack.enter_context(spread(count, needs, absolute(request.model))), count
 
 
 @click.command()
