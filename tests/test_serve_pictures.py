@@ -16,9 +16,9 @@ import pytest
 from serve_process import data_url
 
 from mgp5.errors import Mgp5Error
-from mgp5.serving import pictures
+from mgp5.serving import images
 from mgp5.serving.limits import Limits
-from mgp5.serving.pictures import fetch, is_public, read_picture
+from mgp5.serving.images import fetch, is_public, read_image_url
 
 LIMITS = Limits(remote_images=True, fetch_bytes=50_000, fetch_seconds=0.5)
 
@@ -75,7 +75,7 @@ def test_only_public_addresses_are_asked(site):
     port = site.server_port
     for host in ("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:127.0.0.1]", "0"):
         with pytest.raises(Mgp5Error, match=r"not at a public address|cannot be fetched"):
-            read_picture(f"http://{host}:{port}/a.png", LIMITS)
+            read_image_url(f"http://{host}:{port}/a.png", LIMITS)
     assert site.asked == []
 
 
@@ -101,7 +101,7 @@ def test_fetching_has_limits_and_follows_few_redirects(site):
         with pytest.raises(Mgp5Error):
             fetch(bad, LIMITS, local)
     with pytest.raises(Mgp5Error, match="fetches no remote images"):
-        read_picture(f"{url}/a.png", Limits())
+        read_image_url(f"{url}/a.png", Limits())
 
 
 CURVE = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"
@@ -185,9 +185,9 @@ def test_names_of_private_addresses_are_refused(site, monkeypatch):
 
 
 def test_data_urls():
-    image = read_picture(data_url((40, 30), "blue", "JPEG"), Limits())
+    image = read_image_url(data_url((40, 30), "blue", "JPEG"), Limits())
     assert image.load().size == (40, 30) and image.path is None
-    assert set(pictures.FORMATS) == {"PNG", "JPEG", "WEBP", "GIF"}
+    assert set(images.FORMATS) == {"PNG", "JPEG", "WEBP", "GIF"}
     for kind in ("BMP", "TIFF"):
         with pytest.raises(Mgp5Error, match="not a PNG"):
-            read_picture(data_url(kind=kind), Limits())
+            read_image_url(data_url(kind=kind), Limits())

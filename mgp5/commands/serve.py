@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import Mgp5Error
 from .flags import generation_options, model_of, ray_option, without
+
+if TYPE_CHECKING:
+    from ..model import InterleavedModel
+    from ..options import ModelRequest
 
 
 @click.command()
@@ -42,27 +46,38 @@ def serve(**flags: Any) -> None:
 
     Requests are decoded and denoised together. See examples/serve/README.md.
     """
-    for name, extra in (("fastapi", "serve"), ("uvicorn", "serve"), *([("gradio", "web")] if flags["web"] else [])):
-        if find_spec(name) is None:
-            raise Mgp5Error(f"serve needs {name}", f"pip install 'mgp5[{extra}]'")
-    from ..device import quiet_libraries
+    from ..options import ModelRequest
+    from ..serving.limits import Limits
+    from ..serving.request import ServeRequest
+    from ..serving.server import serve as run
 
-    quiet_libraries()
-    if flags["ray"]:
-        return _by_cluster(flags)
-    from ..serving.run import run
+    limits = Limits(
+        remote_images=flags["allow_remote_images"],
+        body_bytes=flags["body_megabytes"] * 2**20,
+        body_seconds=flags["patience"],
+        **{name: flags[name] for name in ("tokens", "images", "steps", "side", "pixels", "seconds")},
+    )
+    same = ("host", "port", "insecure", "rows", "waiting", "connections", "drain", "web", "ray")
+    request = ServeRequest(
+        model=ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)}),
+        name=flags["name"] or "",
+        key_file=flags["api_key_file"],
+        limits=limits,
+        replicas=_replicas(flags["replicas"]),
+        **{name: flags[name] for name in same},
+    )
+    run(request, _load, lambda line: click.echo(line, err=True))
 
-    run(flags, lambda: model_of(flags), lambda line: click.echo(line, err=True))
+
+def _load(request: ModelRequest) -> InterleavedModel:
+    return model_of({field.name: getattr(request, field.name) for field in fields(request)})
 
 
-def _by_cluster(flags: dict[str, Any]) -> None:
-    from ..serving.cluster import needs_ray
-
-    needs_ray()
-    from ..serving.cluster.serve import run
-
-    if flags["web"]:
-        raise Mgp5Error(
-            "--web does not go with --ray", "a page keeps to one replica: serve it without --ray", usage=True
-        )
-    run(flags, model_of, lambda line: click.echo(line, err=True))
+def _replicas(text: str | None) -> tuple[int, int | None]:
+    """Return the smallest and largest number of N or MIN:MAX."""
+    if text is None:
+        return 1, None
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise Mgp5Error(f"--replicas is {text}", "expected N or MIN:MAX, from 1", usage=True)
+    return int(least), int(most or least)

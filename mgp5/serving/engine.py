@@ -81,7 +81,7 @@ class ServingEngine:
     """
 
     def __init__(self, model: InterleavedModel, rows: int = 8, waiting: int = 64, workers: int = 1) -> None:
-        self.model, self.rows, self.waiting = model, rows, waiting
+        self.model, self.rows, self.most_waiting = model, rows, waiting
         self.painter = StepBatch(model.head, workers)
         self.queue: deque[Job] = deque()
         self.seats: dict[int, Seat] = {}
@@ -106,15 +106,27 @@ class ServingEngine:
         """Whether jobs are served."""
         return self._thread.is_alive()
 
+    @property
+    def running(self) -> int:
+        """Return the number of requests that run."""
+        return len(self.seats)
+
+    @property
+    def waiting(self) -> int:
+        """Return the number of requests that wait for a row."""
+        return len(self.queue)
+
     def submit(self, *jobs: Job) -> None:
         """Take jobs, all or none. Raises Refused: 429 when more than `waiting` would wait, 503 when none is served."""
         with self._wake:
             if self._stopping or not self.alive:
                 raise STOPPED
             busy = len(self.queue) + len(self.seats) + len(jobs)
-            if busy > self.rows + self.waiting:
+            if busy > self.rows + self.most_waiting:
                 self.counts["refused"] += 1
-                message = f"{self.rows} requests run and {self.waiting} wait, the most this server takes: try later"
+                message = (
+                    f"{self.rows} requests run and {self.most_waiting} wait, the most this server takes: try later"
+                )
                 raise Refused(429, message, "rate_limit_exceeded")
             self.queue.extend(jobs)
             self._wake.notify()

@@ -1,34 +1,52 @@
-"""Counters of a server, as Prometheus reads them."""
+"""Numbers of a running server in Prometheus' text format."""
 
 from __future__ import annotations
 
 import resource
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import Request
-from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from .app import AppState
+    from .engine import ServingEngine
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
-async def metrics(request: Request) -> PlainTextResponse:
-    """Counters in Prometheus' text format."""
-    desk: AppState = request.app.state.desk
-    engine = desk.engine
-    values = {f"mgp5_{name}_total": ("counter", value) for name, value in sorted(dict(engine.counts).items())}
-    values |= {"mgp5_running": ("gauge", len(engine.seats)), "mgp5_waiting": ("gauge", len(engine.queue))}
-    values["process_resident_memory_bytes"] = ("gauge", _memory())
-    lines = [line for name, (kind, value) in values.items() for line in (f"# TYPE {name} {kind}", f"{name} {value}")]
-    lines.append("# TYPE mgp5_answers_total counter")
-    for (path, status), count in sorted(desk.answers.items()):
-        lines.append(f'mgp5_answers_total{{path="{path}",status="{status}"}} {count}')
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+class Metrics:
+    """A Prometheus collector of one server; its numbers are read when they are asked for.
+
+    Attributes:
+        answers: number of answers sent, by path and status.
+    """
+
+    def __init__(self, loop: ServingEngine) -> None:
+        self.loop = loop
+        self.answers: Counter[tuple[str, int]] = Counter()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counters of the serving loop, the numbers of its requests, memory, and answers."""
+        for name, value in sorted(dict(self.loop.counts).items()):
+            yield CounterMetricFamily(f"mgp5_{name}", f"{name.replace('_', ' ').capitalize()}.", value)
+        yield GaugeMetricFamily("mgp5_running", "Requests that run.", self.loop.running)
+        yield GaugeMetricFamily("mgp5_waiting", "Requests that wait for a row.", self.loop.waiting)
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory size in bytes.", _memory())
+        answers = CounterMetricFamily("mgp5_answers", "Answers sent.", labels=("path", "status"))
+        for (path, status), count in sorted(self.answers.items()):
+            answers.add_metric((path, str(status)), count)
+        yield answers
+
+    def text(self) -> bytes:
+        """Return all numbers in the text format, version 0.0.4."""
+        return generate_latest(self)
 
 
 def _memory() -> int:
-    """Bytes of memory that this process has; where Linux does not tell, the most it ever had."""
+    """Return the bytes of memory that this process holds; its peak where /proc does not exist."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:

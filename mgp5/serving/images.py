@@ -1,4 +1,4 @@
-"""Pictures that clients send: data URLs, and, where allowed, addresses on the public internet. Never files."""
+"""Images that clients send: data URLs and, where allowed, addresses on the public internet; never files."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from ..errors import Mgp5Error
 from ..messages import Image
 from .limits import Limits
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # others have decoders that do more than decode
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats run programs or read other files
 REDIRECTS = 3
-Allowed = Callable[[str], bool]  # whether an IP address may be asked
+Allowed = Callable[[str], bool]  # tells whether an IP address may be connected to
 
 
-def read_picture(url: str, limits: Limits) -> Image:
-    """A picture by its URL, decoded once to see that it can be.
+def read_image_url(url: str, limits: Limits) -> Image:
+    """Return the image at a URL; it is decoded once, so that a damaged one is refused here.
 
     Raises:
-        Mgp5Error: another kind of URL, not such a picture, or one above the limits.
+        Mgp5Error: another kind of URL, not an image of FORMATS, or one above the limits.
     """
     if url.startswith("data:"):
-        data = _decoded(url)
+        data = _data_of(url)
     elif not url.startswith(("https://", "http://")):
         raise Mgp5Error("an image_url is neither a data URL nor an http address", "send data:image/png;base64,...")
     elif not limits.remote_images:
         raise Mgp5Error("this server fetches no remote images", "send the picture as a data URL")
     else:
         data = fetch(url, limits)
-    return decoded(data, limits)
+    return read_image_bytes(data, limits)
 
 
-def decoded(data: bytes, limits: Limits) -> Image:
-    """A picture from the bytes of its file. Raises Mgp5Error as `read_picture`."""
+def read_image_bytes(data: bytes, limits: Limits) -> Image:
+    """Return the image that the bytes of a file hold. Raises Mgp5Error as `read_image_url` does."""
     try:
         with pil.open(BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
@@ -58,7 +58,8 @@ def decoded(data: bytes, limits: Limits) -> Image:
     return image
 
 
-def _decoded(url: str) -> bytes:
+def _data_of(url: str) -> bytes:
+    """Return the bytes that a data URL holds."""
     head, _, body = url.partition(",")
     if not re.fullmatch(r"data:image/[a-z]+;base64", head):
         raise Mgp5Error("a data URL does not begin with data:image/TYPE;base64,", "encode the picture in base64")
@@ -69,7 +70,7 @@ def _decoded(url: str) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is of the public internet: not this machine, its network, or a cloud's own services."""
+    """Return whether an IP address is on the public internet: not this machine, its network, or a cloud's services."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     tunnelled = ip.version == 6 and (ip.sixtofour or ip.teredo or ip in ipaddress.ip_network("64:ff9b::/96"))
@@ -77,12 +78,13 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
-    """What lies at an http or https address, by a few redirects at most.
+    """Return the bytes at an http or https address, behind at most REDIRECTS redirects.
 
-    A name is resolved once, and the address that was checked is the one that is asked; so of each redirect.
+    A name is resolved once, and the address that was checked is the one that is connected to; the same holds for each
+    redirect. The certificate is checked for the name.
 
     Raises:
-        Mgp5Error: the address is not public, the answer is no picture, too large, or too slow.
+        Mgp5Error: the address is not public, or the answer is an error, too large, or too slow.
     """
     deadline = time.monotonic() + limits.fetch_seconds
     try:
@@ -90,10 +92,10 @@ def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
                 raise Mgp5Error("a remote image is not at a plain http or https address", "send a data URL")
-            found = _ask(parts.scheme, parts.hostname, parts.port, url, limits, deadline, allowed)
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
+            answer = _ask(parts.scheme, parts.hostname, parts.port, url, limits, deadline, allowed)
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(url, answer)
     except ssl.SSLCertVerificationError:
         raise Mgp5Error("a remote image's server has no valid certificate of its name", "send a data URL") from None
     except (OSError, ValueError, http.client.HTTPException):  # ValueError: a port or host that cannot be
@@ -104,7 +106,11 @@ def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
 def _ask(
     scheme: str, host: str, port: int | None, url: str, limits: Limits, deadline: float, allowed: Allowed
 ) -> bytes | str:
-    """The body of the answer, or where it redirects to."""
+    """Return the body of the answer, or the address that it redirects to.
+
+    Args:
+        deadline: by `time.monotonic`.
+    """
     port = port or (443 if scheme == "https" else 80)
     addresses = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(allowed, addresses)):
@@ -117,7 +123,10 @@ def _ask(
         connection.sock = socket.create_connection((addresses[0], port), timeout=left)
         if scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])  # of slow drips
+        # an answer that drips in slowly is ended from outside
+        watch = threading.Timer(
+            max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock]
+        )
         watch.start()
         try:
             parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""What stands before the app: who may ask, how large a body is and how long it takes; errors in OpenAI's shape."""
+"""Checks before the app: who may ask, how large a body is and how long it takes; errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ import base64
 import binascii
 import hmac
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .engine import Refused
+from .replies import ErrorReply
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .limits import Limits
 
-KINDS = {401: "authentication_error", 429: "rate_limit_error"}
-OPEN = "/health"  # asked for without a key
-PAGE = "/ui/"  # of the web page, where browsers ask for the key as a password
-PLACES = "/v1/chat/completions", "/v1/images/generations", "/v1/models", OPEN, "/metrics", PAGE  # counted by name
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+HEALTH_PATH = "/health"  # needs no key
+WEB_PATH = "/ui/"  # the web page; browsers ask for the key as a password there
+COUNTED = "/v1/chat/completions", "/v1/images/generations", "/v1/models", HEALTH_PATH, "/metrics", WEB_PATH
 
 
 def error_response(refused: Refused) -> JSONResponse:
-    """An error as OpenAI's API tells it."""
+    """Return an error as an answer in the form of OpenAI's API."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refused.status)
-    return JSONResponse({"error": error_body(refused)}, refused.status, headers)
+    return JSONResponse(error_body(refused).model_dump(), refused.status, headers)
 
 
-def error_body(refused: Refused) -> dict[str, Any]:
-    """Its message on one line, type, parameter and code."""
+def error_body(refused: Refused) -> ErrorReply:
+    """Return an error's message on one line, type, parameter and code."""
     usual = "invalid_request_error" if refused.status < 500 else "server_error"
-    message, param = (text and " ".join(_whole(text).split()) for text in (refused.message, refused.param))
-    return {"message": message, "type": KINDS.get(refused.status, usual), "param": param, "code": refused.code}
+    message, param = (text and " ".join(_encodable(text).split()) for text in (refused.message, refused.param))
+    kind = ERROR_TYPES.get(refused.status, usual)
+    return ErrorReply(error={"message": message, "type": kind, "param": param, "code": refused.code})
 
 
-def _whole(text: str) -> str:
-    """Text without halves of characters, which JSON can hold and UTF-8 cannot."""
+def _encodable(text: str) -> str:
+    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
     return text.encode(errors="replace").decode()
 
 
-class Guard:
-    """An ASGI app before another.
+class AccessMiddleware:
+    """ASGI middleware that checks host and key, reads the whole body within the limits, and counts answers.
 
     Args:
-        key: that clients must show; None: none is asked for.
-        hosts: names that a Host header may have, so that no web page reaches a local server under a name of its own;
-            None: any.
-        answers: counts (path, status) here.
+        key: API key that clients have to send; None asks for none.
+        hosts: names that a Host header may have, so that no web page reaches a local server under another name;
+            None allows any.
+        answers: number of answers by path and status; it is counted up here.
     """
 
     def __init__(
@@ -60,20 +62,20 @@ class Guard:
         self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                place = next((place for place in PLACES if scope["path"].startswith(place)), "other")
-                self.answers[place, message["status"]] += 1
+                path = next((path for path in COUNTED if scope["path"].startswith(path)), "other")
+                self.answers[path, message["status"]] += 1
             await send(message)
 
         try:
             headers = dict(scope["headers"])
-            self._admit(scope, headers)
+            self._check_access(scope, headers)
             body = await self._body(headers, receive)
         except Refused as refused:
             response = error_response(refused)
@@ -81,30 +83,30 @@ class Guard:
                 response.headers["WWW-Authenticate"] = 'Basic realm="mgp5: any name, the API key as password"'
             await response(scope, receive, counted)
         else:
-            await self.app(scope, _replay(body, receive), counted)
+            await self.app(scope, replay(body, receive), counted)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise Refused unless it may ask."""
+    def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Raise Refused for a wrong host or key."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if self.hosts is not None and host not in self.hosts:
             raise Refused(421, "the Host header does not name this server: ask for localhost", "wrong_host")
-        given = headers.get(b"authorization", b"").partition(b" ")
-        shown = given[2].strip() if given[0].lower() == b"bearer" else b""
-        if given[0].lower() == b"basic" and _of_page(scope):
-            shown = _password(given[2])
-        if self.key is not None and scope["path"] != OPEN and not hmac.compare_digest(shown, self.key):
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        key = credentials.strip() if scheme.lower() == b"bearer" else b""
+        if scheme.lower() == b"basic" and _of_page(scope):
+            key = _password(credentials)
+        if self.key is not None and scope["path"] != HEALTH_PATH and not hmac.compare_digest(key, self.key):
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body. Raises Refused when it is too large or too slow.
+        """Return the whole body. Raises Refused when it is too large or too slow.
 
-        What is too large is read to its end, and thrown away: a client that still sends would not hear why.
+        A body that is too large is read to its end and thrown away: a client that still sends would not read why.
         """
         length, most = headers.get(b"content-length", b"0"), self.limits.body_bytes
         large = Refused(413, f"the body has more than {most:,} bytes, the most this server reads", "body_too_large")
         parts, size, read, more = [], int(length), 0, True
-        if size > most and b"expect" in headers:  # it has not sent it yet
+        if size > most and b"expect" in headers:  # the client has not sent it yet
             raise large
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -126,19 +128,19 @@ class Guard:
 
 
 def _of_page(scope: Scope) -> bool:
-    return scope["path"] in ("/", "/favicon.ico") or scope["path"].startswith(PAGE)
+    return scope["path"] in ("/", "/favicon.ico") or scope["path"].startswith(WEB_PATH)
 
 
-def _password(given: bytes) -> bytes:
-    """Of HTTP's basic authentication; empty where there is none."""
+def _password(credentials: bytes) -> bytes:
+    """Return the password of HTTP's basic authentication; empty where there is none."""
     try:
-        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
     except binascii.Error:
         return b""
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body in one message, then whatever comes: that the client left."""
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body in one message, then what else comes: that the client left."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -147,12 +149,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def patient(seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 that hangs up on clients that have not sent their first headers by then."""
+def hang_up_after(seconds: float) -> type[H11Protocol]:
+    """Return an HTTP/1.1 protocol that closes connections that have not sent their first headers by then."""
 
-    class Patient(H11Protocol):
+    class ImpatientProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             self.loop.call_later(seconds, lambda: None if self.cycle else transport.close())
 
-    return Patient
+    return ImpatientProtocol

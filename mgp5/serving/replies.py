@@ -1,0 +1,227 @@
+"""Replies of the HTTP API as pydantic models, and the OpenAPI document with the bounds of one server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from ..options import SAMPLERS
+from .schema import Part
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from .limits import Limits
+
+ABOUT = """Interleaved text and images, in and out, in the form of OpenAI's API, with some more fields.
+
+Every error has OpenAI's form. An unknown path gets 404, another method 405 with `Allow`. What is not HTTP gets 400 in
+plain text; one connection too many gets 503 in plain text."""
+REFS = "#/components/schemas/{model}"
+
+
+class Reply(BaseModel):
+    """A reply has these fields and no others; optional ones are left out where they are not set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Usage(Reply):
+    """How much a reply took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    images: int
+
+
+class AssistantMessage(Reply):
+    """The assistant's message: a string where modalities are ["text"], else parts in order."""
+
+    role: Literal["assistant"]
+    content: str | list[Part]
+
+
+class Choice(Reply):
+    """The one reply to a request."""
+
+    index: Literal[0]
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class ReplyInfo(Reply):
+    """Fields that a reply and each of its chunks share."""
+
+    id: str
+    created: int = Field(description="seconds since 1970")
+    model: str
+    seed: int = Field(description="seed of the reply: the same request with it gives the same reply")
+
+
+class ChatReply(ReplyInfo):
+    """A whole reply."""
+
+    object: Literal["chat.completion"]
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(Reply):
+    """What a chunk adds: the role first, then text, or a list of one image."""
+
+    role: Literal["assistant"] = Field("assistant", description="in the first chunk")
+    content: str | list[Part] = ""
+
+
+class Progress(Reply):
+    """How far the denoising of an image is."""
+
+    image: int = Field(description="index of the image in this reply, from 0")
+    step: int = Field(description="from 1 to total")
+    total: int
+
+
+class ChunkChoice(Reply):
+    """What a chunk adds to the one reply."""
+
+    index: Literal[0]
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None
+
+
+class ChatChunk(ReplyInfo):
+    """One event of a stream; `[DONE]` follows the last one."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice] = Field(description="empty in the chunk with `usage`")
+    progress: Progress | None = None
+    usage: Usage | None = Field(None, description="in a chunk of its own, where stream_options ask for it")
+
+
+class DrawnImage(Reply):
+    """A PNG file in base64."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesUsage(Reply):
+    """How much images took."""
+
+    input_tokens: int
+    output_tokens: Literal[0]
+    total_tokens: int
+    images: int
+
+
+class ImagesReply(Reply):
+    """Images of a prompt."""
+
+    created: int
+    data: list[DrawnImage]
+    usage: ImagesUsage
+
+
+class Model(Reply):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["mgp5"]
+
+
+class Models(Reply):
+    """A list of the one model."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Reply):
+    """Whether requests are served, how many run, and how many wait for a row."""
+
+    status: Literal["ok", "failed"]
+    running: int
+    waiting: int
+
+
+class ErrorDetail(Reply):
+    """What is wrong, on one line."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class ErrorReply(Reply):
+    """An error in the form of OpenAI's API; in a stream, the event before `[DONE]`."""
+
+    error: ErrorDetail
+
+
+REASONS = {
+    400: "The request is wrong, or asks for more than this server allows.",
+    401: "The API key is missing or wrong.",
+    404: "There is no model of this name.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The content type is not application/json.",
+    421: "The Host header does not name this server.",
+    429: "The queue is full. Ask again after the seconds of Retry-After.",
+    500: "The server failed; the request is not the reason.",
+    503: "The server stops, or its loop has failed.",
+    504: "The reply took longer than allowed.",
+}
+HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
+CHUNK, ERROR = ({"$ref": REFS.format(model=name)} for name in ("ChatChunk", "ErrorReply"))
+DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [CHUNK, ERROR]}}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, DATA]}}}
+EVENTS = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}  # FastAPI's `responses` of a stream
+FAILED = {503: {"model": Health, "description": REASONS[503]}}
+GENERATES = (404, 415, 429, 503, 504)  # error statuses of the routes that generate
+
+
+def errors(key: bool, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` for the errors of a route: `statuses`, and those that every route has.
+
+    Args:
+        key: whether the route asks for the API key.
+    """
+    statuses = {400, 408, 413, 421, 500, *statuses} | ({401} if key else set())
+    found: dict[int | str, dict[str, Any]] = {s: {"description": REASONS[s], "model": ErrorReply} for s in statuses}
+    for status, name in HEADERS.items():
+        if status in found:
+            found[status]["headers"] = {name: {"schema": {"type": "string"}}}
+    return found
+
+
+def complete_document(app: FastAPI, name: str, limits: Limits) -> None:
+    """Complete the document at /openapi.json: events of a stream, and the bounds of this server.
+
+    Args:
+        name: name of the model as clients say it.
+    """
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    schemas |= models_json_schema([(ChatChunk, "validation")], ref_template=REFS)[1]["$defs"]
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own: here they are 400, in OpenAI's form
+        schemas.pop(unused, None)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    bounds = {"steps": limits.steps, "max_tokens": limits.tokens, "max_completion_tokens": limits.tokens}
+    bounds |= {"max_images": limits.images, "n": limits.images}
+    for request in ("ChatRequest", "ImagesRequest"):
+        fields = schemas[request]["properties"]
+        fields["model"]["enum"], fields["sampler"]["enum"] = [name], sorted(SAMPLERS)
+        for field, most in bounds.items():
+            for kind in fields.get(field, {}).get("anyOf", [fields.get(field, {})]):
+                if kind.get("type") == "integer":
+                    kind["maximum"] = min(most, kind["maximum"])

@@ -1,0 +1,99 @@
+"""Serve a model over HTTP until a signal ends it, and then until running replies are done."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..device import quiet_libraries
+from ..errors import Mgp5Error
+from .request import ServeRequest, read_key
+
+if TYPE_CHECKING:
+    from ..model import InterleavedModel
+    from ..options import ModelRequest
+    from .engine import ServingEngine
+
+Load = Callable[["ModelRequest"], "InterleavedModel"]
+
+
+def serve(request: ServeRequest, load: Load, tell: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what runs and waits, for `request.drain` seconds at most.
+
+    Args:
+        load: loads the model; by Ray it is called in each replica.
+        tell: takes one line about where the server listens.
+
+    Raises:
+        Mgp5Error: a package is not installed, the key is bad, or the address is taken.
+    """
+    for package, extra in (
+        ("fastapi", "serve"),
+        ("uvicorn", "serve"),
+        ("prometheus_client", "serve"),
+        ("gradio", "web"),
+    ):
+        if (package != "gradio" or request.web) and find_spec(package) is None:
+            raise Mgp5Error(f"serve needs {package}", f"pip install 'mgp5[{extra}]'")
+    quiet_libraries()
+    if request.ray:
+        from .cluster import needs_ray
+
+        needs_ray()
+        from .cluster.serve import serve_by_ray
+
+        serve_by_ray(request, load, tell)
+    else:
+        _serve_here(request, load, tell)
+
+
+def _serve_here(request: ServeRequest, load: Load, tell: Callable[[str], None]) -> None:
+    """Serve from this process."""
+    import uvicorn
+
+    from .app import make_app
+    from .middleware import WEB_PATH, hang_up_after
+
+    key = read_key(request.key_file)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add_page = None
+    if request.web:
+        from .web.page import add_page
+    app = make_app(make_loop(request, load(request.model), cores), request, key, add_page)
+    config = uvicorn.Config(
+        app,
+        host=request.host,
+        port=request.port,
+        http=hang_up_after(request.limits.body_seconds),
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=request.connections,
+        timeout_graceful_shutdown=request.drain,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that no request meets a closing one
+    )
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        message = f"cannot listen at {request.host} port {request.port}"
+        raise Mgp5Error(message, "choose another --port or --host") from None
+    base = request.url(socket.getsockname()[1])
+    page = f", with a page at {base}{WEB_PATH}" if request.web else ""
+    tell(f"{base}/v1 serves {request.model.model}{page}; Ctrl-C ends it")
+    # uvicorn raises SIGTERM again after its shutdown; it asked for this end, so the exit code is 0
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[socket])
+
+
+def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingEngine:
+    """Return the loop of a server that has so many cores; it does not run yet."""
+    from .engine import ServingEngine
+
+    workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
+    return ServingEngine(model, request.rows, request.waiting, workers)
