@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..errors import Mgp5Error
-from .flags import generation_options, model_of, ray_option, without
-
-if TYPE_CHECKING:
-    from ..model import InterleavedModel
-    from ..options import ModelRequest
+from .flags import generation_options, model_request, ray_option, without
 
 
 @click.command()
@@ -46,7 +41,6 @@ def serve(**flags: Any) -> None:
 
     Requests are decoded and denoised together. See examples/serve/README.md.
     """
-    from ..options import ModelRequest
     from ..serving.limits import Limits
     from ..serving.request import ServeRequest
     from ..serving.server import serve as run
@@ -59,18 +53,14 @@ def serve(**flags: Any) -> None:
     )
     same = ("host", "port", "insecure", "rows", "waiting", "connections", "drain", "web", "ray")
     request = ServeRequest(
-        model=ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)}),
+        model=model_request(flags),
         name=flags["name"] or "",
         key_file=flags["api_key_file"],
         limits=limits,
         replicas=_replicas(flags["replicas"]),
         **{name: flags[name] for name in same},
     )
-    run(request, _load, lambda line: click.echo(line, err=True))
-
-
-def _load(request: ModelRequest) -> InterleavedModel:
-    return model_of({field.name: getattr(request, field.name) for field in fields(request)})
+    run(request, lambda line: click.echo(line, err=True))
 
 
 def _replicas(text: str | None) -> tuple[int, int | None]:

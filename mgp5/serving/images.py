@@ -124,9 +124,7 @@ def _ask(
         if scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
         # an answer that drips in slowly is ended from outside
-        watch = threading.Timer(
-            max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock]
-        )
+        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])
         watch.start()
         try:
             parts = urlsplit(url)

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..apps.open_model import Tell, open_model, silent
 from ..device import quiet_libraries
 from ..errors import Mgp5Error
 from .request import ServeRequest, read_key
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
-    from ..options import ModelRequest
     from .engine import ServingEngine
 
-Load = Callable[["ModelRequest"], "InterleavedModel"]
 
-
-def serve(request: ServeRequest, load: Load, tell: Callable[[str], None]) -> None:
+def serve(request: ServeRequest, tell: Tell = silent) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what runs and waits, for `request.drain` seconds at most.
 
     Args:
-        load: loads the model; by Ray it is called in each replica.
-        tell: takes one line about where the server listens.
+        tell: takes one line about where the server listens, and notes of `open_model`.
 
     Raises:
         Mgp5Error: a package is not installed, the key is bad, or the address is taken.
@@ -47,12 +43,12 @@ def serve(request: ServeRequest, load: Load, tell: Callable[[str], None]) -> Non
         needs_ray()
         from .cluster.serve import serve_by_ray
 
-        serve_by_ray(request, load, tell)
+        serve_by_ray(request, tell)
     else:
-        _serve_here(request, load, tell)
+        _serve_here(request, tell)
 
 
-def _serve_here(request: ServeRequest, load: Load, tell: Callable[[str], None]) -> None:
+def _serve_here(request: ServeRequest, tell: Tell) -> None:
     """Serve from this process."""
     import uvicorn
 
@@ -64,7 +60,7 @@ def _serve_here(request: ServeRequest, load: Load, tell: Callable[[str], None]) 
     add_page = None
     if request.web:
         from .web.page import add_page
-    app = make_app(make_loop(request, load(request.model), cores), request, key, add_page)
+    app = make_app(make_loop(request, open_model(request.model, tell), cores), request, key, add_page)
     config = uvicorn.Config(
         app,
         host=request.host,

@@ -1,4 +1,4 @@
-"""More than one machine, by Ray: a cluster that runs, or one of this machine alone."""
+"""Use more than one machine by Ray: a cluster that runs already, or one of this machine alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...errors import Mgp5Error
 
-OWN = "local"  # the address of a cluster that is started, and ends with this process
-STORE = 256 * 2**20  # bytes of its object store: what workers have said until it is read
+if TYPE_CHECKING:
+    from ...options import ModelRequest
+
+NEW = "local"  # address that stands for RAY_ADDRESS or, without it, for a new cluster that ends with this process
+STORE = 256 * 2**20  # bytes of a new cluster's object store: it holds replies until they are read
 
 
 def needs_ray() -> None:
@@ -25,42 +29,48 @@ def needs_ray() -> None:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[bool]:
-    """Be part of the cluster at an address; for `OWN` of that in RAY_ADDRESS, or else of a new one.
+    """Connect to the cluster at an address, and yield whether it is a new one.
 
-    A new cluster has no dashboard and asks for Ray's token. Workers do not see the folder that this process is in: Ray
-    would put it before the installed packages. Yields whether the cluster is new.
+    A new cluster has no dashboard, and asks for Ray's token. Ray would put the current folder before the installed
+    packages of its workers, so that it is started from the root of the file system.
 
-    Raises Mgp5Error without Ray, or without the cluster.
+    Args:
+        address: see `NEW`.
+
+    Raises:
+        Mgp5Error: Ray is not installed, or there is no cluster.
     """
     needs_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # of a new cluster: as fast as without it
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", OWN) if address == OWN else address
-    new = {"object_store_memory": STORE, "include_dashboard": False}
+    address = os.environ.get("RAY_ADDRESS", NEW) if address == NEW else address
+    settings = {"object_store_memory": STORE, "include_dashboard": False} if address == NEW else {}
     try:
         with contextlib.chdir(Path.cwd().anchor):
-            quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-            ray.init(address, **quiet, **(new if address == OWN else {}))
-    except Exception as error:  # Ray raises plain ones too
-        why = str(error).strip().partition("\n")[0]
-        hint = "is the machine too busy?" if address == OWN else "start it with: ray start --head"
-        raise Mgp5Error(f"no Ray cluster at {address} ({why})", hint) from error
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **settings)
+    except Exception as error:  # Ray raises plain exceptions too
+        reason = str(error).strip().partition("\n")[0]
+        hint = "is the machine too busy?" if address == NEW else "start it with: ray start --head"
+        raise Mgp5Error(f"no Ray cluster at {address} ({reason})", hint) from error
     try:
-        yield address == OWN
+        yield address == NEW
     finally:
         ray.shutdown()
 
 
-def resources(workers: int | None, device: str) -> tuple[int, int, dict[str, Any]]:
-    """How many workers the cluster has room for, how many are wanted, and what each takes of it.
+def resources(workers: int | None, device: str) -> tuple[int, int, dict[str, float]]:
+    """Return how many workers the cluster has room for, how many to start, and the resources of each.
 
-    A worker takes a GPU. Where there is none, or `device` is "cpu", there is one for each machine, or the cores of a
-    machine are shared out evenly.
+    A worker takes a GPU. Where there is none, or `device` is "cpu", there is one worker for each machine, or the cores
+    of a machine are shared out evenly.
 
     Args:
-        workers: that are wanted; None: as many as there is room for.
+        workers: number that is wanted; None takes as many as there is room for.
+
+    Raises:
+        Mgp5Error: no machine of the cluster has cores.
     """
     import ray
 
@@ -75,13 +85,14 @@ def resources(workers: int | None, device: str) -> tuple[int, int, dict[str, Any
     return count, count, {"num_cpus": math.floor(cores) if cores >= 1 else math.floor(cores * 100) / 100}
 
 
-def absolute(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags that mean the same in another folder of any machine that has the same files."""
+def absolute(request: ModelRequest) -> ModelRequest:
+    """Return a request that means the same in another folder, on any machine that has the same files."""
 
-    def place(path: str) -> str:
+    def resolved(path: str) -> str:
         folder = Path(path).expanduser()
         return str(folder.resolve()) if path != "demo" and folder.is_dir() else path
 
-    whole = place(flags["model"])
-    model = "+".join(map(place, whole.split("+"))) if whole == flags["model"] else whole
-    return flags | {"model": model, "exported": flags["exported"] and Path(flags["exported"]).resolve()}
+    model = resolved(request.model)
+    if model == request.model:
+        model = "+".join(map(resolved, model.split("+")))
+    return replace(request, model=model, exported=request.exported and request.exported.resolve())

@@ -1,4 +1,4 @@
-"""`mgp5 serve --ray`: the same server, as many times as a cluster has room for, behind one address."""
+"""`mgp5 serve --ray`: as many replicas of the server as a cluster has room for, behind one address."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,130 +15,110 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 
+from ...apps.open_model import Tell, open_model
 from ...errors import Mgp5Error
 from ..app import make_app
-from ..run import engine_of, entry
+from ..request import ServeRequest, read_key
+from ..server import make_loop
 from . import absolute, connected, resources
-from .router import FewestRequests
+from .router import FewestRequestsRouter
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from ...model import InterleavedModel
-
-Load = Callable[[dict[str, Any]], "InterleavedModel"]
-NAME = "mgp5"  # of the application on the cluster
+NAME = "mgp5"  # name of the application on the cluster
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 @serve.ingress()
 class Replica:
-    """A server's engine and app in a process of its own.
+    """The serving loop and the app of `mgp5 serve`, in a process of their own."""
 
-    Args:
-        flags: of the command.
-        load: makes the model of flags.
-        name: of the model, as clients say it.
-        front: limits, key and hosts.
-    """
-
-    def __init__(self, flags: dict[str, Any], load: Load, name: str, front: tuple[Any, ...]) -> None:
-        model = load(flags)
+    def __init__(self, request: ServeRequest, key: str | None) -> None:
         cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
-        self.engine, self.name, self.front = engine_of(flags, model, cores), name, front
+        self.request, self.key = request, key
+        self.loop = make_loop(request, open_model(request.model), cores)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_app(self.engine, self.name, *self.front)
+        """Return the app; Ray calls this."""
+        return make_app(self.loop, self.request, self.key)
 
     def check_health(self) -> None:
-        """Ray replaces a replica that raises."""
-        if not self.engine.alive:
-            raise RuntimeError("the engine has ended")
+        """Raise RuntimeError when the serving loop has ended; Ray then replaces the replica."""
+        if not self.loop.alive:
+            raise RuntimeError("the serving loop has ended")
 
 
-def run(flags: dict[str, Any], load: Load, tell: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what was begun, for `drain` seconds at most.
-
-    Args:
-        load: makes the model of flags; called by each replica.
+def serve_by_ray(request: ServeRequest, tell: Tell) -> None:
+    """Serve by a Ray cluster until SIGTERM or Ctrl-C; then finish what runs, for `request.drain` seconds at most.
 
     Raises:
-        Mgp5Error: as `mgp5.serving.run.run`; or the cluster serves already, or Ray Serve does not start.
+        Mgp5Error: there is no cluster, it serves already, or Ray Serve does not start.
+        KeyboardInterrupt: Ctrl-C ended it.
     """
-    least, most = replicas(flags["replicas"])
-    front = entry(flags)
-    name = flags["name"] or Path(flags["model"]).name
-    with connected(flags["ray"]) as own:
-        logging.getLogger("ray.serve").disabled = True  # it sets its level itself
+    assert request.ray is not None
+    key, name = read_key(request.key_file), request.model.model
+    with connected(request.ray) as new:
+        logging.getLogger("ray.serve").disabled = True  # Ray sets its level itself
         if serve.status().proxies:
             raise Mgp5Error("Ray Serve runs on this cluster already", "end it with: serve shutdown")
-        flags = absolute(flags)
-        if own or not flags["port"]:
-            flags["port"] = _port(flags["host"], flags["port"])
-        most, needs = resources(most, flags["device"])[1:]
+        port = _free_port(request.host, request.port) if new or not request.port else request.port
+        request = replace(request, name=request.model_name, model=absolute(request.model), port=port)
         try:
-            serve.start("HeadOnly", {"host": flags["host"], "port": flags["port"]}, logging_config=QUIET)
-            app = _deployment(flags, least, most, needs).bind(flags, load, name, front)
-            serve.run(app, name=NAME, logging_config=QUIET)
-            many = f"{least}" if least == most else f"{least} to {most}"
-            tell(f"http://{_shown(flags)}/v1 serves {flags['model']} by {many} replicas; Ctrl-C ends it")
-            interrupted = _wait()
-        except (RuntimeError, RayError) as error:  # the last line of a replica's traceback says why
-            why = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-            raise Mgp5Error(f"Ray Serve does not start ({why})", "MGP5_DEBUG=1 shows more") from error
+            serve.start("HeadOnly", {"host": request.host, "port": port}, logging_config=QUIET)
+            (least, most), deployment = _deployment(request)
+            serve.run(deployment.bind(request, key), name=NAME, logging_config=QUIET)
+            replicas = f"{least}" if least == most else f"{least} to {most}"
+            tell(f"{request.url(port)}/v1 serves {name} by {replicas} replicas; Ctrl-C ends it")
+            interrupted = _wait_for_signal() == signal.SIGINT
+        except (RuntimeError, RayError) as error:  # the last line of a replica's traceback tells the reason
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+            raise Mgp5Error(f"Ray Serve does not start ({reason})", "MGP5_DEBUG=1 shows more") from error
         finally:
-            _end(flags["drain"])
+            _shut_down(request.drain)
     if interrupted:
         raise KeyboardInterrupt
 
 
-def replicas(given: str | None) -> tuple[int, int | None]:
-    """Least and most replicas of N or MIN:MAX; most is None for as many as there is room for."""
-    if given is None:
-        return 1, None
-    least, _, most = given.partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal()) or not 1 <= int(least) <= int(most or least):
-        raise Mgp5Error(f"--replicas is {given}", "expected N or MIN:MAX, from 1", usage=True)
-    return int(least), int(most or least)
+def _deployment(request: ServeRequest) -> tuple[tuple[int, int], serve.Deployment]:
+    """Return the smallest and largest number of replicas, and their deployment.
 
-
-def _deployment(flags: dict[str, Any], least: int, most: int, needs: dict[str, Any]) -> serve.Deployment:
-    """Each replica has the rows and the queue of a server alone; a full batch of rows asks for another replica."""
-    scale = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": flags["rows"]}
-    return serve.deployment(
+    Each replica has the rows and the queue of a server alone; full rows ask for another replica.
+    """
+    least, most = request.replicas
+    _, most, needs = resources(most, request.model.device)
+    scale = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": request.rows}
+    deployment = serve.deployment(
         Replica,
         name=NAME,
         ray_actor_options=needs,
         autoscaling_config=scale,
-        request_router_config=RequestRouterConfig(request_router_class=FewestRequests),
-        max_ongoing_requests=flags["connections"],
-        max_queued_requests=flags["connections"],
-        graceful_shutdown_timeout_s=flags["drain"],
+        request_router_config=RequestRouterConfig(request_router_class=FewestRequestsRouter),
+        max_ongoing_requests=request.connections,
+        max_queued_requests=request.connections,
+        graceful_shutdown_timeout_s=request.drain,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=3,
     )
+    return (least, most), deployment
 
 
-def _port(host: str, port: int) -> int:
-    """A port that is free, for 0 any."""
+def _free_port(host: str, port: int) -> int:
+    """Return the port if it is free, for 0 any that is. Raises Mgp5Error where it is taken."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family) as place:
-            return place.getsockname()[1]
+        with socket.create_server((host, port), family=family) as listener:
+            return listener.getsockname()[1]
     except OSError:
         raise Mgp5Error(f"cannot listen at {host} port {port}", "choose another --port or --host") from None
 
 
-def _shown(flags: dict[str, Any]) -> str:
-    return f"[{flags['host']}]:{flags['port']}" if ":" in flags["host"] else f"{flags['host']}:{flags['port']}"
-
-
-def _wait() -> bool:
-    """Until SIGTERM or SIGINT; whether it was the second. The next one ends the process at once."""
-    came, told = threading.Event(), []
+def _wait_for_signal() -> int:
+    """Wait for SIGTERM or SIGINT and return it; the next one raises KeyboardInterrupt at once."""
+    came, numbers = threading.Event(), []
 
     def end(number: int, _: Any) -> None:
-        told.append(number)
+        numbers.append(number)
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.default_int_handler)
         came.set()
@@ -147,11 +126,11 @@ def _wait() -> bool:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, end)
     came.wait()
-    return told[0] == signal.SIGINT
+    return numbers[0]
 
 
-def _end(seconds: float) -> None:
-    """Take no more, let replicas finish, then stop Ray Serve. Its proxy goes last: replies pass through it."""
+def _shut_down(seconds: float) -> None:
+    """Take no new requests, let replicas finish, then stop Ray Serve; its proxy, which replies pass, goes last."""
     if NAME in serve.status().applications:
         serve.delete(NAME, _blocking=False)
     deadline = time.monotonic() + seconds + 10
