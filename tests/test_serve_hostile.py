@@ -177,7 +177,7 @@ OTHERS = {
     "no pages of docs": (404, "GET", "/docs", None, {}),
     "GET for POST": (405, "GET", CHAT, None, {}),
     "DELETE": (405, "DELETE", "/v1/models", None, {}),
-    "a question before": (405, "OPTIONS", CHAT, None, {"CacheKey": "http://evil.example"}),
+    "a question before": (405, "OPTIONS", CHAT, None, {"Origin": "http://evil.example"}),
     "a form": (415, "POST", CHAT, b"model=tiny", {"Content-Type": "application/x-www-form-urlencoded"}),
     "plain text": (415, "POST", CHAT, chat(), {"Content-Type": "text/plain"}),
     "no type": (415, "POST", CHAT, chat(), {}),
@@ -288,7 +288,7 @@ def test_a_full_queue_is_429(server):
 
 
 def test_no_foreign_origin_is_let_in(server):
-    status, answer = server.ask("GET", "/v1/models", headers={"CacheKey": "http://evil.example"})
+    status, answer = server.ask("GET", "/v1/models", headers={"Origin": "http://evil.example"})
     assert status == 200 and b"tiny" in answer
     found = talk(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n"
                  b"Connection: close\r\n\r\n")  # fmt: skip

@@ -194,8 +194,8 @@ def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
     for path in ("/etc/passwd", "http://127.0.0.1/", "https://example.com/a.png", str(server.stderr)):
         for wrapped in ({"path": path}, {"text": "", "files": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}):
             assert join(server, [wrapped]) == 403
-    assert join(server, [], JSON | {"CacheKey": "http://evil.example"}) == 403
-    assert join(server, [], JSON | {"CacheKey": "null"}) == 403
+    assert join(server, [], JSON | {"Origin": "http://evil.example"}) == 403
+    assert join(server, [], JSON | {"Origin": "null"}) == 403
     assert server.ask("POST", f"{api}upload", b"x" * 2_000_000, {"Content-Type": "multipart/form-data"})[0] == 413
     assert server.ask("POST", f"{api}queue/join", b"{", JSON)[0] == 400
 

@@ -1,0 +1,95 @@
+"""Which routes of gradio's app can be reached: the page, its own files, its queue and uploads; nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import MutableHeaders
+
+from ..engine import Refused
+from ..middleware import WEB_PATH, error_response, replay
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+PAGES = ("", "config", "theme.css", "favicon.ico", "manifest.json")
+FOLDERS = ("assets/", "static/")
+API = "gradio_api/"
+EVENTS = ("queue/join", "run/predict")  # their bodies may name files
+CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel")}
+FILE = f"{API}file="
+# Nothing is fetched from another host, whatever a reply says; gradio's page is made of inline scripts and styles.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'none'; object-src 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+
+
+class RouteFilter:
+    """ASGI middleware before an app that has gradio's app at WEB_PATH.
+
+    Args:
+        folder: of the files that pages may fetch and name: uploaded and drawn images.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self.app, self.folder = app, folder.resolve()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or not scope["path"].startswith(WEB_PATH):
+            await self.app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            self._check_route(scope)
+            if scope["path"].endswith(EVENTS):
+                body = (await receive()).get("body", b"")  # whole: AccessMiddleware has read it
+                self._check_files(body)
+                receive = replay(body, receive)
+        except Refused as refused:
+            await error_response(refused)(scope, receive, with_headers)
+        else:
+            await self.app(scope, receive, with_headers)
+
+    def _check_route(self, scope: Scope) -> None:
+        """Raise Refused for what the page does not need, and for pages of other origins."""
+        headers, path = dict(scope["headers"]), scope["path"].removeprefix(WEB_PATH)
+        scheme, _, host = headers.get(b"origin", b"").partition(b"://")
+        if scheme and host != headers.get(b"host"):
+            raise Refused(403, "a page of another origin asks", "wrong_origin")
+        if path.startswith(FILE):
+            self._check_file(path.removeprefix(FILE))
+        elif scope["method"] in ("GET", "HEAD") and (path in PAGES or path.startswith(FOLDERS)):
+            return
+        elif not path.startswith(API) or path.removeprefix(API) not in CALLS.get(scope["method"], ()):
+            raise Refused(404, "there is nothing at this address, expected the page at /ui/", "not_found")
+
+    def _check_files(self, body: bytes) -> None:
+        """Raise Refused for an event that names files other than uploaded and drawn ones."""
+        try:
+            waiting: list[Any] = [json.loads(body)]
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is not JSON", "invalid_value") from None
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict) and value.get("path") is not None:
+                self._check_file(str(value["path"]))
+            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+    def _check_file(self, path: str) -> None:
+        try:
+            inside = Path(path).resolve().is_relative_to(self.folder)
+        except (OSError, ValueError):  # too long, a null byte
+            inside = False
+        if not inside:
+            raise Refused(403, "the file is not one of this page's", "not_found")

@@ -1,0 +1,165 @@
+"""What an open page keeps, its replies as they grow, and what both tabs share: settings, progress and failures."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import gradio as gr
+from anyio import to_thread
+from pydantic import ValidationError
+
+from ...errors import Mgp5Error
+from ...events import Event, Finished, ImageDone, ImageStep, TextChunk
+from ...messages import Conversation, Image, Message, Part, Text
+from ...views.files import write_png
+from ..engine import Refused
+from ..images import read_image_bytes
+from ..schema import ChatRequest, chat_options
+
+if TYPE_CHECKING:
+    from ...options import Options
+    from ..app import AppState, ReplyStream
+    from ..limits import Limits
+
+SHOWN_SIDE = 1024  # longest side of an uploaded image as the page shows it, in pixels
+UPDATE_SECONDS = 0.1  # shortest time between two updates of a page
+INTERRUPTED = Finished(Message("assistant", ()), "interrupted")
+DRAW_MODES = [("when it fits", "auto"), ("always", "always"), ("never", "never")]
+HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}  # keywords of every event
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene of a story; `kind` says who made what of it, see `apps.story.kind`."""
+
+    kind: Literal["given", "narrated", "illustrated", "continued"]
+    text: str = ""
+    image: Image | None = None
+
+
+@dataclass
+class PageSession:
+    """What one open page keeps: the value of a `gr.State`, which gradio makes and forgets.
+
+    Attributes:
+        folder: of all pages' images; names of files in it cannot be guessed.
+        scenes: of the story.
+        replies: number of replies of the chat so far; each takes seeds of its own.
+        running: the reply to the story that is being made.
+        stopped: whether the visitor has stopped the story.
+        files: image and file of each image that was shown, by the image's id.
+    """
+
+    folder: Path
+    scenes: list[Scene] = field(default_factory=list)
+    replies: int = 0
+    running: ReplyStream | None = None
+    stopped: bool = False
+    files: dict[int, tuple[Image, Path]] = field(default_factory=dict)
+
+    def file(self, image: Image) -> str:
+        """Return the file of an image that a browser may fetch; a drawn image tells in it how it was made."""
+        if id(image) not in self.files:
+            path, pixels = self.folder / f"{uuid.uuid4().hex}.png", image.load()
+            if not image.meta:
+                pixels.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+            write_png(Image(pixels=pixels, meta=image.meta), path)
+            self.files[id(image)] = (image, path)  # keeps the image, so that its id is not used again
+        return str(self.files[id(image)][1])
+
+    def stop(self) -> None:
+        """End the reply to the story that is being made, and what was to follow it."""
+        self.stopped = True
+        if self.running:
+            self.running.queue.put_nowait(INTERRUPTED)
+
+
+@dataclass
+class Draft:
+    """A reply so far."""
+
+    parts: list[Part] = field(default_factory=list)
+    step: ImageStep | None = None  # of the image that is being drawn
+    end: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        """Take the next event."""
+        match event:
+            case TextChunk() if self.parts and isinstance(self.parts[-1], Text):
+                self.parts[-1] = Text(self.parts[-1].text + event.text)
+            case TextChunk():
+                self.parts.append(Text(event.text.lstrip()))
+            case ImageStep():
+                self.step = event
+            case ImageDone():
+                self.step = None
+                self.parts.append(event.image)
+            case Finished():
+                self.step, self.end = None, event
+                if event.reason != "interrupted":
+                    self.parts = list(event.message.content)
+
+
+async def drafts(state: AppState, session: PageSession, talk: Conversation, options: Options) -> AsyncIterator[Draft]:
+    """Yield a reply as it grows, the last time whole; closing the iterator cancels the reply. Raises Refused."""
+    (session.running,) = state.submit(talk, [options], None)
+    draft, shown = Draft(), 0.0
+    try:
+        async with aclosing(session.running.events()) as events:
+            async for event in events:
+                if isinstance(event, ImageDone):
+                    await to_thread.run_sync(session.file, event.image)  # encodes it
+                draft.add(event)
+                if draft.end or isinstance(event, ImageDone) or time.monotonic() - shown > UPDATE_SECONDS:
+                    yield draft
+                    shown = time.monotonic()
+    finally:
+        session.running = None
+
+
+def read_upload(path: str, limits: Limits) -> Image:
+    """Return the image of an uploaded file. Raises Mgp5Error when it is none, or too large."""
+    try:
+        return read_image_bytes(Path(path).read_bytes(), limits)
+    except OSError:
+        raise Mgp5Error("an image has not arrived", "drop it in again") from None
+
+
+def settings(state: AppState) -> list[Any]:
+    """Return the fields of a reply's options, in the order that `read_options` takes them; they are not shown yet."""
+    limits, config, hidden = state.limits, state.loop.model.config, {"render": False}
+    return [
+        gr.Number(None, precision=0, minimum=0, label="Seed", info="empty: another each time", **hidden),
+        gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature", info="0: no chance", **hidden),
+        gr.Slider(1, limits.steps, min(20, limits.steps), step=1, label="Steps", info="of a picture", **hidden),
+        gr.Slider(0, 20, config.guidance, step=0.5, label="Guidance", info="how close to the text", **hidden),
+        gr.Radio(DRAW_MODES, value="auto", label="Pictures", **hidden),
+    ]
+
+
+def read_options(state: AppState, seed: Any, temperature: Any, steps: Any, guidance: Any, image: Any) -> Options:
+    """Return options within the server's limits. Raises Refused."""
+    values = {"seed": seed, "steps": steps, "guidance": guidance, "temperature": temperature, "image": image}
+    try:
+        body = ChatRequest(model=state.name, messages=[{"role": "user", "content": ""}], **values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(400, f"{first['loc'][-1]}: {first['msg']}", "invalid_value") from None
+    return chat_options(body, state.limits, state.loop.model)
+
+
+def progress_line(text: str, draft: Draft | None = None, before: str = "") -> str:
+    """Return a line of HTML on what is being done, with a bar where an image is drawn."""
+    bar = ""
+    if draft and draft.step:
+        done, total = draft.step.step, draft.step.total
+        text = f"drawing, step {done} of {total}"
+        bar = f'<progress max="{total}" value="{done}"></progress>'
+    return f'<div class="work" role="status"><span>{escape(before + text)}</span>{bar}</div>'

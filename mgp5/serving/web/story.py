@@ -1,0 +1,233 @@
+"""The story tab: uploaded images get texts, texts get images, and the model goes on with scenes of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from anyio import to_thread
+
+from ...apps.story import SceneInput, as_conversation, ask, kind, natural, scene_result, with_scene_seed
+from ...errors import Mgp5Error
+from ...events import SceneStart
+from ...messages import Message, Text
+from ...views.html import write_html
+from ..engine import Refused
+from .session import HIDDEN, Draft, PageSession, Scene, drafts, progress_line, read_options, read_upload, settings
+
+if TYPE_CHECKING:
+    from ...options import Options
+    from ..app import AppState
+
+HINT = "Drop pictures in or write scenes; then let the story go on."
+CARDS = 24  # the longest story that the page shows
+FIELDS = 5  # see `settings`
+Plan = list[tuple[int, SceneInput | None]]  # index of a scene, and what there is of it; None: the model's own
+Planner = Callable[["PageSession", str, int], Plan]  # given the lines to draw and the number of scenes to go on with
+View = list[Any]  # values of `StoryTab.view`
+
+
+class StoryTab:
+    """The tab and its events: the session's scenes stand on cards, whose texts can be edited."""
+
+    def __init__(self, state: AppState, session: gr.State) -> None:
+        self.state = state
+        with gr.Row(elem_id="tools"):
+            with gr.Column(scale=2, min_width=280):
+                kinds = {"file_count": "multiple", "file_types": ["image"]}
+                drop = gr.File(label="Pictures", height=148, elem_id="drop", **kinds)
+            with gr.Column(scale=3, min_width=280):
+                lines = gr.Textbox(label="Or scenes to draw, one per line", lines=3, max_lines=6, elem_id="lines")
+                with gr.Row():
+                    draw = gr.Button("Draw the lines", elem_id="draw")
+                    narrate = gr.Button("Tell the pictures", elem_id="narrate")
+        with gr.Row(elem_id="cards"):
+            self.cards = [_card(number) for number in range(1, CARDS + 1)]
+        work = gr.HTML(progress_line(HINT), elem_id="book-work")
+        with gr.Row(elem_id="onward"):
+            count = gr.Number(1, precision=0, minimum=1, maximum=8, label="Scenes", min_width=80, elem_id="scenes")
+            go_on = gr.Button("Go on", variant="primary", min_width=90, scale=2, elem_id="continue")
+            stop = gr.Button("Stop", min_width=90, interactive=False, elem_id="stop")
+        with gr.Accordion("Settings", open=False):
+            for option in (options := settings(state))[:-1]:  # whether to draw follows from the scene
+                option.render()
+        with gr.Row(elem_id="ending"):
+            title = gr.Textbox(label="Title", max_lines=1, elem_id="title")
+            page = gr.Button("Download as a page", elem_id="page")
+            anew = gr.Button("Begin another", elem_id="anew")
+        file = gr.DownloadButton(elem_id="page-file")  # a script presses it when the file is there
+        self.actions = [draw, narrate, go_on, page, anew]
+        texts = [text for _, _, text, _ in self.cards]
+        view = [work, stop, *self.actions, *(part for card in self.cards for part in card[:3])]
+        given = [session, lines, count, *options[:-1], *texts]
+        drop.upload(self.add_images, [session, drop, *texts], [drop, *view], **HIDDEN)
+        for button, plan in ((narrate, _narrate), (draw, _draw), (go_on, _go_on)):
+            button.click(partial(self.make, plan), given, [lines, *view], **HIDDEN)
+        stop.click(PageSession.stop, session, None, **HIDDEN)
+        anew.click(self.remove, session, view, **HIDDEN)
+        for number, card in enumerate(self.cards):
+            card[3].click(partial(self.remove, number=number), [session, *texts], view, **HIDDEN)
+        made = page.click(self.write_page, [session, title, *options[:-1], *texts], [file, work], **HIDDEN)
+        made.success(None, None, None, js="() => document.querySelector('#page-file').click()", **HIDDEN)
+
+    async def add_images(self, session: PageSession, files: list[str], *texts: str) -> View:
+        """Put uploaded images behind the story, in natural order of their names."""
+        _edit(session, texts)
+        with failures_shown():
+            _check_room(session, len(files))
+            for file in sorted(map(Path, files), key=natural):
+                image = await to_thread.run_sync(read_upload, str(file), self.state.limits)
+                session.scenes.append(Scene("given", "", image))
+        return [None, *self._view(session)]
+
+    async def make(
+        self,
+        plan_of: Callable[[PageSession, str, int], Plan],
+        session: PageSession,
+        lines: str,
+        count: int,
+        *given: Any,
+    ) -> AsyncIterator[View]:
+        """Make the scenes of a plan one after another; one that is not finished is taken back."""
+        _edit(session, given[FIELDS - 1 :])
+        said = ""
+        with failures_shown():
+            if session.running:
+                raise Mgp5Error("this page makes a scene already", "wait for it, or stop it")
+            session.stopped = False
+            options, plan = self._options(given), plan_of(session, lines, count)
+            _check_room(session, sum(number >= len(session.scenes) for number, _ in plan))
+            yield [None if plan_of is _draw and plan else gr.skip(), *self._view(session, busy=True)]
+            for done, (number, part) in enumerate(plan, 1):
+                before = f"scene {done} of {len(plan)} · "
+                async with aclosing(self._scene(session, number, part, options)) as growing:
+                    async for draft in growing:
+                        line = progress_line("writing", draft, before)
+                        yield [gr.skip(), *self._view(session, line, number, busy=True)]
+                if session.stopped:
+                    break
+            said = "stopped" if session.stopped else f"seed {options.seed}" if plan else "nothing to do"
+        yield [gr.skip(), *self._view(session, progress_line(said))]
+
+    async def _scene(
+        self, session: PageSession, number: int, part: SceneInput | None, options: Options
+    ) -> AsyncIterator[Draft]:
+        """Yield one scene as it grows; it replaces the one with its number."""
+        scenes, before = session.scenes, session.scenes[number : number + 1]
+        history = [(scene.text, scene.image) for scene in scenes[:number] if scene.image]
+        scenes[number:] = [_scene_of(part, Draft()), *scenes[number + 1 :]]
+        done = False
+        try:
+            question = ask(history, part, with_scene_seed(options, number), self.state.loop.model.config.narrate_from)
+            yield Draft()
+            async with aclosing(drafts(self.state, session, *question)) as growing:
+                async for draft in growing:
+                    scenes[number] = _scene_of(part, draft)
+                    done = bool(draft.end and draft.end.reason != "interrupted")
+                    yield draft
+        finally:
+            if not done:
+                scenes[number : number + 1] = before
+
+    async def remove(self, session: PageSession, *texts: str, number: int | None = None) -> View:
+        """Take out a scene; None: all of them, and what is being made."""
+        _edit(session, texts)
+        if number is None:
+            session.stop()
+            session.scenes = []
+        elif session.running is None:
+            del session.scenes[number : number + 1]
+        return self._view(session)
+
+    async def write_page(self, session: PageSession, title: str, *given: Any) -> tuple[Any, str]:
+        """Write the story as one HTML file."""
+        _edit(session, given[FIELDS - 1 :])
+        with failures_shown():
+            if not session.scenes:
+                raise Mgp5Error("there is no story yet", "drop pictures in, or let the story go on")
+            total = len(session.scenes)
+            scenes = [(SceneStart(n, s.kind, total), s.text, s.image) for n, s in enumerate(session.scenes)]
+            (folder := session.folder / uuid.uuid4().hex).mkdir()
+            options = self._options(given).flat()
+            metadata = {"title": (title or "").strip(), "model": self.state.name, "options": options}
+            await to_thread.run_sync(write_html, as_conversation(scenes), metadata, folder / "story.html")
+            return str(folder / "story.html"), progress_line("the page is in your downloads")
+        raise gr.Error("there is no page", visible=False)  # so that no script looks for the file
+
+    def _options(self, given: Sequence[Any]) -> Options:
+        return read_options(self.state, *given[: FIELDS - 1], image="auto")
+
+    def _view(
+        self, session: PageSession, line: str = progress_line(""), only: int | None = None, busy: bool = False
+    ) -> View:
+        """Return all that the tab shows; with `only`, the other cards stay as they are."""
+        cards: list[Any] = []
+        for number in range(CARDS):
+            if only not in (None, number):
+                cards += [gr.skip()] * 3
+                continue
+            scene = session.scenes[number] if number < len(session.scenes) else Scene("given")
+            file = scene.image and session.file(scene.image)
+            text = gr.update(value=scene.text, interactive=not busy)
+            cards += [gr.update(visible=number < len(session.scenes)), gr.update(value=file), text]
+        return [line, gr.update(interactive=busy), *[gr.update(interactive=not busy)] * len(self.actions), *cards]
+
+
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    """Show what a visitor can act on; it ends the block."""
+    try:
+        yield
+    except (Mgp5Error, Refused) as error:
+        gr.Warning(escape(str(error)), title="That did not work")
+
+
+def _narrate(session: PageSession, lines: str, count: int) -> Plan:
+    """Write the texts that images lack."""
+    return [(n, SceneInput(scene.image)) for n, scene in enumerate(session.scenes) if scene.image and not scene.text]
+
+
+def _draw(session: PageSession, lines: str, count: int) -> Plan:
+    """Draw each line of a text."""
+    texts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
+    return [(number, SceneInput(text=text)) for number, text in enumerate(texts, len(session.scenes))]
+
+
+def _go_on(session: PageSession, lines: str, count: int) -> Plan:
+    """Continue with scenes of the model's own."""
+    return [(len(session.scenes) + number, None) for number in range(int(count))]
+
+
+def _card(number: int) -> tuple[gr.Group, gr.Image, gr.Textbox, gr.Button]:
+    with gr.Group(visible=False, elem_classes="card") as card:
+        image = gr.Image(show_label=False, interactive=False, buttons=["fullscreen"], type="filepath", container=False)
+        label = {"show_label": False, "label": f"Text of scene {number}", "placeholder": "no text yet"}
+        text = gr.Textbox(lines=2, max_lines=8, **label)
+        remove = gr.Button("Take out", size="sm", elem_classes="quiet")
+    return card, image, text, remove
+
+
+def _scene_of(part: SceneInput | None, draft: Draft) -> Scene:
+    """Return a scene as far as its reply has come."""
+    content = tuple(piece for piece in draft.parts if not isinstance(piece, Text) or piece.text)
+    return Scene(kind(part), *scene_result(part, Message("assistant", content)))
+
+
+def _edit(session: PageSession, texts: Sequence[str]) -> None:
+    """Take over the texts that the cards have now."""
+    for number, (scene, text) in enumerate(zip(session.scenes, texts, strict=False)):
+        if session.running is None and (text or "").strip() != scene.text:
+            edited = "given" if scene.kind == "narrated" else scene.kind
+            session.scenes[number] = replace(scene, kind=edited, text=(text or "").strip())
+
+
+def _check_room(session: PageSession, more: int) -> None:
+    if len(session.scenes) + more > CARDS:
+        raise Mgp5Error(f"a story of this page has {CARDS} scenes at most", "take some out, or begin another")
