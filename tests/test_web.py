@@ -82,10 +82,10 @@ def test_a_chat(server, files):
         visit(page, server)
         settings(page, seed=3, steps=4)
         page.get_by_label("always").check()
-        say(page, "Draw a red fox. <b>Now</b>")
+        say(page, "Draw a red fox. <script>Now</script>")
         until(page, "#talk-work", "seed 3 ")
         shows(page, "text", "image")
-        assert "<b>Now</b>" in page.inner_text("#talk .user-row")
+        assert page.locator("#talk script").count() == 0
         page.wait_for_function("document.querySelector('#talk .bot-row img').naturalWidth == 128")
         page.locator("#talk-box input[type=file]").set_input_files(files[0])
         page.wait_for_selector("#talk-box img")

@@ -67,7 +67,7 @@ def add_chat(state: AppState, session: gr.State) -> None:
             stop_btn=True,
         ),
         additional_inputs=[session, *settings(state)],
-        additional_inputs_accordion="Settings",
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         additional_outputs=[work],
         examples=[[{"text": text, "files": []}] for text in EXAMPLES],
         cache_examples=False,

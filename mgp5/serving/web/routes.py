@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PAGES = ("", "config", "theme.css", "favicon.ico", "manifest.json")
-FOLDERS = ("assets/", "static/")
 API = "gradio_api/"
+FOLDERS = ("assets/", "static/", f"{API}heartbeat/")  # gradio forgets a page whose heartbeat has ended
 EVENTS = ("queue/join", "run/predict")  # their bodies may name files
 CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel")}
 FILE = f"{API}file="

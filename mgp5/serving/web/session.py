@@ -136,7 +136,7 @@ def settings(state: AppState) -> list[Any]:
     """Return the fields of a reply's options, in the order that `read_options` takes them; they are not shown yet."""
     limits, config, hidden = state.limits, state.loop.model.config, {"render": False}
     return [
-        gr.Number(None, precision=0, minimum=0, label="Seed", info="empty: another each time", **hidden),
+        gr.Number(None, label="Seed", placeholder="another each time", precision=0, minimum=0, **hidden),
         gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature", info="0: no chance", **hidden),
         gr.Slider(1, limits.steps, min(20, limits.steps), step=1, label="Steps", info="of a picture", **hidden),
         gr.Slider(0, 20, config.guidance, step=0.5, label="Guidance", info="how close to the text", **hidden),
