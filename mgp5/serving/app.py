@@ -12,6 +12,7 @@ from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +33,7 @@ from .schema import ChatRequest, ImagesRequest, chat_options, conversation, imag
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from ..model import InterleavedModel
     from .request import ServeRequest
 
 T = TypeVar("T")
@@ -83,6 +85,12 @@ def make_app(
     if add_page:
         add_page(app, state)
     return AccessMiddleware(app, request.limits, key, request.hosts(key), state.metrics.answers)
+
+
+def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingEngine:
+    """Return the loop of a server that has so many cores; it does not run yet."""
+    workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
+    return ServingEngine(model, request.rows, request.waiting, workers)
 
 
 class AppState:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
-
-import torch
 
 from ..apps.open_model import Tell, open_model, silent
 from ..device import quiet_libraries
 from ..errors import Mgp5Error
 from .request import ServeRequest, read_key
-
-if TYPE_CHECKING:
-    from ..model import InterleavedModel
-    from .engine import ServingEngine
 
 
 def serve(request: ServeRequest, tell: Tell = silent) -> None:
@@ -52,7 +45,7 @@ def _serve_here(request: ServeRequest, tell: Tell) -> None:
     """Serve from this process."""
     import uvicorn
 
-    from .app import make_app
+    from .app import make_app, make_loop
     from .middleware import WEB_PATH, hang_up_after
 
     key = read_key(request.key_file)
@@ -85,11 +78,3 @@ def _serve_here(request: ServeRequest, tell: Tell) -> None:
     # uvicorn raises SIGTERM again after its shutdown; it asked for this end, so the exit code is 0
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[socket])
-
-
-def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingEngine:
-    """Return the loop of a server that has so many cores; it does not run yet."""
-    from .engine import ServingEngine
-
-    workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
-    return ServingEngine(model, request.rows, request.waiting, workers)

@@ -17,9 +17,8 @@ from ray.serve.config import RequestRouterConfig
 
 from ...apps.open_model import Tell, open_model
 from ...errors import Mgp5Error
-from ..app import make_app
+from ..app import make_app, make_loop
 from ..request import ServeRequest, read_key
-from ..server import make_loop
 from . import absolute, connected, resources
 from .router import FewestRequestsRouter
 

@@ -17,7 +17,7 @@ from ...messages import Conversation, Image, Message, Part, Text
 from ...prompts import CHAT_SYSTEM
 from ..engine import Refused
 from ..schema import check_size
-from .session import Draft, PageSession, drafts, progress_line, read_options, read_upload, settings
+from .session import PageSession, growing_reply, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
     from ...events import Finished
@@ -87,10 +87,10 @@ async def replies(
         talk = await to_thread.run_sync(read_talk, history, state.limits, limiter=state.image_threads)
         options = replace(options, seed=options.seed + SEEDS * session.replies)
         session.replies += 1
-        async with aclosing(drafts(state, session, talk, options)) as growing:
-            async for draft in growing:
-                line = _summary(draft.end, options) if draft.end else "writing"
-                yield _shown(session, draft), progress_line(line, draft)
+        async with aclosing(growing_reply(state, session, talk, options)) as growing:
+            async for recorder in growing:
+                line = _summary(recorder.finished, options) if recorder.finished else "writing"
+                yield _shown(session, recorder.parts), progress_line(line, recorder)
     except (Mgp5Error, Refused) as error:
         yield {"role": "assistant", "content": escape(str(error)), "metadata": {"title": FAILED}}, progress_line("")
 
@@ -133,10 +133,10 @@ def _parts(content: Any, role: str, limits: Limits) -> list[Part]:
     return parts
 
 
-def _shown(session: PageSession, draft: Draft) -> dict[str, Any]:
+def _shown(session: PageSession, parts: Sequence[Part]) -> dict[str, Any]:
     content = [
         {"path": session.file(part)} if isinstance(part, Image) else escape(part.text, quote=False)
-        for part in draft.parts
+        for part in parts
         if isinstance(part, Image) or part.text.strip()
     ]
     return {"role": "assistant", "content": content}

@@ -9,15 +9,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from anyio import to_thread
 from pydantic import ValidationError
 
+from ...apps.recorder import Recorder, StoryScene
 from ...errors import Mgp5Error
-from ...events import Event, Finished, ImageDone, ImageStep, TextChunk
-from ...messages import Conversation, Image, Message, Part, Text
+from ...events import Finished, ImageDone
+from ...messages import Conversation, Image, Message
 from ...views.files import write_png
 from ..engine import Refused
 from ..images import read_image_bytes
@@ -35,15 +36,6 @@ DRAW_MODES = [("when it fits", "auto"), ("always", "always"), ("never", "never")
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}  # keywords of every event
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A scene of a story; `kind` says who made what of it, see `apps.story.kind`."""
-
-    kind: Literal["given", "narrated", "illustrated", "continued"]
-    text: str = ""
-    image: Image | None = None
-
-
 @dataclass
 class PageSession:
     """What one open page keeps: the value of a `gr.State`, which gradio makes and forgets.
@@ -58,7 +50,7 @@ class PageSession:
     """
 
     folder: Path
-    scenes: list[Scene] = field(default_factory=list)
+    scenes: list[StoryScene] = field(default_factory=list)
     replies: int = 0
     running: ReplyStream | None = None
     stopped: bool = False
@@ -81,44 +73,20 @@ class PageSession:
             self.running.queue.put_nowait(INTERRUPTED)
 
 
-@dataclass
-class Draft:
-    """A reply so far."""
-
-    parts: list[Part] = field(default_factory=list)
-    step: ImageStep | None = None  # of the image that is being drawn
-    end: Finished | None = None
-
-    def add(self, event: Event) -> None:
-        """Take the next event."""
-        match event:
-            case TextChunk() if self.parts and isinstance(self.parts[-1], Text):
-                self.parts[-1] = Text(self.parts[-1].text + event.text)
-            case TextChunk():
-                self.parts.append(Text(event.text.lstrip()))
-            case ImageStep():
-                self.step = event
-            case ImageDone():
-                self.step = None
-                self.parts.append(event.image)
-            case Finished():
-                self.step, self.end = None, event
-                if event.reason != "interrupted":
-                    self.parts = list(event.message.content)
-
-
-async def drafts(state: AppState, session: PageSession, talk: Conversation, options: Options) -> AsyncIterator[Draft]:
+async def growing_reply(
+    state: AppState, session: PageSession, talk: Conversation, options: Options
+) -> AsyncIterator[Recorder]:
     """Yield a reply as it grows, the last time whole; closing the iterator cancels the reply. Raises Refused."""
     (session.running,) = state.submit(talk, [options], None)
-    draft, shown = Draft(), 0.0
+    recorder, shown = Recorder(), 0.0
     try:
         async with aclosing(session.running.events()) as events:
             async for event in events:
                 if isinstance(event, ImageDone):
                     await to_thread.run_sync(session.file, event.image)  # encodes it
-                draft.add(event)
-                if draft.end or isinstance(event, ImageDone) or time.monotonic() - shown > UPDATE_SECONDS:
-                    yield draft
+                recorder(event)
+                if recorder.finished or isinstance(event, ImageDone) or time.monotonic() - shown > UPDATE_SECONDS:
+                    yield recorder
                     shown = time.monotonic()
     finally:
         session.running = None
@@ -155,11 +123,11 @@ def read_options(state: AppState, seed: Any, temperature: Any, steps: Any, guida
     return chat_options(body, state.limits, state.loop.model)
 
 
-def progress_line(text: str, draft: Draft | None = None, before: str = "") -> str:
+def progress_line(text: str, recorder: Recorder | None = None, before: str = "") -> str:
     """Return a line of HTML on what is being done, with a bar where an image is drawn."""
     bar = ""
-    if draft and draft.step:
-        done, total = draft.step.step, draft.step.total
+    if recorder and recorder.step:
+        done, total = recorder.step.step, recorder.step.total
         text = f"drawing, step {done} of {total}"
         bar = f'<progress max="{total}" value="{done}"></progress>'
     return f'<div class="work" role="status"><span>{escape(before + text)}</span>{bar}</div>'

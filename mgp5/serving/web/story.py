@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from anyio import to_thread
 
-from ...apps.story import SceneInput, as_conversation, ask, kind, natural, scene_result, with_scene_seed
+from ...apps.recorder import Recorder, StoryScene, story_conversation
+from ...apps.story import SceneInput, finished_scene, natural, scene_request
 from ...errors import Mgp5Error
-from ...events import SceneStart
-from ...messages import Message, Text
 from ...views.html import write_html
 from ..engine import Refused
-from .session import HIDDEN, Draft, PageSession, Scene, drafts, progress_line, read_options, read_upload, settings
+from .session import HIDDEN, PageSession, growing_reply, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
     from ...options import Options
@@ -84,7 +83,7 @@ class StoryTab:
             _check_room(session, len(files))
             for file in sorted(map(Path, files), key=natural):
                 image = await to_thread.run_sync(read_upload, str(file), self.state.limits)
-                session.scenes.append(Scene("given", "", image))
+                session.scenes.append(StoryScene("given", "", image))
         return [None, *self._view(session)]
 
     async def make(
@@ -108,8 +107,8 @@ class StoryTab:
             for done, (number, part) in enumerate(plan, 1):
                 before = f"scene {done} of {len(plan)} · "
                 async with aclosing(self._scene(session, number, part, options)) as growing:
-                    async for draft in growing:
-                        line = progress_line("writing", draft, before)
+                    async for recorder in growing:
+                        line = progress_line("writing", recorder, before)
                         yield [gr.skip(), *self._view(session, line, number, busy=True)]
                 if session.stopped:
                     break
@@ -118,20 +117,19 @@ class StoryTab:
 
     async def _scene(
         self, session: PageSession, number: int, part: SceneInput | None, options: Options
-    ) -> AsyncIterator[Draft]:
+    ) -> AsyncIterator[Recorder]:
         """Yield one scene as it grows; it replaces the one with its number."""
         scenes, before = session.scenes, session.scenes[number : number + 1]
-        history = [(scene.text, scene.image) for scene in scenes[:number] if scene.image]
-        scenes[number:] = [_scene_of(part, Draft()), *scenes[number + 1 :]]
+        asked = scene_request(scenes[:number], part, options, self.state.loop.model.config.narrate_from)
+        scenes[number:] = [finished_scene(part, Recorder().message), *scenes[number + 1 :]]
         done = False
         try:
-            question = ask(history, part, with_scene_seed(options, number), self.state.loop.model.config.narrate_from)
-            yield Draft()
-            async with aclosing(drafts(self.state, session, *question)) as growing:
-                async for draft in growing:
-                    scenes[number] = _scene_of(part, draft)
-                    done = bool(draft.end and draft.end.reason != "interrupted")
-                    yield draft
+            yield Recorder()
+            async with aclosing(growing_reply(self.state, session, *asked)) as growing:
+                async for recorder in growing:
+                    scenes[number] = finished_scene(part, recorder.message)
+                    done = bool(recorder.finished and recorder.finished.reason != "interrupted")
+                    yield recorder
         finally:
             if not done:
                 scenes[number : number + 1] = before
@@ -152,12 +150,10 @@ class StoryTab:
         with failures_shown():
             if not session.scenes:
                 raise Mgp5Error("there is no story yet", "drop pictures in, or let the story go on")
-            total = len(session.scenes)
-            scenes = [(SceneStart(n, s.kind, total), s.text, s.image) for n, s in enumerate(session.scenes)]
             (folder := session.folder / uuid.uuid4().hex).mkdir()
             options = self._options(given).flat()
             metadata = {"title": (title or "").strip(), "model": self.state.name, "options": options}
-            await to_thread.run_sync(write_html, as_conversation(scenes), metadata, folder / "story.html")
+            await to_thread.run_sync(write_html, story_conversation(session.scenes), metadata, folder / "story.html")
             return str(folder / "story.html"), progress_line("the page is in your downloads")
         raise gr.Error("there is no page", visible=False)  # so that no script looks for the file
 
@@ -173,7 +169,7 @@ class StoryTab:
             if only not in (None, number):
                 cards += [gr.skip()] * 3
                 continue
-            scene = session.scenes[number] if number < len(session.scenes) else Scene("given")
+            scene = session.scenes[number] if number < len(session.scenes) else StoryScene("given")
             file = scene.image and session.file(scene.image)
             text = gr.update(value=scene.text, interactive=not busy)
             cards += [gr.update(visible=number < len(session.scenes)), gr.update(value=file), text]
@@ -212,12 +208,6 @@ def _card(number: int) -> tuple[gr.Group, gr.Image, gr.Textbox, gr.Button]:
         text = gr.Textbox(lines=2, max_lines=8, **label)
         remove = gr.Button("Take out", size="sm", elem_classes="quiet")
     return card, image, text, remove
-
-
-def _scene_of(part: SceneInput | None, draft: Draft) -> Scene:
-    """Return a scene as far as its reply has come."""
-    content = tuple(piece for piece in draft.parts if not isinstance(piece, Text) or piece.text)
-    return Scene(kind(part), *scene_result(part, Message("assistant", content)))
 
 
 def _edit(session: PageSession, texts: Sequence[str]) -> None:
