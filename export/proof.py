@@ -18,7 +18,7 @@ from ..engines import Engine
 from ..engines.exported import Run
 from ..engines.onnx import Session
 from ..errors import Mgp5Error
-from ..generators.latent_diffusion import FrozenDiffusion
+from ..generators.latent_diffusion import LatentDiffusion
 from .specs import Component
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ ADVICE = "try --precision fp32 or another --opset"
 
 
 def prove_image(
-    diffusion: FrozenDiffusion,
+    diffusion: LatentDiffusion,
     condition: Tensor,  # (1, L, D)
     unconditional: Tensor,  # (1, L, D)
     engine: Engine,

@@ -23,9 +23,9 @@ from optimum.utils import (
 from torch import Tensor, nn
 
 from ..engines.exported import plain_group_norm, precomputed
-from ..generators.latent_diffusion import FrozenDiffusion
-from ..generators.sampler import guidance_batch
-from ..heads.mapper import FeatureMapper
+from ..generators.denoising import guidance_batch
+from ..generators.latent_diffusion import LatentDiffusion
+from ..heads.minigpt5 import FeatureMapper
 
 BATCH = 2  # of the exported example: nothing of size 1, which torch.export takes for a constant
 LATENT = {0: "batch", 2: "height", 3: "width"}
@@ -64,7 +64,7 @@ class _Call(nn.Module):
 
 
 def components(
-    diffusion: FrozenDiffusion,
+    diffusion: LatentDiffusion,
     mapper: FeatureMapper | None,
     unconditional: Tensor | None,
     num_vokens: int,
@@ -110,7 +110,7 @@ def mapper_component(mapper: FeatureMapper, unconditional: Tensor, num_vokens: i
     )
 
 
-def _unet(diffusion: FrozenDiffusion) -> Component:
+def _unet(diffusion: LatentDiffusion) -> Component:
     unet = diffusion.denoiser
     config = NormalizedConfig(
         unet.config,
@@ -131,7 +131,7 @@ def _unet(diffusion: FrozenDiffusion) -> Component:
     )
 
 
-def _transformer(diffusion: FrozenDiffusion) -> Component:
+def _transformer(diffusion: LatentDiffusion) -> Component:
     transformer = diffusion.denoiser
     config = NormalizedConfig(
         transformer.config,
@@ -158,7 +158,7 @@ def _transformer(diffusion: FrozenDiffusion) -> Component:
     )
 
 
-def vae_decoder(diffusion: FrozenDiffusion) -> Component:
+def vae_decoder(diffusion: LatentDiffusion) -> Component:
     """Latents (B, C, h, w), already divided by the VAE's scale, to pixels (B, 3, H, W)."""
     vae = diffusion.vae
     config = NormalizedConfig(vae.config, allow_new=True, num_channels="latent_channels")
@@ -172,7 +172,7 @@ def vae_decoder(diffusion: FrozenDiffusion) -> Component:
     )
 
 
-def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
+def denoiser(diffusion: LatentDiffusion, opset: int) -> Component:
     """The denoiser as a step: latents, a step's row for each, and what `condition` gives."""
     parts, model = precomputed(diffusion, opset), diffusion.denoiser
     length, width = diffusion.condition_shape
@@ -190,7 +190,7 @@ def denoiser(diffusion: FrozenDiffusion, opset: int) -> Component:
     )
 
 
-def _condition(diffusion: FrozenDiffusion, mapper: FeatureMapper, unconditional: Tensor, num_vokens: int) -> Component:
+def _condition(diffusion: LatentDiffusion, mapper: FeatureMapper, unconditional: Tensor, num_vokens: int) -> Component:
     """States (B, N, D) and timesteps (n) -> the table of rows and the context of `denoiser`, for R = 2B rows."""
     parts, constant = precomputed(diffusion), unconditional.to(mapper.mlp[0].weight)
     states = constant.new_ones(BATCH, num_vokens, mapper.config.llm_width)
@@ -217,20 +217,20 @@ class Float32GroupNorm(nn.GroupNorm):
         return plain_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
 
 
-def latent_unit(diffusion: FrozenDiffusion) -> int:
+def latent_unit(diffusion: LatentDiffusion) -> int:
     """Height and width of latents are multiples of this."""
     config = diffusion.denoiser.config
     return config.patch_size if "patch_size" in config else 2 ** (len(config.block_out_channels) - 1)
 
 
-def _sides(diffusion: FrozenDiffusion) -> tuple[int, int]:
+def _sides(diffusion: LatentDiffusion) -> tuple[int, int]:
     """Height and width of the example's latents."""
     unit = latent_unit(diffusion)
     return 2 * unit, 3 * unit
 
 
 def _dummies(
-    config: NormalizedConfig, makers: tuple[type[DummyInputGenerator], ...], names: tuple[str, ...], of: FrozenDiffusion
+    config: NormalizedConfig, makers: tuple[type[DummyInputGenerator], ...], names: tuple[str, ...], of: LatentDiffusion
 ) -> dict[str, Tensor]:
     """An example of each input by optimum's generators, in the model's type; timesteps stay in float32."""
     height, width = _sides(of)

@@ -14,13 +14,13 @@ from .manifest import versions, weights_hash
 from .subject import Subject
 
 if TYPE_CHECKING:
-    from ..generators.latent_diffusion import FrozenDiffusion
+    from ..generators.latent_diffusion import LatentDiffusion
 
 COMPONENTS = ("denoiser", "vae_decoder")
 VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster
 
 
-def stored(diffusion: FrozenDiffusion) -> Path:
+def stored(diffusion: LatentDiffusion) -> Path:
     """The folder of a diffusion model on the CPU in float32; exported first where it is not there, stderr says so.
 
     Raises:

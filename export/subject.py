@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..config import model_config_from
 from ..errors import Mgp5Error
-from ..generators.latent_diffusion import FrozenDiffusion
-from ..heads.mapper import FeatureMapper
-from ..heads.minigpt5 import MiniGPT5Head
+from ..generators import load_generator
+from ..generators.latent_diffusion import LatentDiffusion
+from ..heads.minigpt5 import FeatureMapper, MiniGPT5Head
 from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG, WEIGHTS, read_weights
-from ..model import load_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class Subject:
     """
 
     name: str
-    diffusion: FrozenDiffusion
+    diffusion: LatentDiffusion
     source: str = ""
     mapper: FeatureMapper | None = None
     unconditional: Tensor | None = None
@@ -53,17 +52,16 @@ def load(name: str, components: Sequence[str] = ()) -> Subject:
     return Subject(name=name, source=parts.diffusion, diffusion=diffusion, **_mapper(parts, diffusion))
 
 
-def _mapper(parts: Parts, diffusion: FrozenDiffusion) -> dict[str, Any]:
+def _mapper(parts: Parts, diffusion: LatentDiffusion) -> dict[str, Any]:
     path = parts.trained / CONFIG
     config = model_config_from(read_config(path), str(path))
-    mapper = FeatureMapper(config.mapper)
+    head = MiniGPT5Head(diffusion, config.head_config).eval()
     weights = {k[7:]: v.float() for k, v in read_weights(parts.trained / WEIGHTS).items() if k.startswith("mapper.")}
     try:
-        mapper.load_state_dict(weights)
+        head.mapper.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise Mgp5Error(f"the mapper in {parts.trained} does not fit its config ({reason})", "copy it again") from None
-    head = MiniGPT5Head(mapper.eval(), diffusion, range(config.num_vokens), config.unconditional == "text")
     with torch.no_grad():
-        unconditional = head.unconditional(next(mapper.parameters()))
-    return {"mapper": mapper, "unconditional": unconditional, "num_vokens": config.num_vokens}
+        unconditional = head.unconditional(next(head.mapper.parameters()))
+    return {"mapper": head.mapper, "unconditional": unconditional, "num_vokens": head.num_vokens}

@@ -25,7 +25,7 @@ def __getattr__(name: str) -> object:
 
         return generate
     if name == "load":
-        from .model import load
+        from .apps.open_model import load
 
         return load
     raise AttributeError(f"module 'mgp5' has no attribute {name!r}")

@@ -74,19 +74,38 @@ class MapperConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MiniGPT5Config:
+    """What the head of MiniGPT-5 is built from.
+
+    Args:
+        num_vokens: n, 1 to 16.
+        mapper: shape of the feature mapper.
+        unconditional: where the unconditional condition of guidance comes from: the mapper at zeros, or, of a model
+            trained without guidance dropout, the generator's own encoding of the empty text (the paper's ablation,
+            section 4.4).
+    """
+
+    num_vokens: int = 8
+    mapper: MapperConfig
+    unconditional: Literal["mapper", "text"] = "mapper"
+
+
+# Name of a head -> class of its configuration.
+HEAD_CONFIGS: dict[str, type] = {"minigpt5": MiniGPT5Config}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a checkpoint was trained with; stored beside its weights and checked when it is loaded.
 
     Args:
-        mllm, diffusion: hub ids, or folders (relative ones lie in the model's folder).
-        num_vokens: n, 1 to 16.
-        mapper: shape of the feature mapper.
+        mllm, diffusion: LLM and generator: hub ids, or folders (relative ones lie in the model's folder).
+        head: name of the head, a key of HEAD_CONFIGS.
+        head_config: what the head is built from.
         guidance, temperature: defaults of this model where the user gives none (the paper's are 7.5 and 1).
-        narrate_from: how much of the history a story's narration sees; a small model tells a picture better by itself.
+        narrate_from: how much of the history a story's narration shows; a small model tells an image better by itself.
         mllm_kind: type, layers, width and vocabulary of the LLM that it was trained for; "" in older ones.
-        diffusion_kind: class, prediction type and condition shape of the generator that the mapper was trained for.
-        unconditional: where the other half of guidance comes from: the mapper at zeros, or, of a model trained without
-            guidance dropout, the generator's own encoding of the empty text (the paper's ablation, section 4.4).
+        head_kind: `Head.description` of the frozen parts that the head was trained for.
         lora: rank, alpha and target modules of the adapter, or None.
         prefix: of a model with prefix tuning, or None.
         stage: the last stage that trained it.
@@ -94,14 +113,13 @@ class ModelConfig:
 
     mllm: str
     diffusion: str
-    num_vokens: int = 8
-    mapper: MapperConfig
+    head: str = "minigpt5"
+    head_config: Any
     guidance: float = 7.5
     temperature: float = 1.0
     narrate_from: Literal["full", "text", "none"] = "full"
     mllm_kind: str = ""
-    diffusion_kind: str = ""
-    unconditional: Literal["mapper", "text"] = "mapper"
+    head_kind: str = ""
     lora: LoraConfig | None = None
     prefix: PrefixConfig | None = None
     stage: Stage | None = None
@@ -384,15 +402,38 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise Mgp5Error(f"{path} is not valid TOML ({error})", "correct it", usage=True) from None
 
 
-def model_config_from(raw: dict[str, Any], place: str) -> ModelConfig:
-    """The configuration stored beside a checkpoint. Raises Mgp5Error when fields are missing or unknown."""
+def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
+    """Return the configuration stored beside a checkpoint.
+
+    Args:
+        raw: as JSON gives it; of versions before heads had names, too.
+        path: of the file, for errors.
+
+    Raises:
+        Mgp5Error: fields are missing or unknown, or the head is not known.
+    """
+    raw = dict(raw)
+    if "head_config" not in raw:
+        raw["head_config"] = {name: raw.pop(name) for name in ("num_vokens", "mapper", "unconditional") if name in raw}
+        raw["head_kind"] = raw.pop("diffusion_kind", "")
+    kind = raw.get("head", "minigpt5")
+    if kind not in HEAD_CONFIGS:
+        known = ", ".join(HEAD_CONFIGS)
+        raise Mgp5Error(f"{path} is of a model with the head {kind!r}, expected one of {known}", "update mgp5")
     try:
-        lora, prefix = raw.get("lora"), raw.get("prefix")
-        nested = {
-            "mapper": MapperConfig(**raw["mapper"]),
-            "lora": LoraConfig(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
-            "prefix": PrefixConfig(**prefix) if prefix else None,
-        }
-        return ModelConfig(**{**raw, **nested})
+        raw["head_config"] = _from_dict(HEAD_CONFIGS[kind], raw["head_config"])
+        return _from_dict(ModelConfig, raw)
     except (KeyError, TypeError, AttributeError) as error:
-        raise Mgp5Error(f"{place} is not a configuration of mgp5 ({error})", "train or copy the model again") from None
+        raise Mgp5Error(f"{path} is not a configuration of mgp5 ({error})", "train or copy the model again") from None
+
+
+def _from_dict(kind: type, raw: dict[str, Any]) -> Any:
+    """Build a dataclass of what `asdict` made of one."""
+    values = dict(raw)
+    for name, hint in get_type_hints(kind).items():
+        kinds = [k for k in getattr(hint, "__args__", (hint,)) if dataclasses.is_dataclass(k)]
+        if kinds and isinstance(values.get(name), dict):
+            values[name] = _from_dict(kinds[0], values[name])
+        elif isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    return kind(**values)

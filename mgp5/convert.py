@@ -19,8 +19,8 @@ from .backbones.minigpt4 import compose, read_state
 from .config import LoraConfig
 from .errors import Mgp5Error
 from .hub import Parts, explain, place, resolve
-from .loading import put, save_checkpoint, trained_tensors
-from .model import InterleavedModel, build
+from .loading import build, load_trained_tensors, save_checkpoint, trained_tensors
+from .model import InterleavedModel
 
 NAMES = {"fc.": "mapper.mlp.", "llm_to_t2i_mapping.": "mapper.transformer.", "t2i_decoder_prompt": "mapper.queries"}
 ROWS = ("embed_tokens", "lm_head")
@@ -144,7 +144,7 @@ def _fill(model: InterleavedModel, released: dict[str, Tensor], parts: Parts) ->
     names = {name: _common(name.removeprefix("adapter.")) for name in trained_tensors(model)}
     cut = {name: value[-ADDED : VOKENS - ADDED] if name in ROWS else value for name, value in released.items()}
     tensors = {ours: cut[common].float() for ours, common in names.items() if common in cut}
-    put(model, tensors, replace(parts, trained=Path("the checkpoints")))
+    load_trained_tensors(model, tensors, replace(parts, trained=Path("the checkpoints")))
     return tuple(sorted(released.keys() - set(names.values())))
 
 

@@ -1,9 +1,14 @@
-"""What training made, on disk: mapper, voken rows and LoRA as safetensors, and the configuration they belong to."""
+"""Building, loading and saving a model: frozen parts from folders or the hub, what was trained as safetensors.
+
+A trained folder holds `model.safetensors` (the head's saved parts, "adapter.*" for rows and LoRA, "prefix.*") and
+`config.json`, the configuration that they belong to.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,79 +18,174 @@ from torch.distributed.tensor import DTensor
 
 from .backbones.hf import HFBackbone
 from .backbones.quantization import Quantize
-from .config import ModelConfig, model_config_from
+from .config import MapperConfig, MiniGPT5Config, ModelConfig, model_config_from
 from .errors import Mgp5Error
 from .files import replacing, write_json
-from .hub import Parts, read_config
-from .model import InterleavedModel, _load_parts, backbone_kind, diffusion_kind
+from .generators.latent_diffusion import LatentDiffusion
+from .heads import Head, head_class
+from .hub import Parts, explain, from_hub, read_config, resolve
+from .model import InterleavedModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
+def build(
+    mllm: str, diffusion: str, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none", **options: Any
+) -> InterleavedModel:
+    """Return a MiniGPT-5 with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
+
+    Args:
+        mllm, diffusion: the LLM and the generator.
+        dtype: of the frozen parts.
+        quantize: "4bit" or "8bit" for the LLM's layers.
+        options: of `assemble`.
+
+    Raises:
+        Mgp5Error: a part is missing or cannot be read.
+    """
+    from .generators import load_generator
+
+    return assemble(load_backbone(mllm, dtype, quantize), load_generator(diffusion, dtype), mllm, diffusion, **options)
+
+
+def assemble(
+    backbone: HFBackbone,
+    generator: LatentDiffusion,
+    mllm: str,
+    diffusion: str,
+    *,
+    num_vokens: int = 8,
+    guidance: float = 7.5,
+    **mapper: Any,
+) -> InterleavedModel:
+    """Return a MiniGPT-5 of loaded parts with a fresh mapper.
+
+    Args:
+        mllm, diffusion: where the parts are from.
+        num_vokens: n.
+        guidance: the model's default.
+        mapper: see `mapper_for`.
+    """
+    from .heads.minigpt5 import MiniGPT5Head, voken_tokens
+
+    kind = backbone_kind(backbone)
+    backbone.add_tokens(list(voken_tokens(num_vokens)))  # before the mapper, so that a seed gives what it always gave
+    head_config = MiniGPT5Config(num_vokens=num_vokens, mapper=mapper_for(backbone.width, generator, **mapper))
+    head = MiniGPT5Head(generator, head_config)
+    config = ModelConfig(
+        mllm=mllm,
+        diffusion=diffusion,
+        head_config=head_config,
+        guidance=guidance,
+        mllm_kind=kind,
+        head_kind=head.description,
+    )
+    return InterleavedModel(backbone, head, config)
+
+
+def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
+    """Return the shape of a mapper between an LLM and a generator.
+
+    Args:
+        inner: width of its transformer; None projects from 1024 to conditions wider than 2048.
+        layers: other fields of MapperConfig.
+    """
+    length, width = generator.condition_shape
+    inner = (1024 if width > 2048 else 0) if inner is None else inner
+    return MapperConfig(
+        llm_width=llm_width, width=width, queries=length, inner=inner, pooled=generator.pooled_width, **layers
+    )
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
+) -> InterleavedModel:
+    """Return a trained model on the CPU with what was trained merged into its weights, in evaluation mode.
+
+    Args:
+        name: a model's name, or a folder that `mgp5 train` has written.
+        dtype: of the frozen parts; what was trained stays in float32.
+        quantize: "4bit" or "8bit" for the LLM's layers.
+
+    Raises:
+        Mgp5Error: no such model, nothing trained in it, or parts that do not fit together.
+    """
+    parts = resolve(str(name))
+    if parts.trained is None:
+        raise Mgp5Error(f"{name} has no trained head", f"train one: mgp5 train --stage pretrain --model {name}")
+    model = load_checkpoint(parts, dtype=dtype, quantize=quantize)
+    model.merge()
+    return model.eval()
+
+
+def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:
+    """Return the LLM from a folder or the hub. Raises Mgp5Error."""
+
+    def read(name: str, revision: str | None) -> HFBackbone:
+        return HFBackbone.load(name, dtype=dtype, quantize=quantize, revision=revision)
+
+    try:
+        return from_hub(mllm, read)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise explain(error, mllm) from error
+
+
+def backbone_kind(backbone: HFBackbone) -> str:
+    """Return a short description by which a checkpoint is matched to its LLM, as that was before tokens were added."""
+    text = backbone.core.config.get_text_config()
+    layers = f"{text.num_hidden_layers}x{text.hidden_size}"
+    return f"{backbone.core.config.model_type} {layers} with {len(backbone.tokenizer)} tokens"
+
+
+def load_checkpoint(
+    parts: Parts, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
+) -> InterleavedModel:
+    """Return the model of a trained folder with its weights in it; the adapter is not merged yet.
+
+    Raises:
+        Mgp5Error: weights are missing, or do not fit the LLM or the head.
+    """
+    assert parts.trained is not None
+    path = parts.trained / CONFIG
+    config = model_config_from(read_config(path), str(path))
+    config = replace(config, mllm=parts.mllm, diffusion=parts.diffusion)
+    backbone, head = load_backbone(parts.mllm, dtype, quantize), head_class(config.head).load(config, dtype)
+    _check_parts(config, parts, backbone, head)
+    model = InterleavedModel(backbone, head, config)
+    tensors = read_weights(parts.trained / WEIGHTS)
+    _check_tokens(model, tensors, parts)
+    if config.stage is not None:
+        model.adapt(config.lora, config.prefix)
+    load_trained_tensors(model, tensors, parts)
+    return model
+
+
 def trained_tensors(model: InterleavedModel) -> dict[str, Tensor]:
-    """All that the stages train, under stable names: "mapper.*", "adapter.*" (rows and LoRA) and "prefix.*".
+    """Return all that the stages train, under stable names: NAME.* of the head's saved parts, "adapter.*", "prefix.*".
 
     Where processes share the weights (FSDP), all of them have to call it.
     """
     from peft import get_peft_model_state_dict
 
     backbone = model.backbone
-    adapter = get_peft_model_state_dict(backbone.model, save_embedding_layers=False)
-    once, twice = (dict(backbone.model.named_parameters(remove_duplicate=one)).keys() for one in (True, False))
-    for name in twice - once:  # with tied embeddings one set of rows has two names: the first is kept
-        adapter.pop(name.removesuffix(".default"), None)
-    prefix = backbone.prefix.state_dict() if backbone.prefix is not None else {}
-    parts = {"mapper": model.head.mapper.state_dict(), "adapter": dict(sorted(adapter.items())), "prefix": prefix}
-    return {f"{kind}.{name}": full(value) for kind, part in parts.items() for name, value in part.items()}
+    tensors = {name: part.module.state_dict() for name, part in model.head.parts().items() if part.saved}
+    adapter = {}
+    if backbone.model is not backbone.core:
+        adapter = get_peft_model_state_dict(backbone.model, save_embedding_layers=False)
+        once, twice = (dict(backbone.model.named_parameters(remove_duplicate=one)).keys() for one in (True, False))
+        for name in twice - once:  # with tied embeddings one set of rows has two names: the first is kept
+            adapter.pop(name.removesuffix(".default"), None)
+    tensors["adapter"] = dict(sorted(adapter.items()))
+    tensors["prefix"] = backbone.prefix.state_dict() if backbone.prefix is not None else {}
+    return {f"{kind}.{name}": full(value) for kind, part in tensors.items() for name, value in part.items()}
 
 
 def full(value: Tensor) -> Tensor:
-    """A tensor, gathered where processes hold a shard of it each (FSDP)."""
+    """Return a tensor, gathered where processes hold a shard of it each (FSDP)."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def save_checkpoint(model: InterleavedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `folder/mgp5`; each file appears whole or not at all."""
-    write_weights(trained_tensors(model), model.config, folder / "mgp5", dtype)
-
-
-def write_weights(
-    tensors: dict[str, Tensor], config: ModelConfig, place: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Write the two files of a trained folder."""
-    place.mkdir(parents=True, exist_ok=True)
-    with replacing(place / WEIGHTS) as part:
-        write_tensors({name: value.to(dtype or value.dtype) for name, value in tensors.items()}, part)
-    write_json(place / CONFIG, asdict(config))
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def load_checkpoint(
-    parts: Parts, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
-) -> InterleavedModel:
-    """Build the model of a trained folder and put its weights in; the adapter is not merged yet.
-
-    Raises:
-        Mgp5Error: weights are missing, or do not fit the LLM, the diffusion model or the voken count.
-    """
-    assert parts.trained is not None
-    config = model_config_from(read_config(parts.trained / CONFIG), str(parts.trained / CONFIG))
-    backbone, diffusion = _load_parts(parts.mllm, parts.diffusion, dtype, quantize)
-    _check_parts(config, parts, backbone, diffusion_kind(diffusion))
-    model = InterleavedModel(backbone, diffusion, replace(config, mllm=parts.mllm, diffusion=parts.diffusion))
-    tensors = read_weights(parts.trained / WEIGHTS)
-    _check_vokens(config, tensors, parts)
-    if config.stage is not None:
-        model.adapt(config.lora, config.prefix)
-    put(model, tensors, parts)
-    return model
-
-
-def put(model: InterleavedModel, tensors: dict[str, Tensor], parts: Parts) -> None:
+def load_trained_tensors(model: InterleavedModel, tensors: dict[str, Tensor], parts: Parts) -> None:
     """Put trained tensors into a prepared model. Raises Mgp5Error when names or shapes differ."""
     from peft import set_peft_model_state_dict
 
@@ -97,19 +197,42 @@ def put(model: InterleavedModel, tensors: dict[str, Tensor], parts: Parts) -> No
         raise Mgp5Error(
             f"the weights in {parts.trained} do not fit the model ({shapes})", "use the parts it was trained with"
         )
-    parts_of = {kind: {} for kind in ("mapper", "adapter", "prefix")}
+    by_part: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, _, own = name.partition(".")
-        parts_of[kind][own] = value if kind == "adapter" else value.float()
-    model.head.mapper.load_state_dict(parts_of["mapper"])
-    set_peft_model_state_dict(model.backbone.model, parts_of["adapter"])
+        kind, _, inner = name.partition(".")
+        by_part.setdefault(kind, {})[inner] = value if kind == "adapter" else value.float()
+    for name, part in model.head.parts().items():
+        if part.saved:
+            part.module.load_state_dict(by_part.get(name, {}))
+    if "adapter" in by_part:
+        set_peft_model_state_dict(model.backbone.model, by_part["adapter"])
     if model.backbone.prefix is not None:
-        model.backbone.prefix.load_state_dict(parts_of["prefix"])
-    model.head.train(model.head.training)  # forget what was computed from the old mapper
+        model.backbone.prefix.load_state_dict(by_part["prefix"])
+    model.head.train(model.head.training)  # drops what was computed from the old weights
+
+
+def save_checkpoint(model: InterleavedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `folder/mgp5`; each file appears whole or not at all."""
+    write_weights(trained_tensors(model), model.config, folder / "mgp5", dtype)
+
+
+def write_weights(
+    tensors: dict[str, Tensor], config: ModelConfig, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the two files of a trained folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as part:
+        write_tensors({name: value.to(dtype or value.dtype) for name, value in tensors.items()}, part)
+    write_json(folder / CONFIG, asdict(config))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises Mgp5Error when it is missing or broken."""
+    """Return the tensors of a safetensors file. Raises Mgp5Error when it is missing or broken."""
     if not path.is_file():
         raise Mgp5Error(f"no weights at {path}", "copy the whole model folder, or train it again")
     try:
@@ -118,27 +241,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise Mgp5Error(f"{path} cannot be read ({error})", "copy it again") from None
 
 
-def _check_parts(config: ModelConfig, parts: Parts, backbone: HFBackbone, kind: str) -> None:
-    width = config.mapper.llm_width
+def _check_parts(config: ModelConfig, parts: Parts, backbone: HFBackbone, head: Head) -> None:
+    mapper = getattr(config.head_config, "mapper", None)
+    width = mapper.llm_width if mapper else backbone.width
     expected, found = config.mllm_kind or f"an LLM of width {width}", backbone_kind(backbone)
     if width != backbone.width or config.mllm_kind not in ("", found):
         raise Mgp5Error(
             f"{parts.name} was trained for {expected}, but {parts.mllm} is {found}",
             "use the multimodal LLM it was trained with",
         )
-    if config.diffusion_kind and config.diffusion_kind != kind:
+    if config.head_kind and config.head_kind != head.description:
         raise Mgp5Error(
-            f"{parts.name} was trained for {config.diffusion_kind}, but {parts.diffusion} is {kind}",
-            "use the diffusion model it was trained with, or train the mapper again",
+            f"{parts.name} was trained for {config.head_kind}, but {parts.diffusion} is {head.description}",
+            "use the generator it was trained with, or train the head again",
         )
 
 
-def _check_vokens(config: ModelConfig, tensors: dict[str, Tensor], parts: Parts) -> None:
+def _check_tokens(model: InterleavedModel, tensors: dict[str, Tensor], parts: Parts) -> None:
+    expected = len(model.head.ids)
     counts = {len(value) for name, value in tensors.items() if "trainable_tokens" in name}
-    if counts and counts != {config.num_vokens}:
+    if counts and counts != {expected}:
         raise Mgp5Error(
-            f"{parts.name} says {config.num_vokens} vokens, but its weights hold {sorted(counts)[0]}",
-            f"set num_vokens to {sorted(counts)[0]} in {parts.trained}/{CONFIG}, or train again",
+            f"{parts.name} says {expected} tokens of its head, but its weights hold {sorted(counts)[0]}",
+            f"correct {parts.trained}/{CONFIG}, or train again",
         )
 
 

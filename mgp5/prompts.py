@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .config import VokenLabels
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
 
@@ -149,13 +148,13 @@ def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
 
 
 def example(
-    backbone: PromptBackbone, conversation: Conversation, vokens: Sequence[str], voken_labels: VokenLabels = "all"
+    backbone: PromptBackbone, conversation: Conversation, trigger: str, layouts: Sequence[tuple[list[int], list[int]]]
 ) -> Example:
-    """Tokenize a training sample: the last message is the target, all messages before it are its context.
+    """Return the last message of the conversation as the target of all messages before it.
 
-    Target images are written as their vokens. The paper's text loss is over all tokens (eq. 1), vokens too; since all
-    but the first are forced at inference, "first" leaves the others without a label, and "ends" all but the first and
-    the last, as the release does.
+    Args:
+        trigger: the token that begins an image of the target.
+        layouts: ids and labels of each target image, as `Head.layout` gives them; the first id is the trigger's.
 
     Raises:
         Mgp5Error: the last message is not the assistant's.
@@ -163,21 +162,22 @@ def example(
     *context, target = conversation.messages
     if target.role != "assistant":
         raise Mgp5Error(f"the last message of a sample is of role {target.role!r}", "end it with the assistant's reply")
-    run = Text("".join(vokens))
-    body = Message("assistant", tuple(run if isinstance(part, Image) else part for part in target.content))
     head = _render(backbone, context, reply=True)
-    whole = _render(backbone, [*context, body], reply=False, vokens=vokens)
-    tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, body, vokens)
-    if tail.lstrip().startswith(vokens[0]):
+    whole = _render(backbone, [*context, target], reply=False, trigger=trigger)
+    tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, target, trigger)
+    if tail.lstrip().startswith(trigger):
         tail = tail.lstrip()  # an image follows the prompt at once: no blank may come between
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
     before, after = _encode(backbone, head), backbone.tokenizer.encode(tail, add_special_tokens=False)
-    silent = {"all": (), "first": vokens[1:], "ends": vokens[1:-1]}[voken_labels]
-    forced = set(backbone.tokenizer.convert_tokens_to_ids(list(silent)))
-    labels = [IGNORE] * len(before) + [IGNORE if i in forced else i for i in after]
-    seen = tuple(image for message in context for image in message.images)
-    return Example(before + after, labels, seen, target.images)
+    ids, labels, runs = list(before), [IGNORE] * len(before), iter(layouts)
+    first = backbone.tokenizer.convert_tokens_to_ids(trigger)
+    for token in after:
+        run, run_labels = next(runs) if token == first else ([token], [token])
+        ids += run
+        labels += run_labels
+    context_images = tuple(image for message in context for image in message.images)
+    return Example(ids, labels, context_images, target.images)
 
 
 def history_truncations(conversation: Conversation) -> list[Conversation]:
@@ -234,26 +234,30 @@ def _encode(backbone: PromptBackbone, text: str) -> list[int]:
     return backbone.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
-def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: bool, vokens: Sequence[str] = ()) -> str:
-    # Some templates (LLaVA-1.5) move all images in front of all text; written into the text they keep their position.
-    chat = [{"role": m.role, "content": [{"type": "text", "text": _content(backbone, m, vokens)}]} for m in messages]
+def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: bool, trigger: str = "") -> str:
+    # Some templates (LLaVA-1.5) move all images in front of all text; written into the text they keep their place.
+    chat = []
+    for message in messages:
+        mark = trigger if trigger and message is messages[-1] else backbone.image_token
+        text = _content(backbone, message, mark)
+        chat.append({"role": message.role, "content": [{"type": "text", "text": text}]})
     return backbone.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply)
 
 
-def _content(backbone: PromptBackbone, message: Message, vokens: Sequence[str]) -> str:
+def _content(backbone: PromptBackbone, message: Message, mark: str) -> str:
+    """Write a message as text with `mark` for each image; a blank stands between two pieces of text only."""
     pieces = [
-        backbone.image_token if isinstance(part, Image) else _plain(backbone, part.text, vokens)
-        for part in message.content
+        (mark, True) if isinstance(part, Image) else (_plain(backbone, part.text), False) for part in message.content
     ]
     glued = ""
-    for piece in filter(None, pieces):
-        special = piece == backbone.image_token or (vokens and piece.startswith(vokens[0]))
-        glued += piece if special or not glued or glued.endswith(("\n", " ")) else f" {piece}"
+    for piece, is_image in pieces:
+        if piece:
+            glued += piece if is_image or not glued or glued.endswith(("\n", " ")) else f" {piece}"
     return glued
 
 
-def _plain(backbone: PromptBackbone, text: str, keep: Sequence[str]) -> str:
-    """Remove the spellings of special tokens from a text: a user's "<image>" or "[IMG0]" must not become one."""
-    special = {*backbone.tokenizer.all_special_tokens, *backbone.tokenizer.get_added_vocab()} - set(keep)
+def _plain(backbone: PromptBackbone, text: str) -> str:
+    """Remove the spellings of special tokens: a user's "<image>" or "[IMG0]" must not become one."""
+    special = {*backbone.tokenizer.all_special_tokens, *backbone.tokenizer.get_added_vocab()}
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
     return re.sub(pattern, "", text) if pattern else text

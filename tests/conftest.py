@@ -119,7 +119,7 @@ def mllm_folder(request, llava_folder, qwen_folder):
 
 @pytest.fixture
 def model(mllm_folder, diffusion_folder):
-    from mgp5.model import build
+    from mgp5.loading import build
 
     torch.manual_seed(1)
     return build(str(mllm_folder), str(diffusion_folder), num_vokens=4, guidance=3.0)

@@ -10,9 +10,9 @@ from tiny import picture
 
 from mgp5 import Conversation, Image, Mgp5Error
 from mgp5.config import PRESETS, TrainConfig, override, parse_settings, preset
-from mgp5.heads.losses import caption_loss
-from mgp5.model import InterleavedModel, build
-from mgp5.options import reply_options
+from mgp5.heads.minigpt5 import caption_loss
+from mgp5.loading import build
+from mgp5.model import InterleavedModel
 from mgp5.prompts import IGNORE, example
 from mgp5.training.batch import Collator
 
@@ -30,7 +30,7 @@ def llava(llava_folder, diffusion_folder) -> InterleavedModel:
 
 
 def losses(model: InterleavedModel, config: TrainConfig):
-    collator = Collator(model.backbone, model.head.tokens, (16, 16), 1000)
+    collator = Collator(model.backbone, model.head, 1000)
     return model(collator([TALK]), config, torch.Generator().manual_seed(0))
 
 
@@ -82,7 +82,8 @@ def test_lora_and_prefix_exclude_each_other():
 
 @pytest.mark.parametrize("labels", ["all", "first", "ends"])
 def test_voken_labels(llava, labels):
-    sample = example(llava.backbone, TALK, llava.head.tokens, labels)
+    layout = llava.head.layout({}, replace(preset("finetune"), voken_labels=labels))
+    sample = example(llava.backbone, TALK, llava.head.spec.new_tokens[0], [layout])
     run = sample.labels[-5:-1]  # before the end token
     kept = {"all": [0, 1, 2, 3], "first": [0], "ends": [0, 3]}[labels]
     assert run == [voken if i in kept else IGNORE for i, voken in enumerate(llava.head.ids)]
@@ -111,14 +112,15 @@ def test_a_decoder_only_mapper_trains_and_draws(llava_folder, diffusion_folder):
     terms = losses(model, preset("pretrain")).terms
     assert set(terms) == {"text", "ldm", "caption"} and all(term.isfinite() for term in terms.values())
     condition = model.head.mapper(torch.randn(1, 4, model.backbone.width))
-    *_, latents = model.head.draw(condition, reply_options(steps=2, guidance=2.0), [torch.Generator().manual_seed(0)])
+    generators, unconditional = [torch.Generator().manual_seed(0)], model.head.unconditional(condition)
+    *_, latents = model.head.generator.draw(condition, unconditional, generators=generators, steps=2, guidance=2.0)
     assert latents.isfinite().all()
 
 
 def test_a_loss_of_weight_zero_is_not_computed(llava, monkeypatch):
     config = preset("pretrain")
     assert set(losses(llava, replace(config, caption_weight=0.0)).terms) == {"text", "ldm"}
-    monkeypatch.setattr(llava.diffusion, "loss", None)  # not even called
+    monkeypatch.setattr(llava.head.generator, "loss", None)  # not even called
     assert set(losses(llava, replace(config, ldm_weight=0.0)).terms) == {"text", "caption"}
 
 
@@ -127,8 +129,8 @@ def test_without_guidance_dropout_the_empty_text_is_the_other_half(llava):
     torch.testing.assert_close(llava.head.unconditional(condition), llava.head.mapper.unconditional(4))
     llava.prepare(replace(preset("pretrain"), guidance_dropout=0.0))
     llava.eval()
-    assert llava.config.unconditional == "text"
-    torch.testing.assert_close(llava.head.unconditional(condition), llava.diffusion.encode_text([""]))
+    assert llava.config.head_config.unconditional == "text"
+    torch.testing.assert_close(llava.head.unconditional(condition), llava.head.generator.encode_text([""]))
 
 
 def test_gills_objective_is_the_distance_to_the_caption(llava):

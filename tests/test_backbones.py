@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import picture
+from tiny import TargetHead, llm_only, picture
 from tiny_mllm import QUERIES
 
 from mgp5 import Conversation, Image
+from mgp5.apps.open_model import load
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.minigpt4 import compose
 from mgp5.config import LoraConfig, PrefixConfig
@@ -17,8 +18,7 @@ from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
-from mgp5.loading import save_checkpoint
-from mgp5.model import build, load
+from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
 from mgp5.prompts import example, prompt
 from mgp5.training.batch import Collator
@@ -44,12 +44,12 @@ def backbone(folder):
 def batch_of(backbone, count=2):
     """Samples of different lengths, the second without pictures."""
     samples = [TALK.add("assistant", "here"), Conversation().add("user", "hi").add("assistant", "oh no, not you again")]
-    return Collator(backbone, ("[IMG0]",), (16, 16), 1000)(samples[:count])
+    return Collator(backbone, TargetHead(backbone, ("[IMG0]",), (16, 16)), 1000)(samples[:count])
 
 
 def embedded(backbone, batch):
-    embeds = backbone.embed(batch.ids, backbone.encode_images(batch.seen))
-    return embeds, backbone.positions(batch.ids, batch.seen.get("image_grid_thw"), batch.mask)
+    embeds = backbone.embed(batch.ids, backbone.encode_images(batch.context_images))
+    return embeds, backbone.positions(batch.ids, batch.context_images.get("image_grid_thw"), batch.mask)
 
 
 @torch.no_grad()
@@ -57,17 +57,17 @@ def test_logits_equal_those_of_the_transformers_model(backbone):
     batch = batch_of(backbone)
     ours = backbone.logits(backbone(*embedded(backbone, batch), batch.mask))
     kinds = (batch.ids == backbone.image_token_id).int()
-    extra = {"mm_token_type_ids": kinds} if "image_grid_thw" in batch.seen else {}
-    theirs = backbone.core(input_ids=batch.ids, attention_mask=batch.mask, **batch.seen, **extra).logits
+    extra = {"mm_token_type_ids": kinds} if "image_grid_thw" in batch.context_images else {}
+    theirs = backbone.core(input_ids=batch.ids, attention_mask=batch.mask, **batch.context_images, **extra).logits
     real = batch.mask.bool()
     torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
-    red, blue = backbone.encode_images(batch.seen)
+    red, blue = backbone.encode_images(batch.context_images)
     assert not torch.allclose(red[0], blue[0], atol=1e-3)
 
 
 @torch.no_grad()
 def test_pictures_read_with_a_cache_equal_pictures_read_at_once(backbone):
-    session, whole = Session(backbone), Session(backbone)
+    session, whole = Session(llm_only(backbone)), Session(llm_only(backbone))
     first = Conversation(TALK.messages[:1]).add("user", Image(pixels=picture("red")), "then")
     session.read(first)
     kept = session.read(TALK)
@@ -103,7 +103,7 @@ def test_checkpointing_gives_the_same_gradients(backbone, prefix):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
-    plain = Session(backbone).read(TALK)
+    plain = Session(llm_only(backbone)).read(TALK)
     backbone.add_prefix(5, 16)
     backbone.checkpointing(checkpointing)
     backbone.train()
@@ -112,11 +112,11 @@ def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
     hidden = backbone(embeds, positions, batch.mask)
     hidden[batch.mask.bool()].square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.prefix.parameters())
-    at = len(prompt(backbone, TALK).expand(backbone.image_token_id, backbone.slots(batch.seen))) - 1
+    at = len(prompt(backbone, TALK).expand(backbone.image_token_id, backbone.slots(batch.context_images))) - 1
     with torch.no_grad():
         states = backbone.eval()(embeds, positions, batch.mask)
     torch.testing.assert_close(states, hidden)
-    session = Session(backbone)
+    session = Session(llm_only(backbone))
     torch.testing.assert_close(session.read(TALK)[0, 0], hidden[0, at], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain[0, 0], hidden[0, at], atol=1e-3)
     token = int(batch.ids[0, at + 1])
@@ -127,10 +127,10 @@ def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
 @torch.no_grad()
 def test_a_rewound_session_keeps_its_prefix(backbone):
     backbone.add_prefix(3, 8)
-    session = Session(backbone)
+    session = Session(llm_only(backbone))
     session.read(TALK.add("assistant", "no").add("user", "why?"))
     other = TALK.add("assistant", "no").add("user", "who?")
-    torch.testing.assert_close(session.read(other), Session(backbone).read(other), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(session.read(other), Session(llm_only(backbone)).read(other), atol=1e-5, rtol=1e-4)
     assert 0 < session.prefilled < 40
 
 
@@ -158,7 +158,7 @@ def test_minigpt4_writes_the_releases_prompts(minigpt4_folder):
     mark = "<Img><ImageHere></Img>"
     text = f"<s> Be kind.###Human: {mark} then{mark} draw ###Assistant:".replace(" ", "")
     assert tokenizer.decode(asked.ids).replace(" ", "").replace("▁", "") == text
-    sample = example(backbone, TALK.add("assistant", "a fox"), ("[IMG0]",))
+    sample = example(backbone, TALK.add("assistant", "a fox"), "[IMG0]", [])
     assert [i for i in sample.labels if i != -100] == [*tokenizer.encode(" a fox", add_special_tokens=False), stop]
     assert backbone.stop_ids == {stop, *tokenizer.convert_tokens_to_ids(["</s>", "##"])}
     assert backbone.slots(backbone.preprocess([picture()])) == [QUERIES]
@@ -181,7 +181,7 @@ def test_a_projection_of_another_llm_is_refused(minigpt4_folder, tmp_path):
 def test_what_was_trained_survives_the_disk(name, adapter, request, diffusion_folder, tmp_path):
     model = build(str(request.getfixturevalue(f"{name}_folder")), str(diffusion_folder))
     conversation = TALK.add("assistant", Image(pixels=picture()))
-    batch = Collator(model.backbone, model.head.tokens, (16, 16), 1000)([conversation])
+    batch = Collator(model.backbone, model.head, 1000)([conversation])
     with torch.no_grad():
         untrained = model.hidden(batch)
         model.adapt(*adapter)

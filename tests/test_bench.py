@@ -221,10 +221,10 @@ def test_an_update_that_does_not_fit_is_told(monkeypatch):
 def test_made_up_batches_are_what_a_collator_would_make():
     model = skeleton(str(DEMO / "mllm"), str(DEMO / "diffusion"), preset("pretrain"))
     batch = training.made_up(model, 3, cached=False)
-    for row, start in zip(batch.rows, batch.starts, strict=True):
+    for row, start in zip(batch.target_rows, batch.target_starts, strict=True):
         told = batch.labels[row][batch.labels[row] >= 0].tolist()
         assert told == [*model.head.ids, model.backbone.tokenizer.eos_token_id]
         assert batch.ids[row, start : start + 8].tolist() == list(model.head.ids)
         assert batch.mask[row].sum() == start + 9
-    assert batch.pixels.shape == (3, 3, 128, 128) and batch.moments is None
-    assert training.made_up(model, 3, cached=True).encodings.shape == (3, *model.diffusion.condition_shape)
+    assert batch.targets["pixels"].shape == (3, 3, 128, 128) and batch.targets["moments"] is None
+    assert training.made_up(model, 3, cached=True).encodings.shape == (3, *model.head.generator.condition_shape)

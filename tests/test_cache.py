@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from mgp5 import Image, Mgp5Error, cli
 from mgp5.config import preset
 from mgp5.data import Keyed, load_data
-from mgp5.model import InterleavedModel, build
+from mgp5.loading import build
+from mgp5.model import InterleavedModel
 from mgp5.storyland.write import write
 from mgp5.training import feature_cache as caches
 from mgp5.training import make_cache as caching
@@ -63,8 +64,7 @@ def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> InterleavedModel:
 
 
 def collator(model: InterleavedModel, found: Caches | None = None) -> Collator:
-    size = (model.diffusion.native_size,) * 2
-    return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, caches=found)
+    return Collator(model.backbone, model.head, model.backbone.context_length, caches=found)
 
 
 def samples(world: Path, stage: str) -> list:

@@ -33,8 +33,7 @@ QUICK = ("--steps", "2", "--set", "max_tokens=6", "--seed", "1")
 def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
     """A complete model folder, as `mgp5 train` and pack.py make one."""
     from mgp5.config import preset
-    from mgp5.loading import save_checkpoint
-    from mgp5.model import build
+    from mgp5.loading import build, save_checkpoint
 
     folder = tmp_path_factory.mktemp("demo") / "model"
     shutil.copytree(llava_folder, folder / "mllm")
@@ -56,7 +55,7 @@ def edit(folder: Path, **values) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(demo):
-    from mgp5.model import load
+    from mgp5.apps.open_model import load
 
     return load(demo)
 
@@ -65,7 +64,7 @@ def loaded(demo):
 def mgp5(loaded, demo, tmp_path, monkeypatch):
     """Runs a command on the tiny model, which is loaded once, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mgp5.model.load", lambda name, **_: loaded)
+    monkeypatch.setattr("mgp5.apps.open_model.load", lambda name, **_: loaded)
 
     def run(command: str, *args: object, stdin: str | None = None):
         given = [command, "--model", str(demo), *QUICK, *map(str, args)]
@@ -339,7 +338,7 @@ def real_load(monkeypatch):
     """The true `load`, and a hub that cannot be reached."""
     import huggingface_hub.constants
 
-    from mgp5.model import load
+    from mgp5.apps.open_model import load
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return load
@@ -347,7 +346,7 @@ def real_load(monkeypatch):
 
 @pytest.mark.parametrize("case", ["vokens", "diffusion", "llm", "field", "json", "no weights", "weights", "no llm"])
 def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures, tmp_path, case):
-    monkeypatch.setattr("mgp5.model.load", real_load)
+    monkeypatch.setattr("mgp5.apps.open_model.load", real_load)
     values, words = {
         "vokens": ({"num_vokens": 3}, ("3 vokens", "hold 4")),
         "diffusion": ({"diffusion": str(tmp_path / "epsilon")}, ("v_prediction", "epsilon")),
@@ -373,7 +372,7 @@ def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures,
 
 
 def test_the_tiny_model_loads_by_its_folder(real_load, mgp5, monkeypatch, pictures):
-    monkeypatch.setattr("mgp5.model.load", real_load)
+    monkeypatch.setattr("mgp5.apps.open_model.load", real_load)
     result = mgp5("story", "--images", "pictures", "--scenes", 0)
     assert result.exit_code == 0
     assert "warning" not in result.stderr.lower()

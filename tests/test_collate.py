@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as pil
-from tiny import picture
+from tiny import TargetHead, picture
 
 from mgp5.backbones.hf import HFBackbone
 from mgp5.data import Keyed, Skipped, load_data
-from mgp5.heads.minigpt5 import voken_tokens
+from mgp5.heads.minigpt5 import to_pixels, voken_tokens
 from mgp5.messages import Conversation, Image, Message, Text
-from mgp5.prompts import IGNORE, TASK_PROMPTS, continue_, example, history_truncations, narrate
-from mgp5.training.batch import Collator, to_pixels
+from mgp5.prompts import TASK_PROMPTS, continue_, example, history_truncations, narrate
+from mgp5.training.batch import Collator
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
 STORIES = Path(__file__).resolve().parents[1] / "examples/train/stories"
@@ -33,7 +33,8 @@ def backbone(mllm_folder) -> HFBackbone:
 @pytest.fixture
 def collate(backbone):
     """Collates with a limit of tokens."""
-    return lambda *samples, limit=1000, **more: Collator(backbone, VOKENS, (8, 8), limit, **more)(samples)
+    head = TargetHead(backbone, VOKENS, (8, 8))
+    return lambda *samples, limit=1000, **more: Collator(backbone, head, limit, **more)(samples)
 
 
 def talk(*turns: str | Image | tuple, system: str = "") -> Conversation:
@@ -47,9 +48,11 @@ def talk(*turns: str | Image | tuple, system: str = "") -> Conversation:
 
 def same(one, other) -> bool:
     """Whether two batches hold the same tensors."""
-    pairs = [(getattr(one, name), getattr(other, name)) for name in ("ids", "mask", "labels", "pixels")]
-    pairs += [(one.seen[key], other.seen[key]) for key in one.seen.keys() | other.seen.keys()]
-    return one.starts == other.starts and all(
+    pairs = [(getattr(one, name), getattr(other, name)) for name in ("ids", "mask", "labels")]
+    for name in ("context_images", "targets"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        pairs += [(ours[key], theirs[key]) for key in ours.keys() | theirs.keys()]
+    return one.target_starts == other.target_starts and all(
         left is right or (left.shape == right.shape and torch.equal(left, right)) for left, right in pairs
     )
 
@@ -84,7 +87,7 @@ def test_broken_samples_are_left_out_and_named_never_replaced(collate, tmp_path)
     assert same(batch, collate(*good))
     kinds = [note.kind for note in batch.skipped]
     assert kinds == ["broken image"] * 8 + ["broken shard", "broken image", "unfit text"]
-    places = [note.place for note in batch.skipped]
+    places = [note.where for note in batch.skipped]
     assert [place.split(" (")[0] for place in places[:8]] == [key for key, _ in samples[1:9]]
     assert str(broken["cut"]) in places[0] and "truncated" in places[0] and "no image at" in places[3]
     assert not collate(*good).skipped
@@ -93,8 +96,12 @@ def test_broken_samples_are_left_out_and_named_never_replaced(collate, tmp_path)
 def test_nothing_left_is_an_empty_batch(collate, backbone) -> None:
     batch = collate(("k", talk("x", Image(data=b""))))
     assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (0, 0) and batch.ids.dtype == torch.int64
-    assert batch.starts == batch.rows == batch.captions == () and batch.pixels is None and batch.drawn == 0
-    assert batch.to(torch.device("cpu")).skipped == batch.skipped == (Skipped("broken image", batch.skipped[0].place),)
+    assert (
+        batch.target_starts == batch.target_rows == batch.captions == ()
+        and batch.targets == {}
+        and batch.num_targets == 0
+    )
+    assert batch.to(torch.device("cpu")).skipped == batch.skipped == (Skipped("broken image", batch.skipped[0].where),)
 
 
 def test_a_template_that_refuses_a_dialogue_leaves_it_out(collate, backbone, monkeypatch) -> None:
@@ -109,7 +116,7 @@ def test_a_template_that_refuses_a_dialogue_leaves_it_out(collate, backbone, mon
 def test_odd_pictures_do_not_stop_a_run(size, mode, collate) -> None:
     odd = Image(pixels=pil.new("RGB", size, "blue").convert(mode) if mode != "I;16" else pil.new(mode, size, 9000))
     batch = collate(("drawn", talk("x", odd)), ("seen", talk(("x", odd), "y")))
-    assert batch.pixels.shape == (1, 3, 8, 8)
+    assert batch.targets["pixels"].shape == (1, 3, 8, 8)
     assert len(batch.ids) + len(batch.skipped) == 2 and all(note.kind == "broken image" for note in batch.skipped)
 
 
@@ -155,7 +162,7 @@ def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
     forms = [collate(form) for form in (chat, *history_truncations(chat))]
     lengths = [form.ids.shape[1] for form in forms]
     assert len(forms) == 6 and lengths == sorted(lengths, reverse=True)
-    assert len(forms[0].seen["pixel_values"]) > len(forms[2].seen["pixel_values"])
+    assert len(forms[0].context_images["pixel_values"]) > len(forms[2].context_images["pixel_values"])
     for limit in range(lengths[-1] - 2, lengths[0] + 2, 3):
         batch = collate(("k", chat), limit=limit)
         fitting = [form for form in forms if form.ids.shape[1] <= limit]
@@ -165,7 +172,8 @@ def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
         else:
             assert same(batch, fitting[0])
             assert [note.kind for note in batch.skipped] == ["history cut"] * (fitting[0] is not forms[0])
-    instruction = example(backbone, forms_last := history_truncations(chat)[-1], VOKENS)
+    layouts = [([voken], [voken]) for voken in backbone.tokenizer.convert_tokens_to_ids(list(VOKENS[:1]))]
+    instruction = example(backbone, forms_last := history_truncations(chat)[-1], VOKENS[0], layouts)
     assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [
         TASK_PROMPTS["continue"][0]
     ]
@@ -199,28 +207,17 @@ def test_several_pictures_in_a_turn_are_several_runs_and_several_seen(collate, b
     )
     assert (key, line) == ("7/1", "train.jsonl:1/1") and dialog.messages[1:] == own.messages
     batch = collate((key, dialog), (line, own))
-    assert batch.rows == (0, 0, 1, 1) and batch.captions == ("",) * 4 and not batch.skipped
+    assert batch.target_rows == (0, 0, 1, 1) and batch.captions == ("",) * 4 and not batch.skipped
     trigger, *forced = backbone.tokenizer.convert_tokens_to_ids(list(VOKENS))
-    for row, start in zip(batch.rows, batch.starts, strict=True):
+    for row, start in zip(batch.target_rows, batch.target_starts, strict=True):
         assert batch.ids[row, start : start + 4].tolist() == [trigger, *forced]
-    assert batch.starts[1] == batch.starts[0] + 4  # nothing stands between two pictures
+    assert batch.target_starts[1] == batch.target_starts[0] + 4  # nothing stands between two pictures
     expected = torch.stack([to_pixels(image.load(), (8, 8)) for image in (GREEN, RED)] * 2)
-    assert torch.equal(batch.pixels, expected)
+    assert torch.equal(batch.targets["pixels"], expected)
     together = backbone.preprocess([image.load() for image in (RED, BLUE)] * 2)
-    assert all(torch.equal(batch.seen[name], value) for name, value in together.items())
+    assert all(torch.equal(batch.context_images[name], value) for name, value in together.items())
     slots = (batch.ids == backbone.image_token_id).sum(dim=1)
     assert slots.tolist() == [sum(backbone.slots(together)) // 2] * 2
-
-
-def test_labels_of_vokens_are_chosen(collate) -> None:
-    batches = {labels: collate(talk("x", ("y", RED)), voken_labels=labels) for labels in ("all", "first", "ends")}
-    losses = {}
-    for labels, batch in batches.items():
-        run = range(batch.starts[0], batch.starts[0] + 4)
-        losses[labels] = [int(batch.labels[0, at]) != IGNORE for at in run]
-        assert all(value in (IGNORE, token) for value, token in zip(batch.labels[0], batch.ids[0], strict=True))
-    assert losses == {"all": [True] * 4, "first": [True] + [False] * 3, "ends": [True, False, False, True]}
-    assert (batches["all"].labels != IGNORE).sum() == (batches["first"].labels != IGNORE).sum() + 3
 
 
 # Data
@@ -231,7 +228,7 @@ def test_ten_lines_of_ones_own_stories(collate) -> None:
     batch = collate(*data)
     assert len((STORIES / "train.jsonl").read_text().splitlines()) == 10
     assert len(data) == 12 and not data.problems and not batch.skipped
-    assert batch.ids.shape[0] == 12 and batch.drawn == 10 and batch.captions[0].startswith("a yellow bear")
+    assert batch.ids.shape[0] == 12 and batch.num_targets == 10 and batch.captions[0].startswith("a yellow bear")
     assert sum(path.stat().st_size for path in STORIES.glob("*.png")) < 30_000
 
 
@@ -241,7 +238,7 @@ def test_real_samples_fit_and_are_cut_where_they_must(collate) -> None:
     parts.append(load_data("mmdialog", REAL / "MMDialog", "test"))
     data = Keyed(parts)
     batch = collate(*data, limit=4000)
-    assert len(batch.ids) == len(data) == 19 and not batch.skipped and batch.pixels.abs().max() <= 1
+    assert len(batch.ids) == len(data) == 19 and not batch.skipped and batch.targets["pixels"].abs().max() <= 1
     longest = int(batch.mask.sum(dim=1).max())
     tight = collate(*data, limit=longest - 1)
     assert len(tight.ids) == 19 and tight.ids.shape[1] < longest

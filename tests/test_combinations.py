@@ -10,11 +10,11 @@ from tiny import picture, save_pipeline
 from tiny_sd3 import save_sd3
 
 from mgp5 import Conversation, Image
+from mgp5.apps.open_model import load
 from mgp5.config import preset
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
-from mgp5.loading import save_checkpoint
-from mgp5.model import build, load
+from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
 from mgp5.training.batch import Collator
 
@@ -37,10 +37,9 @@ def generators(tmp_path_factory):
 def test_a_combination_trains_saves_loads_and_replies(mllm, generator, generators, request, tmp_path):
     torch.manual_seed(0)
     model = build(str(request.getfixturevalue(f"{mllm}_folder")), str(generators[generator]), num_vokens=2)
-    size = (model.diffusion.native_size,) * 2
     talk = Conversation().add("user", "a", Image(pixels=picture("blue")), "fox")
     sample = talk.add("assistant", "here", Image(pixels=picture(), caption="a fox"))
-    batch = Collator(model.backbone, model.head.tokens, size, model.backbone.context_length)([sample])
+    batch = Collator(model.backbone, model.head, model.backbone.context_length)([sample])
     for stage in ("pretrain", "finetune"):
         config = replace(preset(stage), guidance_dropout=0.5)
         model.prepare(config)

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mgp5 import Conversation, cli
+from mgp5.apps.open_model import load
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
-from mgp5.model import load
 from mgp5.options import reply_options
 
 WORDS, DIM = len(llama_tokenizer()), TEXT["hidden_size"]

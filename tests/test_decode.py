@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import picture
+from tiny import llm_only, picture
 
 from mgp5 import Conversation, Image
 from mgp5.backbones.hf import HFBackbone
@@ -17,7 +17,7 @@ from mgp5.inference.decoder import Decoder
 from mgp5.inference.reply import generate, generate_batch
 from mgp5.inference.session import Session
 from mgp5.inference.token_sampling import SamplingParams, penalise, sample
-from mgp5.model import build
+from mgp5.loading import build
 from mgp5.options import reply_options
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -45,33 +45,35 @@ def backbone(request):
 @pytest.fixture(scope="module")
 def whole(backbone, diffusion_folder):
     torch.manual_seed(1)
-    return build(str(backbone.core.name_or_path), str(diffusion_folder), num_vokens=4, guidance=3.0)
+    model = build(str(backbone.core.name_or_path), str(diffusion_folder), num_vokens=4, guidance=3.0)
+    model.head.spec = replace(model.head.spec, reads_prefix=True)  # sessions keep all states, to be compared
+    return model
 
 
 def reference(backbone, session):
     """The states of what a session has read, by one forward without a cache."""
     ids = torch.tensor([[token for token, _ in session.keys]])
-    seen = list(session._seen.values())
+    seen = list(session._encoded.values())
     grids = torch.cat([s.grid for s in seen]) if seen and seen[0].grid is not None else None
-    return backbone(backbone.embed(ids, [s.features for s in seen]), backbone.positions(ids, grids))
+    return backbone(backbone.embed(ids, [s.tokens for s in seen]), backbone.positions(ids, grids))
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bucket", [1, 32])
 def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
-    decoder = Decoder(backbone, 3, piece=4, bucket=bucket)
-    sessions = [Session(backbone, decoder=decoder, row=row) for row in range(3)]
+    decoder = Decoder(backbone, 3, tokens_per_sync=4, bucket=bucket)
+    sessions = [Session(llm_only(backbone), decoder=decoder, row=row) for row in range(3)]
     for session, talk in zip(sessions[:2], TALKS[1:3], strict=True):
         session.read(talk)
     for row, session in enumerate(sessions[:2]):
-        decoder.speak(row, SamplingParams(0, 1, 1, torch.Generator()), [])
-        session.took(decoder.feed([row], session.embed((5, 6))[0]), [(5, ""), (6, "")])
+        decoder.set_sampling(row, SamplingParams(0, 1, 1, torch.Generator()))
+        session.append(decoder.feed([row], session.embed((5, 6))[0]), [(5, ""), (6, "")])
     sessions[2].read(TALKS[0])  # joins later
     hidden = decoder.feed([2, 0], torch.cat([session.embed((7, 8, 9))[0] for session in (sessions[2], sessions[0])]))
     for session, states in zip((sessions[2], sessions[0]), hidden.split(1), strict=True):
-        session.took(states, [(7, ""), (8, ""), (9, "")])
+        session.append(states, [(7, ""), (8, ""), (9, "")])
     for row, (tokens, states) in decoder.steps({0: 10, 1: 11}, 4).items():
-        sessions[row].took(states[None], [(token, "") for token in [10 + row, *tokens[:-1]]])
+        sessions[row].append(states[None], [(token, "") for token in [10 + row, *tokens[:-1]]])
     for row, session in enumerate(sessions):
         assert decoder.rows[row].length == session.length
         torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
@@ -79,14 +81,14 @@ def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
 
 @torch.inference_mode()
 def test_what_is_cut_is_forgotten_and_growing_keeps_what_there_is(backbone):
-    session, fresh = Session(backbone), Session(backbone)
+    session, fresh = Session(llm_only(backbone)), Session(llm_only(backbone))
     session.read(TALKS[1])
     for long in (False, True):
         length = session.length
         session.decoder.feed([0], session.embed(tuple(range(20, 30)))[0])
         session.decoder.cut(0, length)
         session.feed(tuple(range(SMALLEST)) if long else (5,))
-    assert session.decoder.cache.place.capacity > SMALLEST
+    assert session.decoder.cache.index.capacity > SMALLEST
     torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
     kept = session.length
     session.read(TALKS[1].add("assistant", "no").add("user", "why?"))
@@ -110,8 +112,8 @@ def assert_same(own, other):
 
 @pytest.mark.parametrize("bucket", [1, 32])
 def test_a_batch_equals_single_replies(whole, bucket):
-    decoder = Decoder(whole.backbone, 5, piece=1 if bucket == 1 else 8, bucket=bucket)
-    sessions = [Session(whole.backbone, decoder=decoder, row=row) for row in range(5)]
+    decoder = Decoder(whole.backbone, 5, tokens_per_sync=1 if bucket == 1 else 8, bucket=bucket)
+    sessions = [Session(whole, decoder=decoder, row=row) for row in range(5)]
     batch = list(generate_batch(whole, TALKS, WAYS, sessions, images_at_once=2))
     for row, (talk, options) in enumerate(zip(TALKS, WAYS, strict=True)):
         events = [event for index, event in batch if index == row]
@@ -123,9 +125,9 @@ def test_a_batch_equals_single_replies(whole, bucket):
 
 
 def test_turns_of_a_batch_read_only_what_is_new(whole):
-    options = replace(WAYS[0], image="never")
-    decoder = Decoder(whole.backbone, 2, piece=8, bucket=32)
-    sessions = [Session(whole.backbone, decoder=decoder, row=row) for row in range(2)]
+    options = replace(WAYS[0], draw="never")
+    decoder = Decoder(whole.backbone, 2, tokens_per_sync=8, bucket=32)
+    sessions = [Session(whole, decoder=decoder, row=row) for row in range(2)]
     talks, before = TALKS[1:3], [0, 0]
     for _ in range(2):
         pairs = generate_batch(whole, talks, options, sessions)
@@ -144,7 +146,7 @@ def test_turns_of_a_batch_read_only_what_is_new(whole):
 def test_a_piece_ends_where_the_text_does(whole):
     """Tokens chosen beyond an image, a stop or the limit leave no trace, nor do the numbers drawn for them."""
     for options in (*WAYS, reply_options(seed=8, steps=1, max_tokens=30, max_images=2, temperature=2.0, top_p=1.0)):
-        sessions = [Session(whole.backbone, decoder=Decoder(whole.backbone, piece=n)) for n in (1, 8)]
+        sessions = [Session(whole, decoder=Decoder(whole.backbone, tokens_per_sync=n)) for n in (1, 8)]
         replies = [finished(generate(whole, TALKS[1], options, session)) for session in sessions]
         assert_same(*replies)
         assert sessions[0].keys == sessions[1].keys
@@ -168,13 +170,13 @@ def test_a_forced_run_is_one_forward_without_the_lm_head(whole):
 def test_a_prefix_lies_before_every_row(backbone):
     backbone.add_prefix(3, 8)
     try:
-        decoder = Decoder(backbone, 2, piece=2, bucket=32)
-        sessions = [Session(backbone, decoder=decoder, row=row) for row in range(2)]
+        decoder = Decoder(backbone, 2, tokens_per_sync=2, bucket=32)
+        sessions = [Session(llm_only(backbone), decoder=decoder, row=row) for row in range(2)]
         for session, talk in zip(sessions, TALKS[1:3], strict=True):
             session.read(talk)
-            decoder.speak(session.row, SamplingParams(0, 1, 1, torch.Generator()), [])
+            decoder.set_sampling(session.row, SamplingParams(0, 1, 1, torch.Generator()))
         for row, (tokens, states) in decoder.steps({0: 10, 1: 11}, 2).items():
-            sessions[row].took(states[None], [(10 + row, ""), (tokens[0], "")])
+            sessions[row].append(states[None], [(10 + row, ""), (tokens[0], "")])
         for session in sessions:
             torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
     finally:
@@ -186,10 +188,10 @@ def test_a_compiled_step_is_one_graph_for_all_conversations(backbone):
     """Traced as for --backend compile, without its compilers; `fullgraph` raises where the trace breaks."""
     compiled, states = torch.compile(backbone.forward, dynamic=False, fullgraph=True, backend="eager"), []
     for traced in (False, True, True):
-        decoder = Decoder(backbone, piece=2, bucket=64)
-        session = Session(backbone, decoder=decoder)
+        decoder = Decoder(backbone, tokens_per_sync=2, bucket=64)
+        session = Session(llm_only(backbone), decoder=decoder)
         session.read(TALKS[1])
-        decoder.speak(0, SamplingParams(0, 1, 1, torch.Generator()), [])
+        decoder.set_sampling(0, SamplingParams(0, 1, 1, torch.Generator()))
         decoder._language = compiled if traced else backbone
         with torch._dynamo.config.patch(error_on_recompile=True):
             states.append(decoder.steps({0: 10}, 2)[0][1])
@@ -214,8 +216,7 @@ def test_sampling_inverts_the_cumulative_distribution():
     squares = chances.square() / chances.square().sum()
     first = float(squares[1])
     assert tokens([first - 0.01, first + 0.01], 1.0, temperature=0.5) == [1, 3]
-    greedy = SamplingParams(0, 0.9, 1.0, torch.Generator())
-    assert greedy.choose(chances[None].log()) == 1 and greedy.numbers(2) == [0.0, 0.0]
+    assert SamplingParams(0, 0.9, 1.0, torch.Generator()).numbers(2) == [0.0, 0.0]
 
 
 def test_a_penalty_makes_said_tokens_less_likely():
@@ -238,9 +239,9 @@ def test_numbers_that_were_not_used_come_again():
 
 def test_sessions_of_several_decoders_and_sliding_layers_are_refused(llava_folder, whole):
     with pytest.raises(Mgp5Error, match="several decoders"):
-        list(generate_batch(whole, TALKS[:2], None, [Session(whole.backbone), Session(whole.backbone)]))
+        list(generate_batch(whole, TALKS[:2], None, [Session(whole), Session(whole)]))
     backbone = HFBackbone.load(llava_folder)
     text = backbone.core.config.get_text_config()
     text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 64
     with pytest.raises(Mgp5Error, match="sliding_attention"):
-        Session(backbone)
+        Session(llm_only(backbone))

@@ -101,13 +101,14 @@ def test_teacher_forced_states_equal_generated_states(demo):
 
     picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
     talk = Conversation().add("user", picture, "Draw her at night.")
-    batch = Collator(demo.backbone, demo.head.tokens, (128, 128), 2000)([talk.add("assistant", picture)])
+    batch = Collator(demo.backbone, demo.head, 2000)([talk.add("assistant", picture)])
     with torch.no_grad():
         hidden = demo.hidden(batch)
         taught, wrong = (
-            predicting_states(hidden, batch.rows, [batch.starts[0] + shift], demo.head.num_vokens) for shift in (0, 1)
+            predicting_states(hidden, batch.target_rows, [batch.target_starts[0] + shift], demo.head.num_vokens)
+            for shift in (0, 1)
         )
-    session = Session(demo.backbone)
+    session = Session(demo)
     run = torch.cat([session.read(talk), session.feed(demo.head.ids)], dim=1)
     made = predicting_states(run, [0], [1], demo.head.num_vokens)
     assert (taught - made).abs().max() < 1e-4

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_training import fork
 
 from mgp5 import cli
-from mgp5.model import load
+from mgp5.apps.open_model import load
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -16,9 +16,9 @@ from tiny_sd3 import save_sd3
 
 from mgp5 import engines
 from mgp5.cli import main
-from mgp5.engines.cuda_graph import GraphedStep
+from mgp5.engines.cuda_graph import GRAPHS, GraphedStep
 from mgp5.errors import Mgp5Error
-from mgp5.generators import load_diffusion
+from mgp5.generators import load_generator
 from mgp5.generators.schedule import NoiseSchedule
 from mgp5.generators.stable_diffusion import StableDiffusion
 
@@ -66,7 +66,7 @@ def smallest() -> StableDiffusion:
 def diffusion(request, tmp_path_factory):
     if request.param == "v_prediction":
         return stable_diffusion()
-    return load_diffusion(str(SAVE[request.param](tmp_path_factory.mktemp(request.param))))
+    return load_generator(str(SAVE[request.param](tmp_path_factory.mktemp(request.param))))
 
 
 @pytest.fixture
@@ -136,17 +136,17 @@ def test_whole_steps_draw_the_same(clean):
     """The code of a CUDA graph, without a graph: indices and history on the device, buffers used again."""
     before = all_calls(clean)
     engines.apply(clean, "eager")
-    clean.engine.whole = True
+    clean.engine.graphed = True
     close(all_calls(clean), before)
-    assert len(clean.engine.idle) == engines.GRAPHS
-    assert all(isinstance(step, GraphedStep) for step in clean.engine.idle.values())
+    assert len(clean.engine.graphs.idle) == GRAPHS
+    assert all(isinstance(step, GraphedStep) for step in clean.engine.graphs.idle.values())
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_two_images_at_a_time_do_not_see_each_other(clean, whole):
     apart = [draw(clean, seed) for seed in (1, 2)]
     engines.apply(clean, "eager")
-    clean.engine.whole = whole
+    clean.engine.graphed = whole
     together = zip(start(clean, 1), start(clean, 2), strict=True)
     close([torch.stack(steps) for steps in zip(*together, strict=True)], apart)
 
@@ -262,7 +262,7 @@ from mgp5.generators.sd3 import StableDiffusion3
 for diffusion in (smallest(), StableDiffusion3(tiny_transformer(sd35=True), tiny_sd3_vae(), FlowSchedule())):
     before = draw(diffusion, 1, steps=1)
     assert engines.apply(diffusion, "triton").name == "triton"
-    diffusion.engine.whole = True
+    diffusion.engine.graphed = True
     close(draw(diffusion, 1, steps=1), before)
 """
 

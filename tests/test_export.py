@@ -20,12 +20,13 @@ from tiny import save_pipeline
 from tiny_sd3 import save_sd3
 
 from mgp5 import engines
+from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.engines.exported import ExportedMapper, put_mapper_on
 from mgp5.errors import Mgp5Error
-from mgp5.generators import load_diffusion
-from mgp5.heads.mapper import FeatureMapper
-from mgp5.model import load, mapper_for
+from mgp5.generators import load_generator
+from mgp5.heads.minigpt5 import FeatureMapper
+from mgp5.loading import mapper_for
 
 SLOW = pytest.mark.slow
 NAMES = ["mapper", "unet", "vae_decoder", "condition", "denoiser"]
@@ -97,7 +98,7 @@ CALLS = [{}, {"count": 2}, {"guidance": 1.0}, {"height": 8, "width": 24}, {"guid
 
 @pytest.mark.parametrize("whole", [False, True], ids=["split", "whole"])
 def test_the_engine_of_a_folder_draws_the_same(exported, model, whole, tmp_path):
-    diffusion = model.diffusion
+    diffusion = model.head.generator
     expected = [draw(diffusion, **call) for call in CALLS]
     if whole:
         shutil.copytree(exported, tmp_path / "whole")
@@ -116,7 +117,7 @@ def test_the_engine_of_a_folder_draws_the_same(exported, model, whole, tmp_path)
 
 
 def test_a_mapper_by_its_file(exported, model):
-    states = torch.randn(3, 4, model.config.mapper.llm_width)
+    states = torch.randn(3, 4, model.config.head_config.mapper.llm_width)
     with torch.no_grad():
         expected = model.head.mapper(states), model.head.unconditional(states)
     put_mapper_on(model.head, exported, torch.device("cpu"), "onnx")
@@ -143,12 +144,12 @@ def test_a_story_by_the_exported_files(exported, folder, tmp_path):
 
 def test_the_store_is_filled_once(folder, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engines.apply(model.diffusion, "auto").name == "eager"  # too small to be worth it
-    expected = draw(model.diffusion)
+    assert engines.apply(model.head.generator, "auto").name == "eager"  # too small to be worth it
+    expected = draw(model.head.generator)
     times = []
     for _ in range(2):
-        engines.apply(model.diffusion, "onnx")
-        assert float((draw(model.diffusion) - expected).abs().max()) < 1e-4
+        engines.apply(model.head.generator, "onnx")
+        assert float((draw(model.head.generator) - expected).abs().max()) < 1e-4
         times += [path.stat().st_mtime_ns for path in tmp_path.rglob("model.onnx")]
     assert len(times) == 4 and times[:2] == times[2:]
     assert capsys.readouterr().err.count("exporting the denoiser") == 1
@@ -160,22 +161,22 @@ def test_damaged_and_foreign_files_are_refused(exported, model, folder, tmp_path
     damaged[len(damaged) // 2] ^= 1
     (copy / "denoiser" / "model.onnx").write_bytes(damaged)
     with pytest.raises(Mgp5Error, match=r"denoiser/model.onnx is damaged"):
-        engines.apply(model.diffusion, "onnx", copy)
+        engines.apply(model.head.generator, "onnx", copy)
     (copy / "denoiser" / "model.onnx").unlink()
     with pytest.raises(Mgp5Error, match=r"denoiser/model.onnx is missing"):
-        engines.apply(model.diffusion, "onnx", copy)
+        engines.apply(model.head.generator, "onnx", copy)
     with pytest.raises(Mgp5Error, match=r"no readable manifest\.json"):
-        engines.apply(model.diffusion, "onnx", tmp_path)
+        engines.apply(model.head.generator, "onnx", tmp_path)
     manifest = {key: value for key, value in read_manifest(exported).items() if key != "format"}
     (copy / "manifest.json").write_text(json.dumps(manifest))  # as older versions wrote it
     with pytest.raises(Mgp5Error, match=r"another version of mgp5 \(format 1, expected 2\): export it again"):
-        engines.apply(model.diffusion, "onnx", copy)
+        engines.apply(model.head.generator, "onnx", copy)
     with torch.no_grad():
-        model.diffusion.unet.conv_out.weight.add_(1)
+        model.head.generator.unet.conv_out.weight.add_(1)
     with pytest.raises(Mgp5Error, match="with another denoiser"):
-        engines.apply(model.diffusion, "onnx", exported)
+        engines.apply(model.head.generator, "onnx", exported)
     with pytest.raises(Mgp5Error, match="--backend eager takes no exported folder"):
-        engines.apply(model.diffusion, "eager", exported)
+        engines.apply(model.head.generator, "eager", exported)
 
 
 def test_bad_input_is_one_line(exported, folder, llava_folder, tmp_path):
@@ -271,7 +272,7 @@ def exported_by_hand(diffusion, folder, opset=23):
 @SLOW
 @pytest.mark.parametrize("sd35", [False, True])
 def test_stable_diffusion_3(tmp_path, sd35):
-    diffusion = load_diffusion(str(save_sd3(tmp_path / "sd3", sd35)))
+    diffusion = load_generator(str(save_sd3(tmp_path / "sd3", sd35)))
     names = exported_by_hand(diffusion, tmp_path / "onnx")
     assert names == ["mapper", "transformer", "vae_decoder", "condition", "denoiser"]
 
@@ -279,4 +280,4 @@ def test_stable_diffusion_3(tmp_path, sd35):
 @SLOW
 @pytest.mark.parametrize("opset", [18, 20])
 def test_older_opsets(tmp_path, opset):
-    exported_by_hand(load_diffusion(str(save_pipeline(tmp_path / "sd2", "epsilon"))), tmp_path / "onnx", opset)
+    exported_by_hand(load_generator(str(save_pipeline(tmp_path / "sd2", "epsilon"))), tmp_path / "onnx", opset)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlavaForCo
 
 from mgp5 import Conversation, Image
 from mgp5.config import preset
-from mgp5.model import build
+from mgp5.loading import build
 from mgp5.training.batch import Collator
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -108,7 +108,7 @@ CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130
 @pytest.mark.parametrize("min_snr", [None, 5.0])
 def test_pretraining(ours, llava, diffusion_folder, dropout, min_snr):
     talk = Conversation().add("user", "a fox").add("assistant", Image(pixels=picture("red", (16, 16)), caption="fox"))
-    batch = Collator(ours.backbone, ours.head.tokens, (16, 16), 1000)([talk])
+    batch = Collator(ours.backbone, ours.head, 1000)([talk])
     config = replace(preset("pretrain"), guidance_dropout=dropout, min_snr=min_snr)
     losses = ours(batch, config, torch.Generator().manual_seed(SEED))
     texts = ("USER: a fox ASSISTANT:", "".join(VOKENS) + "</s>")
@@ -120,7 +120,7 @@ def test_pretraining(ours, llava, diffusion_folder, dropout, min_snr):
 def test_finetuning(ours, llava, diffusion_folder):
     talk = Conversation().add("user", "here", Image(pixels=picture("blue", (28, 28))), "next?")
     talk = talk.add("assistant", "ok", Image(pixels=picture("green", (16, 16))))
-    batch = Collator(ours.backbone, ours.head.tokens, (16, 16), 1000)([talk])
+    batch = Collator(ours.backbone, ours.head, 1000)([talk])
     losses = ours(batch, preset("finetune"), torch.Generator().manual_seed(SEED))
     texts = ("USER: here<image> next? ASSISTANT:", " ok" + "".join(VOKENS) + "</s>")
     inputs = (pixels("blue", 28, **CLIP), pixels("green", 16))

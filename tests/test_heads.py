@@ -1,97 +1,237 @@
-"""The seam: toy heads of all four papers go through the generation loop that knows none of them."""
+"""The seam: heads in the shapes of other papers are trained, saved, loaded and served by code that knows none."""
 
 from __future__ import annotations
 
+import json
+import queue
+import time
+from dataclasses import replace
+
+import pytest
 import torch
 from tiny import picture
+from toy_heads import CodesConfig, CodesHead, CodesOptions, ScalesHead, SideHead, with_head
 
 from mgp5 import Conversation, Image
-from mgp5.events import Finished, ImageDone
-from mgp5.heads import Embeds, Forced, Prefix, Sample
-from mgp5.inference.reply import generate
+from mgp5.config import preset
+from mgp5.errors import Mgp5Error
+from mgp5.events import Finished, ImageDone, ImageStep
+from mgp5.heads import rng
+from mgp5.hub import resolve
+from mgp5.inference.reply import generate, generate_batch
+from mgp5.inference.scheduler import Scheduler
+from mgp5.inference.session import Session
+from mgp5.loading import load_checkpoint, trained_tensors
 from mgp5.options import reply_options
+from mgp5.serving.loop import Job, ServingLoop
+from mgp5.training.batch import Collator
+from mgp5.training.loop import train
+
+TALK = Conversation().add("user", Image(pixels=picture("blue")), "draw")
 
 
-class ToyHead:
-    """Asks the LLM for something and paints a plain picture whose colour depends on the answer."""
-
-    def __init__(self, ids):
-        self.ids = tuple(ids)
-        self.replies = []
-
-    def allowed(self, step):
-        return self.ids[1:]
-
-    def condition(self, context):
-        state = context.state
-        for request in self.requests(state):
-            reply = yield request
-            self.replies.append(reply)
-            state = reply.hidden
-        return state.mean().view(1, 1, 1)
-
-    def unconditional(self, condition):
-        return condition
-
-    def num_steps(self, options):
-        return options.steps
-
-    def draw(self, condition, options, generators):
-        for step in range(options.steps):
-            yield torch.full((1, 3, 4, 4), float(condition) * (step + 1))
-
-    def finish(self, canvas):
-        return canvas.clamp(-1, 1)
+@pytest.fixture
+def codes(llava_folder):
+    torch.manual_seed(0)
+    return with_head(llava_folder, CodesHead(CodesConfig()))
 
 
-class MiniGPT5Toy(ToyHead):
-    def requests(self, state):
-        yield Forced(self.ids)
+def prefer_trigger(model):
+    """Let the LLM begin an image wherever it may."""
+    trigger = model.head.ids[0]
+    bonus = torch.zeros(len(model.backbone.lm_head.weight))
+    bonus[trigger] = 1e4
+    return model.backbone.lm_head.register_forward_hook(lambda module, args, logits: logits + bonus)
 
 
-class SeedToy(ToyHead):
-    def requests(self, state):
-        yield Sample(5)
+def options(**values):
+    return reply_options(CodesOptions, **{"temperature": 0.0, "max_tokens": 3, "max_images": 2} | values)
 
 
-class InterleavedToy(ToyHead):
-    def requests(self, state):
-        yield Prefix()
+def pixels(image: Image) -> torch.Tensor:
+    picture = image.load()
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size, 3).int()
 
 
-class VargptToy(ToyHead):
-    def requests(self, state):
-        for scale in (1, 2, 3):
-            yield Embeds(torch.ones(1, scale * scale, state.shape[-1]) * state.mean())
+def same_reply(one: Finished, other: Finished) -> bool:
+    ours, theirs = one.message, other.message
+    if ours.text != theirs.text or len(ours.images) != len(theirs.images):
+        return False
+    pairs = zip(ours.images, theirs.images, strict=True)
+    return all((pixels(first) - pixels(second)).abs().max() <= 2 for first, second in pairs)
 
 
-def run(model, kind):
-    head = kind(model.head.ids)
-    model.head = None  # torch modules do not take plain objects over a module
-    del model.head
-    object.__setattr__(model, "head", head)
-    talk = Conversation().add("user", Image(pixels=picture()), "draw")
-    events = list(generate(model, talk, reply_options(steps=2, max_tokens=3, image="always")))
-    assert sum(isinstance(event, ImageDone) for event in events) >= 1
-    assert isinstance(events[-1], Finished)
-    return head
+# A head whose codes the LLM samples
 
 
-def test_minigpt5_forces_a_run(model):
-    assert run(model, MiniGPT5Toy).replies[0].hidden.shape[1] == len(model.head.ids)
+def test_codes_two_images_in_one_reply_with_previews_and_masks(codes):
+    prefer_trigger(codes)
+    session = Session(codes)
+    events = list(generate(codes, TALK, options(steps=4), session))
+    steps = [(event.image, event.step, event.total) for event in events if isinstance(event, ImageStep)]
+    assert steps == [(image, step, 4) for image in (0, 1) for step in range(1, 5)]
+    images = events[-1].message.images
+    assert len(images) == 2 and [event.index for event in events if isinstance(event, ImageDone)] == [0, 1]
+    first, last, *all_codes = codes.head.ids
+    read = [token for token, _ in session.keys]
+    starts = [at for at, token in enumerate(read) if token == first]
+    runs = [read[at + 1 : at + 6] for at in starts]
+    assert len(runs) == 2 and all(run[-1] == last for run in runs)
+    for run in runs:
+        assert all(token in all_codes[place % 2 :: 2] for place, token in enumerate(run[:-1]))
+    assert runs[0] != runs[1] and (pixels(images[0]) - pixels(images[1])).abs().max() > 2
+    assert images[0].meta["steps"] == 4 and images[1].meta["seed"] == images[0].meta["seed"] + 1
 
 
-def test_seed_samples_allowed_codes(model):
-    head = run(model, SeedToy)
-    assert len(head.replies[0].ids) == 5
-    assert set(head.replies[0].ids) <= set(head.ids[1:])
+def test_no_two_draws_of_a_reply_share_random_numbers():
+    draws = [(0, "codes"), (1, "codes"), (0, "scale 1"), (0, "scale 2"), (0, "noise"), (1, "noise")]
+    numbers = [float(torch.rand((), generator=rng(7, image, use))) for image, use in draws]
+    assert len(set(numbers)) == len(draws)
+    assert float(torch.rand((), generator=rng(7, 1, "codes"))) == numbers[1]
 
 
-def test_mm_interleaved_reads_the_whole_prefix(model):
-    head = run(model, InterleavedToy)
-    assert head.replies[0].hidden.shape[1] > 20
+def test_codes_beside_others_at_other_steps_are_as_alone(codes):
+    prefer_trigger(codes)
+    talks = [TALK, Conversation().add("user", "hello"), TALK.add("assistant", "so").add("user", "again")]
+    ways = [options(steps=steps, seed=steps, max_tokens=tokens) for steps, tokens in ((2, 0), (5, 4), (3, 2))]
+    alone = [list(generate(codes, talk, way))[-1] for talk, way in zip(talks, ways, strict=True)]
+    for together in (None, 2):  # the batch, and one that draws between pieces of text
+        scheduler = Scheduler(codes, 2, text_steps=together)
+        requests = [scheduler.submit(talk, way) for talk, way in zip(talks, ways, strict=True)]
+        ends = {}
+        while scheduler.busy:
+            ends |= {id(request): event for request, event in scheduler.step() if isinstance(event, Finished)}
+        assert all(same_reply(ends[id(r)], end) for r, end in zip(requests, alone, strict=True))
+    batch = [event for _, event in generate_batch(codes, talks[:2], replace(ways[0], seed=3, image_seed=3))]
+    assert 2 in codes.head.calls and sum(isinstance(event, Finished) for event in batch) == 2
 
 
-def test_vargpt_feeds_embeddings_scale_by_scale(model):
-    head = run(model, VargptToy)
-    assert [reply.hidden.shape[1] for reply in head.replies[:3]] == [1, 4, 9]
+def test_codes_are_served(codes):
+    prefer_trigger(codes)
+    alone = list(generate(codes, TALK, options(steps=3, seed=1)))[-1]
+    loop = ServingLoop(codes, rows=2)
+    loop.start()
+    try:
+        boxes = [queue.Queue() for _ in range(3)]
+        for seed, box in enumerate(boxes):
+            way = options(steps=3 + 2 * (seed != 1), seed=seed)
+            loop.submit(Job(TALK, way, box.put, time.monotonic() + 60))
+        ends = []
+        for box in boxes:
+            while not isinstance(event := box.get(timeout=60), Finished):
+                assert not isinstance(event, Exception), event
+            ends.append(event)
+    finally:
+        loop.stop()
+    assert same_reply(ends[1], alone) and loop.counts["finished"] == 3
+
+
+def test_options_of_another_head_are_refused_before_anything_is_computed(codes):
+    with pytest.raises(Mgp5Error, match="options are DiffusionOptions, expected CodesOptions"):
+        list(generate(codes, TALK, reply_options(steps=3)))
+    with pytest.raises(Mgp5Error, match="steps is 20, expected 1 to 9"):
+        options(steps=20)
+
+
+@pytest.fixture
+def config():
+    own = {"batch": 2, "accumulation": 1, "warmup": 0, "precision": "fp32", "lr": 1e-2, "rows_lr": 1e-2}
+    return replace(preset("pretrain", "demo"), steps=2, save_every=1, log_every=1, **own)
+
+
+def samples() -> list[Conversation]:
+    colours = ("red", "blue", "green", "white")
+    return [Conversation().add("user", c).add("assistant", Image(pixels=picture(c)), "done") for c in colours]
+
+
+def test_codes_train_resume_save_and_load(codes, llava_folder, config, tmp_path, fresh_accelerator):
+    before = {name: value.clone() for name, value in codes.named_parameters()}
+    progress = list(train(codes, samples(), config, tmp_path / "run", stop_after=1))
+    progress += list(
+        train(with_head(llava_folder, CodesHead(CodesConfig())), samples(), config, tmp_path / "run", resume=True)
+    )
+    assert [set(step.losses) for step in progress] == [{"text", "pixels"}] * 2
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2] and all("pixels" in row for row in log)
+    trained = {
+        name for name, value in codes.named_parameters() if name in before and not torch.equal(value, before[name])
+    }
+    assert trained == {f"head.decoder.{name}" for name, _ in codes.head.decoder.named_parameters()}
+    loaded = load_checkpoint(resolve(str(tmp_path / "run")))
+    saved = trained_tensors(loaded)
+    assert {name.partition(".")[0] for name in saved} == {"decoder", "adapter"}
+    assert loaded.config.head == "codes" and loaded.config.head_config == CodesConfig()
+    loaded.merge()
+    prefer_trigger(loaded.eval())
+    assert len(list(generate(loaded, TALK, options(steps=1)))[-1].message.images) == 2
+
+
+def test_a_checkpoint_of_another_head_is_refused_in_one_line(codes, config, tmp_path, fresh_accelerator):
+    list(train(codes, samples(), config, tmp_path / "run", stop_after=1))
+    path = tmp_path / "run/mgp5/config.json"
+    stored = json.loads(path.read_text())
+    for change, message in (
+        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, codes"),
+        ({"head": "minigpt5"}, "is not a configuration of mgp5"),
+        ({"head_config": {"num_codes": 10, "length": 4}, "head_kind": ""}, "do not fit|tokens of its head"),
+        ({"head_config": {"num_codes": 10, "length": 4}}, "was trained for 4 of 12 codes, but .* is 4 of 10 codes"),
+    ):
+        path.write_text(json.dumps(stored | change))
+        with pytest.raises(Mgp5Error, match=message) as error:
+            load_checkpoint(resolve(str(tmp_path / "run")))
+        assert "\n" not in str(error.value)
+
+
+# A head that feeds embeddings scale by scale
+
+
+def test_scales_are_fed_and_painted_between_the_llms_calls(llava_folder):
+    torch.manual_seed(0)
+    model = with_head(llava_folder, ScalesHead(32))
+    session = Session(model)
+    way = reply_options(type(model.head.spec.image_options()), image="always", max_tokens=2, temperature=0.0)
+    events = list(generate(model, TALK, way, session))
+    assert model.head.seen[:3] == [1, 4, 9]
+    kinds = [type(event) for event in events if isinstance(event, ImageStep | ImageDone)]
+    assert kinds == [ImageStep] * 3 + [ImageDone]
+    read = [token for token, _ in session.keys]
+    at = read.index(model.head.ids[0])
+    assert read[at : at + 16] == [model.head.ids[0], *[-1] * 14, model.head.ids[1]]
+    talks = [TALK, Conversation().add("user", "hi")]
+    together = [event for _, event in generate_batch(model, talks, way) if isinstance(event, Finished)]
+    alone = [list(generate(model, talk, way))[-1] for talk in talks]
+    assert all(any(same_reply(one, other) for other in together) for one in alone)
+
+
+# A head with side inputs in a layer of the LLM
+
+
+@torch.no_grad()
+def test_side_inputs_reach_a_layer_in_training_as_in_inference(llava_folder):
+    torch.manual_seed(0)
+    model = with_head(llava_folder, SideHead(32))
+    two = Conversation().add("user", "a", Image(pixels=picture("red")), "b", Image(pixels=picture("blue")), "c")
+    batch = Collator(model.backbone, model.head, 1000)([two.add("assistant", "yes"), TALK.add("assistant", "no")])
+    hidden = model.hidden(batch)
+    session = Session(model)
+    state = session.read(two)
+    torch.testing.assert_close(state[0, 0], hidden[0, session.length - 1], atol=1e-5, rtol=1e-4)
+    token = int(batch.ids[0, session.length])
+    torch.testing.assert_close(session.feed((token,))[0, 0], hidden[0, session.length - 1], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        model.head.project.weight.zero_(), model.head.project.bias.zero_()
+    plain = model.hidden(batch)
+    slots = (batch.ids[0] == model.backbone.image_token_id).nonzero().flatten()
+    first = int(slots[len(slots) // 2 - 1])  # the last slot of the first image
+    torch.testing.assert_close(plain[0, : first + 1], hidden[0, : first + 1])  # no token sees an image before its end
+    assert not torch.allclose(plain[0, first + 1], hidden[0, first + 1], atol=1e-4)
+
+
+def test_side_inputs_of_a_batch_are_those_of_each_reply(llava_folder):
+    torch.manual_seed(0)
+    model = with_head(llava_folder, SideHead(32))
+    way = reply_options(type(model.head.spec.image_options()), image="always", max_tokens=4, temperature=0.0)
+    talks = [TALK, Conversation().add("user", "hi"), TALK.add("assistant", "so").add("user", Image(pixels=picture()))]
+    together = {row: event for row, event in generate_batch(model, talks, way) if isinstance(event, Finished)}
+    for row, talk in enumerate(talks):
+        assert same_reply(together[row], list(generate(model, talk, way))[-1])

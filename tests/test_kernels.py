@@ -14,8 +14,9 @@ from mgp5.kernels import registry as kernels
 from mgp5.kernels.guided_step import guided_step_reference, step_rows
 
 from mgp5.errors import Mgp5Error
+from mgp5.generators.denoising import linear_update
 from mgp5.generators.flow import FlowSchedule
-from mgp5.generators.sampler import linear_update, sampler_table
+from mgp5.generators.sampler import sampler_table
 from mgp5.generators.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")

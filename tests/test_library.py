@@ -13,7 +13,7 @@ import pytest
 from hub_double import Hub, running
 
 from mgp5.apps.library import wanted, whole
-from mgp5.generators import load_diffusion
+from mgp5.generators import load_generator
 from mgp5.hub import REPOS
 
 NAME = "sd-2.1-base"
@@ -63,7 +63,7 @@ def test_pull_fetches_what_is_read_and_rm_frees_it(mgp5, hub, diffusion_folder):
     expected = {file for file in hub.repos[REPO.id] if (diffusion_folder / file).is_file()}
     assert hub.fetched() == expected == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert folder.name == REPO.revision and line_of(mgp5)["whole"]
-    assert load_diffusion(str(folder)).native_size == load_diffusion(str(diffusion_folder)).native_size
+    assert load_generator(str(folder)).native_size == load_generator(str(diffusion_folder)).native_size
     mgp5("pull", NAME)
     assert not hub.fetched()
     assert "Aborted" in mgp5("rm", NAME, stdin="n\n", code=1).stderr and folder.is_dir()

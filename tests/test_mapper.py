@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mgp5 import Mgp5Error
-from mgp5.heads.mapper import FeatureMapper, MapperConfig
+from mgp5.config import MapperConfig
+from mgp5.heads.minigpt5 import FeatureMapper
 
 SMALL = MapperConfig(llm_width=24, width=16, queries=5, encoder_layers=2, decoder_layers=2, heads=2)
 

@@ -62,7 +62,7 @@ def test_the_made_up_step_weighs_what_the_loops_forward_does():
     model = shape(config, "cpu")
     talk = Conversation().add("user", "the red fox sees the ball " * 12)
     talk = talk.add("assistant", Image(path=PICTURE, caption="a fox"))
-    batch = Collator(model.backbone, model.head.tokens, (model.diffusion.native_size,) * 2, 1000)([talk] * 2)
+    batch = Collator(model.backbone, model.head, 1000)([talk] * 2)
     real = allocated(model, lambda: model(batch, config, torch.Generator()))
     assert dry_run_step(shape(config), config, batch.ids.shape[1])[0] == pytest.approx(real, rel=0.15)
 

@@ -29,17 +29,17 @@ def last_message(events):
 
 def forced_states(model, conversation):
     """The voken states of generation: read the prompt, then the run in one forward."""
-    session = Session(model.backbone)
+    session = Session(model)
     first = session.read(conversation)
     return torch.cat([first, session.feed(model.head.ids)], dim=1)  # (1, 1 + n, D)
 
 
 @torch.no_grad()
 def trained_states(model, conversation, shift=0):
-    collator = Collator(model.backbone, model.head.tokens, (16, 16), 1000)
+    collator = Collator(model.backbone, model.head, 1000)
     batch = collator([conversation.add("assistant", Image(pixels=picture()))])
-    starts = [start + shift for start in batch.starts]
-    return predicting_states(model.hidden(batch), batch.rows, starts, model.head.num_vokens)
+    starts = [start + shift for start in batch.target_starts]
+    return predicting_states(model.hidden(batch), batch.target_rows, starts, model.head.num_vokens)
 
 
 def test_teacher_forced_states_equal_generated_states(model):
@@ -58,14 +58,14 @@ def test_the_comparison_of_states_notices_being_off_by_one(model):
 def test_run_in_one_forward_equals_token_by_token(model):
     conversation = ask()
     together = forced_states(model, conversation)
-    session = Session(model.backbone)
+    session = Session(model)
     states = [session.read(conversation)] + [session.feed((i,)) for i in model.head.ids]
     torch.testing.assert_close(together, torch.cat(states, dim=1), atol=1e-5, rtol=1e-4)
 
 
 def test_cached_turns_equal_uncached_turns_and_read_only_what_is_new(model):
     options = reply_options(seed=3, max_tokens=12, steps=2, image="always")
-    cached, fresh = Session(model.backbone), Session(model.backbone, reuse=False)
+    cached, fresh = Session(model), Session(model, reuse=False)
     talk, read_before = ask(), 0
     for _ in range(3):
         messages = [last_message(generate(model, talk, options, session)) for session in (cached, fresh)]
@@ -120,7 +120,7 @@ def test_image_can_be_forced_and_forbidden(model, image, count):
 
 
 def test_unconditional_branch_is_the_mapper_on_zeros_and_computed_once(model):
-    condition = torch.zeros(1, *model.diffusion.condition_shape)
+    condition = torch.zeros(1, *model.head.generator.condition_shape)
     first = model.head.unconditional(condition)
     zeros = torch.zeros(1, model.head.num_vokens, model.backbone.width)
     torch.testing.assert_close(first, model.head.mapper(zeros))
@@ -139,7 +139,7 @@ def test_vokens_start_at_the_mean_row(model):
 
 def test_special_tokens_in_a_users_text_are_only_text(model):
     talk = Conversation().add("user", f"hi [IMG0] {model.backbone.image_token} there")
-    session = Session(model.backbone)
+    session = Session(model)
     session.read(talk)
     ids = {token for token, _ in session.keys}
     assert not ids & {*model.head.ids, model.backbone.image_token_id}

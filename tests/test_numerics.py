@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,9 @@ from torch import Tensor
 
 import mgp5
 from mgp5 import engines
-from mgp5.generators.sampler import SamplerTable, denoise
+from mgp5.generators import denoising
+from mgp5.generators.denoising import PlainDenoiser, begin
+from mgp5.generators.sampler import SamplerTable
 from mgp5.generators.schedule import NoiseSchedule
 from mgp5.generators.stable_diffusion import StableDiffusion
 
@@ -52,8 +54,8 @@ def run(diffusion: StableDiffusion, steps: int) -> dict[str, Tensor]:
     seeded = torch.Generator().manual_seed(0)
     condition = torch.randn(2, LENGTH, diffusion.unet.config.cross_attention_dim, generator=seeded)
     noise = torch.randn(1, *diffusion.latent_shape(diffusion.native_size, diffusion.native_size), generator=seeded)
-    call = diffusion.engine.denoise if diffusion.engine else partial(denoise, diffusion.predict)
-    (prediction,) = call(noise, condition[1:], condition[:1], PROBE, GUIDANCE)
+    model = diffusion.engine.model if diffusion.engine else PlainDenoiser(diffusion.predict)
+    (prediction,) = denoising.run([begin(model, noise, condition[1:], condition[:1], PROBE, GUIDANCE)])
     settings = {"steps": steps, "guidance": GUIDANCE, "sampler": "ddim"}
     *_, latents = diffusion.draw(condition[1:], condition[:1], generators=[seeded], **settings)
     return {"prediction": prediction, "latents": latents, "picture": diffusion.decode(latents)}

@@ -15,15 +15,16 @@ from tiny_sd3 import save_sd3
 from torch.profiler import ProfilerActivity, profile
 
 from mgp5 import Conversation, Image, engines
+from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished
 from mgp5.files import GiB
 from mgp5.hub import DEMO, resolve
 from mgp5.inference.reply import generate
+from mgp5.loading import build
 from mgp5.memory.generation import footprint
 from mgp5.memory.offload import Placement, Plan, first_plan_that_fits, memory_plans, place, select_memory_plan
-from mgp5.model import build, load
 from mgp5.options import reply_options
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_weights_are_those_of_the_loaded_model():
     told, model = needs("demo", dtype=torch.float32), demo()
     assert sum(told.parameters.values()) == sum(p.numel() for p in model.parameters()) + buffers(model, "numel")
     assert sum(told.weights.values()) == sum(p.nbytes for p in model.parameters()) + buffers(model, "nbytes")
-    assert told.weights["denoiser"] == sum(p.nbytes for p in model.diffusion.unet.parameters())
+    assert told.weights["denoiser"] == sum(p.nbytes for p in model.head.generator.unet.parameters())
 
 
 def buffers(model, what):
@@ -87,7 +88,7 @@ def test_activations_weigh_what_the_allocator_sees():
     from mgp5.inference.decoder import Decoder
 
     told, model = needs("demo", dtype=torch.float32, tokens=300), demo()
-    backbone, diffusion = model.backbone, model.diffusion
+    backbone, diffusion = model.backbone, model.head.generator
     decoder, latents = Decoder(backbone), torch.zeros(1, *diffusion.latent_shape(128, 128))
     condition = torch.zeros(1, *diffusion.condition_shape)
 
@@ -193,8 +194,8 @@ def test_parts_are_there_when_they_compute_and_only_then(mllm_folder, diffusion_
     placement = Placement(moved, CPU)
     for model in (plain, moved):
         if backend:
-            engines.apply(model.diffusion, backend)
-    assert moved.device is placement.device and moved.diffusion.device is placement.device
+            engines.apply(model.head.generator, backend)
+    assert moved.device is placement.device and moved.head.generator.device is placement.device
     with watched(placement) as phases:
         assert_told_alike(moved, plain)
     assert phases == ["see", "read", "draw", "decode", "read"] * 2  # behind a picture the reply may go on
@@ -206,8 +207,8 @@ def test_parts_are_there_when_they_compute_and_only_then(mllm_folder, diffusion_
 
 def test_others_may_compute_between_two_steps(model):
     placement = Placement(model, CPU)
-    condition = torch.zeros(1, *model.diffusion.condition_shape)
-    steps = model.diffusion.draw(condition, condition, steps=3, generators=[torch.Generator()])
+    condition = torch.zeros(1, *model.head.generator.condition_shape)
+    steps = model.head.generator.draw(condition, condition, steps=3, generators=[torch.Generator()])
     with watched(placement) as phases:
         for _ in steps:
             model.backbone.logits(torch.zeros(1, model.backbone.width))
@@ -228,10 +229,10 @@ def test_an_llm_of_few_bits_moves_too_and_8_bits_stay(llava_folder, diffusion_fo
 
 
 def test_large_pictures_are_decoded_in_tiles_and_others_are_not(model):
-    noise = torch.randn(1, *model.diffusion.latent_shape(160, 128), generator=torch.Generator().manual_seed(0))
-    whole = [model.diffusion.decode(part) for part in (noise[..., :64, :], noise)]
+    noise = torch.randn(1, *model.head.generator.latent_shape(160, 128), generator=torch.Generator().manual_seed(0))
+    whole = [model.head.generator.decode(part) for part in (noise[..., :64, :], noise)]
     place(model, Plan(tiling=True), CPU)
-    tiles = [model.diffusion.decode(part) for part in (noise[..., :64, :], noise)]
+    tiles = [model.head.generator.decode(part) for part in (noise[..., :64, :], noise)]
     assert torch.equal(whole[0], tiles[0])
     assert not torch.equal(whole[1], tiles[1])
     torch.testing.assert_close(whole[1], tiles[1], rtol=0, atol=0.2)

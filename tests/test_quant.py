@@ -9,14 +9,14 @@ import torch
 from tiny import picture
 
 from mgp5 import Conversation, Image
+from mgp5.apps.open_model import load
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.quantization import quantization
 from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
-from mgp5.loading import save_checkpoint
-from mgp5.model import build, load
+from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
 from mgp5.training.batch import Collator
 
@@ -25,10 +25,9 @@ TYPES = {"4bit": torch.uint8, "8bit": torch.int8}
 
 
 def batch_for(model):
-    size = (model.diffusion.native_size,) * 2
     talk = Conversation().add("user", "a", Image(pixels=picture("blue")), "fox")
     sample = talk.add("assistant", "here", Image(pixels=picture(), caption="a fox"))
-    return Collator(model.backbone, model.head.tokens, size, 1000)([sample, sample])
+    return Collator(model.backbone, model.head, 1000)([sample, sample])
 
 
 def update(model, stage):

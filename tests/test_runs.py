@@ -24,10 +24,11 @@ from tiny_training import VOKENS, batch_of, config, finish, fork, fresh, same
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mgp5 import Conversation, Mgp5Error, cli
+from mgp5.apps.open_model import load
 from mgp5.config import LoraConfig, preset
 from mgp5.data import load_data
 from mgp5.loading import trained_tensors
-from mgp5.model import InterleavedModel, load
+from mgp5.model import InterleavedModel
 from mgp5.training import checkpoints as runs
 from mgp5.training.loop import rate, total_steps, train
 from mgp5.training.run import Interruption, start
@@ -252,7 +253,7 @@ def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_fol
     first = fresh(mllm_folder, diffusion_folder)
     finish(first, pairs, config("pretrain", rows_lr=1e-2), tmp_path / "pretrain")
     model = start({"model": str(tmp_path / "pretrain"), "vokens": 8}, config("finetune"))
-    assert model.config.num_vokens == VOKENS  # the run's, not the flag's
+    assert model.config.head_config.num_vokens == VOKENS  # the run's, not the flag's
     batch = batch_of(model, tales[3])
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(batch), first.hidden(batch), atol=1e-5, rtol=1e-4)

@@ -21,8 +21,9 @@ from diffusers.schedulers import (
 )
 
 from mgp5 import Mgp5Error
+from mgp5.generators.denoising import denoise, linear_update
 from mgp5.generators.flow import FlowSchedule
-from mgp5.generators.sampler import SAMPLERS, denoise, linear_update, sampler_table
+from mgp5.generators.sampler import SAMPLERS, sampler_table
 from mgp5.generators.schedule import NoiseSchedule
 
 # NumPy 2 about numpy.array(tensor), inside diffusers.

@@ -18,7 +18,7 @@ from diffusers import (
 from tiny import LENGTH, SIZE, WIDTH, save_pipeline
 
 from mgp5 import Mgp5Error
-from mgp5.generators import load_diffusion
+from mgp5.generators import load_generator
 from mgp5.generators.stable_diffusion import StableDiffusion
 
 SCHEDULERS = {
@@ -164,7 +164,7 @@ def test_autoencoder_tiny_in_bfloat16_without_text_encoder(epsilon_folder, tmp_p
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "model" / "vae")
-    model = load_diffusion(str(tmp_path / "model"), dtype=torch.bfloat16)
+    model = load_generator(str(tmp_path / "model"), dtype=torch.bfloat16)
     assert isinstance(model.vae, AutoencoderTiny)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.native_size == 2 * SIZE
@@ -206,20 +206,20 @@ def test_a_missing_part_is_named(epsilon_folder, tmp_path, part):
     shutil.copytree(epsilon_folder, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)
     with pytest.raises(Mgp5Error, match=f"no folder {part}"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))
 
 
 def test_other_models_are_refused(epsilon_folder, tmp_path):
     with pytest.raises(Mgp5Error, match=r"no readable model_index\.json"):
-        load_diffusion(str(tmp_path))
+        load_generator(str(tmp_path))
     shutil.copytree(epsilon_folder, tmp_path / "model")
     (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(Mgp5Error, match="cannot load unet"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))
     scheduler = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
     with pytest.raises(Mgp5Error, match="_class_name is FlowMatchEulerDiscreteScheduler"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(Mgp5Error, match="holds a FluxPipeline, expected one of StableDiffusionPipeline"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))

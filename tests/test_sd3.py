@@ -12,7 +12,7 @@ from tiny_sd3 import CHANNELS, POOLED, ROWS, WIDTH, save_sd3
 from torch.nn.functional import pad
 
 from mgp5 import Mgp5Error
-from mgp5.generators import load_diffusion
+from mgp5.generators import load_generator
 from mgp5.generators.sd3 import StableDiffusion3
 
 TEXTS = ["a red fox", "", "a very long text that goes on and on beyond the end of what clip can read"]
@@ -30,7 +30,7 @@ def sd3_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return load_diffusion(str(folder))
+    return load_generator(str(folder))
 
 
 class Unrounded(DPMSolverMultistepScheduler):
@@ -113,7 +113,7 @@ def test_without_t5_its_rows_are_zeros(sd3_folder, tmp_path, listed):
     shutil.rmtree(folder / "text_encoder_3")
     if not listed:
         pipeline.save_pretrained(folder)
-    model = load_diffusion(str(folder))
+    model = load_generator(str(folder))
     rows, _, pooled, _ = pipeline.encode_prompt(TEXTS, None, None, "cpu", 1, False)
     torch.testing.assert_close(model.encode_text(TEXTS), packed(rows, pooled))
     assert not rows[:, LENGTH:].any()
@@ -178,7 +178,7 @@ def test_bfloat16_without_text_encoders(sd3_folder, tmp_path):
     for part in tmp_path.glob("model/t*er*"):
         if part.name != "transformer":
             shutil.rmtree(part)
-    model = load_diffusion(str(tmp_path / "model"), dtype=torch.bfloat16)
+    model = load_generator(str(tmp_path / "model"), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.condition_shape == (77 + 256 + 1, WIDTH)
     assert model.native_size == 2 * SIZE
@@ -190,7 +190,7 @@ def test_bfloat16_without_text_encoders(sd3_folder, tmp_path):
 
 
 def test_errors_say_what_was_expected(sd3_folder, tmp_path):
-    model = load_diffusion(str(sd3_folder))
+    model = load_generator(str(sd3_folder))
     options = {"guidance": 1.0, "generators": [seeded(0)]}
     condition = packed(*embeds(1, 1))
     with pytest.raises(Mgp5Error, match="14x16, expected multiples of 4"):
@@ -202,7 +202,7 @@ def test_errors_say_what_was_expected(sd3_folder, tmp_path):
     shutil.copytree(sd3_folder, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "tokenizer_3")
     with pytest.raises(Mgp5Error, match="no folder tokenizer_3"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))
     DPMSolverMultistepScheduler().save_pretrained(tmp_path / "model" / "scheduler")
     with pytest.raises(Mgp5Error, match="expected FlowMatchEulerDiscreteScheduler"):
-        load_diffusion(str(tmp_path / "model"))
+        load_generator(str(tmp_path / "model"))

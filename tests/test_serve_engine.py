@@ -12,16 +12,15 @@ from test_decode import assert_same, finished
 from tiny import picture, save_llava, save_pipeline
 
 from mgp5 import engines
+from mgp5.apps.open_model import load
 from mgp5.engines.exported import engine_of
 from mgp5.engines.onnx import Session
 from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
 from mgp5.inference.reply import generate
-from mgp5.inference.scheduler import Paint
+from mgp5.loading import build
 from mgp5.messages import Conversation, Image
-from mgp5.model import build, load
 from mgp5.options import Options, reply_options
-from mgp5.serving.engine import Job, Refused, ServingEngine
-from mgp5.serving.painting import StepBatch
+from mgp5.serving.loop import Job, Refused, ServingLoop
 
 TALKS = [
     Conversation().add("user", "hello"),
@@ -50,8 +49,8 @@ def whole(tmp_path_factory):
 def serving(whole):
     started = []
 
-    def start(**settings) -> ServingEngine:
-        started.append(ServingEngine(whole, **settings))
+    def start(**settings) -> ServingLoop:
+        started.append(ServingLoop(whole, **settings))
         started[-1].start()
         return started[-1]
 
@@ -84,7 +83,7 @@ class Asked:
 @pytest.mark.parametrize(("rows", "workers", "backend"), [(6, 1, None), (2, 1, "eager"), (3, 2, "eager")])
 def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows, workers, backend):
     if backend:
-        engines.apply(whole.diffusion, backend)
+        engines.apply(whole.head.generator, backend)
     try:
         alone = [list(generate(whole, TALKS[i % 4], options)) for i, options in enumerate(WAYS)]
         engine = serving(rows=rows, workers=workers)
@@ -97,15 +96,15 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
             assert_same(finished(events), finished(other))
             assert [type(event) for event in events] == [type(event) for event in other]
     finally:
-        engines.remove(whole.diffusion)
+        engines.remove(whole.head.generator)
 
 
 def by_files(model, folder, *names: str) -> list[int]:
     """Let exported files draw; returns the rows of each call of the denoiser to come."""
-    engine = engine_of(model.diffusion, folder, names, lambda path: Session(path, torch.device("cpu")))
+    engine = engine_of(model.head.generator, folder, names, lambda path: Session(path, torch.device("cpu")))
     run, calls = engine.model.run, []
     engine.model.run = lambda **tensors: calls.append(len(tensors["sample"])) or run(**tensors)
-    model.diffusion.engine = engine
+    model.head.generator.engine = engine
     return calls
 
 
@@ -117,41 +116,47 @@ def test_pictures_at_different_steps_are_one_call(whole, small_folder, small_exp
         calls = by_files(whole, small_export, way)
     else:
         if way == "eager":
-            engines.apply(whole.diffusion, way)
+            engines.apply(whole.head.generator, way)
         calls = []
-        part = whole.diffusion.engine.model.model if way == "eager" else whole.diffusion.unet
+        part = whole.head.generator.engine.model.model if way == "eager" else whole.head.generator.unet
         hook = part.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
     try:
-        painter, conditions = StepBatch(whole.head), torch.randn(3, *whole.diffusion.condition_shape)
-        ways = [replace(options, guidance=options.guidance or 3.0, height=None, width=None) for options in WAYS[:3]]
-        paints = [Paint(conditions[i : i + 1], own, 0, i) for i, own in enumerate(ways)]
-        waiting, drawing, made = list(paints), {}, {}
+        generator, conditions = whole.head.generator, torch.randn(3, *whole.head.generator.condition_shape)
+        unconditional = whole.head.unconditional(conditions)
+        ways = [
+            replace(options.image, guidance=options.image.guidance or 3.0, height=None, width=None)
+            for options in WAYS[:3]
+        ]
+        waiting, drawing, made = list(enumerate(ways)), {}, {}
         while waiting or drawing:
             if waiting:
-                paint = waiting.pop(0)
-                drawing[paint.seed] = painter.begin(paint)
+                seed, own = waiting.pop(0)
+                rng = torch.Generator().manual_seed(seed)
+                drawing[seed] = generator.begin(conditions[seed : seed + 1], unconditional, own, rng)
             before = len(calls)
-            assert painter.step(drawing.values()) == 1 and len(calls) == before + 1
-            made |= {seed: canvas.latents for seed, canvas in drawing.items() if canvas.done}
-            drawing = {seed: canvas for seed, canvas in drawing.items() if not canvas.done}
-        assert calls == [2, 3, 5, 5, 4, 4]  # rows: two of a picture that has guidance
-        for paint in paints:
-            generator = torch.Generator().manual_seed(paint.seed)
-            *_, alone = whole.head.draw(paint.condition, paint.options, [generator])
-            torch.testing.assert_close(made[paint.seed], alone, rtol=1e-4, atol=1e-4)
+            assert len({state.key for state in drawing.values()}) == 1
+            generator.step(list(drawing.values()))
+            assert len(calls) == before + 1
+            made |= {seed: state.latents for seed, state in drawing.items() if state.done}
+            drawing = {seed: state for seed, state in drawing.items() if not state.done}
+        assert calls == [2, 3, 5, 5, 4, 4]  # rows: two of an image that has guidance
+        for seed, own in enumerate(ways):
+            rngs = [torch.Generator().manual_seed(seed)]
+            *_, alone = generator.draw(conditions[seed : seed + 1], unconditional, generators=rngs, **vars(own))
+            torch.testing.assert_close(made[seed], alone, rtol=1e-4, atol=1e-4)
     finally:
         if way in ("none", "eager"):
             hook.remove()
-        engines.remove(whole.diffusion)
+        engines.remove(whole.head.generator)
 
 
 def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(small_folder, small_export):
     model = load(small_folder, backend=None)
     calls = by_files(model, small_export, "denoiser", "vae_decoder")
-    ways = [replace(WAYS[0], seed=seed, steps=steps, max_tokens=0) for seed, steps in ((1, 9), (2, 5))]
+    ways = [WAYS[0].updated({"seed": seed, "steps": steps, "max_tokens": 0}) for seed, steps in ((1, 9), (2, 5))]
     alone = [finished(generate(model, TALKS[0], options)) for options in ways]
     calls.clear()
-    engine = ServingEngine(model, rows=2)
+    engine = ServingLoop(model, rows=2)
     first, second = (Asked(TALKS[0], options) for options in ways)
     put = first.job.deliver
 
@@ -174,7 +179,7 @@ def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(s
 
 def test_text_goes_on_while_others_draw(serving):
     engine = serving(rows=2)
-    drawn, told = Asked(TALKS[0], replace(WAYS[0], steps=300, max_tokens=0)), Asked(TALKS[3], WAYS[2])
+    drawn, told = Asked(TALKS[0], WAYS[0].updated({"steps": 300, "max_tokens": 0})), Asked(TALKS[3], WAYS[2])
     engine.submit(drawn.job)
     drawn.wait_for(ImageStep)
     engine.submit(told.job)
@@ -184,8 +189,8 @@ def test_text_goes_on_while_others_draw(serving):
 
 
 def test_a_full_queue_refuses_and_jobs_are_served_in_their_order(serving):
-    engine, ends = serving(rows=1, waiting=3), []
-    first, *others = (Asked(TALKS[0], replace(WAYS[0], steps=steps, max_tokens=0)) for steps in (300, 2, 3, 1))
+    engine, ends = serving(rows=1, limit=3), []
+    first, *others = (Asked(TALKS[0], WAYS[0].updated({"steps": steps, "max_tokens": 0})) for steps in (300, 2, 3, 1))
     for number, one in enumerate(others):
         put = one.job.deliver
         one.job.deliver = lambda event, put=put, number=number: (
@@ -206,7 +211,7 @@ def test_a_full_queue_refuses_and_jobs_are_served_in_their_order(serving):
 
 def test_deadlines_end_jobs_that_run_and_jobs_that_wait(serving):
     engine = serving(rows=1)
-    long = replace(WAYS[0], steps=900, max_tokens=0)
+    long = WAYS[0].updated({"steps": 900, "max_tokens": 0})
     asked = [Asked(TALKS[0], long, seconds) for seconds in (0.3, 0.1)]
     engine.submit(*(one.job for one in asked))
     for one in asked:
@@ -218,7 +223,10 @@ def test_deadlines_end_jobs_that_run_and_jobs_that_wait(serving):
 
 def test_what_is_wrong_with_one_request_ends_that_one(serving):
     engine = serving(rows=3)
-    bad = [Asked(Conversation().add("user", "x" * 3000), WAYS[0]), Asked(TALKS[0], replace(WAYS[0], height=9, width=9))]
+    bad = [
+        Asked(Conversation().add("user", "x" * 3000), WAYS[0]),
+        Asked(TALKS[0], WAYS[0].updated({"height": 9, "width": 9})),
+    ]
     fine = Asked(TALKS[0], WAYS[0])
     engine.submit(fine.job, *(one.job for one in bad))
     for one in bad:
@@ -234,7 +242,7 @@ def test_an_error_of_the_model_fails_what_runs_and_no_more(whole, serving):
     def broken(*_):
         raise RuntimeError("out of memory, and of patience")
 
-    hook = whole.diffusion.unet.register_forward_pre_hook(broken)
+    hook = whole.head.generator.unet.register_forward_pre_hook(broken)
     asked = Asked(TALKS[0], WAYS[1])
     engine.submit(asked.job)
     with pytest.raises(Refused) as refused:
@@ -244,7 +252,7 @@ def test_an_error_of_the_model_fails_what_runs_and_no_more(whole, serving):
     assert finished_alone(engine)
 
 
-def finished_alone(engine: ServingEngine) -> bool:
+def finished_alone(engine: ServingLoop) -> bool:
     asked = Asked(TALKS[0], WAYS[1])
     engine.submit(asked.job)
     return isinstance(asked.events()[-1], Finished)

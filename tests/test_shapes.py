@@ -8,8 +8,8 @@ from tiny import LENGTH, WIDTH
 
 from mgp5.config import preset
 from mgp5.hub import REPOS
+from mgp5.loading import assemble, build
 from mgp5.memory.skeletons import GENERATORS, MLLMS, backbone_shape, generator_shape, skeleton
-from mgp5.model import assemble, build
 
 # Parameters as the hub shows them, width, of one adapted layer (q and v, rank 8), layers, tied embeddings.
 PUBLISHED = {
@@ -113,4 +113,4 @@ def test_a_folder_has_the_shape_of_what_it_loads(mllm_folder, diffusion_folder):
     assert shapes == {name: tensor.shape for name, tensor in real.state_dict().items()}
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in real.parameters()]
     assert all(p.is_meta for p in model.parameters())
-    assert model.diffusion.condition_shape == (LENGTH, WIDTH)
+    assert model.head.generator.condition_shape == (LENGTH, WIDTH)

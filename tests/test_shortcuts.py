@@ -13,7 +13,7 @@ from test_engines import SAVE, close, draw, smallest, stable_diffusion, start
 from mgp5 import engines
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
-from mgp5.generators import load_diffusion
+from mgp5.generators import load_generator
 from mgp5.generators.stable_diffusion import StableDiffusion
 
 
@@ -21,7 +21,7 @@ from mgp5.generators.stable_diffusion import StableDiffusion
 def diffusion(request, tmp_path_factory):
     if request.param == "v_prediction":
         return stable_diffusion()
-    return load_diffusion(str(SAVE[request.param](tmp_path_factory.mktemp("sd3.5"))))
+    return load_generator(str(SAVE[request.param](tmp_path_factory.mktemp("sd3.5"))))
 
 
 @pytest.fixture(params=["plain", "precomputed", "whole"])
@@ -35,7 +35,7 @@ def put_on(diffusion, way: str) -> None:
     engines.remove(diffusion)
     if way != "plain":
         engines.apply(diffusion, "eager")
-        diffusion.engine.whole = way == "whole"
+        diffusion.engine.graphed = way == "whole"
 
 
 @contextmanager

@@ -188,13 +188,13 @@ def test_weights_of_the_losses_are_the_papers(llava, pairs):
 @pytest.fixture
 def spied(llava, monkeypatch):
     """A model that notes what its mapper reads and which captions are the target."""
-    seen, real = {}, llava.diffusion.encode_text
+    seen, real = {}, llava.head.generator.encode_text
 
     def encode_text(texts: list[str]) -> torch.Tensor:
         seen["texts"] = texts
         return real(texts)
 
-    monkeypatch.setattr(llava.diffusion, "encode_text", encode_text)
+    monkeypatch.setattr(llava.head.generator, "encode_text", encode_text)
     llava.head.mapper.mlp.register_forward_pre_hook(lambda _, args: seen.update(states=args[0]))
     return llava, seen
 
@@ -226,8 +226,8 @@ def test_caption_loss_only_where_there_are_captions(spied):
 def test_only_the_first_voken_of_a_run_has_a_label(model, tales):
     samples = [tales[i] for i in range(len(tales))]
     batch = batch_of(model, *samples)
-    assert len(batch.starts) == sum(len(sample.messages[-1].images) for sample in samples) > 4
-    for row, at in zip(batch.rows, batch.starts, strict=True):
+    assert len(batch.target_starts) == sum(len(sample.messages[-1].images) for sample in samples) > 4
+    for row, at in zip(batch.target_rows, batch.target_starts, strict=True):
         run = batch.ids[row, at : at + VOKENS + 1].tolist()
         labels = batch.labels[row, at : at + VOKENS + 1].tolist()
         assert tuple(run[:VOKENS]) == model.head.ids

@@ -26,10 +26,10 @@ from mgp5.export.specs import Component
 from mgp5.export.trt import BuildOptions, build, refusal, source
 
 from mgp5 import engines
+from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.engines.exported import put_mapper_on
 from mgp5.errors import Mgp5Error
-from mgp5.model import load
 
 
 class Small(torch.nn.Module):
@@ -268,7 +268,7 @@ def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, small_export, t
         del manifest["components"]["denoiser"]
         (tmp_path / "export" / "manifest.json").write_text(json.dumps(manifest))
     model = load(small_folder, backend=None)
-    diffusion, states = model.diffusion, torch.randn(1, 4, 32)
+    diffusion, states = model.head.generator, torch.randn(1, 4, 32)
 
     def draw() -> torch.Tensor:
         with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, small_export, t
     diffusion.engine = trt.put_on(diffusion, tmp_path / "export")
     put_mapper_on(model.head, tmp_path / "export", torch.device("cpu"), "trt")
     for whole in (False, True):
-        diffusion.engine.whole = whole
+        diffusion.engine.graphed = whole
         torch.testing.assert_close(draw(), expected, atol=1e-4, rtol=1e-4)
     names = {path.parent.name for path in (tmp_path / "export").glob("*/*.plan")}
     assert names == {"mapper", "vae_decoder", "denoiser" if split else "unet"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -23,6 +24,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+
+from mgp5.heads import ImageContext
+from mgp5.heads.minigpt5 import to_pixels
 
 LENGTH, WIDTH, SIZE = 11, 16, 8  # L and D of the condition, sides of the latents
 LLAVA_TEMPLATE = (
@@ -197,3 +201,27 @@ def assert_alike(images, others) -> None:
 
 def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> pil.Image:
     return pil.new("RGB", size, color)
+
+
+class TargetHead:
+    """What a collator asks of a head, without weights: a run of tokens for each image, all with labels."""
+
+    def __init__(self, backbone, tokens: tuple[str, ...], size: tuple[int, int]) -> None:
+        self.spec, self.size = SimpleNamespace(new_tokens=tokens), size
+        self.ids = tuple(backbone.tokenizer.convert_tokens_to_ids(list(tokens)))
+
+    def target(self, image):
+        return {"pixels": to_pixels(image, self.size)}
+
+    def layout(self, target, config=None):
+        return list(self.ids), list(self.ids)
+
+    def context_slots(self, backbone, inputs):
+        return backbone.slots(inputs)
+
+
+def llm_only(backbone) -> SimpleNamespace:
+    """What a session asks of a model, without a head that draws; the states of all tokens are kept."""
+    spec = SimpleNamespace(reads_prefix=True, reads_side=False)
+    head = SimpleNamespace(spec=spec, encode_images=lambda _, inputs: ImageContext(backbone.encode_images(inputs)))
+    return SimpleNamespace(backbone=backbone, head=head)

@@ -11,9 +11,10 @@ import torch
 
 from mgp5 import Conversation, cli
 from mgp5.config import TrainConfig, preset
-from mgp5.loading import trained_tensors
-from mgp5.model import InterleavedModel, build
-from mgp5.training.batch import Batch, Collator
+from mgp5.heads.batch import Batch
+from mgp5.loading import build, trained_tensors
+from mgp5.model import InterleavedModel
+from mgp5.training.batch import Collator
 from mgp5.training.loop import Progress, train
 
 VOKENS = 4
@@ -35,8 +36,7 @@ def finish(*args, **more) -> list[Progress]:
 
 
 def batch_of(model: InterleavedModel, *conversations: Conversation) -> Batch:
-    size = (model.diffusion.native_size,) * 2
-    return Collator(model.backbone, model.head.tokens, size, model.backbone.context_length, "first")(conversations)
+    return Collator(model.backbone, model.head, model.backbone.context_length, config("finetune"))(conversations)
 
 
 def fork(args: list[str], **env: str) -> multiprocessing.Process:

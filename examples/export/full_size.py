@@ -12,9 +12,9 @@ from mgp5.export.job import Request, export
 from mgp5.export.subject import Subject
 
 from mgp5.device import quiet_libraries
-from mgp5.heads.mapper import FeatureMapper
+from mgp5.heads.minigpt5 import FeatureMapper
+from mgp5.loading import mapper_for
 from mgp5.memory.skeletons import generator_shape
-from mgp5.model import mapper_for
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from torch import Tensor
 from unet import moments, sheet
 
 from mgp5.config import TrainConfig, preset
+from mgp5.heads.batch import Batch
 from mgp5.heads.losses import caption_loss
 from mgp5.heads.minigpt5 import predicting_states
+from mgp5.loading import build
 from mgp5.messages import Conversation, Image
-from mgp5.model import InterleavedModel, build
+from mgp5.model import InterleavedModel
 from mgp5.prompts import IGNORE, example
 from mgp5.storyland.judge import load_judge, right, scores
-from mgp5.training.batch import Batch
 
 BATCH = 32
 PAINTED = 8  # pictures of a row of the sheet
@@ -63,10 +64,10 @@ class Pairs:
 
     def __init__(self, work: Path, split: str, count: int, model: InterleavedModel) -> None:
         pictures, self.rows = renders(work, split, count)
-        self.moments = moments(work, model.diffusion.vae, pictures)
+        self.moments = moments(work, model.head.generator.vae, pictures)
         self.captions = captions(self.rows, -1)
         talks = (Conversation().add("user", text).add("assistant", Image(caption=text)) for text in self.captions)
-        self.examples = [example(model.backbone, talk, model.head.tokens, "first") for talk in talks]
+        self.examples = [example(model.backbone, talk, model.head.spec.new_tokens, "first") for talk in talks]
         self.trigger = model.head.ids[0]
 
     def batch(self, chosen: np.ndarray) -> Batch:
@@ -93,10 +94,10 @@ def new_model(work: Path, recipe: Recipe) -> InterleavedModel:
     diffusion = str(work / "sd3" / "diffusion")
     model = build(str(DEMO.parent / "mllm"), diffusion, encoder_layers=2, decoder_layers=3, inner=recipe.inner)
     if recipe.blind:
-        seen = torch.ones(model.diffusion.condition_shape[0], 1).index_fill(0, torch.tensor(-1), 0.0)
+        seen = torch.ones(model.head.generator.condition_shape[0], 1).index_fill(0, torch.tensor(-1), 0.0)
         model.head.mapper.register_forward_hook(lambda mapper, inputs, rows: rows * seen.to(rows))
     if recipe.plain:  # the loss looks here, the mapper has its own
-        model.config = replace(model.config, mapper=replace(model.config.mapper, pooled=0))
+        model.config = replace(model.config, mapper=replace(model.config.head_config.mapper, pooled=0))
     return model
 
 
@@ -141,12 +142,12 @@ def measure(
     model: InterleavedModel, pairs: Pairs, condition: Tensor, empty: Tensor, guidance: float
 ) -> tuple[dict, Tensor]:
     """Scores of conditions (B, L, D) of the first B pairs, and their pictures (B, 3, 128, 128)."""
-    rows, pooled, length = pairs.rows[: len(condition)], model.diffusion.pooled_width, len(condition)
-    truth = model.diffusion.encode_text(pairs.captions[:length])
-    z = model.diffusion.sample(torch.from_numpy(pairs.moments[:length])).to(device())
-    ldm = [model.diffusion.loss(z, condition, step_generator(k, 12)).mean().item() for k in range(4)]
+    rows, pooled, length = pairs.rows[: len(condition)], model.head.generator.pooled_width, len(condition)
+    truth = model.head.generator.encode_text(pairs.captions[:length])
+    z = model.head.generator.sample(torch.from_numpy(pairs.moments[:length])).to(device())
+    ldm = [model.head.generator.loss(z, condition, step_generator(k, 12)).mean().item() for k in range(4)]
     both, packed = caption_loss(condition, truth, pooled), caption_loss(condition[:, :-1], truth[:, :-1])
-    pictures = torch.cat([paint(model.diffusion, part, empty, guidance) for part in condition.split(32)])
+    pictures = torch.cat([paint(model.head.generator, part, empty, guidance) for part in condition.split(32)])
     report = scores(right(load_judge().to(device()), pictures, rows))
     report |= {"ldm": sum(ldm) / len(ldm), "rows": packed.item(), "pooled": (both - packed).item()}
     return {name: round(value, 4) for name, value in report.items()}, pictures
@@ -156,13 +157,13 @@ def measure(
 def conditions(model: InterleavedModel, pairs: Pairs, count: int) -> Tensor:
     """What the mapper makes of the first captions: (B, L, D)."""
     batch = pairs.batch(np.arange(count))
-    states = predicting_states(model.hidden(batch), batch.rows, batch.starts, model.head.num_vokens)
+    states = predicting_states(model.hidden(batch), batch.target_rows, batch.target_starts, model.head.num_vokens)
     return model.head.mapper(states)
 
 
 def bounds(model: InterleavedModel, pairs: Pairs, count: int, guidance: float) -> dict[str, tuple[dict, Tensor]]:
     """Scores of the text encoders' own conditions, whole and in part, and of the empty text's."""
-    truth, empty = (model.diffusion.encode_text(texts) for texts in (pairs.captions[:count], [""]))
+    truth, empty = (model.head.generator.encode_text(texts) for texts in (pairs.captions[:count], [""]))
     blind, only = truth.clone(), empty.repeat(count, 1, 1)
     blind[:, -1], only[:, -1] = 0.0, truth[:, -1]
     given = {"text encoders": truth, "without their pooled vector": blind, "only their pooled vector": only}

@@ -24,11 +24,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from mgp5.apps.open_model import load
 from mgp5.evaluation import tasks
 from mgp5.evaluation.storyland import attributes_right
 from mgp5.evaluation.systems import Ask, Model, Undrawn
 from mgp5.messages import Conversation
-from mgp5.model import InterleavedModel, load
+from mgp5.model import InterleavedModel
 from mgp5.options import Options, reply_options
 from mgp5.storyland.judge import load_judge, look, scores
 from mgp5.storyland.world import Scene
@@ -91,7 +92,7 @@ def paint(model: InterleavedModel, given: Tensor, options: Options, first: int) 
     """Pictures (B, 3, H, W) in [-1, 1] with seeds from `first` on, and the processor's milliseconds for each."""
     began = time.process_time()
     *_, latents = model.head.draw(given, options, seeds(first, len(given)))
-    pictures = model.diffusion.decode(latents)
+    pictures = model.head.generator.decode(latents)
     return pictures.cpu(), 1000 * (time.process_time() - began) / len(given)
 
 

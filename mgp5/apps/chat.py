@@ -121,7 +121,7 @@ class Chat:
 
         before = self.conversation, self.pending
         self.conversation, self.pending = asked, pending
-        self._session = self._session or Session(self.model.backbone)
+        self._session = self._session or Session(self.model)
         shift = SEEDS * self._number
         self._number += 1
         image_seed = None if self.options.image_seed is None else self.options.image_seed + shift

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ..engines import Choice
+    from ..memory.offload import Plan
     from ..model import InterleavedModel
-    from ..options import ModelRequest
+    from ..options import Backend, Memory, ModelRequest, Quantize
     from ..prompts import Context
 
 Tell = Callable[[str], None]  # takes a line for the user
@@ -15,6 +21,58 @@ Tell = Callable[[str], None]  # takes a line for the user
 
 def silent(line: str) -> None:
     """Drop a line that is meant for the user."""
+
+
+def load(
+    name: str | Path = "demo",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    quantize: Quantize = "none",
+    backend: Backend | None = "auto",
+    memory: Memory | Plan = "auto",
+) -> InterleavedModel:
+    """Load a trained model, ready to generate.
+
+    Args:
+        name: "demo" or a folder that `mgp5 train` has written.
+        dtype: of frozen parts, float32 when None; what was trained stays in float32.
+        device: cpu, cuda or cuda:N.
+        quantize: "4bit" or "8bit" for the LLM's layers.
+        backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone. With compile, and on a
+            GPU with triton, the LLM's tokens are decoded by compiled code too.
+        memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `memory.offload`.
+
+    Raises:
+        Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or what cannot run here.
+    """
+    import torch
+
+    from ..hub import resolve
+    from ..loading import load_model
+    from ..memory import offload
+
+    target, dtype = torch.device(device), dtype or torch.float32
+    if not isinstance(memory, offload.Plan):
+        memory = offload.select_memory_plan(memory, resolve(str(name)), target, dtype, quantize)
+    backend = memory.engine(backend)
+    model = load_model(name, dtype=dtype, quantize=memory.quantize)
+    offload.place(model, memory, target)
+    if backend:
+        set_backend(model, backend)
+    return model
+
+
+def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> Choice:
+    """Let images be drawn by an engine, and tokens be decoded by what goes with it: see `engines.apply`."""
+    from .. import engines
+
+    choice, on_gpu = engines.apply(model.head.generator, backend, exported), model.backbone.device.type == "cuda"
+    # On a CPU only for who asked for the compiler: it takes longer than most replies.
+    model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
+    if model.backbone.compiled:
+        engines.keep_compiled()
+    return choice
 
 
 def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
@@ -37,7 +95,6 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
     from .. import engines
     from ..hub import resolve
     from ..memory import offload
-    from ..model import load, set_backend
 
     device, dtype = pick_device(request.device)
     engines.select_backend(request.backend, device, dtype)

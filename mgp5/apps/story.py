@@ -189,7 +189,7 @@ def _events(model: InterleavedModel, inputs: Sequence[SceneInput], request: Stor
     total = len(inputs) + request.scenes
     # One session for all scenes: images are encoded once. It reads each prompt anew, so that a scene does not depend
     # on the calls before.
-    session = Session(model.backbone, reuse=False)
+    session = Session(model, reuse=False)
     for number in range(total):
         part = inputs[number] if number < len(inputs) else None
         yield SceneStart(number, scene_kind(part), total)

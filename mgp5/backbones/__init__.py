@@ -6,7 +6,7 @@ give to the first layers of the LLM stand behind the D features that every model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .kv_cache import KVCache
+
+
+class SideInputs(NamedTuple):
+    """What layers of the LLM attend to beside the sequence (MM-Interleaved: features of all earlier images).
+
+    Attributes:
+        features: (B, N, ...) of the N images of each row, padded with zeros.
+        visible: (B, T) how many of them, from the first, each token may attend to.
+    """
+
+    features: Tensor
+    visible: Tensor
 
 
 class Backbone(Protocol):
@@ -48,7 +60,14 @@ class Backbone(Protocol):
         """Position ids of whole sequences, (B, T) or (3, B, T); `grids` is `image_grid_thw` where there is one."""
         ...
 
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        side: SideInputs | None = None,
+    ) -> Tensor:
         """embeddings (B, T, E) -> last hidden states (B, T, D) after the final norm.
 
         Args:

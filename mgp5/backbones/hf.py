@@ -7,6 +7,7 @@ here: how a picture is written, how many slots it takes, where rotary positions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
+from . import SideInputs
 from .kv_cache import KVCache
 from .prefix import fixed_cache, prefix_encoder, prefix_states
 from .quantization import Quantize, is_quantized, keep_layout, quantization
@@ -39,6 +41,7 @@ class HFBackbone(nn.Module):
     """A frozen multimodal LLM of transformers, called in parts so that hidden states and the cache stay ours."""
 
     compiled = False  # whether tokens are decoded by compiled code
+    side: SideInputs | None = None  # of the present forward
     placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
@@ -66,10 +69,20 @@ class HFBackbone(nn.Module):
         dtype: torch.dtype = torch.float32,
         quantize: Quantize = "none",
         revision: str | None = None,
-        trust_remote_code: bool = False,
     ) -> HFBackbone:
-        """Load a folder or hub id in the transformers layout (safetensors only), frozen and in evaluation mode."""
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        """Load a folder or hub id in the transformers layout, frozen and in evaluation mode.
+
+        Args:
+            name: a folder, or a hub id; only safetensors weights are read, and no code.
+            dtype: of the weights.
+            quantize: bits of the decoder's layers.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            Mgp5Error: the tokenizer has no chat template.
+            OSError, ValueError: as transformers raises them.
+        """
+        options: dict[str, Any] = {"revision": revision}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
@@ -91,10 +104,12 @@ class HFBackbone(nn.Module):
 
     @property
     def lm_head(self) -> nn.Module:
+        """The projection from hidden states (..., D) to logits (..., V)."""
         return self.core.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self.placement.device if self.placement else self.lm_head.weight.device
 
     def use(self, phase: str = "read") -> None:
@@ -102,10 +117,16 @@ class HFBackbone(nn.Module):
         if self.placement:
             self.placement.enter(phase)
 
-    def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
-        return dict(self.image_processor(images=pictures, return_tensors="pt"))
+    def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
+        """Turn N images into the tensors that `encode_images` takes; runs in data workers, needs no weights.
+
+        Raises:
+            ValueError: an image of a shape that the processor refuses.
+        """
+        return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Return how many token slots S each of N preprocessed images takes."""
         if "image_grid_thw" in inputs:  # patches of any resolution, merged in squares
             return (inputs["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
         pixels, config = inputs["pixel_values"], self.core.config
@@ -117,6 +138,7 @@ class HFBackbone(nn.Module):
         return [patches + extra] * len(pixels)
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Encode N preprocessed images by the vision tower and its projector: one (S, E) tensor each."""
         self.use("see")
         tensors = {key: value.to(self.device) for key, value in inputs.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.core.dtype)
@@ -128,6 +150,14 @@ class HFBackbone(nn.Module):
         return list(features)
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
+        """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order.
+
+        Args:
+            features: one (S, E) tensor for each image in `ids`; or none, and slots keep the token's embedding.
+
+        Raises:
+            ValueError: `ids` have another number of slots than the features.
+        """
         self.use()
         embeds = self.language.get_input_embeddings()(ids)
         if features:
@@ -141,6 +171,12 @@ class HFBackbone(nn.Module):
         return embeds
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Return rotary positions of whole sequences (B, T): (B, T), or (3, B, T) in time, height and width.
+
+        Args:
+            grids: (N, 3) patches of each image in time, height and width, where the backbone has such.
+            mask: (B, T), 1 for tokens, 0 for padding.
+        """
         rope_index = getattr(getattr(self.core, "model", None), "get_rope_index", None)
         if rope_index is not None:  # rotary positions in time, height and width
             kinds = (ids == self.image_token_id).int()
@@ -148,10 +184,51 @@ class HFBackbone(nn.Module):
             return rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)[0]
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
+    def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
+        """Say which images each token of whole sequences may attend to: those whose slots end before it.
+
+        Args:
+            ids: (B, T).
+            slots: S of each of the N images, in reading order over the rows.
+            features: (N, ...) what `Head.encode_images` made of them; None for none.
+        """
+        if features is None or not len(features):
+            return None
+        is_slot = ids == self.image_token_id
+        before = is_slot.cumsum(1) - is_slot.long()  # (B, T) slots before each token
+        ends: list[list[int]] = []  # of each row, at which number of slots each image ends
+        images = iter(slots)
+        for total in is_slot.sum(1).tolist():
+            ends.append([])
+            while (ends[-1] or [0])[-1] < total:
+                ends[-1].append((ends[-1] or [0])[-1] + next(images))
+        padded = features.new_zeros(len(ids), max(map(len, ends)), *features.shape[1:])
+        visible, first = torch.zeros_like(ids), 0
+        for row, own in enumerate(ends):
+            padded[row, : len(own)] = features[first : first + len(own)]
+            visible[row] = (before[row, :, None] >= torch.tensor(own, device=ids.device)).sum(-1)
+            first += len(own)
+        return SideInputs(padded, visible)
+
     def forward(
-        self, embeds: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        side: SideInputs | None = None,
     ) -> Tensor:
+        """Return the last hidden states (B, T, D), after the final norm, of embeddings (B, T, E).
+
+        Args:
+            positions: (B, T) or (3, B, T).
+            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, W), added to attention scores.
+            cache: keys and values that the tokens attend to, and are written to.
+            side: what layer hooks of a head attend to; they read it from `self.side`.
+        """
         self.use()
+        if side is not None or self.side is not None:
+            self.side = side
         embeds, deep = embeds[..., : self.width], embeds[..., self.width :]
         options: dict[str, Any] = {"use_cache": cache is not None}
         if deep.shape[-1]:  # added to the states behind the first k layers; to those of text as zeros
@@ -167,10 +244,16 @@ class HFBackbone(nn.Module):
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) of hidden states (..., D)."""
         self.use()
         return self.lm_head(hidden)
 
     def new_cache(self, rows: int = 1) -> KVCache:
+        """Return an empty key-value cache for a number of conversations; a prefix is in it already.
+
+        Raises:
+            Mgp5Error: the LLM has layers without full attention.
+        """
         self.use()
         text = self.core.config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}

@@ -20,8 +20,8 @@ SMALLEST = 256  # slots of a row to begin with
 
 
 @dataclass
-class Place:
-    """Where forwards read and write, the same for all layers; `rows` to `whole` are set before each.
+class CacheIndex:
+    """Index of the slots that forwards read and write, the same for all layers; all but two are set before each.
 
     Args:
         num_rows: R.
@@ -29,7 +29,7 @@ class Place:
         rows: (r,) that take part.
         slots: (r, k) of their new tokens.
         width: W.
-        whole: the rows are all rows, in order, so that none need be gathered.
+        all_rows: whether `rows` are all rows in order, so that none need be gathered.
     """
 
     num_rows: int
@@ -37,11 +37,11 @@ class Place:
     rows: Tensor | None = None
     slots: Tensor | None = None
     width: int = 0
-    whole: bool = True
+    all_rows: bool = True
 
-    def at(self, rows: Tensor, slots: Tensor, width: int, whole: bool) -> None:
-        """Set the place of the next forward."""
-        self.rows, self.slots, self.width, self.whole = rows, slots, width, whole
+    def at(self, rows: Tensor, slots: Tensor, width: int, all_rows: bool) -> None:
+        """Set where the next forward writes and what it attends to."""
+        self.rows, self.slots, self.width, self.all_rows = rows, slots, width, all_rows
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -49,32 +49,32 @@ class KVCacheLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, place: Place, prefix: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, index: CacheIndex, prefix: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
-        self.place, self.prefix = place, prefix
+        self.index, self.prefix = index, prefix
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros for all rows: attention multiplies slots that it does not see by 0, which NaN would survive."""
+        """Allocate zeros: attention multiplies slots that it does not see by 0, which NaN would survive."""
         self.keys, self.values = self._empty(key_states), self._empty(value_states)
         for buffer, prefix in zip((self.keys, self.values), self.prefix or (), strict=False):
             buffer[:, :, : prefix.shape[2]] = prefix
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values (r, H, k, d) to their slots; returns those of the rows, (r, H, W, d)."""
+        """Write keys and values (r, H, k, d) to their slots; return those of the rows, (r, H, W, d)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        place = self.place
+        index = self.index
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if place.num_rows == 1:  # the same, faster
-                buffer.index_copy_(2, place.slots[0], states)
+            if index.num_rows == 1:  # the same, faster
+                buffer.index_copy_(2, index.slots[0], states)
             else:
-                buffer[place.rows[:, None], :, place.slots] = states.transpose(1, 2)
-        keys, values = self.keys[:, :, : place.width], self.values[:, :, : place.width]
-        return (keys, values) if place.whole else (keys[place.rows], values[place.rows])
+                buffer[index.rows[:, None], :, index.slots] = states.transpose(1, 2)
+        keys, values = self.keys[:, :, : index.width], self.values[:, :, : index.width]
+        return (keys, values) if index.all_rows else (keys[index.rows], values[index.rows])
 
     def grow(self) -> None:
-        """Copy what there is to buffers of the cache's capacity."""
+        """Copy keys and values to buffers of the index's capacity."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old = getattr(self, name)
@@ -82,45 +82,45 @@ class KVCacheLayer(CacheLayerMixin):
                 getattr(self, name)[:, :, : old.shape[2]] = old
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Width and offset of a mask; ours is made by the decoder."""
-        return self.place.width, 0
+        """Return width and offset of a mask; ours is made by the decoder."""
+        return self.index.width, 0
 
     def get_seq_length(self) -> int:
-        """Slots that attention sees: rows have lengths of their own."""
-        return self.place.width
+        """Return the slots that attention sees: rows have lengths of their own."""
+        return self.index.width
 
     def get_max_length(self) -> int:
-        """C."""
-        return self.place.capacity
+        """Return C, the slots of a row."""
+        return self.index.capacity
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
         with torch.inference_mode(False):  # else the buffers could be written to in inference mode only
             return torch.zeros(
-                self.place.num_rows, heads, self.place.capacity, width, dtype=like.dtype, device=like.device
+                self.index.num_rows, heads, self.index.capacity, width, dtype=like.dtype, device=like.device
             )
 
 
 class KVCache(Cache):
-    """Such layers, as transformers' models take them.
+    """Static key-value cache of all layers, as transformers' models take it.
 
     Args:
         prefix: keys and values of each layer, (1, H, P, d).
     """
 
     def __init__(self, num_layers: int, rows: int, prefix: States | None = None) -> None:
-        self.place = Place(rows)
+        self.index = CacheIndex(rows)
         self.prefix_length = prefix[0][0].shape[2] if prefix else 0
-        super().__init__(layers=[KVCacheLayer(self.place, prefix[i] if prefix else None) for i in range(num_layers)])
+        super().__init__(layers=[KVCacheLayer(self.index, prefix[i] if prefix else None) for i in range(num_layers)])
 
     def reserve(self, length: int) -> bool:
-        """Make room for rows of `length` slots and one behind, which rows that pause write to; whether that moved them.
+        """Make room for rows of `length` slots and one for pausing rows; return whether they moved.
 
         The room doubles, so that a long conversation is copied seldom.
         """
-        if length < self.place.capacity:
+        if length < self.index.capacity:
             return False
-        self.place.capacity = 1 << length.bit_length()
+        self.index.capacity = 1 << length.bit_length()
         for layer in self.layers:
             layer.grow()
         return True

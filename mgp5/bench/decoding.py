@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..apps.open_model import load
 from ..engines import Backend
 from ..errors import Mgp5Error
 from ..heads.minigpt5 import predicting_states
 from ..hub import Parts
 from ..inference.decoder import Decoder
 from ..inference.token_sampling import SamplingParams
+from ..loading import assemble
 from ..memory.skeletons import backbone_shape, generator_shape
-from ..model import InterleavedModel, assemble, load
+from ..model import InterleavedModel
 from .suites import Limits, Row, Run, by_turns, waiting
 
 PROMPT, REPLY = 64, 128  # tokens
@@ -131,8 +133,8 @@ def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Run:
     def write() -> None:
         decoder.cut(0, 0)
         token = decoder.pick({0: _read(decoder, ids)[0, -1]})[0]
-        for start in range(1, REPLY, decoder.piece):
-            chosen, _ = decoder.steps({0: token}, min(decoder.piece, REPLY - start))[0]
+        for start in range(1, REPLY, decoder.tokens_per_sync):
+            chosen, _ = decoder.steps({0: token}, min(decoder.tokens_per_sync, REPLY - start))[0]
             token = chosen[-1]
 
     @torch.inference_mode()

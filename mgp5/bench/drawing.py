@@ -26,13 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..engines import Backend, apply
 from ..errors import Mgp5Error
-from ..generators.latent_diffusion import FrozenDiffusion
-from ..generators.sampler import SamplerTable, denoise, sampler_table
+from ..generators import load_generator
+from ..generators.denoising import denoise
+from ..generators.latent_diffusion import LatentDiffusion
+from ..generators.sampler import SamplerTable, sampler_table
 from ..generators.sd3 import StableDiffusion3
 from ..generators.stable_diffusion import StableDiffusion
 from ..hub import Parts
 from ..memory.skeletons import generator_shape
-from ..model import load_generator
 from .suites import Clock, Limits, Row, Run, Setting, by_turns, waiting
 
 GUIDANCE = 7.5
@@ -50,15 +51,15 @@ class Scene:
         drawn: latents after the first step and after the last, by way.
     """
 
-    model: FrozenDiffusion
+    model: LatentDiffusion
     table: SamplerTable
     noise: Tensor  # (B, C, h, w), float32, of values that `dtype` has
     condition: Tensor  # (1, L, D)
     unconditional: Tensor  # (1, L, D)
-    copies: dict[str, FrozenDiffusion] = field(default_factory=dict)
+    copies: dict[str, LatentDiffusion] = field(default_factory=dict)
     drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def copied(self, layout: str) -> FrozenDiffusion:
+    def copied(self, layout: str) -> LatentDiffusion:
         """A model of weights in a layout, made when it is first asked for; "" is diffusers' own."""
         if layout and layout not in self.copies:
             self.copies[layout] = copy.deepcopy(self.model)
@@ -141,7 +142,7 @@ def _scene(
     return scene, reference
 
 
-def _random(name: str, device: torch.device) -> FrozenDiffusion:
+def _random(name: str, device: torch.device) -> LatentDiffusion:
     """A generator of random weights, without its text encoders."""
     with torch.device("meta"):
         shape = generator_shape(name)
@@ -151,7 +152,7 @@ def _random(name: str, device: torch.device) -> FrozenDiffusion:
     return type(shape)(**_denoiser(shape, denoiser), vae=vae, schedule=shape.schedule)
 
 
-def _denoiser(model: FrozenDiffusion, denoiser: Any) -> dict[str, Any]:
+def _denoiser(model: LatentDiffusion, denoiser: Any) -> dict[str, Any]:
     """A denoiser as the argument that a kind of model takes."""
     return {name: denoiser for name, part in model.named_children() if part is model.denoiser}
 
@@ -209,7 +210,7 @@ def _theirs(scene: Scene, name: str, pipe: DiffusionPipeline) -> Run:
     return run
 
 
-def pipeline(model: FrozenDiffusion) -> DiffusionPipeline:
+def pipeline(model: LatentDiffusion) -> DiffusionPipeline:
     """diffusers' pipeline around a model's parts, with the sampler of `Scene.table`."""
     schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
     if isinstance(model, StableDiffusion3):
@@ -252,7 +253,7 @@ def ends(latents: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     return first, (deque(latents, maxlen=1) or [first])[0]
 
 
-def operations(model: FrozenDiffusion, pixels: int | None, images: int) -> int:
+def operations(model: LatentDiffusion, pixels: int | None, images: int) -> int:
     """Of a guided step of a model on the meta device: products of matrices and convolutions, two for each of their
     multiplications."""
     shape = model.latent_shape(*[pixels or model.native_size] * 2)

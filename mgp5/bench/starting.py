@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from ..engines import apply
+from ..generators import load_generator
 from ..hub import Parts
-from ..model import load_generator
 from .drawing import GUIDANCE, SAMPLERS, ends
 from .suites import Row, waiting
 

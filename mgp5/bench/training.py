@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..config import TrainConfig, preset
 from ..device import DTYPES, pick_device
 from ..files import GiB
+from ..heads.batch import Batch
 from ..hub import resolve
 from ..memory.estimate import estimate
 from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..prompts import IGNORE
-from ..training.batch import Batch
 from ..training.distributed import launch
 from ..training.trainer import Trainer
 from .suites import Row, Setting, percentiles
@@ -47,7 +47,7 @@ def train_suite(setting: Setting) -> Iterator[Row]:
         kinds = "cached" if cached else "live", "recomputed" if checkpointing else "kept"
         row = {
             "name": "pretrain update",
-            "size": f"{parts.name}, {model.diffusion.native_size} px, {batch} samples",
+            "size": f"{parts.name}, {model.head.generator.native_size} px, {batch} samples",
             "provider": f"{kinds[0]}, {kinds[1]}, by {size}{', tuned' if tune else ''}",
         }
         torch.backends.cudnn.benchmark = tune
@@ -69,7 +69,7 @@ def made_up(model: InterleavedModel, count: int, cached: bool) -> Batch:
         ids[row, start : start + len(vokens)] = torch.tensor(vokens)
         labels[row, start : start + len(vokens) + 1] = ids[row, start : start + len(vokens) + 1]
     ends = torch.tensor(starts)[:, None] + len(vokens)
-    size, diffusion = model.diffusion.native_size, model.diffusion
+    size, diffusion = model.head.generator.native_size, model.head.generator
     channels, height, width = diffusion.latent_shape(size, size)
     moments = torch.ones(count, 2 * channels, height, width)
     return Batch(
@@ -146,7 +146,7 @@ class Spans:
     @contextmanager
     def of(self, model: InterleavedModel) -> Iterator[None]:
         """Watch a model's parts."""
-        generator = model.diffusion
+        generator = model.head.generator
         parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
         parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
         handles = []

@@ -6,21 +6,15 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ..errors import Mgp5Error
 from ..files import digest
+from ..heads.batch import Skipped as Skipped
 from ..messages import Conversation, inside
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
 SPLITS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
-
-
-class Skipped(NamedTuple):
-    """A note on a sample that could not be used, or not as it is: the kind of problem, and where and why."""
-
-    kind: str
-    place: str
 
 
 class Problems(dict[str, int]):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -21,14 +21,12 @@ from torch import Tensor
 
 from ..device import SMALL, user_cache
 from ..errors import Mgp5Error
-from ..generators.sampler import SamplerTable, Step, denoise_prepared, guidance_batch
+from ..generators.denoising import Contexts, DenoisingState, advance
 from ..kernels import registry as kernels
-from ..kernels.guided_step import step_rows
 from .autotune import try_out
 
 if TYPE_CHECKING:  # what imports diffusers takes seconds, and `select_backend` needs none of it
-    from ..generators.latent_diffusion import FrozenDiffusion
-    from .cuda_graph import GraphedStep
+    from ..generators.latent_diffusion import LatentDiffusion
     from .exported import ExportedEngine
     from .layers import Ops
     from .precomputed import PrecomputedDenoiser
@@ -36,7 +34,6 @@ if TYPE_CHECKING:  # what imports diffusers takes seconds, and `select_backend` 
 Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
 DENOISERS = ("denoiser", "unet", "transformer")  # names of exported components, the fastest first
 TINY = 1_000_000  # parameters
-GRAPHS = 4  # whole steps kept, for the sizes, batches and numbers of steps used last; each holds the memory of a step
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     return Choice("auto", "a trial of eager and triton on this GPU decides, once for each model")
 
 
-def apply(diffusion: FrozenDiffusion, backend: Backend = "auto", exported: Path | None = None) -> Choice:
+def apply(diffusion: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> Choice:
     """Let `diffusion.draw` run by an engine, instead of the one it had. Do it when weights are in their place.
 
     Returns what was chosen; `auto` chooses none for a denoiser that engines do not know.
@@ -115,7 +112,7 @@ def apply(diffusion: FrozenDiffusion, backend: Backend = "auto", exported: Path 
     return Choice(choice.name, choice.why + tried)
 
 
-def remove(diffusion: FrozenDiffusion) -> None:
+def remove(diffusion: LatentDiffusion) -> None:
     """Take the engine off; the model is then, bit for bit, what it was."""
     if diffusion.engine is not None:
         diffusion.engine.model.restore()
@@ -123,14 +120,18 @@ def remove(diffusion: FrozenDiffusion) -> None:
 
 
 class Engine:
-    """Runs the denoising loop of one model; see `denoise`. Its modules share the model's weights.
+    """Runs the denoising steps of one model by modules that share its weights.
 
-    Whole steps and their CUDA graphs have been tested on a CPU only, that is without graphs.
+    Attributes:
+        model: the denoiser with constant work taken out.
+        graphed: whether images that begin together take whole steps, on a GPU as CUDA graphs.
+        decode: latents as the VAE's decoder takes them -> pixels; None leaves it to the VAE.
     """
 
-    decode: Callable[[Tensor], Tensor] | None = None  # latents as the VAE's decoder takes them -> pixels
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, name: Backend, denoiser: torch.nn.Module) -> None:
+        from .cuda_graph import StepGraphs
         from .precomputed import precompute
 
         self.name, device, dtype = name, denoiser.device, denoiser.dtype
@@ -145,76 +146,17 @@ class Engine:
         )
         if name == "compile":
             _compile(self.model, on_gpu)
-        self.whole = on_gpu and name != "eager"
-        self.idle: dict[tuple, GraphedStep] = {}
+        self.graphs = StepGraphs(self.model, self.ops.guided_step)
+        self.graphed = on_gpu and name != "eager"
 
-    def denoise(
-        self,
-        noise: Tensor,  # (B, C, h, w)
-        condition: Tensor,  # (B, L, D)
-        unconditional: Tensor | None,  # (1 or B, L, D)
-        table: SamplerTable,
-        guidance: float,
-        guided: int | None = None,
-        reuse: int = 1,
-    ) -> Iterator[Tensor]:
-        """What `diffusion.sampler.denoise` yields, within rounding; with `reuse` only one of so many steps is whole."""
-        if self.whole:
-            return self.denoise_whole(noise, condition, unconditional, table, guidance, guided, reuse)
-        prepare = partial(self._prepare, reuse)
-        return denoise_prepared(prepare, noise, condition, unconditional, table, guidance, guided)
+    def model_for(self, reuse: int) -> PrecomputedDenoiser:
+        """Return what runs the steps of an image with this `reuse`."""
+        return self.model
 
-    def _prepare(self, reuse: int, timesteps: Tensor, condition: Tensor) -> Step:
-        table, context = self.model.constants(timesteps, condition)
-        last = cache(lambda rows: [part[-rows:] for part in context])  # without guidance, the conditional half
-        deep: Tensor | None = None
-
-        def step(latents: Tensor, index: int) -> Tensor:
-            nonlocal deep
-            rows = len(latents)
-            known = deep[-rows:] if index % reuse else None
-            prediction, deep = self.model(latents, table[index, -rows:], last(rows), known)
-            return prediction
-
-        return step
-
-    @torch.no_grad()
-    def denoise_whole(
-        self,
-        noise: Tensor,  # (B, C, h, w)
-        condition: Tensor,  # (B, L, D)
-        unconditional: Tensor | None,  # (1 or B, L, D)
-        table: SamplerTable,
-        guidance: float,
-        guided: int | None = None,
-        reuse: int = 1,
-    ) -> Iterator[Tensor]:
-        """The same with each step as a whole, on a GPU one CUDA graph."""
-        from .cuda_graph import GraphedStep, Inputs, Kind
-
-        rows = step_rows(table, guidance).to(noise.device, torch.float32)
-        batch = guidance_batch(condition, unconditional, guidance)
-        timesteps = table.timesteps.to(noise.device, torch.float32)
-        times, context = self.model.constants(timesteps, batch)
-        inputs = Inputs(noise=noise.float() * table.noise_scale, table=times, context=context, rows=rows)
-        weight = next(self.model.model.parameters())  # a graph reads weights where they lay
-        key = weight.data_ptr(), *inputs.key()
-        # Taken out while it runs: another image drawn meanwhile gets buffers of its own.
-        step = self.idle.pop(key, None) or GraphedStep(self.model, self.ops.guided_step, inputs)
-        kinds = [
-            Kind(
-                rows=len(condition if guided is not None and i >= guided else batch),
-                keeps=reuse > 1 and i % reuse == 0,
-                takes=i % reuse > 0,
-            )
-            for i in range(len(table))
-        ]
-        try:
-            yield from step.run(inputs, kinds)
-        finally:
-            self.idle[key] = step
-            while len(self.idle) > GRAPHS:
-                self.idle.pop(next(iter(self.idle)))
+    def advance(self, states: Sequence[DenoisingState], contexts: Contexts) -> None:
+        """Advance images by one step each, as `generators.denoising.advance` does; where it can, as one CUDA graph."""
+        if not (self.graphed and states[0].model is self.model and self.graphs.advance(states)):
+            advance(states, contexts)
 
 
 def operations(name: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
@@ -228,7 +170,7 @@ def operations(name: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
     return Ops(**{field: found[field] for field in Ops.__dataclass_fields__})
 
 
-def _onnx(diffusion: FrozenDiffusion, exported: Path | None) -> ExportedEngine:
+def _onnx(diffusion: LatentDiffusion, exported: Path | None) -> ExportedEngine:
     from .exported import put_on
 
     return put_on(diffusion, exported)
@@ -247,7 +189,7 @@ def _onnx_refusal(device: torch.device) -> str:
     return "this onnxruntime has no CUDA: pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'"
 
 
-def _trt(diffusion: FrozenDiffusion, exported: Path) -> ExportedEngine:
+def _trt(diffusion: LatentDiffusion, exported: Path) -> ExportedEngine:
     from .tensorrt import put_on
 
     return put_on(diffusion, exported)

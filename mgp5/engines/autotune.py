@@ -21,7 +21,7 @@ from ..errors import Mgp5Error
 from ..files import digest, lock, read_json, write_json
 
 if TYPE_CHECKING:
-    from ..generators.latent_diffusion import FrozenDiffusion
+    from ..generators.latent_diffusion import LatentDiffusion
 
 STEPS = 6
 TRUSTED = 0.05  # relative error of the latents after these steps: rounding to bfloat16 stays well below
@@ -57,7 +57,7 @@ def fastest(ways: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
     return best, "; ".join([f"the fastest here (ms a step: {times})", *refused])
 
 
-def try_out(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> tuple[str, str]:
+def try_out(diffusion: LatentDiffusion, names: tuple[str, ...]) -> tuple[str, str]:
     """`fastest` of the named engines for one guided image of native size; remembered in the user's cache."""
     from . import remove
 
@@ -74,7 +74,7 @@ def try_out(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> tuple[str, st
     return best, why
 
 
-def _mode(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _mode(diffusion: LatentDiffusion, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     from . import Engine, remove
 
     length, width = diffusion.condition_shape
@@ -94,7 +94,7 @@ def _mode(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> Iterator[tuple[
         yield name, lambda name=name: draw(name)
 
 
-def _key(diffusion: FrozenDiffusion, names: tuple[str, ...]) -> str:
+def _key(diffusion: LatentDiffusion, names: tuple[str, ...]) -> str:
     """All that the answer depends on: the card, the libraries, the model's shape and type."""
     denoiser = diffusion.denoiser
     card = torch.cuda.get_device_properties(denoiser.device).name if denoiser.device.type == "cuda" else "cpu"

@@ -7,7 +7,7 @@ condition, S columns of a step's row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,9 +21,8 @@ from . import DENOISERS, Engine, operations
 from .precomputed import PrecomputedDenoiser, precompute
 
 if TYPE_CHECKING:
-    from ..generators.latent_diffusion import FrozenDiffusion
-    from ..heads.mapper import FeatureMapper
-    from ..heads.minigpt5 import MiniGPT5Head
+    from ..generators.latent_diffusion import LatentDiffusion
+    from ..heads.minigpt5 import FeatureMapper, MiniGPT5Head
 
 GROUP_NORM = 21  # the first opset with a GroupNorm that has a type for its statistics
 
@@ -85,18 +84,18 @@ class ExportedEngine(Engine):
     other: Engine | None = None
 
     def __init__(self, model: Exported, decode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.model, self.decode, self.whole = model, decode, False
+        self.model, self.decode, self.graphed = model, decode, False
 
     def stand_in(self, make: Callable[[], Engine]) -> None:
         """Let another engine do what files cannot: leave layers out of a step (`reuse`)."""
         self.make, self.model.deep = make, self.model.parts.deep if self.model.parts else 0
 
-    def denoise(self, *inputs: Any, reuse: int = 1) -> Iterator[Tensor]:
+    def model_for(self, reuse: int) -> Exported | PrecomputedDenoiser:
         """See `Engine`."""
         if reuse == 1:
-            return super().denoise(*inputs)
+            return self.model
         self.other = self.other or self.make()
-        return self.other.denoise(*inputs, reuse=reuse)
+        return self.other.model
 
 
 class ExportedMapper(nn.Module):
@@ -122,7 +121,7 @@ class ExportedMapper(nn.Module):
         return rows.to(self.like)
 
 
-def precomputed(diffusion: FrozenDiffusion, opset: int = 23) -> PrecomputedDenoiser:
+def precomputed(diffusion: LatentDiffusion, opset: int = 23) -> PrecomputedDenoiser:
     """The denoiser in two parts, by operations that every ONNX runtime knows.
 
     In half precision GroupNorm stays whole where the opset has one: it is for GPUs, where fused kernels do it.
@@ -151,7 +150,7 @@ def plain_group_norm(
 
 
 def engine_of(
-    diffusion: FrozenDiffusion, folder: Path, names: Collection[str], load: Callable[[Path], Run]
+    diffusion: LatentDiffusion, folder: Path, names: Collection[str], load: Callable[[Path], Run]
 ) -> ExportedEngine:
     """An engine of the files in a folder; a decoder that is not among `names` stays in PyTorch.
 
@@ -173,7 +172,7 @@ def engine_of(
     return ExportedEngine(model, lambda latents: decoder(latent_sample=latents)["sample"])
 
 
-def put_on(diffusion: FrozenDiffusion, folder: Path | None) -> ExportedEngine:
+def put_on(diffusion: LatentDiffusion, folder: Path | None) -> ExportedEngine:
     """The engine of an exported folder, run by ONNX Runtime; None takes the one in the user's own store.
 
     Raises:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..export.trt import Source, engine_for, source
-from ..generators.latent_diffusion import FrozenDiffusion
+from ..generators.latent_diffusion import LatentDiffusion
 from . import Engine, operations
+from .cuda_graph import StepGraphs
 from .exported import ExportedEngine, engine_of, open_folder
 
 TYPES = {
@@ -142,7 +143,7 @@ def sessions(folder: Path, manifest: dict[str, Any], device: torch.device) -> Ca
     return lambda path: Sessions(source(folder, manifest, path.parent.name), workspace)
 
 
-def put_on(diffusion: FrozenDiffusion, folder: Path) -> ExportedEngine:
+def put_on(diffusion: LatentDiffusion, folder: Path) -> ExportedEngine:
     """The engine of an exported folder, run by TensorRT: each step as a whole, on a GPU one CUDA graph.
 
     Raises:
@@ -152,5 +153,6 @@ def put_on(diffusion: FrozenDiffusion, folder: Path) -> ExportedEngine:
     device, dtype = diffusion.denoiser.device, diffusion.denoiser.dtype
     engine = engine_of(diffusion, folder, manifest["components"], sessions(folder, manifest, device))
     engine.stand_in(partial(Engine, "eager", diffusion.denoiser))
-    engine.whole, engine.idle, engine.ops = device.type == "cuda", {}, operations("triton", device, dtype)
+    engine.graphed = device.type == "cuda"
+    engine.graphs = StepGraphs(engine.model, operations("triton", device, dtype).guided_step)
     return engine

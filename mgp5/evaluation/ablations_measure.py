@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..apps.open_model import load
 from ..config import Stage
 from ..data.files import pick
 from ..device import pick_device
 from ..files import read_json, write_json
+from ..heads.minigpt5 import to_pixels
 from ..inference.reply import to_picture
 from ..messages import Conversation
-from ..model import InterleavedModel, load
+from ..model import InterleavedModel
 from ..options import reply_options
 from ..storyland.judge import load_judge, look
 from ..storyland.world import ATTRIBUTES as NAMES
 from ..training import checkpoints as runs
-from ..training.batch import to_pixels
 from ..training.trainer import TERMS
 from . import tasks
 from .ablations import ATTRIBUTES, FRECHET

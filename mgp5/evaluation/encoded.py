@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..heads.minigpt5 import to_pixels
 from ..messages import Image
 from ..storyland.judge import load_judge, look
 from ..storyland.world import ATTRIBUTES, Scene
-from ..training.batch import to_pixels
 from .encoders import Clip, Inception, SentenceEncoder
 from .weights import locate
 

@@ -5,7 +5,7 @@ B questions, L and C of a condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..events import Finished
-from ..generators import LatentDiffusion
-from ..generators.latent_diffusion import no_text_encoder
+from ..generators import load_generator
+from ..generators.latent_diffusion import LatentDiffusion, no_text_encoder
+from ..heads import DrawContext, Forced, Request, Response
+from ..heads.minigpt5 import to_pixels
 from ..inference.reply import complete, generate_batch, to_picture
+from ..loading import assemble, load_backbone
 from ..messages import Conversation, Image, Message, Text
-from ..model import InterleavedModel, assemble, load_backbone, load_generator
+from ..model import InterleavedModel
 from ..options import Options
 from ..storyland.draw import draw
 from ..storyland.tell import caption
 from ..storyland.world import Scene, rng
-from ..training.batch import to_pixels
 from .tasks import Sample
 
 ONE_PICTURE = {"image": "always", "max_images": 1}
@@ -152,14 +154,13 @@ class Undrawn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._head, name)
 
-    def num_steps(self, options: Options) -> int:
-        return 1
+    def check(self, options: Any) -> None:
+        """Accept any options: they are not used."""
 
-    def draw(self, condition: Tensor, options: Options, generators: list[torch.Generator]) -> Iterator[Tensor]:
-        yield condition
-
-    def finish(self, canvas: Tensor) -> Tensor:
-        return torch.zeros(len(canvas), 3, 8, 8)
+    def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
+        """Read the tokens of an image, and draw nothing."""
+        yield Forced(self._head.ids)
+        return torch.zeros(3, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -257,15 +258,15 @@ def build(
     """
     name, path = entry.name, entry.path
     options = complete(model, options)
-    painter = TextToImage(model.diffusion, options)
+    painter = TextToImage(model.head.generator, options)
     if name == "t2i-tuned":
-        tuned = load_generator(path, model.diffusion.denoiser.dtype)
-        return TextToImage(tuned.to(model.diffusion.device), options)
+        tuned = load_generator(path, model.head.generator.denoiser.dtype)
+        return TextToImage(tuned.to(model.head.generator.device), options)
     shared: dict[str, System] = {
         "t2i": painter,
         "oracle": Oracle(painter, scenes),
-        "VAE": Reconstruction(model.diffusion),
-        "VAE-anew": Reconstruction(model.diffusion, scenes),
+        "VAE": Reconstruction(model.head.generator),
+        "VAE-anew": Reconstruction(model.head.generator, scenes),
     }
     if name in shared:
         return shared[name]
@@ -280,6 +281,7 @@ def build(
 def _writer(path: str, model: InterleavedModel) -> InterleavedModel:
     """The LLM of a folder or the hub beside a fresh mapper: a model whose vokens must not be said."""
     backbone = load_backbone(path, model.backbone.lm_head.weight.dtype).to(model.device)
-    writer = assemble(backbone, model.diffusion, path, model.config.diffusion, num_vokens=model.config.num_vokens)
+    vokens = model.config.head_config.num_vokens
+    writer = assemble(backbone, model.head.generator, path, model.config.diffusion, num_vokens=vokens)
     writer.head.mapper.to(model.device)
     return writer

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error
+from ..hub import from_hub
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from .sampler import Schedule
+    from .latent_diffusion import LatentDiffusion
 
 # What model_index.json calls a pipeline -> the module and class here that load it.
 PIPELINES = {
@@ -23,78 +23,20 @@ PIPELINES = {
 }
 
 
-class LatentDiffusion(Protocol):
-    """What the rest of mgp5 asks of a diffusion model; it is frozen, and gradients reach only the condition."""
-
-    schedule: Schedule
-
-    @property
-    def native_size(self) -> int:
-        """Height and width in pixels that the model was trained for."""
-
-    @property
-    def condition_shape(self) -> tuple[int, int]:
-        """(L, D) of a condition."""
-
-    @property
-    def pooled_width(self) -> int:
-        """How many numbers of a condition's last row are a pooled vector, before zeros; 0: it is a row like all."""
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image of height x width pixels."""
-
-    def checkpointing(self, on: bool) -> None:
-        """Turn gradient checkpointing of the denoiser on or off."""
-
-    def moments(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to float32 (B, 2C, h, w): mean and deviation of the VAE's posterior."""
-
-    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Moments to float32 latents (B, C, h, w) of about unit variance: the mean without a generator."""
-
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to float32 latents (B, C, h, w): `sample` of `moments`."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to float32 pixels (B, 3, H, W) in [-1, 1]."""
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """The model's own conditions (B, L, D) for texts: the target of the caption loss."""
-
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """One call of the model: latents (B, C, h, w), timesteps (B,) or (), condition (B, L, D) to (B, C, h, w)."""
-
-    def loss(
-        self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None
-    ) -> Tensor:
-        """The denoising loss of each image, (B,)."""
-
-    def draw(
-        self,
-        condition: Tensor,
-        unconditional: Tensor | None,
-        *,
-        steps: int,
-        guidance: float,
-        sampler: str,
-        height: int | None,
-        width: int | None,
-        generators: list[torch.Generator],
-    ) -> Iterator[Tensor]:
-        """Yield the latents (B, C, h, w) after each step; the last are the result."""
-
-
-def load_diffusion(name: str, *, dtype: torch.dtype | None = None, revision: str | None = None) -> LatentDiffusion:
+def load_generator(name: str, dtype: torch.dtype | None = None) -> LatentDiffusion:
     """Load a frozen diffusion model from a folder or a hub id in the layout of diffusers' pipelines.
 
     Args:
-        name: a folder, or a hub id.
+        name: a folder, or a hub id; mirrors of known ids are tried too.
         dtype: of the weights; float32 when None.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         Mgp5Error: nothing there, a part is missing, or a pipeline of a kind not known here.
     """
+    return from_hub(name, partial(_load, dtype=dtype))
+
+
+def _load(name: str, revision: str | None, dtype: torch.dtype | None) -> LatentDiffusion:
     kind = read_index(name, revision).get("_class_name")
     if kind not in PIPELINES:
         raise Mgp5Error(f"{name} holds a {kind}, expected one of {', '.join(PIPELINES)}", "choose another model")

@@ -5,9 +5,8 @@ Letters: B batch, H and W pixels, C, h and w of the latents, L length and D widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
-from .sampler import Schedule, denoise, sampler_table
+from ..options import DiffusionOptions
+from .denoising import Contexts, DenoisingState, PlainDenoiser, advance, begin, pick
+from .sampler import SamplerTable, Schedule, sampler_table
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -26,7 +27,7 @@ AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTi
 CLIP_LENGTH = 77  # CLIP's tokens for a model that comes without its text encoder
 
 
-class FrozenDiffusion(nn.Module):
+class LatentDiffusion(nn.Module):
     """A frozen denoiser in the latent space of a VAE; subclasses add the denoiser, its condition and `predict`."""
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -34,6 +35,10 @@ class FrozenDiffusion(nn.Module):
     pooled_width = 0
     engine: Engine | None = None  # what `draw` runs by, see `mgp5.engines`
     placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._contexts: Contexts = {}
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -55,7 +60,7 @@ class FrozenDiffusion(nn.Module):
         """
         raise NotImplementedError
 
-    def train(self, mode: bool = True) -> FrozenDiffusion:
+    def train(self, mode: bool = True) -> LatentDiffusion:
         """Stay in eval mode: the model is frozen, whatever the model around it does."""
         return super().train(False)
 
@@ -173,50 +178,85 @@ class FrozenDiffusion(nn.Module):
         kind = self.denoiser.device.type
         return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
-    def draw(
-        self,
-        condition: Tensor,  # (B, L, D)
-        unconditional: Tensor | None = None,  # (1 or B, L, D)
-        *,
-        steps: int = 25,
-        guidance: float = 7.5,
-        sampler: str = "dpm++",
-        height: int | None = None,
-        width: int | None = None,
-        guidance_until: float = 1.0,
-        reuse: int = 1,
-        generators: list[torch.Generator],
-    ) -> Iterator[Tensor]:
-        """Yield the float32 latents (B, C, h, w) after each step; the last are the result, ready for `decode`.
-
-        Args:
-            condition: one for each image.
-            unconditional: the other half of guidance; not needed with guidance 1.
-            steps: of the sampler; PNDM takes one more.
-            sampler: one of the schedule's `samplers`.
-            height, width: in pixels; the native size when None.
-            guidance_until: the share of the steps that have guidance, in [0, 1]; see `sampler.denoise`.
-            reuse: one of so many steps runs the whole UNet, see `engines.precomputed.DeepCacheUNet`.
-            generators: one for each image, on the CPU, so that an image does not depend on the device or its batch.
+    def check(self, options: DiffusionOptions) -> SamplerTable:
+        """Return the sampler's table of an image with these options.
 
         Raises:
-            Mgp5Error: a size, sampler or number of steps that cannot be, or `reuse` without an engine that can; at
-                once, not at the first step.
+            Mgp5Error: a size, sampler or number of steps that cannot be, or `reuse` without an engine that can.
+        """
+        if options.reuse != 1 and not (self.engine and self.engine.model.deep):
+            found = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
+            found += f" {'by' if self.engine else 'without'} an engine"
+            raise Mgp5Error(f"{found}, expected a UNet with one", "take --reuse 1", usage=True)
+        self.latent_shape(options.height or self.native_size, options.width or self.native_size)
+        return sampler_table(options.sampler, self.schedule, options.steps)
+
+    @torch.no_grad()
+    def begin(
+        self, condition: Tensor, unconditional: Tensor | None, options: DiffusionOptions, rng: torch.Generator
+    ) -> DenoisingState:
+        """Return an image before its first step.
+
+        Args:
+            condition: (1, L, D).
+            unconditional: (1, L, D); not needed with guidance 1.
+            options: with a guidance that is set.
+            rng: on the CPU, so that an image does not depend on the device; draws the noise.
+
+        Raises:
+            Mgp5Error: see `check`; or guidance without an unconditional condition.
+        """
+        if unconditional is None and options.guidance != 1.0:
+            raise Mgp5Error(
+                f"guidance {options.guidance} without an unconditional condition", "give one, or guidance 1"
+            )
+        table = self.check(options)
+        shape = self.latent_shape(options.height or self.native_size, options.width or self.native_size)
+        noise = torch.randn(shape, generator=rng)[None].to(self.device)
+        if self.placement:
+            self.placement.enter("draw")
+        guided = round(options.guidance_until * len(table))
+        guidance = options.guidance if guided else 1.0
+        model = self.engine.model_for(options.reuse) if self.engine else PlainDenoiser(self.predict)
+        return begin(model, noise, condition, unconditional, table, guidance, guided, options.reuse)
+
+    def step(self, states: Sequence[DenoisingState]) -> None:
+        """Advance images with one `key` by one step each, in one call of the denoiser."""
+        if self.placement:
+            self.placement.enter("draw")
+        (self.engine.advance if self.engine else advance)(states, self._contexts)
+
+    def draw(
+        self,
+        condition: Tensor,
+        unconditional: Tensor | None = None,
+        *,
+        generators: Sequence[torch.Generator],
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Draw B images together: yield the float32 latents (B, C, h, w) after each step; `decode` takes the last.
+
+        Args:
+            condition: (B, L, D).
+            unconditional: (1 or B, L, D); not needed with guidance 1.
+            generators: one for each image, see `begin`.
+            options: of DiffusionOptions; guidance is 7.5 where it is not given.
+
+        Raises:
+            Mgp5Error: see `begin`; at once, not at the first step.
         """
         if len(generators) != len(condition):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
-        if unconditional is None and guidance != 1.0:
-            raise Mgp5Error(f"guidance {guidance} without an unconditional condition", "give one, or guidance 1")
-        if reuse != 1 and not (self.engine and self.engine.model.deep):
-            found = f"reuse {reuse} of a {type(self.denoiser).__name__} {'by' if self.engine else 'without'} an engine"
-            raise Mgp5Error(f"{found}, expected a UNet with one", "take --reuse 1", usage=True)
-        table = sampler_table(sampler, self.schedule, steps)
-        guided = round(guidance_until * len(table))
-        shape = self.latent_shape(height or self.native_size, width or self.native_size)
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        run = partial(self.engine.denoise, reuse=reuse) if self.engine else partial(denoise, self.predict)
-        steps = run(noise.to(self.device), condition, unconditional, table, guidance if guided else 1.0, guided)
-        return self.placement.during("draw", steps) if self.placement else steps
+        each = DiffusionOptions(**{"guidance": 7.5, **options})
+        states = [
+            self.begin(condition[i : i + 1], pick(unconditional, i), each, rng) for i, rng in enumerate(generators)
+        ]
+        return self._run(states)
+
+    def _run(self, states: list[DenoisingState]) -> Iterator[Tensor]:
+        while not states[0].done:
+            self.step(states)
+            yield torch.cat([state.latents for state in states])
 
 
 def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:

@@ -1,4 +1,4 @@
-"""Every deterministic sampler as a table of coefficients, and the loop that runs it.
+"""Every deterministic sampler as a table of coefficients; denoising.py runs it.
 
 Letters: n model calls, K predictions kept, B batch, C, h and w of the latents x, L and D of the condition, p the guided
 prediction, alpha and sigma as in schedule.py.
@@ -14,7 +14,7 @@ DPM-Solver++ see only levels (alpha, sigma) and what a prediction means there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -28,9 +28,6 @@ from ..errors import Mgp5Error
 from .flow import FlowSchedule
 from .schedule import Level, NoiseSchedule
 
-# Latents (B, C, h, w), timestep (), condition (B, L, D) -> (B, C, h, w)
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-Step = Callable[[Tensor, int], Tensor]  # latents (B, C, h, w) and the number of the step -> (B, C, h, w)
 Schedule = NoiseSchedule | FlowSchedule
 
 
@@ -165,89 +162,6 @@ SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
     "pndm": pndm,
     "flow-euler": euler,  # what "euler" is with flow matching, for whoever wants to be refused without it
 }
-
-
-def denoise(
-    predict: Predict,
-    noise: Tensor,  # (B, C, h, w)
-    condition: Tensor,  # (B, L, D)
-    unconditional: Tensor | None,  # (1 or B, L, D)
-    table: SamplerTable,
-    guidance: float,
-    guided: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield the float32 latents (B, C, h, w) after each of the `len(table)` steps; the last are the result.
-
-    Args:
-        predict: the model; called with 2B latents, the unconditional half first, where there is guidance.
-        noise: standard normal noise.
-        unconditional: the condition of the other half; may be None with guidance 1.
-        guidance: scale of classifier-free guidance; 1.0 runs no unconditional half.
-        guided: how many steps have guidance, the first; None for all. The others run the conditional half alone
-            (Kynkaanniemi et al., arXiv 2404.07724: at low noise guidance is hardly needed).
-    """
-
-    def prepare(timesteps: Tensor, condition: Tensor) -> Step:
-        return lambda latents, step: predict(latents, timesteps[step], condition[-len(latents) :])
-
-    return denoise_prepared(prepare, noise, condition, unconditional, table, guidance, guided)
-
-
-@torch.no_grad()
-def denoise_prepared(
-    prepare: Callable[[Tensor, Tensor], Step],
-    noise: Tensor,  # (B, C, h, w)
-    condition: Tensor,  # (B, L, D)
-    unconditional: Tensor | None,  # (1 or B, L, D)
-    table: SamplerTable,
-    guidance: float,
-    guided: int | None = None,
-) -> Iterator[Tensor]:
-    """`denoise` by a model that is given all timesteps (n,) and the condition (B or 2B, L, D) before the first step.
-
-    A step without guidance has the B latents of the last B conditions. Coefficients are plain numbers: no step waits
-    for the device.
-    """
-    batch = guidance_batch(condition, unconditional, guidance)
-    guided = 0 if batch is condition else len(table) if guided is None else guided
-    step = prepare(table.timesteps.to(noise.device, torch.float32), batch)
-    rows, conversions = table.coefficients.tolist(), table.conversion.tolist()
-    latents = noise.float() * table.noise_scale
-    history: list[Tensor] = []
-    for i, row in enumerate(rows):
-        prediction = step(latents.repeat(2, 1, 1, 1) if i < guided else latents, i)
-        latents, kept = linear_update(latents, prediction, history, row, conversions[i], guidance)
-        history = [kept, *history][: table.history]
-        yield latents
-
-
-def guidance_batch(condition: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:  # (B or 2B, L, D)
-    """Conditions (B, L, D) behind as many unconditional ones (1 or B, L, D), which guidance 1 does not need."""
-    if guidance == 1.0 or unconditional is None:
-        return condition
-    return torch.cat([unconditional.expand_as(condition).to(condition), condition])
-
-
-def linear_update(
-    latents: Tensor,  # (B, C, h, w)
-    prediction: Tensor,  # (B or 2B, C, h, w)
-    history: Sequence[Tensor],  # at most K of (B, C, h, w), newest first
-    coefficients: Sequence[float],  # (2 + K)
-    conversion: Sequence[float],  # (2)
-    guidance: float,
-) -> tuple[Tensor, Tensor]:
-    """One step of a table with its guidance: the next latents, and what is kept of this prediction."""
-    prediction = prediction.to(latents.dtype)
-    if len(prediction) == 2 * len(latents):
-        without, given = prediction.chunk(2)
-        prediction = torch.lerp(without, given, guidance)
-    kept = conversion[0] * latents + conversion[1] * prediction if any(conversion) else prediction
-    latents = coefficients[0] * latents + coefficients[1] * prediction
-    # While the history is short, the coefficients it lacks are zero.
-    for coefficient, past in zip(coefficients[2:], history, strict=False):
-        if coefficient:
-            latents = latents + coefficient * past
-    return latents, kept
 
 
 def _table(

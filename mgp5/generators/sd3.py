@@ -15,7 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from ..errors import Mgp5Error
 from . import read_index
 from .flow import FlowSchedule
-from .latent_diffusion import CLIP_LENGTH, FrozenDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
+from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
 
 T5_LENGTH = 256  # tokens of T5, as StableDiffusion3Pipeline takes them by default, where its tokenizer allows as many
 TEXT_PARTS = {
@@ -25,7 +25,7 @@ TEXT_PARTS = {
 }
 
 
-class StableDiffusion3(FrozenDiffusion):
+class StableDiffusion3(LatentDiffusion):
     """A frozen Stable Diffusion 3 or 3.5.
 
     Its condition is one tensor (B, L, D): the rows of both CLIPs, side by side and padded with zeros to D, then those
@@ -140,7 +140,7 @@ class StableDiffusion3(FrozenDiffusion):
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in (rows, last, pooled)], dim=1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
-        """One call of the transformer; see FrozenDiffusion."""
+        """One call of the transformer; see LatentDiffusion."""
         condition = condition.to(self.transformer.dtype)
         outputs = self.transformer(
             latents.to(self.transformer.dtype),

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import read_index
-from .latent_diffusion import CLIP_LENGTH, FrozenDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
+from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
 from .schedule import NoiseSchedule
 
 TEXT_PARTS = {"text_encoder": (CLIPTextModel, "tokenizer", CLIPTokenizer)}
 
 
-class StableDiffusion(FrozenDiffusion):
+class StableDiffusion(LatentDiffusion):
     """A frozen Stable Diffusion 1.x or 2.x, epsilon or v prediction.
 
     `unet` may be replaced by anything that is called alike and has its `config`, `device` and `dtype`.
@@ -82,7 +82,7 @@ class StableDiffusion(FrozenDiffusion):
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
-        """One call of the UNet; see FrozenDiffusion."""
+        """One call of the UNet; see LatentDiffusion."""
         dtype = self.unet.dtype
         outputs = self.unet(
             latents.to(dtype),

@@ -1,8 +1,8 @@
-"""The losses of MiniGPT-5 as named terms. B samples, T tokens, V vocabulary, P pictures, L and C of a condition."""
+"""Loss terms by name, and the text loss that all heads share. B samples, T tokens, D width, V vocabulary, K labels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,38 +15,30 @@ from ..prompts import IGNORE
 class Losses:
     """Unweighted terms and their weights; a term that does not apply to a batch is left out."""
 
-    terms: dict[str, Tensor]
-    weights: dict[str, float]
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
-        """What is minimised: the weighted sum (MiniGPT-5, section 3.3); 0 without any term."""
+        """Return what is minimised: the weighted sum; 0 without any term."""
         return sum((self.weights[name] * value for name, value in self.terms.items()), start=torch.zeros(()))
+
+    def __or__(self, other: Losses) -> Losses:
+        return Losses(self.terms | other.terms, self.weights | other.weights)
 
 
 def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, D) that predict a label, and these labels: (K, D) and (K,)."""
+    """Return the states (K, D) that predict a label, and these labels (K,).
+
+    Args:
+        hidden: (B, T, D).
+        labels: (B, T), not shifted, IGNORE where there is no loss.
+    """
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     return hidden[:, :-1][chosen], targets[chosen]
 
 
 def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the next token (eq. 1), mean over labelled tokens; logits (K, V), targets (K,)."""
+    """Return the cross-entropy of the next token, mean over labels (MiniGPT-5, eq. 1); logits (K, V), targets (K,)."""
     return F.cross_entropy(logits.float(), targets)
-
-
-def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
-    """Distance to the generator's own encoding of the caption (eq. 4), mean over pictures; both (P, L, C).
-
-    Args:
-        pooled: length of the pooled vector in the last row, 0 where there is none. It is a term of its own beside the
-            rows: as one row among 334 it would hardly count, and it modulates every layer of the generator.
-        distance: "mse", or "l2": GILL's, the Euclidean length of a row's difference (arXiv 2305.17216).
-    """
-    difference = condition.float() - encoding.float()
-    rows = difference[:, :-1] if pooled else difference
-    parts = [rows, difference[:, -1:, :pooled]] if pooled else [rows]
-    if distance == "l2":
-        return torch.stack([part.norm(dim=-1).mean() for part in parts]).sum()
-    return torch.stack([part.square().mean() for part in parts]).sum()

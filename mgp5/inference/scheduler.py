@@ -1,174 +1,224 @@
-"""The loop of a batch: replies are scripts that ask for tokens, forwards and pictures, and are served together.
+"""One loop for many replies, offline and served: text is decoded together, images are drawn together, step by step.
 
-r rows read together, k tokens of a row, n of a piece, P pictures drawn together, D width of the LLM.
+Every reply is an ActiveRequest that waits for one thing at a time. `Scheduler.step` does one thing for all that wait
+for it. The offline batch is the served one with everything queued at once.
+
+r rows read together, k tokens of a row, n tokens decoded per sync, D width of the LLM.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..events import Event, ImageStep
-from ..heads import Embeds, Forced
+from ..events import Event
+from ..heads import Embeds, Forced, Step
+from ..messages import Conversation
+from ..options import Options
+from .decoder import Decoder
+from .request import ActiveRequest, Decode, Pick
+from .session import Session
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
-    from ..options import Options
-    from .session import Session
+
+Said = tuple[ActiveRequest, Event | Exception]
 
 
-@dataclass(frozen=True)
-class Speak:
-    """Read a text token (None: all are read) and choose the next."""
+class Scheduler:
+    """Serves replies in the order they were submitted, `rows` at a time.
 
-    token: int | None
+    A reply's tokens are those that it has alone, and its images the same but for rounding, whatever runs beside it:
+    each has a session, generators of random numbers and steps of its own.
 
+    Args:
+        model: in evaluation mode.
+        rows: of the decoder.
+        decoder: with at least so many rows; None makes one.
+        text_steps: how many steps of text come before a step of images; None: images wait until no text can be written
+            without them, so that they go on together.
+        images_at_once: the most images in one call of the head.
+        workers: calls of the head at a time, each of a share of the images. For a CPU: of small models, threads of
+            their own use its cores better than threads within an operation. Text goes on beside them.
 
-@dataclass(frozen=True)
-class Paint:
-    """Draw a picture; the answer is its pixels (3, H, W)."""
+    Attributes:
+        queue: submitted, waiting for a row.
+        active: by row.
+        counts: of what was done.
+    """
 
-    condition: Any
-    options: Options
-    index: int  # in its reply
-    seed: int
+    def __init__(
+        self,
+        model: InterleavedModel,
+        rows: int,
+        *,
+        decoder: Decoder | None = None,
+        text_steps: int | None = None,
+        images_at_once: int = 8,
+        workers: int = 1,
+    ) -> None:
+        self.model, self.rows, self.text_steps = model, rows, text_steps
+        self.images_at_once, self.workers = images_at_once, workers
+        self.decoder = decoder or Decoder(model.backbone, rows)
+        self.queue: deque[ActiveRequest] = deque()
+        self.active: dict[int, ActiveRequest] = {}
+        self.counts: Counter[str] = Counter()
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.queue or self.active)
 
-Need = Speak | Forced | Embeds | Paint
-Script = Generator[Event | Need, Any, None]
+    def submit(self, conversation: Conversation, options: Options, session: Session | None = None) -> ActiveRequest:
+        """Queue a reply.
 
+        Args:
+            session: on a row of the decoder, which then is the reply's; None gives it a free row and a new session.
+        """
+        request = ActiveRequest(self.model, conversation, options, session)
+        self.queue.append(request)
+        return request
 
-@torch.inference_mode()
-def serve(
-    model: InterleavedModel, scripts: Sequence[Script], sessions: Sequence[Session], images_at_once: int
-) -> Iterator[tuple[int, Event]]:
-    """Run scripts until all have ended: (index of the script, event). Their sessions are on rows of one decoder."""
-    turns = [Turn(script, session) for script, session in zip(scripts, sessions, strict=True)]
-    while any(turn.running for turn in turns):
-        for index, turn in enumerate(turns):
-            for event in turn.run():
-                yield index, event
-        for turn, event in _serve(model, [turn for turn in turns if turn.running], images_at_once):
-            yield turns.index(turn), event
+    def cancel(self, request: ActiveRequest) -> None:
+        """Forget a reply; it says nothing more."""
+        if request in self.queue:
+            self.queue.remove(request)
+        elif self.active.get(request.row) is request:
+            del self.active[request.row]
+        request.close()
 
+    @torch.inference_mode()
+    def step(self) -> Iterator[Said]:
+        """Do some text, then one step of images; yields what replies say, and errors of those that failed."""
+        steps = 0
+        while self.text_steps is None or steps < (self.text_steps if self.workers == 1 else 1):
+            wrote = yield from self._text_step()
+            if not wrote:
+                break
+            steps += 1
+        yield from self._image_step()
 
-@dataclass(eq=False)
-class Turn:
-    """A script, what it waits for, and tokens that were chosen ahead of it."""
-
-    script: Script
-    session: Session
-    need: Need | None = None
-    running: bool = True
-    ahead: deque[tuple[Tensor, int]] = field(default_factory=deque)  # state (D,) that predicts a token, the token
-    _answer: Any = None
-    _ready: bool = True
-
-    def run(self) -> Iterator[Event]:
-        """Go on until something is needed that was not prepared; yields events."""
-        while self._ready and self.running:
-            try:
-                said = self.script.send(self._answer)
-            except StopIteration:
-                self.running, said = False, None
-            self._answer = None
-            if isinstance(said, Event):
-                yield said
-                continue
-            self.need, self._ready = said, False
-            if isinstance(said, Speak) and self.ahead:
-                self._next()
-            elif self.ahead:  # the piece went on beyond the end of the text
-                self.ahead.clear()
-                self.session.decoder.cut(self.session.row, self.session.length)
-
-    def answer(self, answer: Any) -> None:
-        """Give what was needed."""
-        self._answer, self._ready = answer, True
-
-    def speak(self, tokens: list[int], states: Tensor) -> None:
-        """Give tokens (n) that were chosen one after another, and the states (n, D) that predict them."""
-        self.ahead.extend(zip(states, tokens, strict=True))
-        self._next()
-
-    def choose(self, token: int) -> None:
-        """Give a token."""
-        self.session.decoder.rows[self.session.row].voice.used()
-        self.answer(token)
-
-    def _next(self) -> None:
-        state, token = self.ahead.popleft()
-        self.session.took(state[None, None], [(self.need.token, "")])
-        self.choose(token)
-
-
-def _serve(model: InterleavedModel, turns: list[Turn], images_at_once: int) -> Iterator[tuple[Turn, ImageStep]]:
-    """Do one thing of what turns wait for, for as many as wait for it: text comes first, pictures last."""
-    if read_on(model, turns):
-        return
-    alike: dict[str, list[Turn]] = {}
-    for turn in turns:
-        alike.setdefault(_drawing(turn.need.options), []).append(turn)
-    for group in alike.values():
-        for start in range(0, len(group), images_at_once):
-            yield from _paint(model, group[start : start + images_at_once])
-
-
-def read_on(model: InterleavedModel, turns: Sequence[Turn]) -> bool:
-    """Let the LLM do one thing of what turns wait for, for as many as wait for it; False: none waits for the LLM."""
-    by_row = {turn.session.row: turn for turn in turns}
-    waiting = {row: turn.need for row, turn in by_row.items()}
-    first = {row for row, need in waiting.items() if isinstance(need, Speak) and need.token is None}
-    runs = {row: need for row, need in waiting.items() if isinstance(need, Forced | Embeds)}
-    spoken = {row: need.token for row, need in waiting.items() if isinstance(need, Speak)}
-    decoder = turns[0].session.decoder if turns else None
-    if first:
-        for row, token in decoder.pick({row: by_row[row].session.state[0, 0] for row in first}).items():
-            by_row[row].choose(token)
-    elif runs:
-        _read_runs(by_row, runs)
-    elif spoken:
-        room = model.backbone.context_length - max(by_row[row].session.length for row in spoken)
-        for row, piece in decoder.steps(spoken, max(1, min(decoder.piece, room))).items():
-            by_row[row].speak(*piece)
-    return bool(first or runs or spoken)
-
-
-def _read_runs(by_row: dict[int, Turn], runs: dict[int, Forced | Embeds]) -> None:
-    """Read tokens or embeddings in one forward, of all rows that read as many as the first."""
-    parts = {}
-    for row, need in sorted(runs.items()):
-        if isinstance(need, Forced):
-            parts[row] = by_row[row].session.embed(need.ids)
+    def _text_step(self) -> Iterator[Said]:
+        """Let the LLM do one thing for as many replies as wait for it; returns whether any did."""
+        yield from self._join()
+        waiting = {row: request for row, request in self.active.items() if not request.busy}
+        picks = {row: request for row, request in waiting.items() if isinstance(request.need, Pick)}
+        runs = {row: request for row, request in waiting.items() if isinstance(request.need, Forced | Embeds)}
+        decodes = {row: request for row, request in waiting.items() if isinstance(request.need, Decode)}
+        if picks:
+            yield from self._pick(picks)
+        elif runs:
+            yield from self._read(runs)
+        elif decodes:
+            yield from self._decode(decodes)
         else:
-            parts[row] = need.embeds, [(-1, "embeds")] * need.embeds.shape[1]
-    length = len(next(iter(parts.values()))[1])
-    rows = [row for row, (_, keys) in parts.items() if len(keys) == length]
-    decoder = by_row[rows[0]].session.decoder
-    hidden = decoder.feed(rows, torch.cat([parts[row][0] for row in rows]))  # (r, k, D)
-    for row, states in zip(rows, hidden.split(1), strict=True):
-        by_row[row].answer(by_row[row].session.took(states, parts[row][1]))
+            return False
+        self.counts["text_steps"] += 1
+        return True
 
+    def _join(self) -> Iterator[Said]:
+        """Give free rows to the replies that have waited longest, and read their conversations."""
+        for request in list(self.queue):
+            free = [row for row in range(self.rows) if row not in self.active]
+            row = request.session.row if request.session else next(iter(free), None)
+            if row is None or row in self.active:
+                break
+            self.queue.remove(request)
+            session = request.session or Session(self.model, decoder=self.decoder, row=row)
+            self.active[row] = request
+            yield from self._go_on(request, lambda request=request, session=session: request.start(session))
 
-def _paint(model: InterleavedModel, turns: list[Turn]) -> Iterator[tuple[Turn, ImageStep]]:
-    """Denoise the pictures of turns together."""
-    paints = [turn.need for turn in turns]
-    options, head = paints[0].options, model.head
-    condition = torch.cat([paint.condition for paint in paints])
-    generators = [torch.Generator().manual_seed(paint.seed) for paint in paints]
-    total, canvas = head.num_steps(options), None
-    for step, canvas in enumerate(head.draw(condition, options, generators), start=1):
-        for i, (turn, paint) in enumerate(zip(turns, paints, strict=True)):
-            yield turn, ImageStep(paint.index, step, total, canvas[i : i + 1])
-    for turn, pixels in zip(turns, head.finish(canvas), strict=True):
-        turn.answer(pixels)
+    def _pick(self, requests: dict[int, ActiveRequest]) -> Iterator[Said]:
+        """Sample a token from states that are known."""
+        states = {row: request.session.state[0, 0] for row, request in requests.items()}
+        for row, token in self.decoder.pick(states).items():
+            request = requests[row]
+            state = request.session.state
+            yield from self._go_on(request, lambda r=request, t=token, s=state: r.take(t, s))
 
+    def _read(self, requests: dict[int, ActiveRequest]) -> Iterator[Said]:
+        """Read tokens or embeddings in one forward, of all rows that read as many as the first."""
+        runs = {row: request.run() for row, request in sorted(requests.items())}
+        length = len(next(iter(runs.values()))[1])
+        rows = [row for row, (_, keys) in runs.items() if len(keys) == length]
+        hidden = self.decoder.feed(rows, torch.cat([runs[row][0] for row in rows]))  # (r, k, D)
+        for row, states in zip(rows, hidden.split(1), strict=True):
+            request, keys = requests[row], runs[row][1]
+            yield from self._go_on(request, lambda r=request, s=states, k=keys: r.take_run(s, k))
 
-def _drawing(options: Options) -> str:
-    """What pictures that are drawn together agree in."""
-    return repr(options.image)
+    def _decode(self, requests: dict[int, ActiveRequest]) -> Iterator[Said]:
+        """Decode some tokens of each row; those behind the end of its text are dropped."""
+        room = self.model.backbone.context_length - max(r.session.length for r in requests.values())
+        count = min([self.decoder.tokens_per_sync, room, *(request.same_mask for request in requests.values())])
+        decoded = self.decoder.steps({row: request.need.token for row, request in requests.items()}, max(1, count))
+        for row, (tokens, states) in decoded.items():
+            yield from self._take(requests[row], tokens, states)
+
+    def _take(self, request: ActiveRequest, tokens: list[int], states: Tensor) -> Iterator[Said]:
+        """Give a reply its tokens (n) and the states (n, D) that predict them, until it wants something else."""
+        for token, state in zip(tokens, states, strict=True):
+            if not isinstance(request.need, Decode):
+                self.decoder.cut(request.row, request.session.length)
+                return
+            state = state[None, None]
+            request.session.append(state, [(request.need.token, "")])
+            yield from self._go_on(request, lambda r=request, t=token, s=state: r.take(t, s))
+
+    def _image_step(self) -> Iterator[Said]:
+        """Advance all images by one step: one call for each key, in shares for several workers."""
+        groups: dict[Any, list[ActiveRequest]] = {}
+        for request in self.active.values():
+            if isinstance(request.need, Step):
+                groups.setdefault(request.need.key, []).append(request)
+        if not groups:
+            return
+        shares = -(-self.workers // len(groups))
+        calls = [part for group in groups.values() for part in self._shared(group, shares)]
+        outputs = [self._start(call) for call in calls]
+        if self._pool:
+            for request in (request for call in calls for request in call):
+                request.busy = True
+            while not all(output.done() for output in outputs):
+                wrote = yield from self._text_step()
+                if not wrote:
+                    break
+        for call, output in zip(calls, outputs, strict=True):
+            try:
+                made = output.result() if self._pool else output()
+            except Exception as error:  # whatever a head or a driver raises ends these replies, not the others
+                made = [error] * len(call)
+            self.counts["denoising_calls"] += 1
+            for request, one in zip(call, made, strict=True):
+                request.busy = False
+                if self.active.get(request.row) is request:
+                    self.counts["denoising_steps"] += 1
+                    yield from self._go_on(request, lambda r=request, o=one: r.take_output(o))
+
+    def _shared(self, group: list[ActiveRequest], shares: int) -> list[list[ActiveRequest]]:
+        shares = max(min(shares, len(group)), -(-len(group) // self.images_at_once))
+        return [group[i::shares] for i in range(shares)]
+
+    def _start(self, call: Sequence[ActiveRequest]) -> Future | Callable[[], list[Any]]:
+        key, inputs = call[0].need.key, [request.need.inputs for request in call]
+        if not self._pool:
+            return lambda: self.model.head.step(key, inputs)
+        return self._pool.submit(torch.inference_mode()(self.model.head.step), key, inputs)  # the mode is of a thread
+
+    def _go_on(self, request: ActiveRequest, take: Callable[[], Iterator[Event]]) -> Iterator[Said]:
+        """Let a reply take what it waited for; yields what it says until it waits for something else."""
+        try:
+            for event in take():
+                yield request, event
+        except Exception as error:  # of this reply alone: the others go on
+            request.close()
+            self.active.pop(request.row, None)
+            yield request, error
+            return
+        if request.need is None and self.active.get(request.row) is request:
+            del self.active[request.row]

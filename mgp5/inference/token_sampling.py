@@ -1,4 +1,4 @@
-"""How the next token is chosen, for rows that differ in temperature and all else, on any device alike.
+"""Token sampling for rows that differ in temperature and all else, the same on any device.
 
 r rows, V vocabulary.
 """
@@ -13,57 +13,49 @@ from torch import Tensor
 
 @dataclass
 class SamplingParams:
-    """How a row chooses its tokens.
+    """How a row of the decoder samples its tokens.
 
     Args:
         temperature: 0 takes the most likely token.
         top_p: in (0, 1].
-        penalty: divides the logits of tokens in `said`; 1 is off.
-        generator: on the CPU; one number for each token, so that a reply depends on neither batch nor piece.
-        said: text tokens of the reply; whoever speaks adds to it.
+        penalty: divides the logits of `generated_ids`; 1 is off.
+        rng: on the CPU; one number for each token, so that a reply depends on neither batch nor tokens per sync.
+        generated_ids: tokens of the reply so far; whoever records the reply adds to it.
     """
 
     temperature: float
     top_p: float
     penalty: float
-    generator: torch.Generator
-    said: set[int] = field(default_factory=set)
+    rng: torch.Generator
+    generated_ids: set[int] = field(default_factory=set)
     _drawn: list[float] = field(default_factory=list)
 
     def numbers(self, count: int) -> list[float]:
-        """The next numbers in [0, 1). They stay the next until they are `used`: a piece may end early."""
+        """Return the next numbers in [0, 1). They stay the next until they are `used`: not all tokens may be taken."""
         if self.temperature == 0:
             return [0.0] * count
         while len(self._drawn) < count:
-            self._drawn.append(float(torch.rand((), generator=self.generator)))
+            self._drawn.append(float(torch.rand((), generator=self.rng)))
         return self._drawn[:count]
 
     def used(self) -> None:
-        """One token was chosen and taken."""
+        """Drop the number of a token that was taken."""
         del self._drawn[:1]
 
-    def choose(self, logits: Tensor) -> int:
-        """An index of logits (1, V), without penalty."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        settings = torch.tensor([self.temperature, self.top_p, *self.numbers(1)], device=logits.device)
-        self.used()
-        return int(sample(logits, *settings.view(3, 1, 1)))
+
+COLDEST = 1e-6  # temperature at which logits still are finite, and the most likely token is certain
+PAUSED = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator())  # of a row that takes no part
 
 
-COLDEST = 1e-6  # temperature, with which logits still are finite, and the likeliest token is certain
-PAUSED = SamplingParams(temperature=0, top_p=1, penalty=1, generator=torch.Generator())  # of a row that pauses
-
-
-def penalise(logits: Tensor, said: Tensor, penalty: Tensor) -> Tensor:  # (r, V)
-    """Make tokens that were said (r, V) less likely, by penalties (r, 1) (Keskar et al., 2019: divide if positive,
-    multiply if negative)."""
-    penalty = torch.where(said, penalty, 1.0)
+def penalise(logits: Tensor, generated: Tensor, penalty: Tensor) -> Tensor:  # (r, V)
+    """Make generated tokens (r, V) less likely by penalties (r, 1): divide positive logits, multiply negative ones
+    (Keskar et al., 2019)."""
+    penalty = torch.where(generated, penalty, 1.0)
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:  # (r,)
-    """Nucleus sampling (Holtzman et al., arXiv 1904.09751): the smallest set of tokens that reaches top_p.
+    """Sample a token of each row from the smallest set that reaches top_p (Holtzman et al., arXiv 1904.09751).
 
     Args:
         logits: (r, V).

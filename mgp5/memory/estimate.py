@@ -23,9 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..files import GiB
+from ..heads.batch import Batch
 from ..heads.losses import Losses, text_loss
-from ..heads.minigpt5 import predicting_states
-from ..training.batch import Batch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +111,7 @@ def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool
 
     Every sample draws a picture, whose latents may be `cached`; those that it sees are encoded already.
     """
-    count, device, diffusion = config.batch, model.backbone.device, model.diffusion
+    count, device, diffusion = config.batch, model.backbone.device, model.head.generator
     ids = torch.zeros(count, length, dtype=torch.long, device=device)
     embeds = model.backbone.embed(ids, [])
     positions = torch.arange(length, device=device).expand(ids.shape)
@@ -124,18 +123,21 @@ def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool
     terms = {"text": text_loss(model.backbone.logits(told), told.new_zeros(len(told), dtype=torch.long))}
     size, vokens = (diffusion.native_size,) * 2, model.head.num_vokens
     channels, *latents = diffusion.latent_shape(*size)
+    targets = {"encodings": torch.zeros(count, *diffusion.condition_shape, device=device)}
+    if cached:
+        targets["moments"] = torch.zeros(count, 2 * channels, *latents, device=device)
+    else:
+        targets["pixels"] = torch.zeros(count, 3, *size, device=device)
+    starts = (length - vokens - 1,) * count
     batch = Batch(
-        *(ids, ids, ids, {}),
-        rows=tuple(range(count)),
-        starts=(length - vokens - 1,) * count,
-        pixels=None if cached else torch.zeros(count, 3, *size, device=device),
+        *(ids, ids, ids),
+        target_rows=tuple(range(count)),
+        target_starts=starts,
+        targets=targets,
         captions=("a",) * count,
-        moments=torch.zeros(count, 2 * channels, *latents, device=device) if cached else None,
-        encodings=torch.zeros(count, *diffusion.condition_shape, device=device),
     )
-    states = predicting_states(hidden, batch.rows, batch.starts, vokens)
-    terms |= model.image_losses(states, batch, replace(config, guidance_dropout=0.0), torch.Generator())
-    return Losses(terms, {"text": config.text_weight, "ldm": config.ldm_weight, "caption": config.caption_weight})
+    losses = model.head.losses(hidden, batch, replace(config, guidance_dropout=0.0), torch.Generator())
+    return Losses(terms, {"text": config.text_weight}) | losses
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -193,7 +195,7 @@ def table(told: Estimate) -> Table:
 
 def _parts(model: InterleavedModel) -> dict[str, dict[str, nn.Parameter]]:
     """Every parameter once, under the part that it belongs to."""
-    backbone, generator = model.backbone, model.diffusion
+    backbone, generator = model.backbone, model.head.generator
     frozen = {id(p) for m in (backbone.language, backbone.lm_head) for p in m.parameters()}
     whose = {id(p): "denoiser" for p in generator.denoiser.parameters()}
     whose |= {id(p): "VAE" for p in generator.vae.parameters()}

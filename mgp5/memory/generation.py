@@ -90,7 +90,7 @@ def footprint(
     from .offload import tile
 
     model = _shape(parts, dtype)
-    backbone, diffusion = model.backbone, model.diffusion
+    backbone, diffusion = model.backbone, model.head.generator
     if tokens is None:
         (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", (640, 480))]))
         tokens = min(STORY + PICTURES * slots, backbone.context_length)
@@ -117,8 +117,9 @@ def footprint(
 def _shape(parts: Parts, dtype: torch.dtype) -> InterleavedModel:
     """The model on the meta device, as it generates: what was trained is merged."""
     from ..config import model_config_from
-    from ..loading import CONFIG
-    from ..model import InterleavedModel, assemble
+    from ..heads import head_class
+    from ..loading import CONFIG, assemble
+    from ..model import InterleavedModel
     from .skeletons import backbone_shape, generator_shape
 
     with torch.device("meta"):
@@ -131,12 +132,13 @@ def _shape(parts: Parts, dtype: torch.dtype) -> InterleavedModel:
         if parts.trained is None:
             return assemble(backbone, generator, parts.mllm, parts.diffusion)
         place = parts.trained / CONFIG
-        return InterleavedModel(backbone, generator, model_config_from(read_config(place), str(place)))
+        config = model_config_from(read_config(place), str(place))
+        return InterleavedModel(backbone, head_class(config.head)(generator, config.head_config), config)
 
 
 def _weights(model: InterleavedModel) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters and bytes of each part."""
-    backbone, diffusion = model.backbone, model.diffusion
+    backbone, diffusion = model.backbone, model.head.generator
     modules = {"LLM": [backbone.language, backbone.lm_head], "vision tower": [backbone], "mapper": [model.head.mapper]}
     modules |= {"denoiser": [diffusion.denoiser], "VAE": [diffusion.vae], "text encoders": [diffusion]}
     seen: set[int] = set()
@@ -171,7 +173,7 @@ def _draw(model: InterleavedModel, size: tuple[int, int]) -> tuple[int, Tensor]:
     def draw() -> None:
         condition = mapper(torch.zeros(1, model.head.num_vokens, model.backbone.width, device="meta"))
         options: dict[str, Any] = {"height": size[0], "width": size[1], "generators": [torch.Generator()]}
-        latents[:] = list(model.diffusion.draw(condition, condition, steps=2, **options))[-1:]
+        latents[:] = list(model.head.generator.draw(condition, condition, steps=2, **options))[-1:]
 
     return _peak(draw), latents[0]
 

@@ -22,7 +22,7 @@ from .generation import Footprint, footprint
 
 if TYPE_CHECKING:
     from ..engines import Backend
-    from ..generators.latent_diffusion import FrozenDiffusion
+    from ..generators.latent_diffusion import LatentDiffusion
     from ..model import InterleavedModel
 
 Memory = Literal["auto", "low", "full"]
@@ -122,16 +122,16 @@ def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none
 def place(model: InterleavedModel, plan: Plan, device: torch.device) -> None:
     """Put a loaded model where the plan wants it. Text encoders stay on the CPU: at most they run once."""
     if plan.tiling:
-        tile(model.diffusion)
+        tile(model.head.generator)
     model.head.mapper.to(device)
     if plan.offload:
         Placement(model, device, llm=plan.moves_llm)
     else:
-        for part in (model.backbone, model.diffusion.denoiser, model.diffusion.vae):
+        for part in (model.backbone, model.head.generator.denoiser, model.head.generator.vae):
             part.to(device)
 
 
-def tile(diffusion: FrozenDiffusion) -> None:
+def tile(diffusion: LatentDiffusion) -> None:
     """Let the VAE decode large pictures in tiles, which overlap."""
     vae, size = diffusion.vae, diffusion.native_size
     vae.enable_tiling()
@@ -155,7 +155,7 @@ class Placement:
     def __init__(
         self, model: InterleavedModel, device: torch.device, waiting: torch.device = CPU, *, llm: bool = True
     ) -> None:
-        backbone, diffusion = model.backbone, model.diffusion
+        backbone, diffusion = model.backbone, model.head.generator
         self.device, self.waiting = device, waiting
         if not llm:
             backbone.to(device)

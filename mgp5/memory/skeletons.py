@@ -26,7 +26,7 @@ from ..errors import Mgp5Error
 from ..generators import PIPELINES, read_index, sd3
 from ..generators import stable_diffusion as sd2
 from ..generators.flow import FlowSchedule
-from ..generators.latent_diffusion import AUTOENCODERS, CLIP_LENGTH, FrozenDiffusion, load_part
+from ..generators.latent_diffusion import AUTOENCODERS, CLIP_LENGTH, LatentDiffusion, load_part
 from ..generators.schedule import NoiseSchedule
 from ..hub import REPOS
 
@@ -174,7 +174,7 @@ PROCESSORS = {
     "qwen3_vl": lambda: Qwen2VLImageProcessorPil(patch_size=16),
     "blip-2": CLIPImageProcessorPil,
 }
-# What load_diffusion makes of a pipeline: class, name and class of the denoiser, schedule, text encoders.
+# What load_generator makes of a pipeline: class, name and class of the denoiser, schedule, text encoders.
 KINDS = {
     "StableDiffusionPipeline": (sd2.StableDiffusion, "unet", UNet2DConditionModel, NoiseSchedule, sd2.TEXT_PARTS),
     "StableDiffusion3Pipeline": (
@@ -210,7 +210,8 @@ def skeleton(
     Raises:
         Mgp5Error: a pipeline of a kind not known here.
     """
-    from ..model import InterleavedModel, assemble
+    from ..loading import assemble
+    from ..model import InterleavedModel
 
     with torch.device(device):
         with _default_dtype(dtype):
@@ -238,7 +239,7 @@ def backbone_shape(name: str) -> HFBackbone:
     return HFBackbone(model.eval().requires_grad_(False), tokenizer, processor)
 
 
-def generator_shape(name: str) -> FrozenDiffusion:
+def generator_shape(name: str) -> LatentDiffusion:
     """The diffusion model `name` with random weights, of torch's default device and type."""
     known = GENERATORS.get(_known(name))
     index = known or read_index(name)

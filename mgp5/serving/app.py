@@ -25,7 +25,7 @@ from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..messages import Conversation, Image, Text
 from ..options import Options
 from . import replies
-from .engine import Job, Refused, ServingEngine
+from .loop import Job, Refused, ServingLoop
 from .metrics import CONTENT_TYPE, Metrics
 from .middleware import AccessMiddleware, error_body, error_response
 from .schema import ChatRequest, ImagesRequest, chat_options, conversation, image_options
@@ -41,7 +41,7 @@ IMAGE_THREADS = 2  # threads that decode images of clients
 
 
 def make_app(
-    loop: ServingEngine,
+    loop: ServingLoop,
     request: ServeRequest,
     key: str | None = None,
     add_page: Callable[[FastAPI, AppState], None] | None = None,
@@ -87,10 +87,10 @@ def make_app(
     return AccessMiddleware(app, request.limits, key, request.hosts(key), state.metrics.answers)
 
 
-def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingEngine:
+def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingLoop:
     """Return the loop of a server that has so many cores; it does not run yet."""
     workers = max(1, cores // torch.get_num_threads()) if model.device.type == "cpu" else 1
-    return ServingEngine(model, request.rows, request.waiting, workers)
+    return ServingLoop(model, request.rows, request.waiting, workers)
 
 
 class AppState:
@@ -102,7 +102,7 @@ class AppState:
         created: when the app was made, in seconds since 1970.
     """
 
-    def __init__(self, loop: ServingEngine, request: ServeRequest) -> None:
+    def __init__(self, loop: ServingLoop, request: ServeRequest) -> None:
         self.loop, self.request, self.limits, self.name = loop, request, request.limits, request.model_name
         self.metrics = Metrics(loop)
         self.image_threads = CapacityLimiter(IMAGE_THREADS)
@@ -131,7 +131,7 @@ class AppState:
 class ReplyStream:
     """The events of one reply, handed from the serving loop's thread to the thread of the web app."""
 
-    def __init__(self, loop: ServingEngine, talk: Conversation, options: Options, deadline: float) -> None:
+    def __init__(self, loop: ServingLoop, talk: Conversation, options: Options, deadline: float) -> None:
         self.loop, self.asyncio_loop = loop, asyncio.get_running_loop()
         self.queue: asyncio.Queue[Event | Refused] = asyncio.Queue()
         self.job = Job(talk, options, self._deliver, deadline)

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from .engine import ServingEngine
+    from .loop import ServingLoop
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -24,7 +24,7 @@ class Metrics:
         answers: number of answers sent, by path and status.
     """
 
-    def __init__(self, loop: ServingEngine) -> None:
+    def __init__(self, loop: ServingLoop) -> None:
         self.loop = loop
         self.answers: Counter[tuple[str, int]] = Counter()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .engine import Refused
+from .loop import Refused
 from .replies import ErrorReply
 
 if TYPE_CHECKING:

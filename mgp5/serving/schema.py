@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..errors import Mgp5Error
 from ..messages import Conversation, Message, Text
 from ..options import DiffusionOptions, Options, reply_options
-from .engine import Refused
 from .images import read_image_url
+from .loop import Refused
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -210,9 +210,7 @@ def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text:
     seed = random.SystemRandom().randrange(2**31) if body.seed is None else body.seed
     try:
         options = reply_options(kind, seed=seed, **image, **text)
-        model.head.num_steps(options)
-        if width and height:
-            model.diffusion.latent_shape(height, width)
+        model.head.check(options.image)
     except Mgp5Error as error:
         raise _refused(str(error), None) from None
     return options

@@ -1,71 +1,26 @@
-"""Examples -> a batch of tensors. B samples, T tokens, K pictures to be seen, P pictures to be drawn."""
+"""Training samples -> a batch of tensors. B samples, T tokens, N context images, P target images, S slots."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image as pil
-from PIL import ImageOps
 from torch import Tensor
 
-from ..data.files import Skipped
+from ..config import TrainConfig
 from ..errors import Mgp5Error
+from ..heads.batch import Batch, Skipped
 from ..messages import Conversation, Image
-from ..prompts import IGNORE, Example, VokenLabels, example, expand_labels, history_truncations
+from ..prompts import IGNORE, Example, example, expand_labels, history_truncations
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
+    from ..heads import Head
     from .feature_cache import Caches, Item
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded samples.
-
-    Attributes:
-        ids: (B, T) int64.
-        mask: (B, T) int64, 1 on tokens, 0 on padding.
-        labels: (B, T) int64, IGNORE where there is no loss; not shifted.
-        seen: preprocessed pictures of all samples in reading order, as the backbone's `preprocess` returns them;
-            empty when there are none.
-        rows, starts: (P,) where each run of vokens begins: its sample and the position of its first voken.
-        pixels: (P, 3, H, W) in [-1, 1], the pictures to be drawn; None when there are none, or `moments` hold them.
-        captions: P descriptions, "" where there is none.
-        features: of the pictures that are seen, (S, D) each, where a cache had them; `seen` then holds only grids.
-        moments: (P, 2C, h, w) of the pictures to be drawn, from a cache.
-        encodings: (P, L, C) of the captions, from a cache.
-        skipped: what was left out, each as (kind of problem, where and why): samples, but of kind "history cut" only
-            the beginning of one.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    seen: dict[str, Tensor]
-    rows: tuple[int, ...]
-    starts: tuple[int, ...]
-    pixels: Tensor | None
-    captions: tuple[str, ...]
-    features: tuple[Tensor, ...] = ()
-    moments: Tensor | None = None
-    encodings: Tensor | None = None
-    skipped: tuple[Skipped, ...] = ()
-
-    @property
-    def drawn(self) -> int:
-        """P, how many pictures are to be drawn."""
-        return len(self.starts)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        seen = {key: value.to(device) for key, value in self.seen.items()}
-        return replace(self, **moved, seen=seen, features=tuple(value.to(device) for value in self.features))
 
 
 class _Unusable(Exception):
@@ -82,23 +37,22 @@ class _Row:
 
     ids: list[int]  # (T,)
     labels: list[int]  # (T,)
-    inputs: list[dict[str, Tensor]]  # of each picture to be seen; from a cache "features" for "pixel_values"
-    drawn: list[Tensor]  # (3, H, W) of each picture to be drawn; from a cache (2C, h, w)
+    inputs: list[dict[str, Tensor]]  # of each context image; from a cache "features" for "pixel_values"
+    targets: list[dict[str, Tensor]]  # of each target image
     captions: list[str]
     cut: str  # why history was cut, "" if it was not
 
 
 class Collator:
-    """Turns conversations into a Batch; runs in data workers, holds no weights.
+    """Turns conversations into a Batch; runs in data workers, which share the model's memory and use no weights.
 
     A sample that cannot be used is left out and listed in `Batch.skipped`; none is ever replaced by another.
 
     Args:
         backbone: for its tokenizer, template and preprocessing.
-        vokens: the voken tokens, e.g. "[IMG0]".
-        size: (H, W) pixels of pictures to be drawn.
-        max_length: tokens of a sample; of longer ones, history is cut from the left (see `prompt.shorter`).
-        voken_labels: which vokens the text loss is over, see `prompt.example`.
+        head: lays out target images and turns them into tensors.
+        max_length: tokens of a sample; of longer ones, history is cut from the left.
+        config: of the stage; see `Head.layout`.
         caches: what need not be computed. A batch takes of a kind what it needs from them, or, when they miss
             anything of it, nothing.
     """
@@ -106,22 +60,17 @@ class Collator:
     def __init__(
         self,
         backbone: Backbone,
-        vokens: Sequence[str],
-        size: tuple[int, int],
+        head: Head,
         max_length: int,
-        voken_labels: VokenLabels = "all",
+        config: TrainConfig | None = None,
         caches: Caches | None = None,
     ) -> None:
-        self.backbone = backbone
-        self.vokens = tuple(vokens)
-        self.size = size
-        self.max_length = max_length
-        self.voken_labels = voken_labels
-        self.caches = caches
-        self.trigger = backbone.tokenizer.convert_tokens_to_ids(self.vokens[0])
+        self.backbone, self.head, self.max_length = backbone, head, max_length
+        self.config, self.caches = config, caches
+        self.trigger = head.spec.new_tokens[0]
 
     def __call__(self, samples: Sequence[tuple[str, Conversation] | Conversation | Skipped]) -> Batch:
-        """A batch of what can be used, in order; conversations come with their keys, which `skipped` then names."""
+        """Return a batch of what can be used, in order; conversations come with keys, which `skipped` then names."""
         rows, skipped = [], []
         usable = [sample for sample in samples if not isinstance(sample, Skipped)]
         latents, features = self._cached([s if isinstance(s, Conversation) else s[1] for s in usable])
@@ -137,42 +86,46 @@ class Collator:
                 continue
             rows.append(row)
             skipped += [Skipped("history cut", f"{key} ({row.cut})")] if row.cut else []
-        return self._batch(rows, bool(latents), tuple(skipped))
+        return self._batch(rows, tuple(skipped))
 
     def _cached(self, conversations: Sequence[Conversation]) -> tuple[dict[int, Item], dict[int, Item]]:
-        """Latents of the pictures to be drawn and features of those to be seen, by their `id()`; {} of what misses."""
+        """Return latents of target images and features of context images by their `id()`; {} of what misses."""
         if self.caches is None:
             return {}, {}
-        drawn = [image for conversation in conversations for image in conversation.messages[-1].images]
-        seen = [image for c in conversations for message in c.messages[:-1] for image in message.images]
-        return self.caches.pictures("latents", drawn), self.caches.pictures("features", seen)
+        targets = [image for conversation in conversations for image in conversation.messages[-1].images]
+        context = [image for c in conversations for message in c.messages[:-1] for image in message.images]
+        return self.caches.pictures("latents", targets), self.caches.pictures("features", context)
 
     def _row(self, conversation: Conversation, latents: dict[int, Item], features: dict[int, Item]) -> _Row:
-        """A sample as tensors. Raises _Unusable."""
+        """Turn a sample into tensors. Raises _Unusable."""
         *context, target = conversation.messages
-        seen = [image for message in context for image in message.images]
+        images = [image for message in context for image in message.images]
         if features:
-            found = [features[id(image)] for image in seen]
-            inputs = [{"features": value} | {k: v[None] for k, v in others.items()} for value, others in found]
+            cached = [features[id(image)] for image in images]
+            inputs = [{"features": value} | {k: v[None] for k, v in others.items()} for value, others in cached]
         else:
-            inputs = [self._see(image) for image in seen]
-        drawn = [latents[id(image)][0] if latents else self._draw(image) for image in target.images]
-        slots = [len(each["features"]) if features else self.backbone.slots(each)[0] for each in inputs]
+            inputs = [self._preprocess(image) for image in images]
+        targets = [{"moments": latents[id(i)][0]} if latents else self._target(i) for i in target.images]
+        slots = [len(i["features"]) if features else self.head.context_slots(self.backbone, i)[0] for i in inputs]
         captions = [image.caption for image in target.images]
         try:
             "".join([*captions, *(message.text for message in conversation.messages)]).encode()  # no half characters
-            sample, cut = self._fit(conversation, slots)
+            sample, cut = self._fit(
+                conversation, slots, [self.head.layout(tensors, self.config) for tensors in targets]
+            )
         except (TemplateError, UnicodeError) as error:
             raise _Unusable("unfit text", str(error)) from None
-        first = len(inputs) - len(sample.images)  # pictures are cut from the left too
+        first = len(inputs) - len(sample.images)  # images are cut from the left too
         ids, labels = expand_labels(sample, self.backbone.image_token_id, slots[first:])
-        return _Row(ids, labels, inputs[first:], drawn, captions, cut)
+        return _Row(ids, labels, inputs[first:], targets, captions, cut)
 
-    def _fit(self, conversation: Conversation, slots: list[int]) -> tuple[Example, str]:
-        """The sample, with as little of its history cut as possible, and why if any was. Raises _Unusable."""
+    def _fit(
+        self, conversation: Conversation, slots: list[int], layouts: list[tuple[list[int], list[int]]]
+    ) -> tuple[Example, str]:
+        """Return the sample, with as little of its history cut as possible, and why if any was. Raises _Unusable."""
 
         def build(conversation: Conversation) -> Example:
-            return example(self.backbone, conversation, self.vokens, self.voken_labels)
+            return example(self.backbone, conversation, self.trigger, layouts)
 
         def length(sample: Example) -> int:
             images = len(sample.images)
@@ -188,49 +141,42 @@ class Collator:
             raise _Unusable("too long", reason)
         return build(cuts[least]), reason
 
-    def _see(self, image: Image) -> dict[str, Tensor]:
-        """A picture to be seen, as the backbone's `preprocess` returns it. Raises _Unusable."""
+    def _preprocess(self, image: Image) -> dict[str, Tensor]:
+        """Preprocess a context image for the backbone. Raises _Unusable."""
         try:
             return self.backbone.preprocess([image.load()])
         except (Mgp5Error, ValueError) as error:  # processors refuse extreme shapes
             raise _Unusable("broken image", str(error)) from None
 
-    def _draw(self, image: Image) -> Tensor:  # (3, H, W)
-        """A picture to be drawn. Raises _Unusable."""
+    def _target(self, image: Image) -> dict[str, Tensor]:
+        """Turn a target image into the head's tensors. Raises _Unusable."""
         try:
-            return to_pixels(image.load(), self.size)
+            return self.head.target(image.load())
         except Mgp5Error as error:
             raise _Unusable("broken image", str(error)) from None
 
-    def _batch(self, rows: list[_Row], cached: bool, skipped: tuple[Skipped, ...]) -> Batch:
-        seen = [inputs for row in rows for inputs in row.inputs]
-        features = tuple(inputs.pop("features") for inputs in seen if "features" in inputs)
-        drawn = torch.stack(d) if (d := [picture for row in rows for picture in row.drawn]) else None
+    def _batch(self, rows: list[_Row], skipped: tuple[Skipped, ...]) -> Batch:
+        inputs = [tensors for row in rows for tensors in row.inputs]
+        features = tuple(tensors.pop("features") for tensors in inputs if "features" in tensors)
+        each = [tensors for row in rows for tensors in row.targets]
+        targets = {name: torch.stack([tensors[name] for tensors in each]) for name in (each[0] if each else {})}
         captions = tuple(caption for row in rows for caption in row.captions)
-        # A run is one target; context never holds vokens, since their spelling is removed from what users write.
-        runs = [(i, at) for i, row in enumerate(rows) for at, token in enumerate(row.ids) if token == self.trigger]
+        encodings = self.caches.encodings(captions) if self.caches else None
+        # A run is one target: context never holds the trigger, since its spelling is removed from what users write.
+        trigger = self.head.ids[0]
+        runs = [(i, at) for i, row in enumerate(rows) for at, token in enumerate(row.ids) if token == trigger]
         return Batch(
             ids=_pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id or 0),
             mask=_pad([[1] * len(row.ids) for row in rows], 0),
             labels=_pad([row.labels for row in rows], IGNORE),
-            seen={key: torch.cat([inputs[key] for inputs in seen]) for key in (seen[0] if seen else {})},
-            rows=tuple(i for i, _ in runs),
-            starts=tuple(at for _, at in runs),
-            pixels=None if cached else drawn,
+            context_images={key: torch.cat([i[key] for i in inputs]) for key in (inputs[0] if inputs else {})},
+            target_rows=tuple(i for i, _ in runs),
+            target_starts=tuple(at for _, at in runs),
+            targets=targets if encodings is None else targets | {"encodings": encodings},
             captions=captions,
             features=features,
-            moments=drawn if cached else None,
-            encodings=self.caches.encodings(captions) if self.caches else None,
             skipped=skipped,
         )
-
-
-def to_pixels(picture: pil.Image, size: tuple[int, int]) -> Tensor:
-    """PIL RGB -> (3, H, W) in [-1, 1]: the largest centred part of that shape, resized; never padded, never flipped."""
-    height, width = size
-    picture = ImageOps.fit(picture, (width, height), pil.Resampling.LANCZOS)
-    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:  # (B, T)

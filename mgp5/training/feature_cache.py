@@ -172,7 +172,7 @@ class Caches:
                 if kind == "features":
                     expected = origin(kind, model.backbone, model.config.mllm)
                 else:
-                    expected = origin(kind, model.diffusion, model.config.diffusion)
+                    expected = origin(kind, model.head.generator, model.config.diffusion)
                 own = [(place, facts) for place, facts in found if facts.get("kind") == kind]
                 fit = [pair for pair in own if pair[1].get("fingerprint") == expected.fingerprint]
                 if not fit:
@@ -213,11 +213,12 @@ class Caches:
 
     def note(self, batch: Batch) -> None:
         """Count what a batch took from the caches; called where the batches arrive."""
-        seen = len(batch.features or batch.seen.get("image_grid_thw", batch.seen.get("pixel_values", ())))
+        inputs = batch.context_images
+        seen = len(batch.features or inputs.get("image_grid_thw", inputs.get("pixel_values", ())))
         told = sum(map(bool, batch.captions))
         needed = {
-            "latents": (batch.drawn, batch.moments is not None),
-            "captions": (told, batch.encodings is not None),
+            "latents": (batch.num_targets, "moments" in batch.targets),
+            "captions": (told, "encodings" in batch.targets),
             "features": (seen, bool(batch.features)),
         }
         for kind, hits in self._hits.items():

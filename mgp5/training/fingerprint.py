@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones.hf import HFBackbone
 from ..files import digest
-from ..generators import LatentDiffusion
+from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import REPOS
 
 VERSION = 1  # of our own code: to be raised with every change that changes what is computed

@@ -199,10 +199,10 @@ def _batches(
         source: dict[str, Any] = {"batch_size": config.batch}
     else:
         source = {"batch_sampler": Order(len(data), config.batch, config.seed, done * world + rank, world)}
-    backbone, size = model.backbone, (model.diffusion.native_size,) * 2
+    backbone = model.backbone
     loader = DataLoader(
         data,
-        collate_fn=Collator(backbone, model.head.tokens, size, backbone.context_length, config.voken_labels, caches),
+        collate_fn=Collator(backbone, model.head, backbone.context_length, config, caches),
         num_workers=config.workers,
         worker_init_fn=_own_session,
         multiprocessing_context="fork" if config.workers else None,  # the collator holds the model: not to be copied

@@ -24,10 +24,11 @@ from ..data.shards import Shards
 from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
 from ..errors import Mgp5Error
 from ..files import digest
-from ..generators import LatentDiffusion
+from ..generators import load_generator
+from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import Parts, resolve
+from ..loading import load_backbone
 from ..messages import Conversation, Image
-from ..model import load_backbone, load_generator
 from .batch import to_pixels
 from .feature_cache import KINDS, Item, Writer
 from .fingerprint import origin

@@ -21,8 +21,8 @@ from ..device import DTYPES, quiet_libraries
 from ..errors import Mgp5Error
 from ..files import read_json
 from ..hub import explain, from_hub, read_config, resolve
-from ..loading import CONFIG, load_checkpoint
-from ..model import InterleavedModel, build
+from ..loading import CONFIG, build, load_checkpoint
+from ..model import InterleavedModel
 from . import checkpoints as runs
 from .distributed import frozen_dtype, launch
 from .feature_cache import Caches

@@ -19,7 +19,7 @@ from ..data import Problems
 from ..errors import Mgp5Error
 from ..files import read_json, write_json
 from ..hub import Parts
-from ..loading import WEIGHTS, full, put, read_weights, trained_tensors, write_tensors, write_weights
+from ..loading import WEIGHTS, full, load_trained_tensors, read_weights, trained_tensors, write_tensors, write_weights
 from ..messages import Conversation
 from ..model import InterleavedModel
 from . import checkpoints as runs
@@ -27,7 +27,6 @@ from .batch import Batch
 from .distributed import Step, on_main, whole
 from .samples import sample_page
 
-TERMS = ("text", "ldm", "caption")
 STATE = "state/tensors.safetensors"
 
 
@@ -57,13 +56,16 @@ class Trainer:
         self, model: InterleavedModel, config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None = None
     ) -> None:
         self.model, self.config, self.accelerator = model, config, accelerator
+        self.terms = ("text", *model.head.spec.losses)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.step = self.num_problems = 0
         self.problems = Problems()  # of this process
         torch.manual_seed(config.seed)  # LoRA's first values take the global generator
         model.prepare(config)
         if checkpoint:
-            put(model, read_weights(checkpoint / "mgp5" / WEIGHTS), Parts(str(checkpoint), "", "", checkpoint))
+            load_trained_tensors(
+                model, read_weights(checkpoint / "mgp5" / WEIGHTS), Parts(str(checkpoint), "", "", checkpoint)
+            )
         self.wrapped, self.optimizer = accelerator.prepare(Step(model), make_optimizer(model, config))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -80,7 +82,7 @@ class Trainer:
     def update(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> Counts:
         """One update over `accumulation` microbatches of every process."""
         config = self.config
-        sums = torch.zeros(2 * len(TERMS) + 4, device=self.accelerator.device)
+        sums = torch.zeros(2 * len(self.terms) + 4, device=self.accelerator.device)
         for part in range(config.accumulation):
             batch = next(batches)
             for note in batch.skipped:
@@ -88,11 +90,11 @@ class Trainer:
             last = part + 1 == config.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._backward(batch, part)
-            for at, name in enumerate(TERMS):
+            for at, name in enumerate(self.terms):
                 if name in terms:
                     sums[2 * at] += terms[name]
                     sums[2 * at + 1] += 1
-            sums[-4:-1] += torch.tensor([len(batch.ids), batch.drawn, len(batch.skipped)], device=sums.device)
+            sums[-4:-1] += torch.tensor([len(batch.ids), batch.num_targets, len(batch.skipped)], device=sums.device)
         if config.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), config.clip)
         self.optimizer.step()
@@ -103,7 +105,7 @@ class Trainer:
         sums[-1] = stop()
         *pairs, samples, images, problems, stops = self.accelerator.reduce(sums, "sum").tolist()
         self.num_problems += int(problems)
-        means = zip(TERMS, pairs[::2], pairs[1::2], strict=True)
+        means = zip(self.terms, pairs[::2], pairs[1::2], strict=True)
         return Counts({n: round(v / times, 5) for n, v, times in means if times}, samples, images, problems, stops)
 
     def _backward(self, batch: Batch, part: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ...apps.story import SEEDS
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Message, Part, Text
 from ...prompts import CHAT_SYSTEM
-from ..engine import Refused
+from ..loop import Refused
 from ..schema import check_size
 from .session import PageSession, growing_reply, progress_line, read_options, read_upload, settings
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import MutableHeaders
 
-from ..engine import Refused
+from ..loop import Refused
 from ..middleware import WEB_PATH, error_response, replay
 
 if TYPE_CHECKING:

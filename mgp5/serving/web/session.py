@@ -20,8 +20,8 @@ from ...errors import Mgp5Error
 from ...events import Finished, ImageDone
 from ...messages import Conversation, Image, Message
 from ...views.files import write_png
-from ..engine import Refused
 from ..images import read_image_bytes
+from ..loop import Refused
 from ..schema import ChatRequest, chat_options
 
 if TYPE_CHECKING:

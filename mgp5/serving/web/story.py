@@ -18,7 +18,7 @@ from ...apps.recorder import Recorder, StoryScene, story_conversation
 from ...apps.story import SceneInput, finished_scene, natural, scene_request
 from ...errors import Mgp5Error
 from ...views.html import write_html
-from ..engine import Refused
+from ..loop import Refused
 from .session import HIDDEN, PageSession, growing_reply, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:

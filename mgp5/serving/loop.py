@@ -1,0 +1,203 @@
+"""The server's thread: one scheduler for all requests, which join and leave it at any step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jinja2 import TemplateError
+
+from ..errors import Mgp5Error
+from ..events import Event, Finished, ImageStep, TextChunk
+from ..inference.request import ActiveRequest
+from ..inference.scheduler import Scheduler
+from ..messages import Conversation
+from ..options import Options
+
+if TYPE_CHECKING:
+    from ..model import InterleavedModel
+
+TEXT_STEPS = 8  # steps of text between two of images, at most: text is cheap, and others wait for it
+
+
+class Refused(Exception):
+    """Why a request has no reply: its status, a one-line message and OpenAI's code for it."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+
+STOPPED = Refused(503, "the server stops", "server_stopping")
+LATE = Refused(504, "the request took longer than it may: ask for less, or later", "timeout")
+
+
+@dataclass(eq=False)
+class Job:
+    """A request for one reply.
+
+    Args:
+        conversation: ends with the user's turn.
+        options: how to reply.
+        deliver: takes events, the last of them Finished, or what went wrong; called from the loop's thread.
+        deadline: by `time.monotonic`.
+    """
+
+    conversation: Conversation
+    options: Options
+    deliver: Callable[[Event | Refused], None]
+    deadline: float
+    cancelled: bool = False
+    silent: bool = True  # nothing was delivered yet
+    since: float = field(default_factory=time.monotonic)
+
+
+class ServingLoop:
+    """Serves jobs in the order they came, `rows` at a time; up to `limit` more wait.
+
+    Everything that touches the model happens in one thread, see `inference.scheduler.Scheduler`.
+
+    Args:
+        model: in evaluation mode.
+        rows: of the decoder.
+        limit: the most jobs that wait for a row.
+        workers: see Scheduler.
+
+    Attributes:
+        counts: of what was done, for /metrics.
+    """
+
+    def __init__(self, model: InterleavedModel, rows: int = 8, limit: int = 64, workers: int = 1) -> None:
+        self.model, self.rows, self.limit, self.workers = model, rows, limit, workers
+        self.counts: Counter[str] = Counter()
+        self._new: deque[Job] = deque()  # not handed to the scheduler yet
+        self._jobs: dict[ActiveRequest, Job] = {}
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mgp5-serving", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End now; jobs that run are refused."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are served."""
+        return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that have a row."""
+        return sum(request.row >= 0 for request in list(self._jobs))
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a row."""
+        return len(self._new) + len(self._jobs) - self.running
+
+    def submit(self, *jobs: Job) -> None:
+        """Take jobs, all or none. Raises Refused: 429 when more than `limit` would wait, 503 when none is served."""
+        with self._wake:
+            if self._stopping or not self.alive:
+                raise STOPPED
+            if len(self._new) + len(self._jobs) + len(jobs) > self.rows + self.limit:
+                self.counts["refused"] += 1
+                message = f"{self.rows} requests run and {self.limit} wait, the most this server takes: try later"
+                raise Refused(429, message, "rate_limit_exceeded")
+            self._new.extend(jobs)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job; it gets nothing more."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        self._reset()
+        while True:
+            with self._wake:
+                while not (self._stopping or self._new or self._jobs):
+                    self._wake.wait()
+            if self._stopping:
+                break
+            try:
+                self._cycle()
+            except Exception as error:  # of a step of all: none can go on
+                for request in list(self._jobs):
+                    self._end(request, _unexpected(error))
+                self._reset()
+        for request in list(self._jobs):
+            self._end(request, STOPPED)
+        while self._new:
+            self._new.popleft().deliver(STOPPED)
+
+    def _reset(self) -> None:
+        with torch.inference_mode():
+            self.scheduler = Scheduler(self.model, self.rows, text_steps=TEXT_STEPS, workers=self.workers)
+        self.scheduler.counts = self.counts
+
+    def _cycle(self) -> None:
+        """Run one step of the scheduler, and let jobs join and leave between any two events."""
+        self._admit()
+        for request, event in self.scheduler.step():
+            self._say(request, event)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Hand new jobs to the scheduler, and end those that were cancelled or have run out of time."""
+        now = time.monotonic()
+        with self._wake:
+            new, self._new = list(self._new), deque()
+            for job in new:
+                self._jobs[self.scheduler.submit(job.conversation, job.options)] = job
+        for request, job in list(self._jobs.items()):
+            if job.cancelled or job.deadline < now:
+                self._end(request, LATE)
+
+    def _say(self, request: ActiveRequest, event: Event | Exception) -> None:
+        if (job := self._jobs.get(request)) is None:  # it ended meanwhile
+            return
+        if isinstance(event, Mgp5Error | TemplateError):  # of the request: a prompt too long, turns out of order
+            self._end(request, Refused(400, " ".join(str(event).split()), "invalid_value"))
+            return
+        if isinstance(event, Exception):
+            self._end(request, _unexpected(event))
+            return
+        if job.silent and isinstance(event, TextChunk):
+            self.counts["first_tokens"] += 1
+            self.counts["first_token_seconds"] += time.monotonic() - job.since
+        job.silent = False
+        if isinstance(event, ImageStep):
+            event = ImageStep(event.image, event.step, event.total)  # without latents
+        if isinstance(event, Finished):
+            self.counts["tokens"] += event.meta["tokens"]
+            self.counts["images"] += len(event.message.images)
+            self.counts["finished"] += 1
+            del self._jobs[request]
+        if not job.cancelled:
+            job.deliver(event)
+
+    def _end(self, request: ActiveRequest, reason: Refused) -> None:
+        job = self._jobs.pop(request)
+        self.scheduler.cancel(request)
+        self.counts["cancelled" if job.cancelled else "failed"] += 1
+        if not job.cancelled:
+            job.deliver(reason)
+
+
+def _unexpected(error: Exception) -> Refused:
+    """Refuse for no fault of the request; without what the request said."""
+    return Refused(500, f"the reply failed ({type(error).__name__})", "internal_error")
