@@ -15,7 +15,7 @@ from ..data.files import pick
 from ..device import pick_device
 from ..files import read_json, write_json
 from ..heads.minigpt5 import to_pixels
-from ..inference.reply import to_picture
+from ..inference.request import to_picture
 from ..messages import Conversation
 from ..model import InterleavedModel
 from ..options import reply_options

@@ -20,7 +20,8 @@ from ..generators import load_generator
 from ..generators.latent_diffusion import LatentDiffusion, no_text_encoder
 from ..heads import DrawContext, Forced, Request, Response
 from ..heads.minigpt5 import to_pixels
-from ..inference.reply import complete, generate_batch, to_picture
+from ..inference.reply import generate_batch
+from ..inference.request import complete, to_picture
 from ..loading import assemble, load_backbone
 from ..messages import Conversation, Image, Message, Text
 from ..model import InterleavedModel

@@ -41,6 +41,21 @@ class Denoiser(Protocol):
         ...
 
 
+class DenoisingEngine(Protocol):
+    """What runs a denoiser faster, see `mgp5.engines`; it is put onto a generator from outside."""
+
+    model: Denoiser
+    decode: Callable[[Tensor], Tensor] | None  # latents as the VAE's decoder takes them -> pixels; None: the VAE does
+
+    def model_for(self, reuse: int) -> Denoiser:
+        """Return what runs the steps of an image with this `reuse`."""
+        ...
+
+    def advance(self, states: Sequence[Any], contexts: dict[Any, list[Tensor]]) -> None:
+        """Advance images by one step each, as `advance` does."""
+        ...
+
+
 @dataclass(frozen=True)
 class PlainDenoiser:
     """A model without constants: its rows are timesteps (S = 1), its context is the condition."""

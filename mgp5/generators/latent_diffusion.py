@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import Contexts, DenoisingState, PlainDenoiser, advance, begin, pick
+from .denoising import Contexts, DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
 from .sampler import SamplerTable, Schedule, sampler_table
 
 if TYPE_CHECKING:
-    from ..engines import Engine
     from ..memory.offload import Placement
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -33,7 +32,7 @@ class LatentDiffusion(nn.Module):
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     pooled_width = 0
-    engine: Engine | None = None  # what `draw` runs by, see `mgp5.engines`
+    engine: DenoisingEngine | None = None  # what `draw` runs by, see `mgp5.engines`
     placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
 
     def __init__(self) -> None:

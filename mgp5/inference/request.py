@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,56 @@ from torch import Tensor
 
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..heads import DrawContext, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
-from ..messages import Conversation, Message
+from ..messages import Conversation, Image, Message, Text
 from ..options import Options
-from .reply import ReplyText, complete, to_image
 from .session import Key, Session
 from .token_sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
+
+
+@dataclass
+class ReplyText:
+    """The reply so far: its parts, and the tokens of the text part that is being written.
+
+    Attributes:
+        parts: finished ones, in order.
+        ids: tokens of the part that is being written.
+        shown: its text, as far as it was given out.
+        num_tokens: of text in the whole reply.
+    """
+
+    parts: list[Text | Image] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+    num_tokens: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """Number of finished images."""
+        return sum(isinstance(part, Image) for part in self.parts)
+
+    @property
+    def text(self) -> str:
+        """All text so far, joined by blanks."""
+        return " ".join([p.text for p in self.parts if isinstance(p, Text)] + ([self.shown] if self.shown else []))
+
+    def add(self, tokenizer: Any, token: int) -> str:
+        """Add one token; return the text that it completes ("" inside a character of several bytes)."""
+        self.ids.append(token)
+        self.num_tokens += 1
+        text = tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+    def close(self) -> None:
+        """End the text part."""
+        if self.shown.strip():
+            self.parts.append(Text(self.shown.strip()))
+        self.ids, self.shown = [], ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +128,8 @@ class ActiveRequest:
     def start(self, session: Session) -> Iterator[Event]:
         """Read the conversation, and begin with the text."""
         self.session, self.started = session, time.monotonic()
-        self.head.check(self.options.image)
+        if self.options.draw != "never":
+            self.head.check(self.options.image)
         session.read(self.conversation, reply=self.head.spec.positions)
         options = self.options
         self.params = SamplingParams(
@@ -278,3 +321,24 @@ class ActiveRequest:
         kept = {k: v for k, v in self.options.flat().items() if k not in ("image_seed", "max_images", "seed")}
         metadata = {"prompt": prompt, "seed": seed, "text_seed": self.options.seed}
         return metadata | {k: v for k, v in kept.items() if v is not None}
+
+
+def complete(model: InterleavedModel, options: Options) -> Options:
+    """Return options with the model's own defaults where they leave something open."""
+    if options.temperature is None:
+        options = replace(options, temperature=model.config.temperature)
+    open_fields = [f.name for f in fields(options.image) if getattr(options.image, f.name) is None]
+    own = {name: getattr(model.config, name) for name in open_fields if hasattr(model.config, name)}
+    return replace(options, image=replace(options.image, **own)) if own else options
+
+
+def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
+    """Return pixels (3, H, W) in [-1, 1] as an image."""
+    return Image(pixels=to_picture(pixels), meta=metadata or {})
+
+
+def to_picture(pixels: Tensor) -> Any:
+    """Return pixels (3, H, W) in [-1, 1] as a PIL image."""
+    from PIL import Image as pil
+
+    return pil.fromarray(pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
