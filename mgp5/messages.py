@@ -1,4 +1,4 @@
-"""What people and the model say to each other: text and images in order, as plain values (no torch here)."""
+"""Conversations of text and images in order, as plain values (no torch here)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Role = Literal["system", "user", "assistant"]
-MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: a file that is read when needed, its bytes, or pixels already in memory.
+    """An image: a file that is read when needed, the bytes of a file, or pixels in memory.
 
     Attributes:
-        path: file of the picture, or None when it lives in memory only.
+        path: the file, or None for an image that is in memory only.
         pixels: PIL image (any mode), or None.
-        data: the contents of a picture file (of a member of a tar shard, say), or None.
+        data: the contents of an image file (of a member of a tar shard, say), or None.
         caption: description used by the caption loss of the pretraining stage; "" if there is none.
-        meta: JSON-ready facts about a generated picture (seed, prompt, options).
+        meta: JSON-ready metadata of a generated image (seed, prompt, options).
     """
 
     path: Path | None = None
@@ -45,7 +45,7 @@ class Image:
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def load(self) -> PIL.Image.Image:
-        """The upright RGB picture. Raises Mgp5Error when there is none to be had."""
+        """Return the image in RGB, upright. Raises Mgp5Error when it cannot be read."""
         if self.pixels is not None:
             return upright(self.pixels)
         if self.data is not None:
@@ -55,9 +55,10 @@ class Image:
         return read_image(self.path)
 
     def digest(self) -> str:
-        """A hash of what the picture holds: of the file's bytes where there are any, else of the pixels.
+        """Return a hash of the image: of the pixels where it has any, else of the file's bytes.
 
-        Raises Mgp5Error when the file cannot be read.
+        Raises:
+            Mgp5Error: the file cannot be read.
         """
         if self.pixels is not None:
             contents = self.pixels.tobytes() + repr((self.pixels.mode, self.pixels.size)).encode()
@@ -74,40 +75,44 @@ Part = Text | Image
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, and its parts in order."""
+    """One turn of a conversation: its role, and its parts in order."""
 
     role: Role
     content: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """All text of the turn, joined by blanks."""
+        """All text of the message, joined by blanks."""
         return " ".join(part.text for part in self.content if isinstance(part, Text) and part.text)
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """All images of the turn, in order."""
+        """All images of the message, in order."""
         return tuple(part for part in self.content if isinstance(part, Image))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order. As a training sample, the last message is the target and everything before it is context."""
+    """Messages in order. In a training sample the last message is the target, and all before it are the context."""
 
     messages: tuple[Message, ...] = ()
 
     def add(self, role: Role, *parts: Part | str) -> Conversation:
-        """A new conversation with one more message; strings become Text."""
+        """Return a conversation with one more message; strings become Text."""
         content = tuple(Text(part) if isinstance(part, str) else part for part in parts)
         return replace(self, messages=(*self.messages, Message(role, content)))
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """All images, in order."""
+        """The images of all messages, in order."""
         return tuple(image for message in self.messages for image in message.images)
 
     def to_chat(self, paths: Iterator[str] | None = None) -> list[dict[str, Any]]:
-        """Messages in the Hugging Face chat format; image parts carry a `path` taken from `paths`, else their own."""
+        """Return the messages in the Hugging Face chat format.
+
+        Args:
+            paths: the `path` of every image part, in order; None takes those of the images.
+        """
         chat = []
         for message in self.messages:
             content: list[dict[str, Any]] = []
@@ -122,9 +127,14 @@ class Conversation:
 
     @classmethod
     def from_chat(cls, chat: Iterable[dict[str, Any]], folder: Path) -> Conversation:
-        """The reverse of `to_chat`; image paths are relative to `folder` and may not leave it.
+        """Return the conversation of messages in the Hugging Face chat format; no image is opened.
 
-        Raises Mgp5Error for a role, part or path that is not understood.
+        Args:
+            chat: the messages, as JSON gives them.
+            folder: image paths are relative to it, and may not leave it.
+
+        Raises:
+            Mgp5Error: a role, part or path that is not understood.
         """
         messages = []
         for index, raw in enumerate(chat):
@@ -132,32 +142,35 @@ class Conversation:
                 raise Mgp5Error(f"message {index} has no role of system, user or assistant", "repair the file")
             content = raw.get("content", [])
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if not isinstance(parts, list | tuple):
+                raise Mgp5Error(f"message {index} has the content {content!r:.40}", "expected a text or a list")
             messages.append(Message(raw["role"], tuple(_part(part, index, folder) for part in parts)))
         return cls(tuple(messages))
 
 
-def _part(raw: dict[str, Any], index: int, folder: Path) -> Part:
-    if raw.get("type") == "text" and isinstance(raw.get("text"), str):
-        return Text(raw["text"])
-    if raw.get("type") == "image" and isinstance(raw.get("path"), str) and isinstance(raw.get("caption", ""), str):
-        return Image(path=inside(folder, raw["path"]), caption=raw.get("caption", ""), meta=raw.get("meta", {}))
-    raise Mgp5Error(
-        f"message {index} has a part of type {raw.get('type')!r}",
-        'expected {"type": "text", "text": ...} or {"type": "image", "path": ...}',
-    )
+def _part(raw: Any, index: int, folder: Path) -> Part:
+    """Return a part of message `index`. Raises Mgp5Error."""
+    values = raw if isinstance(raw, dict) else {}
+    if values.get("type") == "text" and isinstance(values.get("text"), str):
+        return Text(values["text"])
+    path, caption, meta = values.get("path"), values.get("caption", ""), values.get("meta", {})
+    if values.get("type") == "image" and isinstance(path, str) and isinstance(caption, str) and isinstance(meta, dict):
+        return Image(path=inside(folder, path), caption=caption, meta=meta)
+    hint = 'expected {"type": "text", "text": ...} or {"type": "image", "path": ...}'
+    raise Mgp5Error(f"message {index} has the part {raw!r:.60}", hint)
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder/name`, refused when it is absolute or climbs out of the folder (also through a link)."""
+    """Return `folder/name`. Raises Mgp5Error when the name is absolute or leaves the folder, also through a link."""
     pure = PurePosixPath(name.replace("\\", "/"))
     path = folder / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise Mgp5Error(f"the path {name!r} leaves its folder {folder}", "use a path inside the folder")
     return path
 
 
 def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB in the orientation its EXIF data asks for; transparency is laid on white, 16-bit grey is scaled to 8 bit."""
+    """Return an image in RGB, turned as its EXIF data says; transparency becomes white, 16-bit grey becomes 8-bit."""
     from PIL import Image as pil
     from PIL import ImageOps
 
@@ -172,7 +185,15 @@ def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def read_image(file: Path | BinaryIO, path: Path | str = "") -> PIL.Image.Image:
-    """Read any picture file as upright RGB. Raises Mgp5Error that names it (`path`) and what is wrong with it."""
+    """Read an image file as upright RGB.
+
+    Args:
+        file: a path, or an open file.
+        path: what an error calls the file; "" for its own path.
+
+    Raises:
+        Mgp5Error: the file is missing, is no image, is damaged or has more than MAX_PIXELS pixels.
+    """
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
 

@@ -113,7 +113,7 @@ WRONG = {
     "[]": "not a conversation or a story",
     '{"messages": [], "scenes": 1}': "empty conversation",
     '{"messages": [{"role": "user"}, 3]}': "no role",
-    '{"messages": [{"role": "user", "content": [3]}]}': "not understood",
+    '{"messages": [{"role": "user", "content": [3]}]}': "the part 3",
     '{"messages": [{"role": "assistant", "content": "hi"}]}': "not the user's",
     '{"messages": [{"role": "user", "content": [{"type": "image", "path": "../a.png"}]}]}': "leaves its folder",
     '{"story": [{"path": "no.png"}]}': "no image at no.png",

@@ -88,14 +88,11 @@ def read_line(line: bytes, root: Path, options: Options, scenes: int, narrate_fr
         Mgp5Error: what is wrong with the line, or an image that cannot be read.
     """
     row = _checked(line)
-    try:
-        title, options = row.get("title", ""), options.updated(row.get("options", {}))
-        if "story" in row:
-            inputs = [_scene_input(part, root) for part in row["story"]]
-            return StoryLine(title, options, inputs + [None] * row.get("scenes", scenes), narrate_from)
-        conversation = Conversation.from_chat(row["messages"], root)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of the wrong types, deeper inside
-        raise Mgp5Error(f"not understood ({error})", EXPECTED) from None
+    title, options = row.get("title", ""), options.updated(row.get("options", {}))
+    if "story" in row:
+        inputs = [_scene_input(part, root) for part in row["story"]]
+        return StoryLine(title, options, inputs + [None] * row.get("scenes", scenes), narrate_from)
+    conversation = Conversation.from_chat(row["messages"], root)
     if conversation.messages[-1].role != "user":
         raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
     for image in conversation.images:

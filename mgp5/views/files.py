@@ -1,4 +1,4 @@
-"""The story folder: one PNG per picture, story.json, and events as JSON lines; what is made is kept at once."""
+"""Keep a story or chat in a folder (an image file each, and story.json), and write events as JSON lines."""
 
 from __future__ import annotations
 
@@ -9,69 +9,61 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from .. import __version__
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
 from ..files import read_json, write_bytes, write_text
-from ..messages import Conversation, Image, inside
+from ..messages import Conversation, Image
 
 FORMAT, VERSION = "mgp5-story", 1
 STORY = "story.json"
-LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")  # given pictures of these kinds stay lossless, others become JPEG
+LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")  # images of users in these formats become PNG, others JPEG
 
 
 def write_png(image: Image, path: Path) -> None:
-    """Write a picture as PNG with how it was made in its text chunks.
+    """Write an image as PNG, with its `meta` in text chunks.
 
-    `mgp5` holds `image.meta` as JSON; `prompt` and `seed` repeat the two that people look for; a picture without meta
-    gets no chunks.
+    `mgp5` holds all of `meta` as JSON; `prompt` and `seed` repeat the two that people look for. Without `meta` there
+    are no chunks.
     """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     if image.meta:
-        facts = {"version": __version__} | image.meta
-        info.add_text("mgp5", json.dumps(facts, default=str))  # ASCII, so that every PNG reader shows it
-        info.add_text("Software", f"mgp5 {facts['version']}")
+        metadata = {"version": __version__} | image.meta
+        info.add_text("mgp5", json.dumps(metadata, default=str))  # ASCII, so that every PNG reader shows it
+        info.add_text("Software", f"mgp5 {metadata['version']}")
         for key in ("prompt", "seed"):
-            if key in facts:
-                info.add_text(key, _clean(str(facts[key])))
+            if key in metadata:  # PNG text knows neither NUL nor half surrogates
+                info.add_text(key, str(metadata[key]).replace("\0", "").encode("utf-8", "replace").decode())
     buffer = io.BytesIO()
     image.load().save(buffer, "PNG", pnginfo=info)
     write_bytes(path, buffer.getvalue())
 
 
-def _clean(text: str) -> str:
-    return text.replace("\0", "").encode("utf-8", "replace").decode()  # PNG text knows neither NUL nor half surrogates
-
-
 def read_png_metadata(path: Path) -> dict[str, Any]:
-    """How a picture was made, as `write_png` noted it; {} for a picture that mgp5 did not make.
+    """Return the `meta` of an image that `write_png` has written; {} for an image that mgp5 did not draw.
 
-    Raises Mgp5Error for a file that is missing, no picture, or holds broken metadata.
+    Raises:
+        Mgp5Error: the file is missing, is no image, or holds broken metadata.
     """
     from PIL import Image as pil
 
     try:
         with pil.open(path) as picture:
             text = getattr(picture, "text", {}).get("mgp5", "{}")
-        facts = json.loads(text)
+        metadata = json.loads(text)
     except FileNotFoundError:
         raise Mgp5Error(f"no image at {path}", "check the path") from None
     except (OSError, SyntaxError, ValueError, RecursionError) as error:
         raise Mgp5Error(f"{path} has no metadata that can be read ({error})", "give a PNG made by mgp5") from None
-    return facts if isinstance(facts, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 class StoryFolder:
-    """A folder that holds one story or chat and grows with it. Make one with `create` or `open`.
-
-    Attributes:
-        path: the folder.
-    """
+    """A folder that holds one story or chat and grows with it. Make one with `create` or `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,12 +73,11 @@ class StoryFolder:
 
     @classmethod
     def create(cls, out: Path) -> StoryFolder:
-        """A new folder for a new story. Raises Mgp5Error if `out` is taken or cannot be written."""
+        """Make the folder of a new story. Raises Mgp5Error if `out` holds a story or cannot be written."""
         try:
             if (out / STORY).exists():
-                raise Mgp5Error(
-                    f"--out {out} already holds a story", "choose another --out, or resume it with mgp5 chat --resume"
-                )
+                hint = "choose another --out, or resume it with mgp5 chat --resume"
+                raise Mgp5Error(f"--out {out} already holds a story", hint)
             out.mkdir(parents=True, exist_ok=True)
             probe = out / ".mgp5-probe"
             probe.write_bytes(b"")
@@ -105,28 +96,28 @@ class StoryFolder:
 
     @classmethod
     def open(cls, path: Path) -> StoryFolder:
-        """The folder of an earlier story, given as the folder or its story.json. Raises Mgp5Error if there is none."""
+        """Open the folder of a story, by its path or that of its story.json. Raises Mgp5Error if it has none."""
         folder = path.parent if path.name == STORY else path
         if not (folder / STORY).is_file():
             raise Mgp5Error(f"{folder} holds no {STORY}", "give a folder that mgp5 story or mgp5 chat wrote")
         return cls(folder)
 
     def keep(self, image: Image) -> Path:
-        """Make sure a picture is in the folder, and say where. A picture kept before is not written again."""
+        """Write an image into the folder unless it is there already; return its path."""
         key = image.path if image.pixels is None else id(image.pixels)
         if key not in self._kept:
             self._kept[key] = (self._own_name(image) or self._write(image), image.pixels)
         return self.path / self._kept[key][0]
 
     def _own_name(self, image: Image) -> str:
-        """The relative path of a picture that already lies in the folder, else ""."""
+        """Return the path of an image in the folder, relative to it; "" for an image that lies elsewhere."""
         if image.path is None:
             return ""
         path, root = image.path.resolve(), self.path.resolve()
         return path.relative_to(root).as_posix() if path.is_relative_to(root) and path.is_file() else ""
 
     def _write(self, image: Image) -> str:
-        """Write a generated picture as PNG, a given one upright and without its private EXIF data; return the name."""
+        """Write a generated image as PNG, a user's upright and without its EXIF data; return the file's name."""
         lossless = image.meta or image.path is None or image.path.suffix.lower() in LOSSLESS
         name = self._free_stem() + (".png" if lossless else ".jpg")
         if lossless:
@@ -138,19 +129,22 @@ class StoryFolder:
         return name
 
     def _free_stem(self) -> str:
-        """The next of 001, 002, ... that no picture in the folder has, whoever put it there."""
+        """Return the next of 001, 002, ... that no image in the folder has as its stem."""
         stems = map("{:03d}".format, self._numbers)
         return next(stem for stem in stems if not any((self.path / (stem + end)).exists() for end in (".png", ".jpg")))
 
     def save(
         self, conversation: Conversation, *, model: str, seed: int | None, options: Mapping[str, Any], title: str = ""
     ) -> None:
-        """Write the pictures that are not in the folder yet, then story.json; meant to be called after every scene.
+        """Write the images that are not in the folder yet, then story.json.
 
         Args:
             conversation: the whole story so far.
-            model, seed, options: how it is made; `options` must be JSON-ready.
+            model, seed, options: what it is made with; `options` must be JSON-ready.
             title: heading of the page; "" for none.
+
+        Raises:
+            Mgp5Error: a file cannot be written; story.json is then what it was.
         """
         names = [self.keep(image).relative_to(self.path).as_posix() for image in conversation.images]
         story = {
@@ -162,59 +156,38 @@ class StoryFolder:
             "options": dict(options),
             "messages": conversation.to_chat(iter(names)),
         }
-        text = json.dumps(story, ensure_ascii=False, indent=2, default=str)
-        write_text(self.path / STORY, text)
+        write_text(self.path / STORY, json.dumps(story, ensure_ascii=False, indent=2, default=str))
 
     def load(self) -> tuple[Conversation, dict[str, Any]]:
-        """The story so far, and its title, model, seed and options.
+        """Return the story so far, and its title, model, seed and options.
 
-        Raises Mgp5Error when story.json is broken, of another format, or names a picture that is missing or elsewhere.
+        Raises:
+            Mgp5Error: story.json is broken, of another format, or names an image that is missing or elsewhere.
         """
-        story = _read_story(self.path / STORY)
-        for path in _image_paths(story["messages"], self.path / STORY):
-            if not inside(self.path, path).is_file():
-                raise Mgp5Error(f"{self.path / STORY} names the picture {path!r}, which is not there", "put it back")
-        facts = {"title": "", "model": "", "seed": None, "options": {}}
-        return Conversation.from_chat(story["messages"], self.path), facts | {
-            key: value for key, value in story.items() if key not in ("format", "version", "messages")
-        }
-
-
-def _read_story(path: Path) -> dict[str, Any]:
-    """The JSON object of a story file, checked for format and version."""
-    story = read_json(path, "give a folder that mgp5 story or mgp5 chat wrote, or start a new one")
-    if story.get("format") != FORMAT or not isinstance(story.get("messages"), list):
-        raise Mgp5Error(f"{path} is no story, expected an object with format {FORMAT!r}", "give a story's folder")
-    if story.get("version") != VERSION:
-        raise Mgp5Error(f"{path} has version {story.get('version')!r}, expected {VERSION}", "upgrade mgp5")
-    if not isinstance(story.get("options", {}), dict):
-        raise Mgp5Error(f"{path} has options that are no object", "repair the file")
-    return story
-
-
-def _image_paths(messages: list[Any], source: Path) -> list[str]:
-    """Paths of all image parts; refuses what `Conversation.from_chat` takes for granted."""
-    paths = []
-    for index, message in enumerate(messages):
-        content = message.get("content", []) if isinstance(message, dict) else None
-        if not isinstance(content, str | list) or not all(isinstance(part, str | dict) for part in content):
-            raise Mgp5Error(f"message {index} of {source} is malformed", "repair the file")
-        for part in content if isinstance(content, list) else []:
-            good = isinstance(part, dict) and isinstance(part.get("meta", {}), dict)
-            if not good or "\0" in str(part.get("path")):
-                raise Mgp5Error(f"message {index} of {source} has a malformed part", "repair the file")
-            if part.get("type") == "image":
-                paths.append(str(part.get("path")))
-    return paths
+        path = self.path / STORY
+        story = read_json(path, "give a folder that mgp5 story or mgp5 chat wrote, or start a new one")
+        if story.get("format") != FORMAT or not isinstance(story.get("messages"), list):
+            raise Mgp5Error(f"{path} is no story, expected an object with format {FORMAT!r}", "give a story's folder")
+        if story.get("version") != VERSION:
+            raise Mgp5Error(f"{path} has version {story.get('version')!r}, expected {VERSION}", "upgrade mgp5")
+        if not isinstance(story.get("options", {}), dict):
+            raise Mgp5Error(f"{path} has options that are no object", "repair the file")
+        conversation = Conversation.from_chat(story["messages"], self.path)
+        for image in conversation.images:
+            if not image.path.is_file():
+                raise Mgp5Error(f"{path} names {image.path.name!r}, which is not there", "put it back")
+        metadata = {"title": "", "model": "", "seed": None, "options": {}}
+        names = story.keys() - {"format", "version", "messages"}
+        return conversation, metadata | {name: story[name] for name in names}
 
 
 def free_folder(stem: str) -> Path:
-    """The first of stem-1, stem-2, ... in the working directory that does not exist."""
+    """Return the first of stem-1, stem-2, ... in the working directory that does not exist."""
     return next(path for number in count(1) if not (path := Path(f"{stem}-{number}")).exists())
 
 
 def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]:
-    """Pass events on; every image is put into the folder as it comes, and its event names the file."""
+    """Yield the events; every image is put into the folder as it comes, and its event names the file."""
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, ImageDone):
@@ -222,28 +195,22 @@ def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]
             yield event
 
 
-class JsonEvents:
-    """A view that writes every event as one JSON object per line, flushed, for other programs to read.
+class JsonEvents(contextlib.AbstractContextManager):
+    """Write every event as one JSON object per line, for other programs to read.
 
-    Args:
-        stream: where the lines go. An image is named by its path; None where it is in memory only.
+    An image is named by its path, which is null where it is in memory only, see `keep_images`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def __enter__(self) -> JsonEvents:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.flush()
-
     def __call__(self, event: Event) -> None:
-        """Write one event."""
+        """Write one event, and flush."""
         self._stream.write(json.dumps(_fields(event), default=str) + "\n")
         self._stream.flush()
+
+    def __exit__(self, *error: object) -> None:
+        """End the view; there is nothing left to write."""
 
 
 def _fields(event: Event) -> dict[str, Any]:

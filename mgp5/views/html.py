@@ -1,4 +1,4 @@
-"""One self-contained page for a story (a picture book) or a chat (bubbles): inline style and pictures, no scripts."""
+"""Write a story or a chat as one self-contained page: style and images are inline, and there are no scripts."""
 
 from __future__ import annotations
 
@@ -13,52 +13,10 @@ from typing import Any, Literal
 from ..files import write_text
 from ..messages import Conversation, Image, Message, Text
 
-MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger picture goes into the page as a JPEG of at most MAX_SIDE pixels
+MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger image goes into the page as a JPEG of at most MAX_SIDE pixels
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
-STYLE = """
-:root { color-scheme: light dark; --back: #f6efe2; --page: #fffdf8; --ink: #3a3028; --soft: #75685a; --line: #e9dfcd;
-  --accent: #b4552d; --own: #f9e2c9; --shadow: 0 1px 2px #6b4a2214, 0 .75rem 2rem #6b4a221f; }
-@media (prefers-color-scheme: dark) { :root { --back: #17161c; --page: #232129; --ink: #efe7da; --soft: #a79d90;
-  --line: #37333d; --accent: #eda070; --own: #453a33; --shadow: 0 .75rem 2rem #0006; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); text-rendering: optimizeLegibility;
-  font: 1.1875rem/1.6 "Iowan Old Style", "Palatino Linotype", Palatino, "Book Antiqua", Georgia, "Noto Serif", serif; }
-main, header, footer { max-width: 37rem; margin: 0 auto; padding: 0 clamp(.875rem, 4vw, 1.5rem); }
-header { padding-top: clamp(2.25rem, 7vh, 4.5rem); padding-bottom: clamp(1.5rem, 4vh, 2.75rem); text-align: center; }
-h1 { margin: 0; font-size: clamp(2rem, 1.4rem + 3vw, 3rem); font-weight: 600; line-height: 1.15; letter-spacing: -.01em;
-  text-wrap: balance; overflow-wrap: anywhere; }
-header::after { content: ""; display: block; width: 3.5rem; height: .3rem; margin: 1.25rem auto 0; border-radius: 1rem;
-  background: var(--accent); opacity: .75; }
-img { display: block; width: 100%; height: auto; border-radius: 1.125rem; background: var(--line); }
-figure { margin: 0; }
-p { margin: 0; white-space: pre-line; overflow-wrap: anywhere; }
-.scene { position: relative; margin: 0 0 clamp(1.5rem, 5vw, 2.5rem); padding: clamp(.625rem, 2.5vw, 1rem);
-  padding-bottom: .875rem; background: var(--page); border-radius: 1.75rem; box-shadow: var(--shadow); }
-.scene p { padding: 1.125rem clamp(.5rem, 3vw, 1.5rem) .375rem; text-align: center; text-wrap: pretty;
-  font-size: clamp(1.25rem, 1.1rem + .9vw, 1.5rem); line-height: 1.5; }
-.scene:first-of-type p::first-letter { color: var(--accent); font-size: 1.35em; font-weight: 600; }
-.number { margin: .25rem 0 0; text-align: center; color: var(--accent); font-size: 1rem; }
-details { margin-top: .25rem; color: var(--soft); font-size: .8125rem; line-height: 1.5; text-align: center; }
-summary { padding: .375rem; cursor: pointer; list-style: none; border-radius: .5rem; }
-summary::-webkit-details-marker { display: none; }
-summary::after { content: " +"; } details[open] summary::after { content: " \\2212"; }
-summary:focus-visible { outline: 2px solid var(--accent); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .125rem .875rem; margin: .375rem .5rem .5rem;
-  text-align: left; }
-dt { font-style: italic; } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
-.turn { width: fit-content; max-width: min(86%, 30rem); margin: 0 0 1rem; padding: .75rem 1rem;
-  background: var(--page); border-radius: 1.375rem 1.375rem 1.375rem .375rem; box-shadow: var(--shadow); }
-.turn.user { margin-left: auto; background: var(--own); border-radius: 1.375rem 1.375rem .375rem 1.375rem; }
-.turn figure { width: 22rem; max-width: 100%; margin: .75rem 0; }
-.turn figure:nth-child(2) { margin-top: .375rem; } .turn figure:last-child { margin-bottom: .375rem; }
-.system { margin: 0 0 1.5rem; color: var(--soft); font-size: .875rem; text-align: center; }
-.who { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-footer { padding-top: 1rem; padding-bottom: 3rem; color: var(--soft); font-size: .875rem; text-align: center; }
-@media print { body { background: none; } details { display: none; }
-  .scene, .turn { break-inside: avoid; box-shadow: none; } }
-"""
-
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 PAGE = """<!DOCTYPE html>
 <html lang="{lang}">
 <head>
@@ -95,12 +53,13 @@ def write_html(
     """Write the page.
 
     Args:
-        conversation: what to show; pictures are read from their files or from memory.
+        conversation: what to show; images are read from their files or from memory.
         meta: `title`, `model`, `seed`, `options` (with `steps`, ...), `lang`, all optional, as in story.json.
         path: the page to write; an older one is replaced.
         kind: a story shows scenes, see `scenes`; a chat shows every message.
 
-    Raises Mgp5Error when a picture cannot be read or the page cannot be written.
+    Raises:
+        Mgp5Error: an image cannot be read, or the page cannot be written.
     """
     if kind == "story":
         body = [_scene(scene, number) for number, scene in enumerate(scenes(conversation), 1)]
@@ -151,12 +110,14 @@ def _split(message: Message) -> list[Scene]:
 
 
 def _scene(scene: Scene, number: int) -> str:
+    """Return the HTML of a scene."""
     caption = f"<p>{escape(scene.text)}</p>" if scene.text else ""
     content = _figure(scene.image, scene.text, f"Picture {number}", caption) if scene.image else caption
     return f'<section class="scene">\n{content}\n<div class="number" aria-hidden="true">{number}</div>\n</section>'
 
 
 def _turn(message: Message) -> str:
+    """Return the HTML of a chat's message."""
     parts = []
     for part in message.content:
         if isinstance(part, Text):
@@ -170,7 +131,7 @@ def _turn(message: Message) -> str:
 
 
 def _figure(image: Image, text: str, name: str, caption: str) -> str:
-    """A picture with its caption; how it was made is folded away below it."""
+    """Return the HTML of an image with its caption; its metadata is folded away below it."""
     words = image.caption or text or str(image.meta.get("prompt") or "")
     alt = escape(f"{name}: {words}" if words else name)
     uri, (width, height) = _data_uri(image)
@@ -180,6 +141,7 @@ def _figure(image: Image, text: str, name: str, caption: str) -> str:
 
 
 def _details(meta: Mapping[str, Any]) -> str:
+    """Return the HTML of an image's metadata, "" without any."""
     if not meta:
         return ""
     brief = _brief(meta) or "how this picture was made"
@@ -188,11 +150,13 @@ def _details(meta: Mapping[str, Any]) -> str:
 
 
 def _brief(meta: Mapping[str, Any]) -> str:
+    """Return seed, steps and guidance in one line, as far as they are known."""
     forms = {"seed": "seed {}", "steps": "{} steps", "guidance": "guidance {}"}
     return " · ".join(form.format(meta[key]) for key, form in forms.items() if meta.get(key) is not None)
 
 
 def _colophon(meta: Mapping[str, Any]) -> str:
+    """Return the last line of the page: what the story was made with."""
     options = meta.get("options") or {}
     model = f"model {meta['model']}" if meta.get("model") else ""
     facts = _brief({"seed": meta.get("seed"), "steps": options.get("steps"), "guidance": options.get("guidance")})
@@ -200,9 +164,8 @@ def _colophon(meta: Mapping[str, Any]) -> str:
 
 
 def _data_uri(image: Image) -> tuple[str, tuple[int, int]]:
-    """The picture as a data: URI with its size; a modest file that browsers understand goes in as it is."""
-    picture = image.load()
-    data = b""
+    """Return an image as a data: URI, and its size in pixels; a small file that browsers know goes in as it is."""
+    picture, data = image.load(), b""
     if image.pixels is None and image.path is not None and image.path.stat().st_size <= MAX_BYTES:
         data = image.path.read_bytes()
     kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")

@@ -1,4 +1,4 @@
-"""Facts in columns, for the terminal."""
+"""Print tables on the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A table of texts; a column that begins with a number is flush right. No headings: all of them are empty."""
+    """Return a table of texts; a column that begins with a number is flush right.
+
+    Args:
+        columns: headings; where all are empty there is no line of headings.
+        rows: one text for each column.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -20,12 +25,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
         number = bool(rows) and rows[0][index].replace(",", "").replace(".", "").isdigit()
         view.add_column(column, justify="right" if number and any(columns) else "left")
     for row in rows:
-        view.add_row(*map(escape, row))  # mgp5[extra] is no markup
+        view.add_row(*map(escape, row))  # mgp5[extra] is not markup
     return view
 
 
 def show(*tables: Table) -> None:
-    """Print tables; where nobody looks at them they are not cut to the width of a terminal."""
+    """Print tables; where stdout is no terminal, their width is 160 characters."""
     from rich.console import Console
 
     view = Console(width=None if sys.stdout.isatty() else 160)

@@ -1,4 +1,4 @@
-"""A story in the terminal: text streams to stdout, pictures appear inside it, everything else goes to stderr."""
+"""Show events on the terminal: text streams to stdout with images inside it, everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
 from .inline import Images, Painter, painter
@@ -26,12 +26,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer
 
 
 class TerminalView:
-    """A view for people. Use it as a context manager and call it with every event.
+    """Show events to people. Use it as a context manager and call it with every event.
 
     Args:
-        images: "auto" takes the best the terminal can do, "blocks" coloured half blocks, "off" none. Nothing is ever
-            drawn when stdout is no terminal; the path of the image is then told on stderr.
-        stdout, stderr: streams to write to instead of the usual ones.
+        images: "auto" takes the best protocol that the terminal has, "blocks" coloured half blocks, "off" none. Where
+            images are not shown, as when stdout is no terminal, their paths are printed on stderr.
+        stdout, stderr: streams to write to instead of those of `sys`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TerminalView:
         self._fresh = True  # no text came since the last event of another kind
         self._in_story = False
         self._progress: Progress | None = None
-        self._drawing = -1  # index of the picture that the progress bar shows
+        self._drawing = -1  # index of the image that the progress bar shows
 
     def __enter__(self) -> TerminalView:
         return self
@@ -89,9 +89,11 @@ class TerminalView:
         return painter(self._images, self._stdout)
 
     def _note(self, text: str) -> None:
+        """Print a line on stderr."""
         self._console.print(text, style="dim", soft_wrap=True)
 
     def _text(self, text: str) -> None:
+        """Print a piece of text; on a terminal without control characters."""
         text = text.lstrip() if self._fresh else text
         if not text:
             return
@@ -104,18 +106,21 @@ class TerminalView:
         self._line_open = not text.endswith("\n")
 
     def _end_line(self) -> None:
+        """End the line of text, if one is open."""
         if self._line_open:
             self._stdout.write("\n")
             self._stdout.flush()
             self._line_open = False
 
     def _heading(self, event: SceneStart) -> None:
+        """Print the heading of a scene."""
         if self._in_story and self._stderr.isatty():
             self._console.print()
         self._in_story = True
         self._note(f"Scene {event.scene + 1} of {event.total} · {HEADINGS[event.kind]}")
 
     def _step(self, event: ImageStep) -> None:
+        """Show the progress of an image, on a terminal."""
         if not self._stderr.isatty():
             return
         if self._progress is None or self._drawing != event.image:
@@ -126,15 +131,9 @@ class TerminalView:
     def _start_progress(self, event: ImageStep) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        self._progress = Progress(
-            *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
-        )
+        columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(True)
+        options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+        self._progress = Progress(*columns, console=self._console, **options)
         self._progress.add_task(f"drawing picture {event.image + 1}", total=event.total)
         self._progress.start()
         self._drawing = event.image
@@ -145,6 +144,7 @@ class TerminalView:
             self._progress = None
 
     def _image(self, event: ImageDone) -> None:
+        """Show an image, or else print where it is."""
         if self._painter is not None:
             self._painter(event.image.load())
             return
@@ -153,14 +153,10 @@ class TerminalView:
         self._note(note if seed is None else f"{note} (seed {seed})")
 
     def _finish(self, event: Finished) -> None:
-        facts = [ENDINGS[event.reason]] if event.reason in ENDINGS else []
-        if not self._in_story:  # a story ends every scene this way: too many words there
-            facts += _facts(event.meta)
-        if facts:
-            self._note(" · ".join(facts))
-
-
-def _facts(meta: dict[str, Any]) -> list[str]:
-    """Seed, tokens and seconds of a reply in words, as far as they are known."""
-    forms = {"seed": "seed {}", "tokens": "{} tokens", "seconds": "{:.1f} s"}
-    return [form.format(meta[key]) for key, form in forms.items() if isinstance(meta.get(key), int | float)]
+        """Print why a reply ended early; outside of stories also its seed, tokens and seconds."""
+        words = [ENDINGS[event.reason]] if event.reason in ENDINGS else []
+        if not self._in_story:  # which would print it after every scene
+            forms, meta = {"seed": "seed {}", "tokens": "{} tokens", "seconds": "{:.1f} s"}, event.meta
+            words += [form.format(meta[key]) for key, form in forms.items() if isinstance(meta.get(key), int | float)]
+        if words:
+            self._note(" · ".join(words))
