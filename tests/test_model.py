@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import re
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny import picture
 
 from mgp5 import Conversation, Image, Message, Text
 from mgp5.apps.story import SceneInput, StoryRequest, tell_story
+from mgp5.config import MapperConfig, MiniGPT5Config, model_config_from, preset
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.reply import generate
@@ -160,3 +163,32 @@ def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, c
     list(tell_story(StoryRequest(inputs=inputs, scenes=0), model))
     assert any(image is first for image in asked[0].images) is shown
     assert ("once" in asked[0].messages[-1].text) is shown
+
+
+def test_a_configuration_of_before_heads_had_names_is_read():
+    mapper = {"llm_width": 32, "width": 16, "queries": 11, "encoder_layers": 1, "decoder_layers": 1}
+    old = {"mllm": "mllm", "diffusion": "diffusion", "num_vokens": 4, "mapper": mapper, "unconditional": "text"}
+    old |= {"diffusion_kind": "StableDiffusion epsilon 11x16", "guidance": 2.0}
+    config = model_config_from(old, "config.json")
+    assert config.head == "minigpt5" and config.head_kind == "StableDiffusion epsilon 11x16" and config.guidance == 2.0
+    assert config.head_config == MiniGPT5Config(num_vokens=4, mapper=MapperConfig(**mapper), unconditional="text")
+    assert model_config_from(json.loads(json.dumps(asdict(config))), "config.json") == config
+
+
+def test_what_each_stage_trains_is_a_table(model):
+    """Section 3.3 and 4.1: rows at their own rate without decay, the mapper; then its MLP and queries rest."""
+    plans = {stage: model.head.train_plan(preset(stage)) for stage in ("pretrain", "finetune")}
+
+    def rule(stage, name):
+        return next((rule for rule in plans[stage] if re.search(rule.pattern, name)), None)
+
+    rows = "backbone.model.base_model.model.lm_head.token_adapter.trainable_tokens_delta.default"
+    lora = "backbone.model.base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    for stage, config in ((stage, preset(stage)) for stage in plans):
+        assert rule(stage, rows)[1:] == (config.rows_lr, 0.0)
+        assert rule(stage, lora)[1:] == (config.lr, config.weight_decay)
+        assert rule(stage, "head.mapper.transformer.encoder.layers.0.linear1.weight").lr == config.lr
+        assert rule(stage, "head.generator.unet.conv_in.weight") is None
+        assert rule(stage, "backbone.model.base_model.model.lm_head.weight") is None
+    assert [rule(stage, "head.mapper.mlp.0.weight").lr is None for stage in plans] == [False, True]
+    assert [rule(stage, "head.mapper.queries").lr is None for stage in plans] == [False, True]
