@@ -50,8 +50,8 @@ def run(flags: dict[str, Any], tell: Tell) -> None:
     Raises:
         Mgp5Error: as `load` and `export`, flags that do not go together, or packages that are not installed.
     """
-    from ..config import override, parse_settings
     from ..device import limit_threads_for_small_models
+    from ..options import override, parse_settings
     from .subject import load
     from .trt import BuildOptions, build
 

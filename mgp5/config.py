@@ -1,11 +1,9 @@
-"""Configurations: frozen values with TOML in, JSON out and `--set a.b=c`; presets are functions."""
+"""Configurations of models and of training, as frozen values; presets are functions."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from .errors import Mgp5Error
@@ -327,79 +325,6 @@ def _demo(stage: Stage) -> TrainConfig:
 
 
 PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefix, "demo": _demo}
-
-
-def override(config: Any, settings: dict[str, Any]) -> Any:
-    """A copy of a configuration with some values replaced; nested ones are tables ({"lora": {"rank": 4}})."""
-    hints = get_type_hints(type(config))
-    if unknown := sorted(settings.keys() - hints.keys()):
-        known = ", ".join(hints)
-        raise Mgp5Error(f"no setting {', '.join(unknown)}", f"the settings are {known}", usage=True)
-    values = {}
-    for name, value in settings.items():
-        old = getattr(config, name)
-        if isinstance(value, dict):
-            kinds = [
-                kind for kind in getattr(hints[name], "__args__", (hints[name],)) if dataclasses.is_dataclass(kind)
-            ]
-            if not kinds:
-                raise Mgp5Error(f"{name} has no settings of its own", f"give {name} a value", usage=True)
-            values[name] = override(kinds[0]() if old is None else old, value)
-        else:
-            values[name] = _convert(name, value, hints[name])
-    return dataclasses.replace(config, **values)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    kinds = set(getattr(hint, "__args__", (hint,)))
-    if isinstance(value, list):
-        value = tuple(value)
-    if value is None and "none" in kinds:  # the word itself is one of the choices
-        value = "none"
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    simple = {k for k in kinds if k in (int, float, str, bool, type(None))}
-    expected = ""
-    if get_origin(hint) is tuple:
-        expected = "" if isinstance(value, tuple) else "a list"
-    elif any(map(dataclasses.is_dataclass, kinds)):
-        expected = "" if value is None else f"settings of its own, as in {name}.NAME=VALUE"
-    elif simple and len(simple) == len(kinds) and type(value) not in simple:
-        expected = " or ".join(sorted(k.__name__ for k in simple))
-    if expected:
-        raise Mgp5Error(f"{name} is {value!r}, expected {expected}", "correct its value", usage=True)
-    return value
-
-
-def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
-    """`--set a.b=c` items -> nested tables; values are read as TOML, and as text where that fails."""
-    tree: dict[str, Any] = {}
-    for item in items:
-        path, equals, text = item.partition("=")
-        if not equals or not path.strip():
-            raise Mgp5Error(f"--set {item!r} is not of the form name=value", "write it like --set lr=1e-4", usage=True)
-        try:
-            value = None if text == "none" else tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *tables, name = path.strip().split(".")
-        node = tree
-        for table in tables:
-            node = node.setdefault(table, {})
-            if not isinstance(node, dict):
-                raise Mgp5Error(f"--set gives {table} a value, and {path.strip()} too", "keep one of them", usage=True)
-        node[name] = value
-    return tree
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file. Raises Mgp5Error that names the file and line."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path", usage=True) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Mgp5Error(f"{path} is not valid TOML ({error})", "correct it", usage=True) from None
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:

@@ -9,10 +9,11 @@ import torch
 from tiny import picture
 
 from mgp5 import Conversation, Image, Mgp5Error
-from mgp5.config import PRESETS, TrainConfig, override, parse_settings, preset
+from mgp5.config import PRESETS, TrainConfig, preset
 from mgp5.heads.minigpt5 import caption_loss
 from mgp5.loading import build
 from mgp5.model import InterleavedModel
+from mgp5.options import override, parse_settings
 from mgp5.prompts import IGNORE, example
 from mgp5.training.batch import Collator
 

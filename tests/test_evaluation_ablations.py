@@ -16,11 +16,12 @@ import pytest
 from PIL import Image as pil
 
 from mgp5 import Mgp5Error
-from mgp5.config import override, parse_settings, preset
+from mgp5.config import preset
 from mgp5.evaluation.ablations import ATTRIBUTES, BASELINE, FRECHET, mean_over_seeds, needed, rows, verdict
 from mgp5.evaluation.ablations_measure import place
 from mgp5.evaluation.ablations_page import report
 from mgp5.evaluation.ablations_run import FORMATS, SETTINGS, Plan, _chain, runs_of
+from mgp5.options import override, parse_settings
 from mgp5.training import checkpoints as runs
 
 TABLE = rows(3.0)

@@ -107,8 +107,7 @@ def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
     Raises:
         Mgp5Error: options that are unknown or out of range.
     """
-    from ..config import parse_settings
-    from ..options import reply_options
+    from ..options import parse_settings, reply_options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
     image = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..backbones.hf import HFBackbone
-from ..config import DataConfig, override, parse_settings, preset
+from ..config import DataConfig, preset
 from ..data import Keyed, Problems, Skipped
 from ..data.shards import Shards
 from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
@@ -29,6 +29,7 @@ from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import Parts, resolve
 from ..loading import load_backbone
 from ..messages import Conversation, Image
+from ..options import override, parse_settings
 from .batch import to_pixels
 from .feature_cache import KINDS, Item, Writer
 from .fingerprint import origin

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from ..config import TrainConfig, model_config_from, override, parse_settings, preset, read_toml
+from ..config import TrainConfig, model_config_from, preset
 from ..data import Keyed, load_data, options_of
 from ..device import DTYPES, quiet_libraries
 from ..errors import Mgp5Error
@@ -23,6 +23,7 @@ from ..files import read_json
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..model import InterleavedModel
+from ..options import override, parse_settings, read_toml
 from . import checkpoints as runs
 from .distributed import frozen_dtype, launch
 from .feature_cache import Caches
