@@ -24,8 +24,7 @@ from unet import moments, sheet
 
 from mgp5.config import TrainConfig, preset
 from mgp5.heads.batch import Batch
-from mgp5.heads.losses import caption_loss
-from mgp5.heads.minigpt5 import predicting_states
+from mgp5.heads.minigpt5 import caption_loss, predicting_states
 from mgp5.loading import build
 from mgp5.messages import Conversation, Image
 from mgp5.model import InterleavedModel
@@ -67,7 +66,8 @@ class Pairs:
         self.moments = moments(work, model.head.generator.vae, pictures)
         self.captions = captions(self.rows, -1)
         talks = (Conversation().add("user", text).add("assistant", Image(caption=text)) for text in self.captions)
-        self.examples = [example(model.backbone, talk, model.head.spec.new_tokens, "first") for talk in talks]
+        trigger, layout = model.head.spec.new_tokens[0], model.head.layout({}, preset("pretrain", "demo"))
+        self.examples = [example(model.backbone, talk, trigger, [layout]) for talk in talks]
         self.trigger = model.head.ids[0]
 
     def batch(self, chosen: np.ndarray) -> Batch:
@@ -79,12 +79,10 @@ class Pairs:
             ids=torch.tensor([s.ids + [0] * pad for s, pad in zip(kept, pads, strict=True)]),
             mask=torch.tensor([[1] * len(s.ids) + [0] * pad for s, pad in zip(kept, pads, strict=True)]),
             labels=torch.tensor([s.labels + [IGNORE] * pad for s, pad in zip(kept, pads, strict=True)]),
-            seen={},
-            rows=tuple(range(len(kept))),
-            starts=tuple(sample.ids.index(self.trigger) for sample in kept),
-            pixels=None,
+            target_rows=tuple(range(len(kept))),
+            target_starts=tuple(sample.ids.index(self.trigger) for sample in kept),
+            targets={"moments": torch.from_numpy(self.moments[chosen]).float()},
             captions=tuple(self.captions[i] for i in chosen),
-            moments=torch.from_numpy(self.moments[chosen]).float(),
         ).to(device())
 
 
@@ -97,7 +95,8 @@ def new_model(work: Path, recipe: Recipe) -> InterleavedModel:
         seen = torch.ones(model.head.generator.condition_shape[0], 1).index_fill(0, torch.tensor(-1), 0.0)
         model.head.mapper.register_forward_hook(lambda mapper, inputs, rows: rows * seen.to(rows))
     if recipe.plain:  # the loss looks here, the mapper has its own
-        model.config = replace(model.config, mapper=replace(model.config.head_config.mapper, pooled=0))
+        head = model.head.config
+        model.head.config = replace(head, mapper=replace(head.mapper, pooled=0))
     return model
 
 

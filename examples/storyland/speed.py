@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -28,9 +28,11 @@ from mgp5.apps.open_model import load
 from mgp5.evaluation import tasks
 from mgp5.evaluation.storyland import attributes_right
 from mgp5.evaluation.systems import Ask, Model, Undrawn
+from mgp5.heads import DrawContext, Forced, Request, Response
+from mgp5.heads.minigpt5 import predicting_states
 from mgp5.messages import Conversation
 from mgp5.model import InterleavedModel
-from mgp5.options import Options, reply_options
+from mgp5.options import DiffusionOptions, Options
 from mgp5.storyland.judge import load_judge, look, scores
 from mgp5.storyland.world import Scene
 from mgp5.storyland.write import write
@@ -62,9 +64,11 @@ class Recorder(Undrawn):
         super().__init__(head)
         self.kept: list[Tensor] = []
 
-    def draw(self, condition: Tensor, options: Options, generators: list[torch.Generator]) -> Iterator[Tensor]:
-        self.kept.append(condition)
-        return super().draw(condition, options, generators)
+    def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
+        response = yield Forced(self.ids)
+        hidden = torch.cat([context.state, response.hidden], dim=1)
+        self.kept.append(self.mapper(predicting_states(hidden, [0], [1], self.num_vokens)))
+        return torch.zeros(3, 8, 8)
 
 
 def conditions(model: InterleavedModel, stories: int) -> tuple[Tensor, list[Scene]]:  # (B, L, C)
@@ -88,10 +92,11 @@ def seeds(start: int, count: int) -> list[torch.Generator]:
 
 
 @torch.inference_mode()
-def paint(model: InterleavedModel, given: Tensor, options: Options, first: int) -> tuple[Tensor, float]:
+def paint(model: InterleavedModel, given: Tensor, options: DiffusionOptions, first: int) -> tuple[Tensor, float]:
     """Pictures (B, 3, H, W) in [-1, 1] with seeds from `first` on, and the processor's milliseconds for each."""
     began = time.process_time()
-    *_, latents = model.head.draw(given, options, seeds(first, len(given)))
+    generators, unconditional = seeds(first, len(given)), model.head.unconditional(given)
+    *_, latents = model.head.generator.draw(given, unconditional, generators=generators, **asdict(options))
     pictures = model.head.generator.decode(latents)
     return pictures.cpu(), 1000 * (time.process_time() - began) / len(given)
 
@@ -104,7 +109,7 @@ def psnr(pictures: Tensor, reference: Tensor) -> float:
 
 def measure(model: InterleavedModel, stories: int, batch: int) -> list[dict[str, Any]]:
     """One row for each of SETTINGS."""
-    plain = reply_options(guidance=model.config.guidance)
+    plain = DiffusionOptions(guidance=model.config.guidance)
     given, scenes = conditions(model, stories)
     ways = [replace(plain, **changes) for changes in SETTINGS]
     paint(model, given[:batch], plain, 0)  # what is prepared once
