@@ -60,6 +60,10 @@ class DiffusionOptions(ImageOptions):
         )
 
 
+# Name of a head -> class of the options that it draws with.
+IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {"minigpt5": DiffusionOptions}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How to reply. Text and images have seeds of their own: another image for the same text is one number away.

@@ -34,7 +34,7 @@ from mgp5.heads.losses import Losses
 from mgp5.heads.minigpt5 import to_pixels
 from mgp5.loading import backbone_kind
 from mgp5.model import InterleavedModel
-from mgp5.options import ImageOptions
+from mgp5.options import IMAGE_OPTIONS, ImageOptions
 
 SIDE = 8  # pixels
 
@@ -210,7 +210,7 @@ class SideHead(Head):
         return self.paint(states.mean(1)).tanh()[0, :, None, None].expand(3, SIDE, SIDE)
 
 
-HEADS["codes"], HEAD_CONFIGS["codes"] = ("toy_heads", "CodesHead"), CodesConfig
+HEADS["codes"], HEAD_CONFIGS["codes"], IMAGE_OPTIONS["codes"] = ("toy_heads", "CodesHead"), CodesConfig, CodesOptions
 
 
 def with_head(folder, head: Head, **config) -> InterleavedModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..errors import Mgp5Error
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from ..engines import Choice
     from ..memory.offload import Plan
     from ..model import InterleavedModel
-    from ..options import Backend, Memory, ModelRequest, Quantize
+    from ..options import Backend, ImageOptions, Memory, ModelRequest, Quantize
     from ..prompts import Context
 
 Tell = Callable[[str], None]  # takes a line for the user
@@ -67,7 +69,10 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     """Let images be drawn by an engine, and tokens be decoded by what goes with it: see `engines.apply`."""
     from .. import engines
 
-    choice, on_gpu = engines.apply(model.head.generator, backend, exported), model.backbone.device.type == "cuda"
+    generator, on_gpu = getattr(model.head, "generator", None), model.backbone.device.type == "cuda"
+    if generator is None:
+        return engines.Choice(None, f"the head {model.head.spec.name} has no denoiser")
+    choice = engines.apply(generator, backend, exported)
     # On a CPU only for who asked for the compiler: it takes longer than most replies.
     model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
     if model.backbone.compiled:
@@ -112,6 +117,23 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
     if choice.why:
         tell(f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model
+
+
+def image_options(request: ModelRequest) -> type[ImageOptions]:
+    """Return the class of the options that the model's head draws with, of its configuration alone.
+
+    Raises:
+        Mgp5Error: no such model, a configuration that cannot be read, or an unknown head.
+    """
+    from ..hub import read_config, resolve
+    from ..options import IMAGE_OPTIONS
+
+    trained = resolve(request.model).trained
+    head = "minigpt5" if trained is None else read_config(trained / "config.json").get("head", "minigpt5")
+    if head not in IMAGE_OPTIONS:
+        known = ", ".join(IMAGE_OPTIONS)
+        raise Mgp5Error(f"{request.model} has the head {head!r}, expected one of {known}", "update mgp5")
+    return IMAGE_OPTIONS[head]
 
 
 def narrate_from(request: ModelRequest) -> Context:

@@ -107,11 +107,17 @@ def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
     Raises:
         Mgp5Error: options that are unknown or out of range.
     """
-    from ..options import parse_settings, reply_options
+    from ..apps.open_model import image_options
+    from ..options import DiffusionOptions, parse_settings, reply_options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
+    model = model_request(flags)
+    kind, usual = image_options(model), DiffusionOptions()
+    known = {field.name for field in fields(kind)}
     image = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
-    return model_request(flags), reply_options(seed=seed, **image).updated(parse_settings(flags["settings"]))
+    # A flag at its default asks for nothing: a head without such an option is not told of it.
+    image = {name: value for name, value in image.items() if name in known or value != getattr(usual, name)}
+    return model, reply_options(kind, seed=seed, **image).updated(parse_settings(flags["settings"]))
 
 
 def model_request(flags: dict[str, Any]) -> ModelRequest:

@@ -57,7 +57,11 @@ def generate_batch(
     Raises:
         Mgp5Error: as `generate`, for any of them; then all end.
     """
-    each = options if isinstance(options, Sequence) else [options or Options()] * len(conversations)
+    each = (
+        options
+        if isinstance(options, Sequence)
+        else [options or Options(image=model.head.spec.image_options())] * len(conversations)
+    )
     if sessions and len({id(session.decoder) for session in sessions}) > 1:
         raise Mgp5Error("sessions on several decoders", "make them on rows of one: Session(..., decoder=..., row=...)")
     decoder = sessions[0].decoder if sessions else None

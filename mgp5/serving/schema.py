@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Message, Text
-from ..options import DiffusionOptions, Options, reply_options
+from ..options import Options, reply_options
 from .images import read_image_url
 from .loop import Refused
 
@@ -199,7 +199,7 @@ def _content(message: ChatMessage, limits: Limits) -> tuple:
 
 def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text: Any) -> Options:
     """Return options of text and images; what cannot be drawn is refused here, not in the middle of a reply."""
-    kind = DiffusionOptions
+    kind = model.head.spec.image_options
     width, height = _size(body.size, limits)
     image = {"steps": body.steps, "guidance": body.guidance, "width": width, "height": height}
     image["sampler"] = body.sampler if "sampler" in body.model_fields_set else None

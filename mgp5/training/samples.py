@@ -11,7 +11,7 @@ from ..events import Finished
 from ..inference.reply import generate
 from ..messages import Conversation, Message, Text
 from ..model import InterleavedModel
-from ..options import reply_options
+from ..options import DiffusionOptions, Options
 from ..views.html import write_html
 
 COUNT, STEPS, TOKENS = 4, 12, 64  # samples, denoising steps, tokens of text
@@ -37,8 +37,11 @@ def _readable(sample: Conversation) -> bool:
 def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
     """The model's own last message of a sample, with a picture where the data has one. Raises Mgp5Error."""
     *context, target = sample.messages
-    options = reply_options(
-        image="always" if target.images else "never", steps=STEPS, max_tokens=TOKENS if target.text else 0
+    kind = model.head.spec.image_options
+    options = Options(
+        draw="always" if target.images else "never",
+        max_tokens=TOKENS if target.text else 0,
+        image=kind(steps=STEPS) if kind is DiffusionOptions else kind(),
     )
     *_, last = generate(model, Conversation(tuple(context)), options)
     assert isinstance(last, Finished)
