@@ -94,7 +94,7 @@ class ActiveRequest:
 
     Attributes:
         need: what it waits for; None once it has ended.
-        busy: whether a worker is at its Step.
+        closed: whether it was given up.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ActiveRequest:
         self.model, self.head, self.conversation = model, model.head, conversation
         self.options, self.session = complete(model, options), session
         self.need: Need | None = None
-        self.busy = False
+        self.closed = False
         self.writer = ReplyText()
         self.token: int | None = None  # sampled, not read yet
         self.drawing: Generator[Request, Response, Tensor] | None = None
@@ -182,8 +182,8 @@ class ActiveRequest:
         yield from self._draw(Response(output=output))
 
     def close(self) -> None:
-        """End the reply without a word."""
-        self.need = None
+        """Give the reply up; it says nothing more."""
+        self.need, self.closed = None, True
         if self.drawing is not None:
             self.drawing.close()
 

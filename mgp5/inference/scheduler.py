@@ -107,10 +107,9 @@ class Scheduler:
     def _text_step(self) -> Iterator[Said]:
         """Let the LLM do one thing for as many replies as wait for it; returns whether any did."""
         yield from self._join()
-        waiting = {row: request for row, request in self.active.items() if not request.busy}
-        picks = {row: request for row, request in waiting.items() if isinstance(request.need, Pick)}
-        runs = {row: request for row, request in waiting.items() if isinstance(request.need, Forced | Embeds)}
-        decodes = {row: request for row, request in waiting.items() if isinstance(request.need, Decode)}
+        picks = {row: request for row, request in self.active.items() if isinstance(request.need, Pick)}
+        runs = {row: request for row, request in self.active.items() if isinstance(request.need, Forced | Embeds)}
+        decodes = {row: request for row, request in self.active.items() if isinstance(request.need, Decode)}
         if picks:
             yield from self._pick(picks)
         elif runs:
@@ -182,8 +181,6 @@ class Scheduler:
         calls = [part for group in groups.values() for part in self._shared(group, shares)]
         outputs = [self._start(call) for call in calls]
         if self._pool:
-            for request in (request for call in calls for request in call):
-                request.busy = True
             while not all(output.done() for output in outputs):
                 wrote = yield from self._text_step()
                 if not wrote:
@@ -195,7 +192,6 @@ class Scheduler:
                 made = [error] * len(call)
             self.counts["denoising_calls"] += 1
             for request, one in zip(call, made, strict=True):
-                request.busy = False
                 if self.active.get(request.row) is request:
                     self.counts["denoising_steps"] += 1
                     yield from self._go_on(request, lambda r=request, o=one: r.take_output(o))
@@ -215,9 +211,10 @@ class Scheduler:
         try:
             for event in take():
                 yield request, event
+                if request.closed:  # by whoever got the event
+                    return
         except Exception as error:  # of this reply alone: the others go on
-            request.close()
-            self.active.pop(request.row, None)
+            self.cancel(request)
             yield request, error
             return
         if request.need is None and self.active.get(request.row) is request:
