@@ -429,7 +429,7 @@ def test_bad_flags_get_one_line_too(mgp5, pictures):
         ({"--set": "precision=fp8"}, "precision is fp8", 2),
         ({"--config": "nowhere.toml"}, "nowhere.toml", 2),
         ({"--config": "bad.toml"}, "bad.toml", 2),
-        ({"--data": "nowhere"}, "nowhere", 1),
+        ({"--data": "nowhere"}, "no data at nowhere", 2),
         ({"--model": "nope"}, "'nope'", 2),
         ({"--vokens": "99"}, "--vokens", 2),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mgp5.config import DataConfig, preset
-from mgp5.data import FORMATS, Keyed, cc3m, jsonl, load_data, mmdialog
+from mgp5.config import DataConfig
+from mgp5.data import FORMATS, Keyed, cc3m, jsonl, load_data, load_sources, mmdialog
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image
 from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM, CHAT_SYSTEM
@@ -325,26 +324,20 @@ def test_keyed_samples_of_several_sources(tmp_path: Path) -> None:
         data[3]
 
 
-def test_settings_reach_the_loaders(tmp_path: Path, llava_folder, capsys) -> None:
-    from transformers import AutoTokenizer
-
-    from mgp5.training.run import sources
-
+def test_settings_reach_the_loaders(tmp_path: Path) -> None:
     write_cc3m(tmp_path, "a\ttrain/0.jpg", "b\ttrain/1.jpg", "c\ttrain/9.jpg")
     write_vist(tmp_path, {"s": story()})
     write_dialogs(tmp_path, [said("hi"), said("yes"), said("and"), said("or"), said("x" * 51), said("end")])
-    flags = {"sources": [tmp_path] * 3, "formats": ["cc3m", "vist", "mmdialog"]}
-    tokenizer = AutoTokenizer.from_pretrained(llava_folder)  # every byte is a token
+    sources, skipped = [(format, tmp_path) for format in ("cc3m", "vist", "mmdialog")], []
 
     def keys(**settings: object) -> list[str]:
-        config = dataclasses.replace(preset("finetune"), data=DataConfig(**settings))
-        return [key for key, _ in sources(flags, config, tokenizer)]
+        return [key for key, _ in load_sources(sources, DataConfig(**settings), count=len, tell=skipped.append)]
 
     assert len(keys()) == 2 + 13 + 3
-    assert "missing image" in capsys.readouterr().err
+    assert len(skipped) == 1 and "1 x missing image" in skipped[0]
     some = keys(instruct_every=2, tasks=("narrate",), narrate_first=True, turn_tokens=50, user_targets=True)
     assert some[:3] == ["train/0.jpg", "train/1.jpg", "train/1.jpg#instruction"]
     assert some[3:] == [*(f"s/{n}/narrate" for n in range(5)), "0/1", "0/2", "0/3"]
-    with pytest.raises(Mgp5Error, match="no other --data") as caught:
-        sources({"sources": [tmp_path] * 2, "formats": ["shards", "vist"]}, preset("finetune"), tokenizer)
+    with pytest.raises(Mgp5Error, match=r"no data at .*gone.*; shards are a stream and go with no other") as caught:
+        load_sources([("shards", tmp_path), ("vist", tmp_path / "gone")], DataConfig(), count=len)
     assert caught.value.exit_code == 2

@@ -31,7 +31,7 @@ from mgp5.loading import trained_tensors
 from mgp5.model import InterleavedModel
 from mgp5.training import checkpoints as runs
 from mgp5.training.loop import rate, total_steps, train
-from mgp5.training.run import Interruption, start
+from mgp5.training.run import Interruption, TrainRequest, estimate_stage, initial_model, train_stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gib"}
@@ -252,7 +252,7 @@ def test_a_loaded_model_gives_the_states_of_the_trained_one(stage, mllm_folder, 
 def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_folder, pairs, tales, tmp_path):
     first = fresh(mllm_folder, diffusion_folder)
     finish(first, pairs, config("pretrain", rows_lr=1e-2), tmp_path / "pretrain")
-    model = start({"model": str(tmp_path / "pretrain"), "vokens": 8}, config("finetune"))
+    model = initial_model(str(tmp_path / "pretrain"), config("finetune"))
     assert model.config.head_config.num_vokens == VOKENS  # the run's, not the flag's
     batch = batch_of(model, tales[3])
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_finetuning_begins_with_what_pretraining_made(mllm_folder, diffusion_fol
     with torch.no_grad():
         torch.testing.assert_close(again.hidden(batch), model.hidden(batch), atol=1e-5, rtol=1e-4)
     with pytest.raises(Mgp5Error, match="finetuned already"):
-        start({"model": str(tmp_path / "finetune"), "vokens": 8}, config("finetune"))
+        initial_model(str(tmp_path / "finetune"), config("finetune"))
     for name in ("mlp.0.weight", "queries"):
         assert torch.equal(again.head.mapper.state_dict()[name], first.head.mapper.state_dict()[name])
 
@@ -332,7 +332,7 @@ def test_an_error_of_a_data_worker_is_one_line(workers, llava, tmp_path):
 
 def test_a_finetuned_checkpoint_needs_nothing_of_the_stage_before(llava, llava_folder, pairs, tales, tmp_path):
     finish(llava, pairs, config("pretrain"), tmp_path / "pretrain")
-    model = start({"model": str(tmp_path / "pretrain"), "vokens": 8}, config("finetune"))
+    model = initial_model(str(tmp_path / "pretrain"), config("finetune"))
     shutil.rmtree(tmp_path / "pretrain")
     finish(model, tales, config("finetune"), tmp_path / "finetune")
     again = load(tmp_path / "finetune/checkpoints/step-000002")
@@ -399,6 +399,32 @@ def test_both_stages_from_the_command_line(llava_folder, diffusion_folder, story
     assert load(tmp_path / "finetune").config.lora == LoraConfig(rank=2)
     saved = json.loads((tmp_path / "finetune/config.json").read_text())
     assert (saved["batch"], saved["lora"]["rank"], saved["stage"]) == (2, 2, "finetune")
+
+
+def test_a_request_is_checked_whole_and_trains_from_python(base, storyland, tmp_path):
+    data = (("cc3m", storyland / "cc3m"), ("shards", tmp_path), ("csv", tmp_path))
+    with pytest.raises(Mgp5Error) as caught:
+        TrainRequest(
+            stage="pretrain", data=data, out=base, model="nope", overrides={"lr": -1.0}, vokens=17, device="abacus"
+        )
+    for words in ("vokens is 17", "format 'csv'", "shards are a stream", "no model 'nope'", "'abacus'", "lr is -1"):
+        assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+    request = TrainRequest(
+        stage="pretrain",
+        data=(("cc3m", storyland / "cc3m"),),
+        out=tmp_path / "run",
+        model=str(base),
+        preset="demo",
+        overrides={"batch": 1, "precision": "fp32"},
+        max_steps=2,
+        vokens=4,
+        device="cpu",
+    )
+    estimate = estimate_stage(request)
+    assert (estimate.samples, estimate.updates, estimate.batch) == (6, 2, 1) and estimate.memory.total.trained > 0
+    assert [event.step for event in train_stage(request)] == [1, 2]
+    assert load(tmp_path / "run").config.stage == "pretrain"
 
 
 def test_each_data_needs_its_format(storyland, tmp_path):

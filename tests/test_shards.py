@@ -159,7 +159,7 @@ def test_damage_is_told_and_the_stream_goes_on(tmp_path: Path) -> None:
     intact = [f"00000.tar/00000000{n}" for n in range(4)]  # of the second, nobody knows whether the last one was whole
     assert keys(found)[:6] == [*intact, "00001.tar/000001000", "broken shard!"]
     assert [note.kind for note in notes] == ["broken shard"] * 3 + ["missing shard"]
-    assert all(f"0000{number}.tar (" in note.place for number, note in enumerate(notes, 1))
+    assert all(f"0000{number}.tar (" in note.where for number, note in enumerate(notes, 1))
     assert data.size == len(found) and shards.load(folder / "{00000..00004}.tar", instruct_every=0).size == len(found)
 
 
@@ -242,7 +242,7 @@ def test_urls_are_streamed_and_tried_again(stats: bool, server: str, tmp_path: P
     assert batches(data, 3, workers=2, first=5) == whole[5:]
     gone = shards.load(Path(f"{server}/{{00001..00002}}.tar"), instruct_every=0)
     assert keys(gone)[5:] == ["missing shard!"]
-    assert list(gone)[5].place == f"{gone.names[1]} (HTTP Error 404: File not found)"
+    assert list(gone)[5].where == f"{gone.names[1]} (HTTP Error 404: File not found)"
 
 
 def test_places_that_are_refused(tmp_path: Path) -> None:

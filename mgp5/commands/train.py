@@ -1,11 +1,22 @@
-"""mgp5 train and convert: what makes a model."""
+"""mgp5 train and convert: commands that make a model."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..errors import Mgp5Error
+
+if TYPE_CHECKING:
+    from ..training.loop import Progress
+    from ..training.run import StageEstimate
 
 
 @click.command()
@@ -39,7 +50,9 @@ import click
     help="Tell what would train and how much memory it takes, and stop: no weights are loaded.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
-def train(**flags: Any) -> None:
+def train(
+    sources: tuple[Path, ...], formats: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
 
     Ctrl-C saves before it ends the run, a second one does not wait. On several GPUs:
@@ -48,9 +61,82 @@ def train(**flags: Any) -> None:
 
       accelerate launch --use_fsdp $(which mgp5) train ...    (weights shared out between them)
     """
-    from ..training.run import run
+    from ..files import read_json
+    from ..options import parse_settings
+    from ..training.checkpoints import REPORT
+    from ..training.run import Interruption, TrainRequest, estimate_stage, train_stage
 
-    run(flags)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    flags["caches"] = tuple(flags["caches"])
+    data = data_of(sources, formats)
+    request = TrainRequest(data=data, config_file=flags.pop("config"), overrides=parse_settings(settings), **flags)
+    if request.dry_run:
+        return _show_estimate(estimate_stage(request, tell=_tell), request.config.batch, as_json)
+    with Interruption() as stop:
+        last = _show(train_stage(request, stop=stop, tell=_tell), request.stage, as_json)
+    stopped = last is not None and last.stopped
+    for kind, (number, first) in read_json(request.out / REPORT)["problems"].items() if not as_json else ():
+        _tell(f"{number} x {kind} (first: {first})")
+    if not as_json:
+        _tell(f"What was trained is in {request.out}{': go on with --resume' if stopped else ''}")
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def data_of(sources: tuple[Path, ...], formats: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
+    """Return format and path of each --data. Raises Mgp5Error when their numbers differ."""
+    if len(sources) != len(formats):
+        found = f"{len(sources)} --data but {len(formats)} --format"
+        raise Mgp5Error(found, "give one --format for each --data, in the same order", usage=True)
+    return tuple(zip(formats, sources, strict=True))
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _show(events: Iterator[Progress], stage: str, as_json: bool) -> Progress | None:
+    """Show every update, as a bar or as a line of JSON; return the last one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(stage), BarColumn(8), MofNCompleteColumn(), TextColumn("{task.description}"))
+    event = None
+    with Bar(*columns, console=Console(stderr=True), disable=as_json) as bar:
+        task = bar.add_task("", total=None)
+        for event in events:
+            bar.update(task, total=event.total, completed=event.step, description=_line(event))
+            if as_json:
+                click.echo(json.dumps(event.row()))
+    return event
+
+
+def _line(event: Progress) -> str:
+    """Return an update in short: it has to fit a terminal of 80 columns; the log has the rest."""
+    hours, seconds = divmod(round(event.eta), 3600)
+    losses = " ".join(f"{name} {value:.3f}" for name, value in event.losses.items())
+    eta = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+    return f"{eta} {losses} {event.images_per_second:.1f} images/s {event.memory_gib:.1f} GiB"
+
+
+def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ..memory.estimate import table
+
+    memory, tflop = found.memory, round(found.memory.flops / 1e12, 3)
+    if as_json:
+        values = {"samples": found.samples, "updates": found.updates, "tokens": memory.length, "tflop": tflop}
+        parts = {"parts": [asdict(row) for row in memory.rows], "bytes": memory.total.total}
+        return click.echo(json.dumps(values | parts))
+    Console(stderr=True).print(table(memory))
+    work = f"{found.samples} samples, {found.updates} updates of {found.batch} samples"
+    _tell(
+        f"{work}, {batch} of {memory.length} tokens at a time; {memory.total.trained:,} trainable parameters, "
+        f"{tflop} TFLOP per update"
+    )
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Data sources: each yields conversations whose last message is the target."""
+"""Data sources: each yields conversations whose last message is the target. A format is a module with a `load`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import DataConfig
 from ..errors import Mgp5Error
 from ..messages import Conversation
 from .files import Dataset, Problems, Skipped
@@ -17,21 +18,21 @@ from .files import Dataset, Problems, Skipped
 if TYPE_CHECKING:
     from .shards import Shards
 
-__all__ = ["FORMATS", "Dataset", "Keyed", "Problems", "Skipped", "load_data", "options_of"]
+__all__ = ["FORMATS", "Dataset", "Keyed", "Problems", "Skipped", "Source", "load_data", "load_sources"]
 
 FORMATS = ("cc3m", "vist", "mmdialog", "jsonl", "shards")
+Source = tuple[str, Path]  # format, path
 
 
 class Keyed:
-    """Data sets one after another, each sample with its key, so that whoever cannot use it can say which one it is.
+    """Data sets one after another, each sample with its key, which names it in reports.
 
     Attributes:
         problems: of all of them.
     """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:
-        self.parts = tuple(parts)
-        self.problems = Problems()
+        self.parts, self.problems = tuple(parts), Problems()
         for part in parts:
             self.problems.merge(part.problems)
         self._ends = list(accumulate(map(len, parts)))
@@ -40,7 +41,7 @@ class Keyed:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> tuple[str, Conversation]:
-        """Key and sample. Raises IndexError."""
+        """Return key and sample. Raises IndexError."""
         index = range(len(self))[index]
         number = bisect_right(self._ends, index)
         part = self.parts[number]
@@ -48,31 +49,73 @@ class Keyed:
         return part.key(index), part[index]
 
 
-def _loader(format: str) -> Callable[..., Any]:
-    """The `load` of a format; its module is imported now."""
-    if format not in FORMATS:
-        raise Mgp5Error(f"unknown data format {format!r}", f"expected one of {', '.join(FORMATS)}", usage=True)
-    return import_module(f"{__name__}.{format}").load
-
-
-def options_of(format: str) -> list[str]:
-    """The options that `load_data` takes for a format. Raises Mgp5Error for an unknown one."""
-    return list(inspect.signature(_loader(format)).parameters)[2:]
-
-
 def load_data(format: str, path: Path | str, split: str = "train", **options: Any) -> Dataset | Shards:
     """Read a data source.
 
     Args:
         format: a name in `FORMATS`.
-        path: what `--data` was given: a folder, or the file in it that lists the samples; for "shards" a URL too.
+        path: a folder, or the file in it that lists the samples; for "shards" a URL too.
         split: "train", "val" or "test"; the last two stand in for each other.
         options: those of the format's `load`.
 
-    Raises Mgp5Error for an unknown format, split or option, and for data that cannot be used.
+    Raises:
+        Mgp5Error: an unknown format, split or option, or data that cannot be used.
     """
-    load, known = _loader(format), options_of(format)
+    load, known = _loader(format)
     if unknown := sorted(options.keys() - set(known)):
         hint = f"it has {', '.join(known)}" if known else "it has none"
         raise Mgp5Error(f"data of format {format} has no option {', '.join(unknown)}", hint, usage=True)
     return load(Path(path), split, **options)
+
+
+def load_sources(
+    sources: Sequence[Source],
+    config: DataConfig,
+    split: str = "train",
+    *,
+    count: Callable[[str], int],
+    tell: Callable[[str], None] = lambda text: None,
+) -> Keyed | Shards:
+    """Read several data sources as one; each format takes the settings that it knows.
+
+    Args:
+        sources: format and path of each.
+        config: how samples are made of them.
+        split: as of `load_data`.
+        count: returns the number of tokens of a text; called where `config.turn_tokens` is set.
+        tell: takes a line about what was skipped.
+
+    Raises:
+        Mgp5Error: as of `load_data`, or shards beside another source.
+    """
+    if problems := check_sources(sources):
+        raise Mgp5Error("; ".join(problems), usage=True)
+    settings = {**vars(config), "count": count}
+    parts = []
+    for format, path in sources:
+        options = {name: settings[name] for name in _loader(format)[1] if name in settings}
+        parts.append(load_data(format, path, split, **options))
+        if parts[-1].problems:
+            tell(f"{path}: skipped {parts[-1].problems}")
+    return parts[0] if sources[0][0] == "shards" else Keyed(parts)
+
+
+def check_sources(sources: Sequence[Source]) -> list[str]:
+    """Return what is wrong with formats and paths of data sources, without reading them; one entry each."""
+    problems = [] if sources else ["there is no data: give --data PATH with its --format"]
+    for format, path in sources:
+        if format not in FORMATS:
+            problems.append(f"unknown data format {format!r}: expected one of {', '.join(FORMATS)}")
+        elif format != "shards" and not path.exists():
+            problems.append(f"no data at {path}: check the path")
+    if len(sources) > 1 and any(format == "shards" for format, _ in sources):
+        problems.append("shards are a stream and go with no other --data: give all as one: {00000..00331}")
+    return problems
+
+
+def _loader(format: str) -> tuple[Callable[..., Any], list[str]]:
+    """Import a format; return its `load` and the options of that. Raises Mgp5Error for an unknown format."""
+    if format not in FORMATS:
+        raise Mgp5Error(f"unknown data format {format!r}", f"expected one of {', '.join(FORMATS)}", usage=True)
+    load = import_module(f"{__name__}.{format}").load
+    return load, list(inspect.signature(load).parameters)[2:]

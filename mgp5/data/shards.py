@@ -167,7 +167,7 @@ class Stream(IterableDataset):
                         yield item
                     skip = max(0, skip - len(block))
                 if len(useless) == len(names):
-                    who, reason = f"reader {reader} of {readers}", f"{last.kind}: {last.place}"
+                    who, reason = f"reader {reader} of {readers}", f"{last.kind}: {last.where}"
                     raise Mgp5Error(f"no usable sample for {who} ({reason})", "use fewer workers")
 
     def _shuffled(self, items: Sequence[Any], *key: Any) -> list[Any]:

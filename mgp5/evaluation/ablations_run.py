@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..errors import Mgp5Error
 from ..files import lock, read_json, replacing, write_json
 from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG
+from ..options import parse_settings
 from ..storyland.write import write as write_storyland
 from ..training import checkpoints as runs
 from ..training import make_cache as caching
@@ -150,14 +151,14 @@ def _work(plan: Plan, table: Mapping[str, Row], found: Mapping[tuple, Run], seed
 def _cache(plan: Plan) -> None:
     """Compute once what the frozen parts make of the data."""
     flags = {"kinds": "latents,captions,features", "dtype": "fp32", "batch": 16, "workers": 0, "settings": ()}
-    flags |= {"model": plan.model, "device": plan.device, "out": plan.out / "cache"} | _sources(plan, *FORMATS)
+    flags |= {"model": plan.model, "device": plan.device, "out": plan.out / "cache"}
+    flags["formats"], flags["sources"] = zip(*_sources(plan, *FORMATS), strict=True)
     with redirect_stderr(StringIO()):
         caching.run(flags)
 
 
-def _sources(plan: Plan, *stages: Stage) -> dict[str, Any]:
-    formats = [FORMATS[stage] for stage in stages]
-    return {"formats": formats, "sources": [plan.data / name for name in formats]}
+def _sources(plan: Plan, *stages: Stage) -> list[tuple[str, Path]]:
+    return [(FORMATS[stage], plan.data / FORMATS[stage]) for stage in stages]
 
 
 def _chain(plan: Plan, chain: Sequence[Run], seed: int) -> None:
@@ -176,24 +177,21 @@ def _train(plan: Plan, one: Run, folder: Path, seed: int) -> None:
     if not done:
         shutil.rmtree(folder, ignore_errors=True)
     own = one.row.pretrain if one.stage == "pretrain" else one.row.finetune
-    flags = {
-        "stage": one.stage,
-        "preset": "demo",
-        "config": None,
-        "settings": (*SETTINGS[one.stage], *own, f"seed={seed}"),
-        "max_steps": one.updates,
-        "model": str(one.before.folder(plan.out, seed)) if one.before else plan.model,
-        "vokens": one.row.vokens,
-        "device": plan.device,
-        "caches": [plan.out / "cache"],
-        "resume": bool(done),
-        "out": folder,
-        "stop_after": None,
-        "dry_run": False,
-        "as_json": True,
-    }
-    with redirect_stdout(StringIO()):
-        training.run(flags | _sources(plan, one.stage))
+    request = training.TrainRequest(
+        stage=one.stage,
+        data=tuple(_sources(plan, one.stage)),
+        out=folder,
+        model=str(one.before.folder(plan.out, seed)) if one.before else plan.model,
+        preset="demo",
+        overrides=parse_settings((*SETTINGS[one.stage], *own, f"seed={seed}")),
+        max_steps=one.updates,
+        vokens=one.row.vokens,
+        device=plan.device,
+        caches=(plan.out / "cache",),
+        resume=bool(done),
+    )
+    for _ in training.train_stage(request, tell=lambda text: None):
+        pass
 
 
 def _write_data(plan: Plan, train: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..backbones.hf import HFBackbone
-from ..config import DataConfig, preset
-from ..data import Keyed, Problems, Skipped
+from ..config import DataConfig
+from ..data import Keyed, Problems, Skipped, load_sources
 from ..data.shards import Shards
 from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
 from ..errors import Mgp5Error
@@ -33,7 +33,7 @@ from ..options import override, parse_settings
 from .batch import to_pixels
 from .feature_cache import KINDS, Item, Writer
 from .fingerprint import origin
-from .run import sources, tokenizer_of
+from .run import token_counter
 
 PROBES = 32  # samples from which sizes are estimated
 Thing = Image | str  # a picture, or a caption
@@ -73,7 +73,9 @@ def run(flags: dict[str, Any]) -> None:
 def _data(flags: dict[str, Any]) -> Keyed | Shards:
     """The data with all of its history: what training may need, and no sample twice."""
     data = override(DataConfig(instruct_every=0), parse_settings(flags["settings"]))
-    return sources(flags, replace(preset("finetune"), data=data), tokenizer_of(flags["model"]))
+    pairs = tuple(zip(flags["formats"], flags["sources"], strict=True))
+    tell = partial(click.echo, err=True)
+    return load_sources(pairs, data, flags.get("split", "train"), count=token_counter(flags["model"]), tell=tell)
 
 
 def _load(parts: Parts, kinds: Sequence[str], device: str) -> dict[str, Part]:

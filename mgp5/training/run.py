@@ -1,230 +1,236 @@
-"""What `mgp5 train` does: settings and data together, a model, the loop, progress in the terminal."""
+"""Train a stage, from Python as from the command line: a request that is checked at once, its estimate and its run."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, fields, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
-import click
 import torch
 
-from ..config import TrainConfig, model_config_from, preset
-from ..data import Keyed, load_data, options_of
-from ..device import DTYPES, quiet_libraries
+from ..config import Stage, TrainConfig, model_config_from, preset
+from ..data import Keyed, Source, check_sources, load_sources
+from ..data.shards import Shards
+from ..device import DTYPES, pick_device, quiet_libraries
 from ..errors import Mgp5Error
-from ..files import read_json
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
+from ..memory.estimate import Estimate, estimate
+from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
-from ..options import override, parse_settings, read_toml
+from ..options import override, read_toml
 from . import checkpoints as runs
 from .distributed import frozen_dtype, launch
 from .feature_cache import Caches
 from .loop import Progress, num_samples, total_steps, train
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ..data.shards import Shards
+Tell = Callable[[str], None]  # takes a line of text for people
 
 
-def settings(flags: dict[str, Any]) -> TrainConfig:
-    """Preset < file < --set < flags of their own."""
-    config = preset(flags["stage"], flags["preset"])
-    if flags["config"]:
-        config = override(config, read_toml(flags["config"]))
-    config = override(config, parse_settings(flags["settings"]))
-    return replace(config, steps=flags["max_steps"]) if flags["max_steps"] else config
-
-
-def sources(flags: dict[str, Any], config: TrainConfig, tokenizer: Any) -> Keyed | Shards:
-    """All --data with their --format as one data set; each format takes those settings of `config.data` it knows.
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What to train, on what data, and how; everything that can be checked without reading weights is checked at once.
 
     Args:
-        tokenizer: of the LLM, which counts the tokens of a turn.
+        stage: "pretrain" or "finetune".
+        data: format and path of each data source.
+        out: folder of the run.
+        model: a name, a folder, "MLLM+GENERATOR", or a run of the stage before.
+        preset: name of the settings to begin with, see `config.preset`.
+        config_file: TOML file of settings that replace those of the preset.
+        overrides: settings that replace those of preset and file, nested as in {"lora": {"rank": 4}}.
+        max_steps: updates in all, instead of epochs.
+        stop_after: updates after which this call ends; the run can be resumed.
+        vokens: number of vokens of an image, 1 to 16, for a new model.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        caches: folders of `mgp5 data cache`.
+        resume: go on with the run in `out`.
+        dry_run: the request is for `estimate_stage` only: `out` is not looked at.
+
+    Raises:
+        Mgp5Error: what is wrong with the request; all of it.
     """
-    formats = flags["formats"]
-    if len(flags["sources"]) != len(formats):
-        found = f"{len(flags['sources'])} --data but {len(formats)} --format"
-        raise Mgp5Error(found, "give one --format for each --data, in the same order", usage=True)
-    if "shards" in formats and len(formats) > 1:
-        raise Mgp5Error(
-            "shards are a stream and go with no other --data", "give all as one: {00000..00331}", usage=True
+
+    stage: Stage
+    data: tuple[Source, ...]
+    out: Path
+    model: str
+    preset: str = "paper"
+    config_file: Path | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    max_steps: int | None = None
+    stop_after: int | None = None
+    vokens: int = 8
+    device: str = "auto"
+    caches: tuple[Path, ...] = ()
+    resume: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        counts = (
+            ("max_steps", self.max_steps, 10**9),
+            ("stop_after", self.stop_after, 10**9),
+            ("vokens", self.vokens, 16),
         )
-    known = {field.name: getattr(config.data, field.name) for field in fields(config.data)}
-    known["count"] = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-    parts = []
-    for format, path in zip(formats, flags["sources"], strict=True):
-        options = {name: known[name] for name in options_of(format) if name in known}
-        parts.append(load_data(format, path, flags.get("split", "train"), **options))
-        if parts[-1].problems:
-            click.echo(f"{path}: skipped {parts[-1].problems}", err=True)
-    return parts[0] if "shards" in formats else Keyed(parts)
+        bad = [(name, value, most) for name, value, most in counts if value is not None and not 1 <= value <= most]
+        problems = [f"{name} is {value}, expected 1 to {most:,}" for name, value, most in bad]
+        problems += check_sources(self.data)
+        problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
+        checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
+        checks += [lambda: self.config] if self.dry_run else [lambda: runs.check(self.out, self.config, self.resume)]
+        for check in checks:
+            try:
+                check()
+            except Mgp5Error as error:
+                problems.append(str(error))
+        if problems:
+            raise Mgp5Error("; ".join(problems), usage=True)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The settings of the run: preset, then file, then overrides, then `max_steps`."""
+        config = preset(self.stage, self.preset)
+        if self.config_file:
+            config = override(config, read_toml(self.config_file))
+        config = override(config, dict(self.overrides))
+        return replace(config, steps=self.max_steps) if self.max_steps else config
 
 
-def start(flags: dict[str, Any], config: TrainConfig, dtype: torch.dtype = torch.float32) -> InterleavedModel:
-    """The model that a stage begins with: fresh, or what the stage before has trained (folded into its weights).
+@dataclass(frozen=True)
+class StageEstimate:
+    """What a run would do, and take on one device.
+
+    Attributes:
+        samples: of an epoch, None where that is not known.
+        updates: of the run.
+        batch: samples of an update.
+        memory: parameters, memory and operations of an update.
+    """
+
+    samples: int | None
+    updates: int
+    batch: int
+    memory: Estimate
+
+
+def train_stage(
+    request: TrainRequest, *, stop: Callable[[], bool] = lambda: False, tell: Tell = lambda text: None
+) -> Iterator[Progress]:
+    """Train a stage and yield after every update; `request.out` then has what was trained.
+
+    Under `torchrun` or `accelerate launch` every process calls this.
 
     Args:
-        dtype: of the weights that do not train.
+        stop: asked in every update; True saves and ends the run, which can be resumed.
+        tell: takes lines about data that was skipped and caches that were used.
+
+    Raises:
+        Mgp5Error: data or model that cannot be used, or a run that cannot be saved.
     """
-    parts = resolve(flags["model"])
-    torch.manual_seed(config.seed)  # a fresh mapper is the same in every process and every run
-    # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
-    mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
-    if parts.trained is None:
-        layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
-        return build(mllm, diffusion, num_vokens=flags["vokens"], dtype=dtype, quantize=config.quantize, **layers)
-    model = load_checkpoint(parts, dtype=dtype, quantize=config.quantize)
-    if model.config.lora or model.config.prefix:  # a new run saves its own adapter only: the old one would be lost
-        raise Mgp5Error(
-            f"--model {flags['model']} is finetuned already", "start from its pretrain run, or go on with --resume"
-        )
-    model.merge()
-    model.config = replace(model.config, mllm=mllm, diffusion=diffusion)
-    return model
+    quiet_libraries()
+    config = request.config
+    data = _load_data(request, tell)
+    accelerator = launch(config, request.device, request.out)
+    total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
+    dtype = frozen_dtype(config, accelerator.device)
+    model = initial_model(request.model, config, vokens=request.vokens, dtype=dtype)
+    caches = Caches.open(request.caches, model) if request.caches else None
+    options = {"resume": request.resume, "stop_after": request.stop_after, "stop": stop, "caches": caches}
+    yield from train(model, data, config, request.out, accelerator=accelerator, **options)
+    with redirect_stdout(sys.stderr):  # trackers print when they end
+        accelerator.end_training()
+    if caches:
+        tell(f"taken from the caches: {caches}")
 
 
-def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a model's LLM, without its weights. Raises Mgp5Error."""
+def estimate_stage(request: TrainRequest, *, tell: Tell = lambda text: None) -> StageEstimate:
+    """Estimate what a run would take on one device; data and configurations are read, no weights. Raises Mgp5Error."""
+    quiet_libraries()
+    config, parts, processes = request.config, resolve(request.model), int(os.environ.get("WORLD_SIZE", "1"))
+    data = _load_data(request, tell)
+    samples, updates = num_samples(data), total_steps(config, data, processes)
+    trained = parts.trained and model_config_from(read_config(parts.trained / CONFIG), parts.name)
+    shapes = {"num_vokens": request.vokens, "trained": trained, "dtype": DTYPES[config.precision]}
+    memory = estimate(skeleton(parts.mllm, parts.diffusion, config, **shapes), config)
+    return StageEstimate(samples, updates, config.batch * config.accumulation * processes, memory)
+
+
+def _load_data(request: TrainRequest, tell: Tell) -> Keyed | Shards:
+    return load_sources(request.data, request.config.data, count=token_counter(request.model), tell=tell)
+
+
+def token_counter(model: str) -> Callable[[str], int]:
+    """Return a function that counts the tokens of a text; the LLM's tokenizer is loaded when it is first called."""
+    tokenizer = cache(lambda: _load_tokenizer(resolve(model).mllm))
+    return lambda text: len(tokenizer().encode(text, add_special_tokens=False))
+
+
+def _load_tokenizer(mllm: str) -> Any:
     from transformers import AutoTokenizer
 
-    mllm = resolve(model).mllm
     try:
         return from_hub(mllm, lambda name, revision: AutoTokenizer.from_pretrained(name, revision=revision))
     except (OSError, ValueError) as error:
         raise explain(error, mllm) from error
 
 
-def run(flags: dict[str, Any]) -> None:
-    """Train, and tell how it goes; of several processes the first one does. Raises Mgp5Error, KeyboardInterrupt."""
-    if os.environ.get("RANK", "0") == "0":
-        return _run(flags)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            _run(flags)
-        except Mgp5Error as error:
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            sys.exit(130)
+def initial_model(
+    name: str, config: TrainConfig, *, vokens: int = 8, dtype: torch.dtype = torch.float32
+) -> InterleavedModel:
+    """Build the model that a stage begins with: a new one, or what the stage before has trained, adapters merged.
 
+    Args:
+        name: as `TrainRequest.model`.
+        config: of the stage.
+        vokens: number of vokens of a new model.
+        dtype: of the weights that do not train.
 
-def _run(flags: dict[str, Any]) -> None:
-    quiet_libraries()
-    config, out = settings(flags), flags["out"]
-    if flags["dry_run"]:
-        return _dry_run(flags, config)
-    runs.check(out, config, flags["resume"])
-    data = sources(flags, config, tokenizer_of(flags["model"]))
-    accelerator = launch(config, flags["device"], out)
-    total_steps(config, data, accelerator.num_processes)  # an error is told before weights are loaded
-    model = start(flags, config, frozen_dtype(config, accelerator.device))
-    caches = Caches.open(flags["caches"], model) if flags["caches"] else None
-    with Interruption() as asked:
-        pieces = {"resume": flags["resume"], "stop_after": flags["stop_after"], "caches": caches}
-        last = _show(train(model, data, config, out, stop=asked, accelerator=accelerator, **pieces), flags)
-    with redirect_stdout(sys.stderr):  # trackers take leave
-        accelerator.end_training()
-    if not flags["as_json"]:
-        if caches:
-            click.echo(f"taken from the caches: {caches}", err=True)
-        _tell(flags["out"], bool(last and last.stopped))
-    if last and last.stopped:
-        raise KeyboardInterrupt
-
-
-def _dry_run(flags: dict[str, Any], config: TrainConfig) -> None:
-    """Tell what a run would train and what it would take on one GPU; configurations are read, no weights."""
-    from rich.console import Console
-
-    from ..memory.estimate import estimate, table
-    from ..memory.skeletons import skeleton
-
-    parts, processes = resolve(flags["model"]), int(os.environ.get("WORLD_SIZE", "1"))
-    data = sources(flags, config, _Later(flags["model"]))
-    samples, total = num_samples(data), total_steps(config, data, processes)
-    own = parts.trained and model_config_from(read_config(parts.trained / CONFIG), parts.name)
-    vokens, dtype = flags["vokens"], DTYPES[config.precision]
-    told = estimate(skeleton(parts.mllm, parts.diffusion, config, num_vokens=vokens, trained=own, dtype=dtype), config)
-    facts = {"samples": samples, "updates": total, "tokens": told.length, "tflop": round(told.flops / 1e12, 3)}
-    if flags["as_json"]:
-        print(json.dumps(facts | {"parts": [asdict(row) for row in told.rows], "bytes": told.total.total}))
-        return
-    Console(stderr=True).print(table(told))
-    batch = config.batch * config.accumulation * processes
-    work = f"{samples} samples, {total} updates of {batch} samples, {config.batch} of {told.length} tokens at a time"
-    click.echo(f"{work}; {told.total.trained:,} trainable parameters, {facts['tflop']} TFLOP per update", err=True)
-
-
-class _Later:
-    """A tokenizer that is loaded when it is first needed: few formats do, and a dry run of known shapes needs none."""
-
-    def __init__(self, model: str) -> None:
-        self.load = cache(lambda: tokenizer_of(model))
-
-    def encode(self, *args: Any, **options: Any) -> list[int]:
-        return self.load().encode(*args, **options)
+    Raises:
+        Mgp5Error: no such model, or one that is finetuned already.
+    """
+    parts = resolve(name)
+    torch.manual_seed(config.seed)  # a new mapper is the same in every process and every run
+    # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
+    mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
+    if parts.trained is None:
+        layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
+        return build(mllm, diffusion, num_vokens=vokens, dtype=dtype, quantize=config.quantize, **layers)
+    model = load_checkpoint(parts, dtype=dtype, quantize=config.quantize)
+    if model.config.lora or model.config.prefix:  # a new run saves its own adapter only: the old one would be lost
+        raise Mgp5Error(f"--model {name} is finetuned already", "start from its pretrain run, or go on with --resume")
+    model.merge()
+    model.config = replace(model.config, mllm=mllm, diffusion=diffusion)
+    return model
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM as a question: the loop finishes its update and saves. A second Ctrl-C does not wait."""
+    """A `stop` for `train_stage` that Ctrl-C and SIGTERM set: the loop finishes its update and saves.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __call__(self) -> bool:
-        """Whether to stop."""
-        return self.asked
+        """Return whether to stop."""
+        return self.requested
 
     def __enter__(self) -> Interruption:
-        self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-
-
-def _tell(out: Path, stopped: bool) -> None:
-    """Where the result is, and what was not trained on."""
-    for kind, (number, place) in read_json(out / runs.REPORT)["problems"].items():
-        click.echo(f"{number} x {kind} (first: {place})", err=True)
-    click.echo(f"What was trained is in {out}{': go on with --resume' if stopped else ''}", err=True)
-
-
-def _show(events: Iterator[Progress], flags: dict[str, Any]) -> Progress | None:
-    """Show every update; returns the last."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(flags["stage"]), BarColumn(8), MofNCompleteColumn(), TextColumn("{task.description}"))
-    event = None
-    with Bar(*columns, console=Console(stderr=True), disable=flags["as_json"]) as bar:
-        task = bar.add_task("", total=None)
-        for event in events:
-            bar.update(task, total=event.total, completed=event.step, description=_line(event))
-            if flags["as_json"]:
-                sys.stdout.write(json.dumps(event.row()) + "\n")
-                sys.stdout.flush()
-    return event
-
-
-def _line(event: Progress) -> str:
-    """An update in short: it has to fit a terminal of 80 columns; the log has the rest."""
-    hours, seconds = divmod(round(event.eta), 3600)
-    losses = " ".join(f"{name} {value:.3f}" for name, value in event.losses.items())
-    eta = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
-    return f"{eta} {losses} {event.images_per_second:.1f} images/s {event.memory_gib:.1f} GiB"
+        self.requested = True
