@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .commands import ablate, bench, compare, data, evaluate, export, models, serve, tell, train
+from .commands import bench, data, evaluate, export, models, serve, tell, train
 from .errors import Mgp5Error
 
 
@@ -69,7 +69,7 @@ def completion(shell: str) -> None:
 for command in (
     *(tell.story, tell.chat, tell.recall),
     *(train.train, train.convert, data.data),
-    *(evaluate.evaluate, compare.compare, compare.votes, ablate.ablate, bench.bench),
+    *(evaluate.eval_command, bench.bench),
     *(models.models, models.pull, models.rm, models.doctor),
     *(export.export, serve.serve),
 ):

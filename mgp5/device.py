@@ -1,15 +1,22 @@
-"""Which device and precision to use, where results are kept, and how quiet the libraries are."""
+"""Which device and precision to use, what this machine is, where results are kept, how quiet the libraries are."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import Mgp5Error
+from .files import GiB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
+OPTIONAL_PACKAGES = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
 SMALL = 100_000_000  # parameters; below, a CPU thread has so little to do that threads mostly wait for each other
 
 
@@ -64,3 +71,36 @@ def limit_threads_for_small_models(model: torch.nn.Module) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, memory in GiB, and the GPU if there is one."""
+    found: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
+    found |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
+    if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
+        found["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
+    if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
+        found["driver"] = driver
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        found |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
+        found["gpu_gib"] = round(card.total_memory / GiB, 1)
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of each library; None for an optional one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES + OPTIONAL_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _field(path: str, pattern: str) -> str | None:
+    """Return the first match in a file of the system, None where there is none."""
+    file = Path(path)
+    match = re.search(pattern, file.read_text()) if file.is_file() else None
+    return match and match[1].strip()

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from . import engines
 from .apps.library import catalogue, here
-from .device import pick_device
+from .device import machine, pick_device, versions
 from .errors import Mgp5Error
 from .evaluation.weights import WEIGHTS, locate
 from .export.job import missing
@@ -26,9 +21,6 @@ from .views.tables import show, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-CORE = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
-EXTRAS = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
 
 
 def report(model: str | None, every: bool, as_json: bool) -> None:
@@ -93,32 +85,6 @@ def _next(found: dict[str, Any]) -> list[str]:
     elif len(have) < 2:
         lines.append("Larger parts: mgp5 models lists them, mgp5 pull NAME fetches one.")
     return [line for line in lines if line]
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and the GPU if there is one."""
-    facts: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
-    facts |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
-    if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
-        facts["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
-    if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
-        facts["driver"] = driver
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
-        facts["gpu_gib"] = round(card.total_memory / GiB, 1)
-    return facts
-
-
-def versions() -> dict[str, str | None]:
-    """Of the libraries; None for an extra that is not installed."""
-    found: dict[str, str | None] = {}
-    for name in CORE + EXTRAS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -186,13 +152,6 @@ def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) 
     if backend == "auto" and device.type == "cpu" and not missing():  # as `engines.apply` does, which knows the model
         why += "; onnx for models of 1 to 100 million parameters, such as demo"
     return {"name": backend, "chosen": choice.name, "why": why}
-
-
-def _field(place: str, pattern: str) -> str | None:
-    """The first match in a file of the system, None where there is none."""
-    path = Path(place)
-    match = re.search(pattern, path.read_text()) if path.is_file() else None
-    return match and match[1].strip()
 
 
 def _gib(size: float) -> str:

@@ -19,11 +19,11 @@ from tiny_training import fork, fresh
 from mgp5 import cli
 from mgp5.config import preset
 from mgp5.errors import Mgp5Error
-from mgp5.evaluation.measure_storyland import acceptance
-from mgp5.evaluation.run import answer
+from mgp5.evaluation.runner import answer
 from mgp5.evaluation.tasks import load
 from mgp5.loading import save_checkpoint
 from mgp5.messages import Image, Message, Text
+from mgp5.storyland.acceptance import acceptance
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 REAL = Path(__file__).parents[2] / "shared/data/real"

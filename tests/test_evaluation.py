@@ -14,9 +14,13 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from mgp5.errors import Mgp5Error
-from mgp5.evaluation import images, relevance, storyland, texts
-from mgp5.evaluation.intervals import mean_interval
-from mgp5.messages import Image, Text
+from mgp5.evaluation import metrics
+from mgp5.evaluation.measure import METRICS
+from mgp5.evaluation.metrics import mean_interval
+from mgp5.evaluation.replies import Replies, align
+from mgp5.evaluation.tasks import Sample
+from mgp5.messages import Conversation, Image, Message, Text
+from mgp5.storyland import metrics as storyland
 from mgp5.storyland.draw import draw
 from mgp5.storyland.judge import load_judge, look
 from mgp5.storyland.tell import story
@@ -40,68 +44,46 @@ def rotation(width: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(width, width, generator=generator(9), dtype=torch.float64)).Q
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form():
+@pytest.mark.parametrize("distance", [metrics.fid, metrics.frechet_distance])
+def test_frechet_distance_of_gaussians_is_the_closed_form(distance):
     """Of covariances that commute it is |m1 - m2|^2 + sum (s1 - s2)^2."""
     turn, width = rotation(4), torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     a = sample(50, 4, 0) * width @ turn
     b = sample(30, 4, 1) * torch.tensor([1.0, 1.0, 1.5, 0.0]).double() @ turn + 2.0
-    assert images.fid_corpus(a, b) == pytest.approx(4 * 4 + 0 + 1 + 1 + 9, rel=1e-9)
-    assert images.fid_corpus(a, a) == pytest.approx(0, abs=1e-9)
+    assert distance(a, b) == pytest.approx(4 * 4 + 0 + 1 + 1 + 9, rel=1e-6)
+    assert distance(a, a) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(Mgp5Error, match="1 images"):
+        distance(a, b[:1])
 
 
 @pytest.mark.parametrize("rows", [5, 40])
-def test_frechet_distance_agrees_with_torchmetrics(rows):
-    """Below and above as many pictures as features."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    class Features(torch.nn.Module):
-        num_features = 16
-
-        def forward(self, features):
-            return features
-
+def test_our_frechet_distance_agrees_with_torchmetrics(rows):
+    """Below and above as many images as features."""
     real = torch.randn(rows, 16, generator=generator(2)).double()
     made = torch.randn(rows, 16, generator=generator(3)).double() @ torch.randn(16, 16, generator=generator(4)).double()
-    oracle = FrechetInceptionDistance(Features(), normalize=True)
-    oracle.update(real, real=True)
-    oracle.update(made, real=False)
-    expected = float(oracle.compute())
-    assert images.fid_corpus(real, made) == pytest.approx(expected, rel=1e-4)
-    assert images.fid_per_story([real, made], [made, made]).tolist() == pytest.approx([expected, 0], rel=1e-4, abs=1e-9)
-
-
-def test_a_frechet_distance_needs_two_pictures():
-    with pytest.raises(Mgp5Error, match="1 pictures"):
-        images.fid_per_story([torch.randn(5, 4)], [torch.randn(1, 4)])
+    assert metrics.frechet_distance(real, made) == pytest.approx(metrics.fid(real, made), rel=1e-4)
 
 
 def test_inception_score_of_known_distributions():
-    """All alike: 1. Sure, and spread over c of the classes in every split: c. Any: as torchmetrics says."""
-    assert images.inception_score(torch.zeros(20, 7), generator()) == pytest.approx((1, 0))
+    """All alike: 1. Sure, and spread over c of the classes in every split: c. The same seed: the same score."""
+    assert metrics.inception_score(torch.zeros(20, 7), 0) == pytest.approx((1, 0))
     sure = 100.0 * torch.eye(4).repeat(5, 1)
-    assert images.inception_score(sure, generator(), splits=1)[0] == pytest.approx(4)
-    from torchmetrics.image.inception import InceptionScore
-
+    assert metrics.inception_score(sure, 0, splits=1)[0] == pytest.approx(4)
     logits = 3 * torch.randn(30, 6, generator=generator(1))
-    oracle = InceptionScore(torch.nn.Identity(), splits=1)
-    oracle.update(logits)
-    expected = float(oracle.compute()[0])
-    assert images.inception_score(logits, generator(), splits=1)[0] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(Mgp5Error, match="9 pictures"):
-        images.inception_score(logits[:9], generator())
+    before = torch.get_rng_state()
+    assert (
+        metrics.inception_score(logits, 0) == metrics.inception_score(logits, 0) != metrics.inception_score(logits, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(Mgp5Error, match="9 images"):
+        metrics.inception_score(logits[:9], 0)
 
 
 def test_similarities_are_cosines_row_by_row():
     a, b = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [0.8, 0.6]])
-    for metric in (images.clip_i, images.clip_t, images.hps_v2, texts.s_bert):
-        assert metric(a, b).tolist() == pytest.approx([0, 0.96])
+    assert metrics.cosine_similarity(a, b).tolist() == pytest.approx([0, 0.96])
     with pytest.raises(ValueError, match="as many rows"):
-        images.clip_i(a, b[:1])
-
-
-def test_the_best_of_several_models_by_preference():
-    scores = torch.tensor([[0.3, 0.2, 0.25], [0.1, 0.2, 0.26]])
-    assert images.share_of_best(scores).tolist() == pytest.approx([1.5 / 3, 1.5 / 3])
+        metrics.cosine_similarity(a, b[:1])
 
 
 def captions() -> list[str]:
@@ -119,20 +101,20 @@ def test_bleu_agrees_with_sacrebleu(order):
     predictions[0] = "The cat sat on a mat ."
     oracle = BLEU(max_ngram_order=order, smooth_method="none").corpus_score(predictions, [references])
     assert 0.1 < oracle.score / 100 < 1
-    assert texts.bleu_words(predictions, references, order) == pytest.approx(oracle.score / 100, abs=1e-6)
+    assert metrics.bleu_words(predictions, references, order) == pytest.approx(oracle.score / 100, abs=1e-6)
 
 
 def test_bleu_of_characters_is_another_number():
     """Clipped counts of "aab" against "ab": 2 of 3 and 1 of 2."""
-    assert texts.bleu_characters(["aab", "xy", ""], ["ab"] * 3, 2).tolist() == pytest.approx([math.sqrt(1 / 3), 0, 0])
+    assert metrics.bleu_characters(["aab", "xy", ""], ["ab"] * 3, 2).tolist() == pytest.approx([math.sqrt(1 / 3), 0, 0])
     made, real = "My brother plays the guitar in a band.", "We could not see the bottom of that lake."
-    assert texts.bleu_characters([made], [real], 1) > 0.5
-    assert texts.bleu_words([made], [real], 2) == 0
+    assert metrics.bleu_characters([made], [real], 1) > 0.5
+    assert metrics.bleu_words([made], [real], 2) == 0
 
 
 def test_rouge_l_by_hand():
     """Longest common subsequence: the, cat, on, mat; 4 of 6 words and 4 of 5."""
-    scores = texts.rouge_l(["The cat sat on the mat", ""], ["the cat, on a mat!", "Something."])
+    scores = metrics.rouge_l(["The cat sat on the mat", ""], ["the cat, on a mat!", "Something."])
     assert scores.tolist() == pytest.approx([2 * (4 / 6) * (4 / 5) / (4 / 6 + 4 / 5), 0])
 
 
@@ -157,18 +139,18 @@ def test_meteor_by_hand(wordnet):
     """With m matches in c chunks: F, here P = R, times 1 - 0.5 (c / m)^3; a synonym and a stem count as matches."""
     made = ["the lad runs", "the boy run", "the dog runs", ""]
     expected = [1 - 0.5 / 27, 1 - 0.5 / 27, 2 / 3 * 0.5, 0]
-    assert texts.meteor(made, ["the boy runs"] * 4, wordnet).tolist() == pytest.approx(expected)
+    assert metrics.meteor(made, ["the boy runs"] * 4, wordnet).tolist() == pytest.approx(expected)
 
 
 def test_mm_relevance_by_hand():
     """Aligned from the left whatever the kind, the sum is divided by either length."""
     x, y, mid = torch.eye(2)[0], torch.eye(2)[1], torch.tensor([0.6, 0.8])
-    one = relevance.mm_relevance(torch.stack([mid]), torch.stack([x, y]))
+    one = metrics.mm_relevance(torch.stack([mid]), torch.stack([x, y]))
     assert (one.precision, one.recall, one.f1) == pytest.approx((0.6, 0.3, 0.4))
-    more = relevance.mm_relevance(torch.stack([mid, y, y]), torch.stack([x, y]))
+    more = metrics.mm_relevance(torch.stack([mid, y, y]), torch.stack([x, y]))
     assert (more.precision, more.recall, more.f1) == pytest.approx((1.6 / 3, 0.8, 2 * 1.6 / 5))
-    swapped = relevance.mm_relevance(torch.stack([x, y]), torch.stack([y, x]))
-    nothing = relevance.mm_relevance(torch.zeros(0, 2), torch.stack([x]))
+    swapped = metrics.mm_relevance(torch.stack([x, y]), torch.stack([y, x]))
+    nothing = metrics.mm_relevance(torch.zeros(0, 2), torch.stack([x]))
     assert swapped.f1 == nothing.f1 == 0
 
 
@@ -176,20 +158,26 @@ def test_mm_relevance_of_the_release_pools_a_dialogue():
     """Turn 1: a picture is missing; turn 2: one is too much. Sum 0.6 + 0.8 of 3 generated and 3 true parts."""
     x, y, mid = torch.eye(2)[0], torch.eye(2)[1], torch.tensor([0.6, 0.8])
     made, real = [{"text": mid}, {"text": mid, "image": x}], [{"text": x, "image": x}, {"text": y}]
-    found = relevance.mm_relevance_pooled(made, real)
+    found = metrics.mm_relevance_pooled(made, real)
     assert (found.precision, found.recall, found.f1) == pytest.approx((1.4 / 3,) * 3)
 
 
 def test_parts_are_aligned_within_their_kind():
     """The example in MMDialog's repository."""
     u, v = [Text(name) for name in "abc"], [Image(caption=name) for name in "def"]
-    pairs = relevance.align([u[0], v[0], u[1], v[1], v[2]], [v[2], u[2], u[1], v[1], u[0]])
+    pairs = align([u[0], v[0], u[1], v[1], v[2]], [v[2], u[2], u[1], v[1], u[0]])
     assert pairs == [(u[0], u[2]), (u[1], u[1]), (None, u[0]), (v[0], v[2]), (v[1], v[1])]
 
 
-def test_pictures_when_due():
-    assert relevance.picture_rate([True, False, True], [True, True, False]) == {"due": 0.5, "not due": 1}
-    assert relevance.picture_rate([True], [True])["not due"] is None
+def test_images_when_due():
+    """One of two replies that need an image has one, so has one of the other."""
+    drawn, plain = Message("assistant", (Image(),)), Message("assistant", (Text("no"),))
+    rows = [(drawn, drawn), (drawn, plain), (plain, drawn)]  # the true reply, and the reply
+    samples = [Sample(key=str(k), group=str(k), kind="dialogue", tables=(), load=Conversation) for k in range(3)]
+    replies = Replies([(one, *pair) for one, pair in zip(samples, rows, strict=True)])
+    number = METRICS["pictures when due"].measure(replies, None, generator())
+    assert (number.value, number.n, number.detail) == (0.5, 2, {"not due": 1})
+    assert METRICS["pictures when due"].measure(Replies(replies.rows[:1]), None, generator()).detail["not due"] is None
 
 
 def test_an_interval_knows_that_steps_of_a_story_belong_together():

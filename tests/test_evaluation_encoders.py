@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from tiny import LENGTH, WIDTH, picture, save_clip, tiny_tokenizer
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from mgp5.errors import Mgp5Error
-from mgp5.evaluation import METRICS
 from mgp5.evaluation.encoders import Clip, Inception, SentenceEncoder
-from mgp5.evaluation.texts import s_bert
-from mgp5.evaluation.weights import WEIGHTS, left_out, locate
+from mgp5.evaluation.measure import METRICS
+from mgp5.evaluation.metrics import cosine_similarity
+from mgp5.evaluation.weights import locate, missing
 
 TEXTS = ["a red cat", "dogs", "a text that is longer than the eleven tokens of this model", ""]
 
@@ -68,7 +67,7 @@ def test_s_bert_with_the_real_minilm():
     texts = ["A yellow bear walks to the beach.", "The bear goes to the shore.", "Stock prices fell on Monday.", ""]
     vectors = SentenceEncoder(locate("minilm", {}))(texts)
     expected = [0.6013, 0.0338, -0.0318]
-    assert s_bert(vectors[:1].expand(3, -1), vectors[1:]).tolist() == pytest.approx(expected, abs=1e-4)
+    assert cosine_similarity(vectors[:1].expand(3, -1), vectors[1:]).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_inception_refuses_what_is_more_than_tensors(tmp_path):
@@ -78,24 +77,17 @@ def test_inception_refuses_what_is_more_than_tensors(tmp_path):
         Inception(tmp_path / "bad.pth")
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_the_table_names_functions_and_needs_that_exist(name):
-    metric = METRICS[name]
-    module, function = metric.function.split(".")
-    assert callable(getattr(import_module(f"mgp5.evaluation.{module}"), function))
-    assert set(metric.needs) <= {*WEIGHTS, "torchmetrics", "nltk", "torch_fidelity"}
-
-
 def test_weights_are_found_in_the_hubs_cache_or_where_the_user_says(clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Mgp5Error, match=r"1710 MB.*hf download openai/clip-vit-large-patch14"):
         locate("clip-l", {})
-    assert "ViT-L/14" in left_out("CLIP-T", {})
+    assert "ViT-L/14" in missing(METRICS["CLIP-T"].needs, {})
     assert (
-        locate("clip-l", {"clip-l": clip_folder}) == clip_folder and left_out("CLIP-T", {"clip-l": clip_folder}) is None
+        locate("clip-l", {"clip-l": clip_folder}) == clip_folder
+        and missing(METRICS["CLIP-T"].needs, {"clip-l": clip_folder}) is None
     )
     with pytest.raises(Mgp5Error, match="is not CLIP"):
-        left_out("CLIP-T", {"clip-l": tmp_path})
+        missing(METRICS["CLIP-T"].needs, {"clip-l": tmp_path})
     repo = tmp_path / "models--openai--clip-vit-large-patch14"
     snapshot = repo / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
@@ -107,12 +99,12 @@ def test_weights_are_found_in_the_hubs_cache_or_where_the_user_says(clip_folder,
 
 def test_meteor_is_left_out_without_wordnet(tmp_path, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    assert "python -m nltk.downloader wordnet" in left_out("METEOR", {})
+    assert "python -m nltk.downloader wordnet" in missing(METRICS["METEOR"].needs, {})
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/wordnet.zip").touch()
-    assert left_out("METEOR", {}) is None and left_out("grammar", {}) is None
+    assert missing(METRICS["METEOR"].needs, {}) is None and missing(METRICS["grammar"].needs, {}) is None
 
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_fid_is_left_out_without_torch_fidelity():
-    assert left_out("FID", {}) == "the package torch_fidelity is missing: pip install 'mgp5[fid]'"
+    assert missing(METRICS["FID"].needs, {}) == "the package torch_fidelity is missing: pip install 'mgp5[fid]'"

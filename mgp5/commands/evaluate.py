@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Mgp5Error
 from .flags import SEED, generation_options, notes, requests_of, without
 
 if TYPE_CHECKING:
-    from ..model import InterleavedModel
+    from rich.progress import TaskID
+
+    from ..evaluation.runner import Replied
 
 
 @click.command("eval")
@@ -55,7 +59,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all replies.")
 @without("seed", "show")
 @generation_options
-def evaluate(**flags: Any) -> None:
+def eval_command(**flags: Any) -> None:
     """Measure what a model replies, as the papers do, on CC3M, VIST, MMDialog or Storyland.
 
     --out gets replies as they come, report.json and report.html. In several processes, one on each GPU:
@@ -64,14 +68,33 @@ def evaluate(**flags: Any) -> None:
     """
     from ..device import quiet_libraries
 
-    if flags["format"] != "storyland" and flags["data"] is None:
-        raise Mgp5Error(f"--format {flags['format']} without --data", "name the folder of the data set", usage=True)
-    model, options = requests_of(flags)
     quiet_libraries()
-    from ..apps.open_model import open_model
-    from ..evaluation.run import run
+    from ..evaluation.request import EvaluateRequest
+    from ..evaluation.run import evaluate
 
-    def load(name: str, device: str) -> InterleavedModel:
-        return open_model(replace(model, model=name, device=device), notes(flags))
+    model, options = requests_of(flags)
+    weights = {name: Path(path).expanduser() for name, _, path in (item.partition("=") for item in flags["weights"])}
+    plain = ("format", "out", "data", "split", "tasks", "contexts", "limit", "baselines", "metrics", "batch")
+    values = {name: flags[name] for name in plain}
+    request = EvaluateRequest(**values, weights=weights, model=model, options=options)
+    with _progress(flags["as_json"]) as progress:
+        evaluate(request, notes(flags), progress)
 
-    run(flags, options, load)
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[Replied], None]]:
+    """Give a function that shows the replies of the first process as a bar; with --json all replies are printed."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bars: dict[str, TaskID] = {}
+    with Progress(console=Console(stderr=True), transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:
+
+        def show(replied: Replied) -> None:
+            if replied.system not in bars:
+                bars[replied.system] = bar.add_task(replied.system, total=replied.total)
+            bar.update(bars[replied.system], completed=replied.done)
+            if as_json:
+                click.echo(json.dumps(replied.row))
+
+        yield show

@@ -1,8 +1,8 @@
-"""The networks behind metrics, from local files: pictures and texts -> vectors on the CPU (B items, E embedding)."""
+"""The networks behind metrics, from local files: images and texts -> vectors on the CPU (B items, E embedding)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,15 +17,15 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..errors import Mgp5Error
+from ..heads.minigpt5 import to_pixels
+from ..messages import Image
+from ..storyland.judge import load_judge, look
+from ..storyland.world import ATTRIBUTES, Scene
+from .weights import locate
 
 BATCH = 32
-
-
-def _unreadable(path: Path, expected: str, error: Exception) -> Mgp5Error:
-    reason = str(error).strip().partition("\n")[0]
-    if isinstance(error, UnpicklingError):  # torch's text advises to read it all the same
-        reason = "it holds more than tensors"
-    return Mgp5Error(f"cannot load {path} ({reason})", f"expected {expected}")
+AT_ONCE = 64  # images in memory
+ANTIALIAS = False  # how images are resized for Inception
 
 
 def _load(kind: Any, folder: Path) -> Any:
@@ -35,21 +35,31 @@ def _load(kind: Any, folder: Path) -> Any:
         raise _unreadable(folder, kind.__name__, error) from error
 
 
+def _unreadable(path: Path, expected: str, error: Exception) -> Mgp5Error:
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, UnpicklingError):  # torch's text advises to read it all the same
+        reason = "it holds more than tensors"
+    return Mgp5Error(f"cannot load {path} ({reason})", f"expected {expected}")
+
+
 @torch.inference_mode()
-def _batches(items: Sequence[Any], width: int, encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Unit vectors (B, E) of items, some at a time."""
+def _encode(items: Sequence[Any], width: int, encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
+    """Return unit vectors (B, E) of items, which are encoded BATCH at a time."""
     parts = [encode(items[start : start + BATCH]).float().cpu() for start in range(0, len(items), BATCH)]
     return normalize(torch.cat([torch.zeros(0, width), *parts]), dim=-1)
 
 
 class Clip:
-    """CLIP in float32: unit vectors of pictures and of texts, which are cut at its 77 tokens.
+    """Encode images and texts by CLIP in float32; texts are cut at its 77 tokens.
 
     Args:
         folder: a CLIPModel, with tokenizer and image processor.
         processors: folder of the last two where `folder` has none, as HPS v2: all OpenAI CLIPs share them.
-        pad: make pictures square by black bars, as HPS v2 does, instead of cutting the middle out.
+        pad: make images square by black bars, as HPS v2 does, instead of cutting the middle out.
         device: where it runs.
+
+    Raises:
+        Mgp5Error: a file is missing or cannot be read.
     """
 
     def __init__(
@@ -63,30 +73,30 @@ class Clip:
         self._pad = pad
 
     def images(self, pictures: Sequence[PIL.Image.Image]) -> Tensor:
-        """RGB pictures of any size -> (B, E)."""
+        """Return unit vectors (B, E) of RGB images of any size."""
 
-        def encode(some: Sequence[PIL.Image.Image]) -> Tensor:
+        def encode(batch: Sequence[PIL.Image.Image]) -> Tensor:
             side = self.model.config.vision_config.image_size
-            square = [ImageOps.pad(p, (side, side), PIL.Image.Resampling.BICUBIC) if self._pad else p for p in some]
+            square = [ImageOps.pad(p, (side, side), PIL.Image.Resampling.BICUBIC) if self._pad else p for p in batch]
             pixels = self.processor(images=square, return_tensors="pt")["pixel_values"].to(self._device)
             return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
-        return _batches(pictures, self.width, encode)
+        return _encode(pictures, self.width, encode)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, E)."""
+        """Return unit vectors (B, E) of texts."""
         length = self.model.config.text_config.max_position_embeddings
 
-        def encode(some: Sequence[str]) -> Tensor:
-            tokens = self.tokenizer(list(some), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        def encode(batch: Sequence[str]) -> Tensor:
+            tokens = self.tokenizer(list(batch), padding=True, truncation=True, max_length=length, return_tensors="pt")
             ids, mask = tokens["input_ids"].to(self._device), tokens["attention_mask"].to(self._device)
             return self.model.text_projection(self.model.text_model(ids, attention_mask=mask).pooler_output)
 
-        return _batches(texts, self.width, encode)
+        return _encode(texts, self.width, encode)
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 in float32: the mean over a text's tokens, at most 256, as a unit vector.
+    """Encode texts by all-MiniLM-L6-v2 in float32: the mean over a text's tokens, at most 256.
 
     Args:
         folder: a BertModel with its tokenizer.
@@ -99,24 +109,24 @@ class SentenceEncoder:
         self._device = device
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, E)."""
+        """Return unit vectors (B, E) of texts."""
 
-        def encode(some: Sequence[str]) -> Tensor:
-            tokens = self.tokenizer(list(some), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        def encode(batch: Sequence[str]) -> Tensor:
+            tokens = self.tokenizer(list(batch), padding=True, truncation=True, max_length=256, return_tensors="pt")
             tokens = tokens.to(self._device)
             weights = tokens["attention_mask"][..., None].float()  # (B, tokens, 1)
             return (self.model(**tokens).last_hidden_state * weights).sum(1) / weights.sum(1)
 
-        return _batches(texts, self.model.config.hidden_size, encode)
+        return _encode(texts, self.model.config.hidden_size, encode)
 
 
 class Inception:
-    """The Inception v3 of FID and IS, weights converted from the TensorFlow original (torch-fidelity).
+    """Encode images by torchmetrics' Inception v3 of FID and IS, converted from TensorFlow's (torch-fidelity).
 
     Args:
         weights: the file that torch-fidelity publishes.
-        antialias: how pictures are brought to 299 x 299. False is the bilinear step of the original network, True what
-            torchmetrics does unless told otherwise; numbers of one kind must not be compared with the other's.
+        antialias: how images are resized to 299 x 299. False is the bilinear step of the original network, True the
+            default of torchmetrics; numbers of one kind must not be compared with the other's.
         device: where it runs.
 
     Raises:
@@ -139,7 +149,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor]:
-        """RGB pictures of any size -> features (B, 2048) for FID, logits (B, 1008) without bias for IS."""
+        """Return features (B, 2048) for FID and logits (B, 1008) without bias for IS of RGB images of any size."""
         parts = []
         for _, run in groupby(pictures, key=lambda picture: picture.size):
             same = list(run)
@@ -148,3 +158,80 @@ class Inception:
                 parts.append(self.model(pixels.permute(0, 3, 1, 2).to(self._device)))
         features = torch.cat(parts)
         return features.cpu(), (features @ self.model.fc.weight.T).cpu()
+
+
+class Encoders:
+    """All encoders of an evaluation: a network is loaded when it is first needed, an item is encoded once.
+
+    Args:
+        paths: of weights, by the names of `weights.WEIGHTS`; others are looked for.
+        device: where networks run.
+        scenes: what the true images of Storyland show.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], device: torch.device, scenes: Mapping[Path, Scene]) -> None:
+        self.paths, self._device, self._scenes = paths, device, scenes
+        self._networks: dict[str, Any] = {}
+        self._encoded: dict[tuple[str, str], Any] = {}
+
+    def clip_images(self, name: str, images: Sequence[Image]) -> Tensor:
+        """Return unit vectors (B, E) by one of "clip-l", "clip-b" and "hps"."""
+        return torch.stack(self._images(name, images, lambda batch: self._network(name).images(batch)))
+
+    def clip_texts(self, name: str, texts: Sequence[str]) -> Tensor:
+        """Return unit vectors (B, E), see `clip_images`."""
+        return torch.stack(self._items(f"{name}, texts", texts, texts, lambda batch: self._network(name).texts(batch)))
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Return unit vectors (B, E) by MiniLM."""
+        return torch.stack(self._items("minilm", texts, texts, lambda batch: self._network("minilm")(batch)))
+
+    def inception(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """Return features (B, 2048) and logits (B, 1008)."""
+        rows = self._images("inception", images, lambda batch: zip(*self._network("inception")(batch), strict=True))
+        return tuple(map(torch.stack, zip(*rows, strict=True)))
+
+    def judge(self, images: Sequence[Image | None]) -> tuple[Tensor, Tensor]:
+        """Return the attributes that Storyland's judge reads (B, 7), -1 for no image, and features of the images."""
+
+        def encode(batch: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+            pixels = torch.stack([to_pixels(picture, (128, 128)) for picture in batch])
+            return zip(*look(self._network("judge"), pixels), strict=True)
+
+        rows = self._images("judge", [image for image in images if image], encode)
+        each = iter(rows)
+        read = [next(each)[0] if image else torch.full((len(ATTRIBUTES),), -1) for image in images]
+        return torch.stack(read), torch.stack([features for _, features in rows]) if rows else torch.zeros(0, 1)
+
+    def scene(self, image: Image) -> Scene:
+        """Return what a true image of Storyland shows."""
+        return self._scenes[image.path.resolve()]
+
+    def _network(self, name: str) -> Any:
+        if name not in self._networks:
+            self._networks[name] = self._load(name)
+        return self._networks[name]
+
+    def _load(self, name: str) -> Any:
+        if name == "judge":
+            return load_judge().to(self._device)
+        path = locate(name, self.paths)
+        if name == "hps":
+            return Clip(path, processors=locate("clip-b", self.paths), pad=True, device=self._device)
+        if name == "inception":
+            return Inception(path, antialias=ANTIALIAS, device=self._device)
+        return (SentenceEncoder if name == "minilm" else Clip)(path, device=self._device)
+
+    def _images(self, name: str, images: Sequence[Image], encode: Callable[[list[Any]], Iterable[Any]]) -> list[Any]:
+        keys = [str(image.path) for image in images]
+        return self._items(name, keys, images, lambda batch: encode([image.load() for image in batch]))
+
+    def _items(
+        self, name: str, keys: Sequence[str], items: Sequence[Any], encode: Callable[[list[Any]], Iterable[Any]]
+    ) -> list[Any]:
+        new = {key: item for key, item in zip(keys, items, strict=True) if (name, key) not in self._encoded}
+        names, values = list(new), list(new.values())
+        for start in range(0, len(names), AT_ONCE):
+            batch, rows = names[start : start + AT_ONCE], encode(values[start : start + AT_ONCE])
+            self._encoded |= {(name, key): row for key, row in zip(batch, rows, strict=True)}
+        return [self._encoded[name, key] for key in keys]

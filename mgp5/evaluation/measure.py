@@ -1,4 +1,4 @@
-"""Replies -> numbers: the metrics of each kind of question (B pictures, texts or replies)."""
+"""All metrics of a report: which function makes each, of what, by whose protocol, and for which kind of question."""
 
 from __future__ import annotations
 
@@ -12,163 +12,182 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..messages import Message, Text
-from . import images, relevance, texts
-from .encoded import Encoded
-from .measure_storyland import STORYLAND, Measure
-from .replies import Number, Replies, mean
+from . import metrics
+from .encoders import Encoders
+from .replies import Metric, Number, Replies, mean
+from .storyland import METRICS as STORYLAND
 from .weights import locate
 
-DRAWN = ("CLIP-I", "CLIP-T", "FID", "IS", "HPS v2")
-WORDS = ("S-BERT", "ROUGE-L", "METEOR", "BLEU-1", "BLEU-2")
-METRICS_OF: dict[str, tuple[str, ...]] = {  # kind of question -> what is measured, the last of it on Storyland only
-    "caption": DRAWN,
-    "illustrate": (*DRAWN, "FID per story", "attributes", "Frechet distance, judge"),
-    "narrate": (*WORDS, "narrations", "grammar"),
-    "continue": (*DRAWN, *WORDS, "coherence", "grammar"),
-    "story": ("grammar", "identity"),
-    "dialogue": (
-        *("IS", "CLIP-I, ViT-B/32", *WORDS, "BLEU-1, characters", "BLEU-2, characters"),
-        *("MM-Relevance", "MM-Relevance, pooled", "pictures when due", "attributes", "Frechet distance, judge"),
-    ),
-}
 
-
-def _clip_i(name: str, replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made, real, samples = replies.pictures
-    values = images.clip_i(encoded.clip_images(name, made), encoded.clip_images(name, real))
+def _clip_i(name: str, replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """CLIP-I: a generated image against the true one (MiniGPT-5, section 4.2.2)."""
+    generated, real, samples = replies.images
+    values = metrics.cosine_similarity(encoders.clip_images(name, generated), encoders.clip_images(name, real))
     return mean(values, [sample.group for sample in samples], generator)
 
 
-def _to_words(
-    function: Callable[[Tensor, Tensor], Tensor],
-    name: str,
-    replies: Replies,
-    encoded: Encoded,
-    generator: torch.Generator,
-) -> Number:
-    """CLIP-T and HPS: a picture against what the true one shows in words."""
-    made, _, samples = replies.pictures
-    values = function(encoded.clip_images(name, made), encoded.clip_texts(name, [sample.words for sample in samples]))
+def _clip_t(name: str, replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """CLIP-T (MiniGPT-5, table 5) and HPS v2 (arXiv 2306.09341): a generated image against the text of the true one.
+
+    On VIST the release compares with the string of vokens instead, so the papers have no number of it.
+    """
+    generated, _, samples = replies.images
+    texts = encoders.clip_texts(name, [sample.words for sample in samples])
+    values = metrics.cosine_similarity(encoders.clip_images(name, generated), texts)
     return mean(values, [sample.group for sample in samples], generator)
 
 
-def _fid(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made, real, _ = replies.pictures
-    return Number(images.fid_corpus(encoded.inception(real)[0], encoded.inception(made)[0]), len(made))
+def _fid(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """FID of all images (MiniGPT-5, table 5); the release resizes the shorter side to 256 first."""
+    generated, real, _ = replies.images
+    return Number(metrics.fid(encoders.inception(real)[0], encoders.inception(generated)[0]), len(generated))
 
 
-def _fid_per_story(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made, real, samples = replies.pictures
+def _fid_per_story(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """The papers' FID of VIST (MiniGPT-5, table 1): the mean over stories of five true against five generated images.
+
+    Gaussians of five images: a number only to compare with that table.
+    """
+    generated, real, samples = replies.images
     stories: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
         stories.setdefault(sample.group, []).append(index)
     stories = {name: rows for name, rows in stories.items() if len(rows) > 1}
     if not stories:
         raise Mgp5Error("no story with two pictures", "FID per story needs two")
-    real_features, made_features = encoded.inception(real)[0], encoded.inception(made)[0]
-    values = images.fid_per_story(*([f[rows] for rows in stories.values()] for f in (real_features, made_features)))
-    return mean(values, list(stories), generator)
+    true, ours = encoders.inception(real)[0], encoders.inception(generated)[0]
+    values = [metrics.frechet_distance(true[rows], ours[rows]) for rows in stories.values()]
+    return mean(torch.tensor(values, dtype=torch.float64), list(stories), generator)
 
 
-def _inception_score(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made = [image for _, _, reply in replies.rows for image in reply.images]  # also those that are not due
-    value, deviation = images.inception_score(encoded.inception(made)[1] if made else torch.zeros(0, 1), generator)
-    return Number(value, len(made), detail={"deviation over splits": deviation})
+def _inception_score(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    images = [image for _, _, reply in replies.rows for image in reply.images]  # also those that are not due
+    logits = encoders.inception(images)[1] if images else torch.zeros(0, 1)
+    value, deviation = metrics.inception_score(logits, generator.initial_seed())
+    return Number(value, len(images), detail={"deviation over splits": deviation})
 
 
-def _bleu(order: int, replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made, real, _ = replies.texts
-    return Number(texts.bleu_words(made, real, order), len(made))
+def _bleu(order: int, replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    generated, real, _ = replies.texts
+    return Number(metrics.bleu_words(generated, real, order), len(generated))
 
 
-def _by_pair(
-    function: Callable[..., Tensor], replies: Replies, encoded: Encoded, generator: torch.Generator, **own: Any
+def _text_pairs(
+    function: Callable[..., Tensor], replies: Replies, encoders: Encoders, generator: torch.Generator, **options: Any
 ) -> Number:
-    made, real, groups = replies.texts
-    return mean(function(made, real, **own), groups, generator)
+    generated, real, groups = replies.texts
+    return mean(function(generated, real, **options), groups, generator)
 
 
-def _meteor(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    return _by_pair(texts.meteor, replies, encoded, generator, wordnet=locate("wordnet", encoded.given))
+def _meteor(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    return _text_pairs(metrics.meteor, replies, encoders, generator, wordnet=locate("wordnet", encoders.paths))
 
 
-def _s_bert(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    made, real, groups = replies.texts
-    return mean(texts.s_bert(encoded.sentences(made), encoded.sentences(real)), groups, generator)
+def _s_bert(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """S-BERT (Reimers & Gurevych, 2019; MiniGPT-5, table 2); an empty text has a vector too."""
+    generated, real, groups = replies.texts
+    values = metrics.cosine_similarity(encoders.sentences(generated), encoders.sentences(real))
+    return mean(values, groups, generator)
 
 
-def _parts(message: Message, encoded: Encoded) -> list[Tensor]:
-    """CLIP's vectors of a reply's parts in order."""
-    pictures = iter(encoded.clip_images("clip-b", message.images)) if message.images else iter(())
+def _part_vectors(message: Message, encoders: Encoders) -> list[Tensor]:
+    """Return CLIP's vectors of a reply's parts in order."""
+    images = iter(encoders.clip_images("clip-b", message.images)) if message.images else iter(())
     words = [part.text for part in message.content if isinstance(part, Text)]
-    told = iter(encoded.clip_texts("clip-b", words)) if words else iter(())
-    return [next(told) if isinstance(part, Text) else next(pictures) for part in message.content]
+    texts = iter(encoders.clip_texts("clip-b", words)) if words else iter(())
+    return [next(texts) if isinstance(part, Text) else next(images) for part in message.content]
 
 
-def _mm_relevance(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    found = []
+def _mm_relevance(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    scores = []
     for _, truth, reply in replies.rows:
-        made, real = _parts(reply, encoded), torch.stack(_parts(truth, encoded))
-        found.append(relevance.mm_relevance(torch.stack(made) if made else real[:0], real))
-    shares = torch.tensor([[row.precision, row.recall, row.f1] for row in found])
+        generated, real = _part_vectors(reply, encoders), torch.stack(_part_vectors(truth, encoders))
+        scores.append(metrics.mm_relevance(torch.stack(generated) if generated else real[:0], real))
+    shares = torch.tensor(scores)  # (B, 3)
     precision, recall, _ = shares.mean(0).tolist()
-    groups = [sample.group for sample, _, _ in replies.rows]
-    return mean(shares[:, 2], groups, generator, precision=precision, recall=recall)
+    return mean(shares[:, 2], replies.groups, generator, precision=precision, recall=recall)
 
 
-def _pooled(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
+def _pooled(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
     dialogues: dict[str, tuple[list[dict], list[dict]]] = {}
     for sample, truth, reply in replies.rows:
         for turns, message in zip(dialogues.setdefault(sample.group, ([], [])), (reply, truth), strict=True):
-            turn = {"text": encoded.clip_texts("clip-b", [message.text])[0]} if message.text else {}
-            images_ = {"image": encoded.clip_images("clip-b", message.images[:1])[0]} if message.images else {}
-            turns.append(turn | images_)
-    values = [relevance.mm_relevance_pooled(made, real).f1 for made, real in dialogues.values()]
+            turn = {"text": encoders.clip_texts("clip-b", [message.text])[0]} if message.text else {}
+            image = {"image": encoders.clip_images("clip-b", message.images[:1])[0]} if message.images else {}
+            turns.append(turn | image)
+    values = [metrics.mm_relevance_pooled(generated, real).f1 for generated, real in dialogues.values()]
     return mean(torch.tensor(values), list(dialogues), generator)
 
 
-def _picture_rate(replies: Replies, encoded: Encoded, generator: torch.Generator) -> Number:
-    drawn, due = zip(*((bool(r.images), bool(t.images)) for _, t, r in replies.rows), strict=True)
-    rates = relevance.picture_rate(drawn, due)
-    if rates["due"] is None:
+def _image_rate(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """Shares of replies that hold an image, where the true one does, and where it does not."""
+    rows = [(bool(reply.images), bool(truth.images), sample.group) for sample, truth, reply in replies.rows]
+    due, not_due = ([(drawn, group) for drawn, wanted, group in rows if wanted == kind] for kind in (True, False))
+    if not due:
         raise Mgp5Error("no true reply holds a picture", "take more samples")
-    rows = [(mine, sample.group) for mine, true, (sample, *_) in zip(drawn, due, replies.rows, strict=True) if true]
-    values, groups = zip(*rows, strict=True)
-    return mean(torch.tensor(values), groups, generator, **{"not due": rates["not due"]})
+    values, groups = zip(*due, strict=True)
+    rate = sum(drawn for drawn, _ in not_due) / len(not_due) if not_due else None
+    return mean(torch.tensor(values), groups, generator, **{"not due": rate})
 
 
-MEASURES: dict[str, Measure] = STORYLAND | {
-    "CLIP-I": partial(_clip_i, "clip-l"),
-    "CLIP-I, ViT-B/32": partial(_clip_i, "clip-b"),
-    "CLIP-T": partial(_to_words, images.clip_t, "clip-l"),
-    "HPS v2": partial(_to_words, images.hps_v2, "hps"),
-    "FID": _fid,
-    "FID per story": _fid_per_story,
-    "IS": _inception_score,
-    "BLEU-1": partial(_bleu, 1),
-    "BLEU-2": partial(_bleu, 2),
-    "BLEU-1, characters": partial(_by_pair, partial(texts.bleu_characters, order=1)),
-    "BLEU-2, characters": partial(_by_pair, partial(texts.bleu_characters, order=2)),
-    "ROUGE-L": partial(_by_pair, texts.rouge_l),
-    "METEOR": _meteor,
-    "S-BERT": _s_bert,
-    "MM-Relevance": _mm_relevance,
-    "MM-Relevance, pooled": _pooled,
-    "pictures when due": _picture_rate,
+_COSINE, _INCEPTION = "rows, cosine in [-1, 1]", ("torchmetrics", "torch_fidelity", "inception")
+_CHARACTERS = [partial(_text_pairs, partial(metrics.bleu_characters, order=order)) for order in (1, 2)]
+METRICS: dict[str, Metric] = {
+    # Images
+    "CLIP-I": Metric(partial(_clip_i, "clip-l"), ("clip-l",), _COSINE, "MiniGPT-5, CC3M and VIST"),
+    "CLIP-I, ViT-B/32": Metric(partial(_clip_i, "clip-b"), ("clip-b",), _COSINE, "the release, MMDialog"),
+    "CLIP-T": Metric(partial(_clip_t, "clip-l"), ("clip-l",), _COSINE, "MiniGPT-5, CC3M"),
+    "FID": Metric(_fid, _INCEPTION, "number, >= 0", "Heusel et al.; MiniGPT-5, CC3M", "lower"),
+    "FID per story": Metric(_fid_per_story, _INCEPTION, "rows (stories), >= 0", "MiniGPT-5, VIST", "lower"),
+    "IS": Metric(_inception_score, _INCEPTION, "number, 1 to 1008", "Salimans et al.; MiniGPT-5"),
+    "HPS v2": Metric(partial(_clip_t, "hps"), ("hps", "clip-b"), _COSINE, "Wu et al.; MiniGPT-5 of 2023"),
+    # Texts
+    "BLEU-1": Metric(partial(_bleu, 1), ("torchmetrics",), "number in [0, 1]", "Papineni et al.; MMDialog"),
+    "BLEU-2": Metric(partial(_bleu, 2), ("torchmetrics",), "number in [0, 1]", "Papineni et al.; MMDialog"),
+    "BLEU-1, characters": Metric(_CHARACTERS[0], ("nltk",), "rows in [0, 1]", "the release, MMDialog"),
+    "BLEU-2, characters": Metric(_CHARACTERS[1], ("nltk",), "rows in [0, 1]", "the release, MMDialog"),
+    "ROUGE-L": Metric(
+        partial(_text_pairs, metrics.rouge_l), ("torchmetrics",), "rows in [0, 1]", "Lin; MiniGPT-5, VIST and MMDialog"
+    ),
+    "METEOR": Metric(_meteor, ("nltk", "wordnet"), "rows in [0, 1]", "Banerjee & Lavie; MiniGPT-5, VIST"),
+    "S-BERT": Metric(_s_bert, ("minilm",), _COSINE, "Reimers & Gurevych; MiniGPT-5, VIST"),
+    # Replies of text and images
+    "MM-Relevance": Metric(_mm_relevance, ("clip-b",), "rows (replies)", "MMDialog"),
+    "MM-Relevance, pooled": Metric(_pooled, ("clip-b",), "rows (dialogues)", "the release"),
+    "pictures when due": Metric(_image_rate, (), "number in [0, 1]", "ours"),
+    **STORYLAND,
+}
+_IMAGES = ("CLIP-I", "CLIP-T", "FID", "IS", "HPS v2")
+_TEXTS = ("S-BERT", "ROUGE-L", "METEOR", "BLEU-1", "BLEU-2")
+METRICS_OF: dict[str, tuple[str, ...]] = {  # kind of question -> what is measured, the last of it on Storyland only
+    "caption": (*_IMAGES, "attributes", "Frechet distance, judge"),
+    "illustrate": (*_IMAGES, "FID per story", "attributes", "Frechet distance, judge"),
+    "narrate": (*_TEXTS, "narrations", "grammar"),
+    "continue": (*_IMAGES, *_TEXTS, "coherence", "grammar"),
+    "story": ("grammar", "identity"),
+    "dialogue": (
+        *("IS", "CLIP-I, ViT-B/32", *_TEXTS, "BLEU-1, characters", "BLEU-2, characters"),
+        *("MM-Relevance", "MM-Relevance, pooled", "pictures when due", "attributes", "Frechet distance, judge"),
+    ),
 }
 
 
+def measured_of(kind: str, storyland: bool) -> list[str]:
+    """Return the names of the metrics of a kind of question; those of Storyland where the data is Storyland."""
+    return [name for name in METRICS_OF[kind] if storyland or name not in STORYLAND]
+
+
 def measure(
-    replies: Replies, names: Sequence[str], encoded: Encoded, seed: int
+    replies: Replies, names: Sequence[str], encoders: Encoders, seed: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Metrics of replies by their names, and why others have none here."""
-    found, left_out = {}, {}
+    """Return metrics of replies by their names, and why others have no number here."""
     if not replies.rows:
         return {}, dict.fromkeys(names, "there is no reply")
+    numbers, left_out = {}, {}
     for name in names:
         try:
-            number = MEASURES[name](replies, encoded, torch.Generator().manual_seed(seed))
-            found[name] = {key: value for key, value in asdict(number).items() if value not in (None, {})}
+            number = METRICS[name].measure(replies, encoders, torch.Generator().manual_seed(seed))
+            numbers[name] = {key: value for key, value in asdict(number).items() if value not in (None, {})}
         except Mgp5Error as error:
             left_out[name] = str(error)
-    return found, left_out
+    return numbers, left_out

@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained page: numbers beside the papers', charts, and samples; no scripts."""
+"""The page of an evaluation, in one file without scripts: numbers beside the papers', charts, and samples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import Mgp5Error
 from ..files import write_text
 from ..messages import Conversation, Image, Message, Text
 from ..views.html import PAGE, STYLE
-from . import METRICS
+from .measure import METRICS
 
-SIDE = 192  # pixels of a picture
-OWN = """
+SIDE = 192  # pixels of an image
+PAGE_STYLE = """
 main, header, footer { max-width: 72rem; } h2 { margin: 3rem 0 .75rem; font-size: 1.5rem; }
 body { font-size: 1rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; background: var(--page); }
@@ -29,17 +29,17 @@ small { color: var(--soft); } .row { display: flex; gap: .75rem; margin: 1rem 0;
 .card.asked img { width: 4.5rem; } svg { display: block; max-width: 100%; margin: .5rem 0; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg .theirs { fill: var(--soft); }
 """
-Bar = tuple[str, dict[str, Any], bool]  # label, number, whether it is the papers'
+Bar = tuple[str, dict[str, Any], bool]  # label, number, whether the number is the papers'
 
 
 def write_page(
     path: Path, report: dict[str, Any], samples: dict[str, list[tuple[Conversation, dict[str, Message]]]]
 ) -> None:
-    """Write the page.
+    """Write the page of a report.
 
     Args:
         report: what report.json holds.
-        samples: of each table some conversations, whose last message is the true reply, and replies by system.
+        samples: some of each table: a conversation, whose last message is the true reply, and the replies by system.
     """
     settings = report["settings"]
     parts = [f"<p>{escape(_summary(report))}</p>", f"<p><code>{escape(report['command'])}</code></p>"]
@@ -54,7 +54,9 @@ def write_page(
         parts.append(f"<h2>Left out</h2><ul>{rows}</ul>")
     title = f"{settings['model']} on {settings['format']}"
     footer = f"Made with mgp5 {report['versions']['mgp5']}, {report['made']}, weights {settings['weights']}"
-    page = PAGE.format(lang="en", title=escape(title), style=STYLE + OWN, body="\n".join(parts), footer=escape(footer))
+    page = PAGE.format(
+        lang="en", title=escape(title), style=STYLE + PAGE_STYLE, body="\n".join(parts), footer=escape(footer)
+    )
     write_text(path, page)
 
 
@@ -80,10 +82,9 @@ def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
-    """Systems and the papers' rows, by metrics."""
-    names = list(dict.fromkeys(name for system in systems.values() for name in system["metrics"]))
-    names += [name for row in published for name in row["metrics"] if name not in names]
-    names = list(dict.fromkeys(names))
+    """Return the table of systems and of the papers' rows, a column for each metric."""
+    rows = [*systems.values(), *published]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
     head = "".join(f"<th>{escape(name)} {arrows[name]}</th>" for name in names)
     lines = [f"<tr><th></th><th>replies</th><th>failed</th><th>no picture</th><th>no text</th>{head}</tr>"]
@@ -100,7 +101,7 @@ def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> st
 
 
 def _notes(systems: dict[str, Any]) -> list[str]:
-    """The first failures of each system, and metrics that this table has no number of."""
+    """Return the first failures of each system, and metrics that this table has no number of."""
     lines = [f"{system}, failed: {reason}" for system, entry in systems.items() for reason in entry["failures"]]
     lines += [f"{system}, no {n}: {why}" for system, entry in systems.items() for n, why in entry["left_out"].items()]
     return [f"<p><small>{escape(line)}</small></p>" for line in lines]
@@ -114,7 +115,7 @@ def _number(number: dict[str, Any] | None) -> str:
 
 
 def _charts(report: dict[str, Any]) -> list[str]:
-    """A chart of each metric that more than one table or system has."""
+    """Return a chart of each metric that more than one table or system has."""
     bars: dict[str, list[Bar]] = {}
     for table, systems in report["tables"].items():
         for system, entry in systems.items():
@@ -128,7 +129,7 @@ def _charts(report: dict[str, Any]) -> list[str]:
 
 
 def bar_chart(name: str, bars: Sequence[Bar]) -> str:
-    """Horizontal bars with their intervals, the papers' in grey."""
+    """Return an SVG of horizontal bars with their intervals, the papers' in grey."""
     left, width, line = 330, 420, 24
     longest = max([max(number["value"], number.get("high", 0)) for _, number, _ in bars]) or 1
     parts = [f'<text x="0" y="16" font-weight="600">{escape(name)}</text>']
@@ -159,12 +160,12 @@ def _sample(conversation: Conversation, replies: dict[str, Message]) -> str:
 
 
 def _card(kind: str, title: str, content: Sequence[Text | Image]) -> str:
-    shown = "".join(f"<p>{escape(p.text)}</p>" if isinstance(p, Text) else _picture(p, title) for p in content)
+    shown = "".join(f"<p>{escape(p.text)}</p>" if isinstance(p, Text) else _image(p, title) for p in content)
     return f'<div class="card {kind}"><h3>{escape(title)}</h3>{shown}</div>'
 
 
-def _picture(image: Image, title: str) -> str:
-    """A small JPEG in the page; one that cannot be read is told in words."""
+def _image(image: Image, title: str) -> str:
+    """Return a small JPEG in the page, or the reason why an image cannot be read."""
     try:
         picture = image.load()
     except Mgp5Error as error:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..messages import Image, Message, Part, Text
-from .intervals import mean_interval
-from .relevance import align
+from .metrics import mean_interval
 from .tasks import Sample
+
+if TYPE_CHECKING:
+    from .encoders import Encoders
 
 
 @dataclass(frozen=True)
@@ -28,50 +32,87 @@ class Number:
 
 
 def mean(values: Tensor, groups: Sequence[str], generator: torch.Generator, **detail: float | None) -> Number:
-    """Of values (B,) with its interval; the samples of a group are not independent."""
+    """Return the mean of values (B,) with its interval over groups, see `mean_interval`."""
     value, low, high = mean_interval(values, groups, generator)
     return Number(value, len(values), low, high, detail)
+
+
+Measure = Callable[["Replies", "Encoders", torch.Generator], Number]  # raises Mgp5Error where there is no number
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a report.
+
+    Attributes:
+        measure: makes it of replies.
+        needs: names of `weights.WEIGHTS`, and packages of the extras eval and fid.
+        unit: range, and what the number is: a mean of "rows", or one "number" of the whole set.
+        protocol: whose it is; "the release" is MiniGPT-5's code.
+        better: which way is better.
+    """
+
+    measure: Measure
+    needs: tuple[str, ...]
+    unit: str
+    protocol: str
+    better: Literal["higher", "lower"] = "higher"
+
+
+def align(generated: Sequence[Part], real: Sequence[Part]) -> list[tuple[Part | None, Part]]:
+    """Pair the true parts of a turn with the generated part of the same kind and number, or None where it is missing.
+
+    So MMDialog aligns what metrics of one modality compare; generated parts beyond have no partner.
+    """
+    pairs: list[tuple[Part | None, Part]] = []
+    for kind in (Text, Image):
+        ours, true = ([part for part in parts if isinstance(part, kind)] for parts in (generated, real))
+        pairs += [(part, other) for part, other in zip_longest(ours[: len(true)], true)]
+    return pairs
 
 
 class Replies:
     """What a system replied to the samples of a table.
 
     Args:
-        rows: samples, true replies, and replies, those without a reply left out.
+        rows: samples, true replies, and replies; samples without a reply are left out.
     """
 
     def __init__(self, rows: Sequence[tuple[Sample, Message, Message]]) -> None:
         self.rows = rows
 
-    def pairs(self, kind: type) -> list[tuple[Part | None, Part, Sample]]:
-        """Parts of a kind beside the true ones, None where one is missing."""
-        found = ((align(reply.content, truth.content), sample) for sample, truth, reply in self.rows)
-        return [(mine, true, sample) for pairs, sample in found for mine, true in pairs if isinstance(true, kind)]
+    @property
+    def groups(self) -> list[str]:
+        """The group of each row."""
+        return [sample.group for sample, _, _ in self.rows]
+
+    def _pairs(self, kind: type) -> list[tuple[Part | None, Part, Sample]]:
+        aligned = ((align(reply.content, truth.content), sample) for sample, truth, reply in self.rows)
+        return [(part, true, sample) for pairs, sample in aligned for part, true in pairs if isinstance(true, kind)]
 
     @cached_property
-    def pictures(self) -> tuple[list[Image], list[Image], list[Sample]]:
-        """Generated pictures, the true ones, and their samples; missing ones left out."""
-        pairs = [pair for pair in self.pairs(Image) if pair[0]]
+    def images(self) -> tuple[list[Image], list[Image], list[Sample]]:
+        """Generated images, the true ones, and their samples, where one was generated. Raises Mgp5Error if none was."""
+        pairs = [pair for pair in self._pairs(Image) if pair[0]]
         if not pairs:
             raise Mgp5Error("no reply holds a picture that is due", "look at the replies")
-        made, real, samples = zip(*pairs, strict=True)
-        return list(made), list(real), list(samples)
+        generated, real, samples = zip(*pairs, strict=True)
+        return list(generated), list(real), list(samples)
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str], list[str]]:
-        """Texts, the true ones, and their groups; missing ones are ""."""
-        pairs = self.pairs(Text)
+        """Generated texts ("" for a missing one), the true ones, and their groups. Raises Mgp5Error if none is due."""
+        pairs = self._pairs(Text)
         if not pairs:
             raise Mgp5Error("no true reply holds a text", "nothing to compare with")
         return [p.text if p else "" for p, _, _ in pairs], [t.text for _, t, _ in pairs], [s.group for _, _, s in pairs]
 
     def counts(self) -> dict[str, int]:
-        """Replies, and how many lack what the true reply has."""
-        lacks = {"without a picture that is due": Image, "without a text that is due": Text}
-        found = {"replies": len(self.rows)}
-        for name, kind in lacks.items():
-            found[name] = sum(
-                any(mine is None for mine, true in align(reply.content, truth.content) if type(true) is kind)
+        """Return how many replies there are, and how many lack what the true reply has."""
+        counts = {"replies": len(self.rows)}
+        for name, kind in {"without a picture that is due": Image, "without a text that is due": Text}.items():
+            counts[name] = sum(
+                any(part is None for part, true in align(reply.content, truth.content) if type(true) is kind)
                 for _, truth, reply in self.rows
             )
-        return found
+        return counts

@@ -2,126 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..doctor import machine, versions
-from ..errors import Mgp5Error
+from ..device import machine, versions
 from ..files import write_json
 from ..messages import Conversation, Message
-from . import METRICS
-from .encoded import ANTIALIAS, Encoded
-from .measure import METRICS_OF, measure
-from .measure_storyland import STORYLAND, acceptance
+from ..storyland.acceptance import acceptance
+from .encoders import ANTIALIAS, Encoders
+from .measure import METRICS, measure, measured_of
 from .page import write_page
-from .published import PUBLISHED
 from .replies import Replies
+from .request import EvaluateRequest
 from .tasks import Data, Sample
-from .weights import WEIGHTS, left_out
 
-SHOWN = 5  # reasons of failures
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Names of metrics that are to be measured, paths of weights by their names, and why metrics are left out."""
-
-    names: tuple[str, ...]
-    given: Mapping[str, Path]
-    left_out: Mapping[str, str]
-
-
-def check(metrics: Sequence[str], weights: Sequence[str]) -> Measured:
-    """What can be measured here.
-
-    Args:
-        metrics: names, () for all.
-        weights: NAME=PATH of `WEIGHTS`.
-
-    Raises Mgp5Error (wrong usage): an unknown name, or a path that does not hold what its name says.
-    """
-    given = {}
-    for item in weights:
-        name, equals, path = item.partition("=")
-        if not equals or name not in WEIGHTS:
-            raise Mgp5Error(f"--weights {item}", f"give NAME=PATH, NAME one of {', '.join(WEIGHTS)}", usage=True)
-        given[name] = Path(path).expanduser()
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise Mgp5Error(f"no metric {', '.join(map(repr, unknown))}", f"there are {'; '.join(METRICS)}", usage=True)
-    names = tuple(metrics) or tuple(METRICS)
-    reasons = {name: left_out(name, given) for name in names}
-    return Measured(
-        tuple(name for name in names if not reasons[name]), given, {name: why for name, why in reasons.items() if why}
-    )
+SHOWN = 5  # reasons of failures, and samples of a table
+PUBLISHED = Path(__file__).with_name("published.json")  # rows of the papers' tables, by format and table
+Rows = Mapping[str, dict[str, Any]]  # of a system's files, by the keys of samples
 
 
 def report(
-    out: Path,
-    data: Data,
-    replies: Mapping[str, Mapping[str, dict[str, Any]]],
-    facts: dict[str, Any],
-    measured: Measured,
-    device: torch.device,
+    request: EvaluateRequest, data: Data, replies: Mapping[str, Rows], made: dict[str, Any], device: torch.device
 ) -> None:
-    """Measure what systems replied, and write both files.
+    """Measure what systems replied, and write both files into the folder of the evaluation.
 
     Args:
-        out: the folder of the evaluation.
-        replies: of each system, rows of its files by the keys of samples.
-        facts: what was evaluated.
+        replies: of each system.
+        made: what was evaluated, and how.
+        device: where metrics are computed.
     """
-    by_table: dict[str, list[Sample]] = {}
+    out, by_table = request.out, {}
     for sample in data.samples:
         for table in sample.tables:
             by_table.setdefault(table, []).append(sample)
-    kinds = {sample.kind for sample in data.samples}
-    usual = {name for kind in kinds for name in METRICS_OF[kind] if data.scenes or name not in STORYLAND}
-    encoded = Encoded(measured.given, device, data.scenes)
-    seed, tables = facts["settings"]["options"]["seed"], {}
+    names = {kind: measured_of(kind, bool(data.scenes)) for kind in {sample.kind for sample in data.samples}}
+    usual = {name for each in names.values() for name in each}
+    encoders = Encoders(request.weights, device, data.scenes)
+    seed, tables = made["settings"]["options"]["seed"], {}
     for table, samples in by_table.items():
-        names = [name for name in METRICS_OF[samples[0].kind] if name in usual and name in measured.names]
+        measured = [name for name in names[samples[0].kind] if name in request.measured]
         for system, rows in replies.items():
-            if mine := [(sample, rows[sample.key]) for sample in samples if sample.key in rows]:
-                tables.setdefault(table, {})[system] = _measured(out, mine, names, encoded, seed)
+            if answered := [(sample, rows[sample.key]) for sample in samples if sample.key in rows]:
+                tables.setdefault(table, {})[system] = _measure(out, answered, measured, encoders, seed)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     groups = len({sample.group for sample in data.samples})
-    found = {"command": shlex.join(["mgp5", *sys.argv[1:]]), "made": now, **facts}
-    found |= {"versions": versions(), "machine": machine(), "antialias": ANTIALIAS}
-    found["data"] = {"samples": len(data.samples), "groups": groups, "problems": dict(data.problems)}
-    found["left_out"] = {name: why for name, why in measured.left_out.items() if name in usual}
-    found["protocols"] = {name: METRICS[name].protocol for name in METRICS if name in usual}
-    found |= {"tables": tables, "published": _published(facts["settings"]["format"], tables)}
-    if data.scenes:
-        found["acceptance"] = acceptance(tables)
-    write_json(out / "report.json", found)
-    write_page(out / "report.html", found, {table: _shown(out, by_table[table], replies) for table in tables})
+    written = {"command": shlex.join(["mgp5", *sys.argv[1:]]), "made": now, **made}
+    written |= {"versions": versions(), "machine": machine(), "antialias": ANTIALIAS}
+    written["data"] = {"samples": len(data.samples), "groups": groups, "problems": dict(data.problems)}
+    written["left_out"] = {name: why for name, why in request.left_out.items() if name in usual}
+    written["protocols"] = {name: METRICS[name].protocol for name in METRICS if name in usual}
+    published = json.loads(PUBLISHED.read_bytes()).get(request.format, {})
+    written |= {"tables": tables, "published": {table: rows for table, rows in published.items() if table in tables}}
+    if request.format == "storyland":
+        written["acceptance"] = acceptance(tables)
+    write_json(out / "report.json", written)
+    write_page(out / "report.html", written, {table: _shown(out, by_table[table], replies) for table in tables})
 
 
-def _published(format: str, tables: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The papers' rows of the tables that were measured."""
-    rows = {table: found for table, found in PUBLISHED.get(format, {}).items() if table in tables}
-    return {
-        table: [{"model": who, "metrics": numbers, "source": source} for who, numbers, source in found]
-        for table, found in rows.items()
-    }
-
-
-def _measured(
-    out: Path, rows: Sequence[tuple[Sample, dict[str, Any]]], names: Sequence[str], encoded: Encoded, seed: int
+def _measure(
+    out: Path, rows: Sequence[tuple[Sample, dict[str, Any]]], names: Sequence[str], encoders: Encoders, seed: int
 ) -> dict[str, Any]:
     failed = [(sample.key, row["error"]) for sample, row in rows if "error" in row]
-    found = Replies([(s, s.load().messages[-1], _reply(out, row)) for s, row in rows if "error" not in row])
-    metrics, reasons = measure(found, names, encoded, seed)
-    entry = {"asked": len(rows), "failed": len(failed)} | found.counts()
-    entry |= {"seconds": round(sum(row.get("seconds", 0) for _, row in rows), 1), "metrics": metrics}
-    return entry | {"left_out": reasons, "failures": [": ".join(failure) for failure in failed[:SHOWN]]}
+    replies = Replies([(s, s.load().messages[-1], _reply(out, row)) for s, row in rows if "error" not in row])
+    numbers, left_out = measure(replies, names, encoders, seed)
+    entry = {"asked": len(rows), "failed": len(failed)} | replies.counts()
+    entry |= {"seconds": round(sum(row.get("seconds", 0) for _, row in rows), 1), "metrics": numbers}
+    return entry | {"left_out": left_out, "failures": [": ".join(failure) for failure in failed[:SHOWN]]}
 
 
 def _reply(out: Path, row: dict[str, Any]) -> Message:
@@ -129,11 +82,11 @@ def _reply(out: Path, row: dict[str, Any]) -> Message:
 
 
 def _shown(
-    out: Path, samples: Sequence[Sample], replies: Mapping[str, Mapping[str, dict[str, Any]]]
+    out: Path, samples: Sequence[Sample], replies: Mapping[str, Rows]
 ) -> list[tuple[Conversation, dict[str, Message]]]:
-    """Samples for the page, spread over the table and not chosen by hand: conversations, and replies by systems."""
+    """Return samples for the page, spread over the table and not chosen by hand: conversations, replies by system."""
     shown = []
     for sample in samples[:: -(-len(samples) // SHOWN)]:
-        mine = {system: rows[sample.key] for system, rows in replies.items() if "reply" in rows.get(sample.key, {})}
-        shown.append((sample.load(), {system: _reply(out, row) for system, row in mine.items()}))
+        kept = {system: rows[sample.key] for system, rows in replies.items() if "reply" in rows.get(sample.key, {})}
+        shown.append((sample.load(), {system: _reply(out, row) for system, row in kept.items()}))
     return shown

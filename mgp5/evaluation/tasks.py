@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from ..data import Dataset, Problems, load_data
-from ..data.files import lines, pick
+from ..data.files import pick
 from ..data.vist import Story
 from ..errors import Mgp5Error
-from ..messages import Conversation, Image
+from ..messages import Conversation, Image, Message
 from ..prompts import TASK_PROMPTS, continue_, illustrate, narrate
-from ..prompts import Scene as Told
+from ..prompts import Scene as Step
 from ..storyland.world import Scene
+from ..storyland.write import ATTRIBUTES, read_scenes
 
 Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue"]
 CONTEXTS = ("none", "text", "image", "full")  # MiniGPT-5, table 6
@@ -33,19 +33,19 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A question of a task.
+    """A question of a task, with its true reply.
 
     Attributes:
-        key: its name, of which the seeds of its reply are made.
-        group: story, dialogue or picture it belongs to; the samples of one are not independent.
-        context: what its question shows of the history.
-        tables: of the report, that count it: the last picture of a story is one of all its pictures too.
-        load: the conversation, whose last message is the true reply.
-        words: what the true picture shows, as its data set says it; "" where it does not.
-        past: texts that were told before, for a model that reads text alone.
-        opening: of a story to be continued: its first scene.
+        key: its name, from which the seeds of its reply are made.
+        group: the story, dialogue or image it belongs to; the samples of one are not independent.
+        context: how much of the history its question shows.
+        tables: of the report, that count it: the last image of a story is one of all its images too.
+        load: gives the conversation, whose last message is the true reply.
+        words: what the true image shows, as its data set says it; "" where it does not.
+        past: earlier texts of the story, for a model that reads text alone.
+        opening: first scene of a story that is to be continued.
         rounds: how many replies continue it.
-        before: of a story, the true picture before the one that is due.
+        before: of a story, the true image before the one that is due.
     """
 
     key: str
@@ -56,14 +56,31 @@ class Sample:
     load: Callable[[], Conversation] = field(repr=False)
     words: str = ""
     past: tuple[str, ...] = ()
-    opening: Told | None = None
+    opening: Step | None = None
     rounds: int = 1
     before: Image | None = None
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a system is asked.
+
+    Attributes:
+        sample: that it belongs to.
+        conversation: ends with the user's turn.
+        truth: the true reply, for upper bounds only.
+        seed: of the reply.
+    """
+
+    sample: Sample
+    conversation: Conversation
+    truth: Message
+    seed: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Samples, and what is known of all: what could not be read, and of Storyland the scene that each picture shows."""
+    """Samples, what could not be read, and the scene that each image of Storyland shows."""
 
     samples: list[Sample]
     problems: Problems
@@ -71,7 +88,9 @@ class Data:
 
 
 def check(format: str, tasks: Sequence[str], contexts: Sequence[str]) -> None:
-    """See that a format has these tasks and contexts. Raises Mgp5Error (wrong usage)."""
+    """Raise Mgp5Error (wrong usage) if a format is unknown or does not have these tasks and contexts."""
+    if format not in TASKS:
+        raise Mgp5Error(f"format is {format!r}", f"expected one of {', '.join(TASKS)}", usage=True)
     if unknown := [task for task in tasks if task not in TASKS[format]]:
         known = ", ".join(TASKS[format])
         raise Mgp5Error(f"format {format} has no task {', '.join(unknown)}", f"it has {known}", usage=True)
@@ -89,26 +108,30 @@ def load(
     limit: int | None = None,
     narrate_from: str = "full",
 ) -> Data:
-    """The samples of a data set.
+    """Read the samples of a data set.
 
     Args:
-        format: of `TASKS`; "storyland" is a folder that `mgp5 data storyland` has written.
-        tasks: of the format; empty takes all. "illustrate" draws every picture (of Storyland from the second on, the
-            first that the sentences before it decide), "last" the last one, "narrate" tells every picture from the
-            second on, "continue" asks for text and picture of one step of a story, chosen by its name, and "story" for
+        format: of `TASKS`; "storyland" is a folder that `mgp5 data storyland` has written, whose data sets also count
+            alone, as what they are.
+        tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on, the
+            first that the sentences before it decide), "last" the last one, "narrate" tells every image from the
+            second on, "continue" asks for text and image of one step of a story, chosen by its name, and "story" for
             all scenes after the first, each reply being history for the next.
-        contexts: of story tasks; empty takes all four for "last", `narrate_from` to narrate, else "full".
-        limit: the first stories, dialogues or pictures.
+        contexts: of story tasks, see CONTEXTS; empty takes all four for "last", `narrate_from` for "narrate", else
+            "full".
+        limit: takes only the first stories, dialogues or images.
+        narrate_from: context of the model's narrations.
 
     Raises:
         Mgp5Error: as `check`, or data that cannot be used.
     """
     check(format, tasks, contexts)
-    asked, samples, problems, scenes = tasks or TASKS[format], [], Problems(), {}
+    asked, samples, problems = tasks or TASKS[format], [], Problems()
     root = {"vist": path, "mmdialog": path}
     if format == "storyland":
         root = {name: path / name for name in root}
-        scenes = {place: scene for folder in root.values() for place, scene in pictured(folder)}
+    folders = root.values() if format == "storyland" else [path] if (path / ATTRIBUTES).is_file() else ()
+    scenes = {image: scene for folder in folders for image, scene in read_scenes(folder)}
     if set(asked) & {*STORY_TASKS, "story"}:
         stories = load_data("vist", root["vist"], split)
         plan = _plan(asked, contexts, narrate_from, int(format == "storyland"))
@@ -129,18 +152,8 @@ def load(
     return Data(samples=samples, problems=problems, scenes=scenes)
 
 
-def pictured(folder: Path) -> Iterator[tuple[Path, Scene]]:
-    """Pictures of a Storyland folder, and what they show. Raises Mgp5Error."""
-    for place, line in lines(folder / "attributes.jsonl") if folder.is_dir() else ():
-        try:
-            row = json.loads(line)
-            yield (folder / row["image"]).resolve(), Scene(**row["attributes"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise Mgp5Error(f"{place} of {folder} tells no scene ({error})", "write Storyland again") from None
-
-
 def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) -> Iterator[Sample]:
-    """Every sample of a data set, the first `limit` dialogues or pictures of it."""
+    """Yield every sample of a data set, of the first `limit` dialogues or images."""
     problems.merge(dataset.problems)
     groups: dict[str, list[int]] = {}
     for index in range(len(dataset)):
@@ -156,7 +169,7 @@ def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) 
 def _plan(
     tasks: Sequence[str], contexts: Sequence[str], narrate_from: str, first: int
 ) -> Callable[[Story], Iterator[Sample]]:
-    """What makes the samples of a story; a question that two tasks ask is one sample."""
+    """Return what makes the samples of a story; a question that two tasks ask is one sample."""
     usual = {"last": CONTEXTS, "narrate": (narrate_from,), "story": ("full",)}
 
     def samples(story: Story) -> Iterator[Sample]:
@@ -182,7 +195,7 @@ def _plan(
 
 def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str, ...]) -> Sample:
     history, (text, image) = story.scenes[:step], story.scenes[step]
-    seen = [("", picture) for _, picture in history] if context == "image" else history
+    shown = [("", before) for _, before in history] if context == "image" else history
     how = "full" if context == "image" else context
 
     def conversation() -> Conversation:
@@ -190,10 +203,10 @@ def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str
             return continue_(history).add("assistant", *(part for scene in story.scenes[1:] for part in scene))
         choice = pick(len(TASK_PROMPTS[kind]), story.name, step, kind)
         if kind == "illustrate":
-            return illustrate(seen, text, choice, context=how).add("assistant", image)
+            return illustrate(shown, text, choice, context=how).add("assistant", image)
         if kind == "continue":
-            return continue_(seen, choice, context=how).add("assistant", text, image)
-        return narrate(seen, image, choice, context=how).add("assistant", text)
+            return continue_(shown, choice, context=how).add("assistant", text, image)
+        return narrate(shown, image, choice, context=how).add("assistant", text)
 
     return Sample(
         key=f"{story.name}/{step}/{kind}/{context}",
@@ -203,7 +216,7 @@ def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str
         tables=tables,
         load=conversation,
         words=text,
-        past=() if context == "none" else tuple(told for told, _ in history),
+        past=() if context == "none" else tuple(before for before, _ in history),
         opening=story.scenes[0] if kind == "story" else None,
         rounds=len(story.scenes) - 1 if kind == "story" else 1,
         before=history[-1][1] if history else None,

