@@ -18,7 +18,7 @@ from mgp5.events import Finished, ImageDone
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.session import Session
 from mgp5.prompts import illustrate
-from mgp5.storyland.tell import accepts
+from mgp5.storyland.language import accepts
 from mgp5.views.files import read_png_metadata
 
 ROOT = Path(__file__).parents[1]

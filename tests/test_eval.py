@@ -23,7 +23,7 @@ from mgp5.evaluation.runner import answer
 from mgp5.evaluation.tasks import load
 from mgp5.loading import save_checkpoint
 from mgp5.messages import Image, Message, Text
-from mgp5.storyland.acceptance import acceptance
+from mgp5.storyland.metrics import acceptance
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 REAL = Path(__file__).parents[2] / "shared/data/real"

@@ -31,7 +31,7 @@ def noise(width: int, height: int) -> pil.Image:
 
 
 def test_clip_agrees_with_the_model_as_a_whole(clip_folder):
-    """One by one through CLIPModel.forward; ours are in a batch, padded, and more than fit in one."""
+    """One by one through CLIPModel.forward; ours are in a batch, padded."""
     clip, model = Clip(clip_folder), CLIPModel.from_pretrained(clip_folder).eval()
     pictures = [noise(40, 30), noise(28, 50), noise(20, 20), picture("blue", (9, 9))]
     images, texts = clip.images(pictures * 10), clip.texts(TEXTS * 10)
@@ -43,7 +43,6 @@ def test_clip_agrees_with_the_model_as_a_whole(clip_folder):
             whole = model(**tokens, **processor(images=shown, return_tensors="pt"))
         torch.testing.assert_close(images[row], whole.image_embeds[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(texts[row + 36], whole.text_embeds[0], atol=1e-5, rtol=0)
-    assert clip.images([]).shape == (0, WIDTH)
 
 
 def test_hps_pads_and_borrows_its_processors(clip_folder, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from clip import captions
 from fit import device, step_generator
-from renders import renders
+from renders import renders, right, scores
 from sd3 import DEMO, paint
 from torch import Tensor
 from unet import moments, sheet
@@ -29,7 +29,7 @@ from mgp5.loading import build
 from mgp5.messages import Conversation, Image
 from mgp5.model import InterleavedModel
 from mgp5.prompts import IGNORE, example
-from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.storyland.judge import load_judge
 
 BATCH = 32
 PAINTED = 8  # pictures of a row of the sheet

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 
 from mgp5.data import load_data
-from mgp5.evaluation.tasks import pictured
 from mgp5.storyland.tell import caption
+from mgp5.storyland.write import read_scenes
 
 
 def sentence(format: str, asked: dict, answer: dict) -> str:
@@ -25,7 +25,7 @@ def sentence(format: str, asked: dict, answer: dict) -> str:
 
 def captioned(data: Path, format: str, words: str) -> Iterator[list[dict]]:
     """Chats of DATA/format, with a caption of every picture that is to be drawn."""
-    scenes, samples = dict(pictured(data / format)), load_data(format, data / format)
+    scenes, samples = dict(read_scenes(data / format)), load_data(format, data / format)
     chats = [samples[index].to_chat() for index in range(len(samples))]
     for chat, after in pairwise([*chats, []]):
         if after[: len(chat)] == chat:

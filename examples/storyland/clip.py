@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from fit import Run, device, fit, step_generator
 from PIL import Image
-from renders import renders, scenes
+from renders import renders, scenes, scores
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mgp5.storyland.judge import scores
 from mgp5.storyland.tell import caption
 from mgp5.storyland.world import ATTRIBUTES, rng
 

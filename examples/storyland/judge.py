@@ -1,4 +1,4 @@
-"""Train the judge of mgp5.evaluation: a small CNN that reads the seven attributes of a picture (B pictures)."""
+"""Train the judge of mgp5.storyland: a small CNN that reads the seven attributes of a picture (B pictures)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import click
 import numpy as np
 import torch
 from fit import Run, device, fit, step_generator
-from renders import renders, to_pixels
+from renders import renders, right, scores, to_pixels
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mgp5.storyland.draw import draw
-from mgp5.storyland.judge import FILE, SIZE, Judge, load_judge, right, scores
+from mgp5.storyland.judge import FILE, SIZE, Judge, load_judge
 from mgp5.storyland.world import ATTRIBUTES, random_scene, rng
 
 

@@ -32,7 +32,8 @@ from mgp5.prompts import (
     narrate,
 )
 from mgp5.storyland.draw import draw
-from mgp5.storyland.tell import Dialog, Story, caption, dialog, story
+from mgp5.storyland.talk import Dialog, dialog
+from mgp5.storyland.tell import Story, caption, story
 from mgp5.storyland.world import Scene, Split, random_scene
 
 

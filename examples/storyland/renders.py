@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mgp5.storyland.draw import draw
-from mgp5.storyland.world import Scene, random_scene, rng
+from mgp5.storyland.judge import Judge, look
+from mgp5.storyland.world import ATTRIBUTES, Scene, random_scene, rng
 
 
 def _one(args: tuple[str, int]) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -47,3 +48,14 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
 def scenes(rows: np.ndarray) -> list[Scene]:
     """Attribute indices (B, 7) -> scenes."""
     return [Scene.from_indices(row.tolist()) for row in rows]
+
+
+def right(judge: Judge, pixels: Tensor, rows: np.ndarray | Tensor) -> Tensor:  # -> (B, 7) bool
+    """Which attributes of pictures (B, 3, 128, 128) are read as the true ones, indices (B, 7)."""
+    return look(judge, pixels)[0] == torch.as_tensor(rows)
+
+
+def scores(hits: Tensor) -> dict[str, float]:  # (B, 7) bool
+    """Share of pictures with each attribute right, their mean, and the share with all of them right."""
+    shares = dict(zip(ATTRIBUTES, hits.float().mean(0).tolist(), strict=True))
+    return shares | {"mean": hits.float().mean().item(), "all": hits.all(1).float().mean().item()}

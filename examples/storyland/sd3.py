@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from fit import Run, autocast, device, fit, step_generator
-from renders import renders
+from renders import renders, right, scores
 from tokens import captions as described
 from torch import Tensor, nn
 from transformers import (
@@ -34,7 +34,7 @@ from unet import EMPTY, SHOWN, moments, sheet
 import mgp5
 from mgp5.generators.flow import FlowSchedule
 from mgp5.generators.sd3 import StableDiffusion3
-from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.storyland.judge import load_judge
 from mgp5.storyland.world import ATTRIBUTES
 
 DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"

@@ -1,6 +1,6 @@
 """What the lossy shortcuts of the denoising cost and gain: each setting draws the same test pictures (B of them).
 
-Pictures are judged by the judge of mgp5.evaluation, and compared with those of 20 guided steps from the same conditions
+Pictures are judged by the judge of mgp5.storyland, and compared with those of 20 guided steps from the same conditions
 and noise. The settings take turns, batch by batch. Milliseconds are of the processor: other work does not count.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import torch
+from renders import scores
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -26,14 +27,15 @@ from torch import Tensor
 
 from mgp5.apps.open_model import load
 from mgp5.evaluation import tasks
-from mgp5.evaluation.storyland import attributes_right
-from mgp5.evaluation.systems import Ask, Model, Undrawn
+from mgp5.evaluation.systems import Model, Undrawn
+from mgp5.evaluation.tasks import Question
 from mgp5.heads import DrawContext, Forced, Request, Response
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.messages import Conversation
 from mgp5.model import InterleavedModel
 from mgp5.options import DiffusionOptions, Options
-from mgp5.storyland.judge import load_judge, look, scores
+from mgp5.storyland.judge import load_judge, look
+from mgp5.storyland.metrics import attributes_right
 from mgp5.storyland.world import Scene
 from mgp5.storyland.write import write
 
@@ -67,7 +69,7 @@ class Recorder(Undrawn):
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         response = yield Forced(self.ids)
         hidden = torch.cat([context.state, response.hidden], dim=1)
-        self.kept.append(self.mapper(predicting_states(hidden, [0], [1], self.num_vokens)))
+        self.kept.append(self.head.mapper(predicting_states(hidden, [0], [1], self.head.num_vokens)))
         return torch.zeros(3, 8, 8)
 
 
@@ -82,7 +84,7 @@ def conditions(model: InterleavedModel, stories: int) -> tuple[Tensor, list[Scen
         scenes = []
         for sample in track(data.samples, "reading", **_err()):
             *history, truth = sample.load().messages
-            reader([Ask(sample, Conversation(tuple(history)), truth, seed=0)])
+            reader([Question(sample, Conversation(tuple(history)), truth, seed=0)])
             scenes.append(data.scenes[truth.images[0].path.resolve()])
     return torch.cat(head.kept), scenes
 

@@ -15,7 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM, CHAT_SYSTEM, STORY_SYSTEM, TASK_PROMPTS
-from mgp5.storyland.tell import caption, dialog, story
+from mgp5.storyland.talk import dialog
+from mgp5.storyland.tell import caption, story
 from mgp5.storyland.world import random_scene, rng
 
 VOCABULARY = 1024  # at most, specials included

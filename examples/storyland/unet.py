@@ -15,12 +15,12 @@ from clip import captions
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fit import Run, autocast, device, fit, step_generator
 from PIL import Image
-from renders import renders, to_pixels
+from renders import renders, right, scores, to_pixels
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from mgp5.storyland.judge import load_judge, right, scores
+from mgp5.storyland.judge import load_judge
 from mgp5.storyland.world import ATTRIBUTES
 
 EMPTY = 0.1  # share of training captions that are left empty, for classifier-free guidance

@@ -1,4 +1,16 @@
-"""How well a model replies: `run.evaluate` takes a request, has systems reply to samples, and writes a report.
+"""How well a model replies: `run.evaluate` takes a request, lets systems reply to samples, and writes a report.
 
-tasks -> systems -> runner (replies on disk) -> measure (metrics of replies) -> report and page.
+request -> tasks (samples) -> systems and runner (replies on disk) -> measure (metrics of replies) -> report, page.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("EvaluateRequest", "evaluate"):
+        raise AttributeError(name)
+    from . import request, run
+
+    return getattr(request if name == "EvaluateRequest" else run, name)

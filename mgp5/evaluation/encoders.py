@@ -24,7 +24,6 @@ from ..storyland.world import ATTRIBUTES, Scene
 from .weights import locate
 
 BATCH = 32
-AT_ONCE = 64  # images in memory
 ANTIALIAS = False  # how images are resized for Inception
 
 
@@ -40,13 +39,6 @@ def _unreadable(path: Path, expected: str, error: Exception) -> Mgp5Error:
     if isinstance(error, UnpicklingError):  # torch's text advises to read it all the same
         reason = "it holds more than tensors"
     return Mgp5Error(f"cannot load {path} ({reason})", f"expected {expected}")
-
-
-@torch.inference_mode()
-def _encode(items: Sequence[Any], width: int, encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Return unit vectors (B, E) of items, which are encoded BATCH at a time."""
-    parts = [encode(items[start : start + BATCH]).float().cpu() for start in range(0, len(items), BATCH)]
-    return normalize(torch.cat([torch.zeros(0, width), *parts]), dim=-1)
 
 
 class Clip:
@@ -68,31 +60,27 @@ class Clip:
         self.model = _load(CLIPModel, folder).to(device, torch.float32).eval()
         self.tokenizer = _load(AutoTokenizer, processors or folder)
         self.processor = _load(CLIPImageProcessorPil, processors or folder)
-        self.width = self.model.config.projection_dim
         self._device = device
         self._pad = pad
 
+    @torch.inference_mode()
     def images(self, pictures: Sequence[PIL.Image.Image]) -> Tensor:
         """Return unit vectors (B, E) of RGB images of any size."""
+        side = self.model.config.vision_config.image_size
+        if self._pad:
+            pictures = [ImageOps.pad(p, (side, side), PIL.Image.Resampling.BICUBIC) for p in pictures]
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self._device)
+        found = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return normalize(found, dim=-1).cpu()
 
-        def encode(batch: Sequence[PIL.Image.Image]) -> Tensor:
-            side = self.model.config.vision_config.image_size
-            square = [ImageOps.pad(p, (side, side), PIL.Image.Resampling.BICUBIC) if self._pad else p for p in batch]
-            pixels = self.processor(images=square, return_tensors="pt")["pixel_values"].to(self._device)
-            return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-
-        return _encode(pictures, self.width, encode)
-
+    @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (B, E) of texts."""
         length = self.model.config.text_config.max_position_embeddings
-
-        def encode(batch: Sequence[str]) -> Tensor:
-            tokens = self.tokenizer(list(batch), padding=True, truncation=True, max_length=length, return_tensors="pt")
-            ids, mask = tokens["input_ids"].to(self._device), tokens["attention_mask"].to(self._device)
-            return self.model.text_projection(self.model.text_model(ids, attention_mask=mask).pooler_output)
-
-        return _encode(texts, self.width, encode)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = tokens["input_ids"].to(self._device), tokens["attention_mask"].to(self._device)
+        found = self.model.text_projection(self.model.text_model(ids, attention_mask=mask).pooler_output)
+        return normalize(found, dim=-1).cpu()
 
 
 class SentenceEncoder:
@@ -108,16 +96,14 @@ class SentenceEncoder:
         self.tokenizer = _load(AutoTokenizer, folder)
         self._device = device
 
+    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (B, E) of texts."""
-
-        def encode(batch: Sequence[str]) -> Tensor:
-            tokens = self.tokenizer(list(batch), padding=True, truncation=True, max_length=256, return_tensors="pt")
-            tokens = tokens.to(self._device)
-            weights = tokens["attention_mask"][..., None].float()  # (B, tokens, 1)
-            return (self.model(**tokens).last_hidden_state * weights).sum(1) / weights.sum(1)
-
-        return _encode(texts, self.model.config.hidden_size, encode)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        tokens = tokens.to(self._device)
+        weights = tokens["attention_mask"][..., None].float()  # (B, tokens, 1)
+        found = (self.model(**tokens).last_hidden_state * weights).sum(1) / weights.sum(1)
+        return normalize(found, dim=-1).cpu()
 
 
 class Inception:
@@ -151,11 +137,9 @@ class Inception:
     def __call__(self, pictures: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor]:
         """Return features (B, 2048) for FID and logits (B, 1008) without bias for IS of RGB images of any size."""
         parts = []
-        for _, run in groupby(pictures, key=lambda picture: picture.size):
-            same = list(run)
-            for start in range(0, len(same), BATCH):
-                pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in same[start : start + BATCH]]))
-                parts.append(self.model(pixels.permute(0, 3, 1, 2).to(self._device)))
+        for _, same in groupby(pictures, key=lambda picture: picture.size):
+            pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in same]))
+            parts.append(self.model(pixels.permute(0, 3, 1, 2).to(self._device)))
         features = torch.cat(parts)
         return features.cpu(), (features @ self.model.fc.weight.T).cpu()
 
@@ -231,7 +215,7 @@ class Encoders:
     ) -> list[Any]:
         new = {key: item for key, item in zip(keys, items, strict=True) if (name, key) not in self._encoded}
         names, values = list(new), list(new.values())
-        for start in range(0, len(names), AT_ONCE):
-            batch, rows = names[start : start + AT_ONCE], encode(values[start : start + AT_ONCE])
+        for start in range(0, len(names), BATCH):
+            batch, rows = names[start : start + BATCH], encode(values[start : start + BATCH])
             self._encoded |= {(name, key): row for key, row in zip(batch, rows, strict=True)}
         return [self._encoded[name, key] for key in keys]

@@ -15,7 +15,7 @@ import torch
 from ..device import machine, versions
 from ..files import write_json
 from ..messages import Conversation, Message
-from ..storyland.acceptance import acceptance
+from ..storyland.metrics import acceptance
 from .encoders import ANTIALIAS, Encoders
 from .measure import METRICS, measure, measured_of
 from .page import write_page

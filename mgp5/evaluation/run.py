@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..training.distributed import on_main
 from . import tasks
 from .report import report
 from .request import EvaluateRequest, launched, trained
-from .runner import Replied, Runner, read_replies
+from .runner import Replied, read_replies, reply_by
 from .storyland import write_data
 from .systems import Entry
 
@@ -60,20 +61,19 @@ def evaluate(
     settings = _settings(request, on_main(state, lambda: weights_hash(parts)))
     on_main(state, lambda: _claim(out, settings, {entry.name: _baseline_hash(entry) for entry in request.systems}))
     if data is None:
-        seed = request.options.seed
-        data = _load_data(
-            request, on_main(state, lambda: write_data(out / "data", request.split, request.num_groups, seed)), parts
-        )
+        folder, seed = out / "data", request.options.seed
+        on_main(state, lambda: write_data(folder, request.split, request.num_groups, seed))
+        data = _load_data(request, folder, parts)
 
     def load(name: str) -> InterleavedModel:
         return open_model(replace(request.model, model=name, device=str(state.device)), tell)
 
-    runner = Runner(request, data, state, load, tell)
+    model = cache(partial(load, request.model.model))
     for entry in request.systems:
-        for replied in runner.reply_by(entry):
+        for replied in reply_by(entry, request, data, state, model, load, tell):
             progress(replied)
     state.wait_for_everyone()
-    runner.model = None  # what measures needs the memory
+    model.cache_clear()  # metrics need the memory
     if state.is_main_process:
         made = {"settings": read_json(out / SETTINGS), "processes": state.num_processes, "device": str(state.device)}
         made |= {"baselines": request.baselines, "batch": request.batch}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,83 +45,69 @@ class Replied:
     row: dict[str, Any]
 
 
-@dataclass
-class Runner:
-    """Let systems reply to the samples that have no reply yet; this process takes its share of them.
+def reply_by(
+    entry: Entry,
+    request: EvaluateRequest,
+    data: Data,
+    state: PartialState,
+    model: Callable[[], InterleavedModel],
+    load: Callable[[str], InterleavedModel],
+    tell: Callable[[str], None],
+) -> Iterator[Replied]:
+    """Let a system reply to this process's share of the samples that have no reply yet; write and yield each reply.
 
     Args:
-        request: the evaluation.
-        data: all samples.
-        state: of the processes.
-        load: gives a model by its name or folder.
-        tell: takes a line about what is left out.
+        model: gives the model that is evaluated.
+        load: gives another model by its name or folder.
+        tell: takes a line when the system is left out.
     """
+    done = read_replies(request.out, entry.name)
+    state.wait_for_everyone()  # nobody writes before all have seen what is there
+    todo = [sample for sample in data.samples if sample.key not in done and entry.takes(sample)]
+    if not todo:
+        return
+    with state.main_process_first():  # it may export the model into the user's store
+        shared = model()
+    try:
+        system = build(entry, shared, request.options, data.scenes, load)
+    except Mgp5Error as error:
+        if not entry.implied:
+            raise
+        tell(f"{entry.name} is left out: {error}")
+        return
+    groups = ([sample for sample in todo if sample.kind == kind] for kind in dict.fromkeys(one.kind for one in todo))
+    batches = [group[i : i + request.batch] for group in groups for i in range(0, len(group), request.batch)]
+    batches = batches[state.process_index :: state.num_processes]
+    numbers = {sample.key: number for number, sample in enumerate(data.samples)}
+    (request.out / "replies").mkdir(exist_ok=True)
+    file, count = request.out / "replies" / f"{entry.name}-{state.process_index}.jsonl", 0
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" if file.stat().st_size else "")  # behind a line that a kill has cut off
+        for batch in batches:
+            start = time.monotonic()
+            replies = answer(system, batch, request.options.seed)
+            seconds = round((time.monotonic() - start) / len(batch), 3)
+            for sample, reply in zip(batch, replies, strict=True):
+                row = {"key": sample.key, "seconds": seconds}
+                row |= _write_reply(request.out, f"pictures/{entry.name}/{numbers[sample.key]:06d}", reply)
+                lines.write(f"{json.dumps(row)}\n")
+                count += 1
+                yield Replied(entry.name, count, sum(map(len, batches)), row)
+            lines.flush()
 
-    request: EvaluateRequest
-    data: Data
-    state: PartialState
-    load: Callable[[str], InterleavedModel]
-    tell: Callable[[str], None]
-    model: InterleavedModel | None = None
-    numbers: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.numbers = {sample.key: number for number, sample in enumerate(self.data.samples)}
-
-    def reply_by(self, entry: Entry) -> Iterator[Replied]:
-        """Write the replies of a system, and yield each."""
-        request, state = self.request, self.state
-        done = read_replies(request.out, entry.name)
-        state.wait_for_everyone()  # nobody writes before all have seen what is there
-        todo = [sample for sample in self.data.samples if sample.key not in done and entry.takes(sample)]
-        if not todo:
-            return
-        if self.model is None:
-            with state.main_process_first():  # it may export the model into the user's store
-                self.model = self.load(request.model.model)
-        try:
-            system = build(entry, self.model, request.options, self.data.scenes, self.load)
-        except Mgp5Error as error:
-            if not entry.implied:
-                raise
-            self.tell(f"{entry.name} is left out: {error}")
-            return
-        kinds = dict.fromkeys(sample.kind for sample in todo)
-        groups = ([sample for sample in todo if sample.kind == kind] for kind in kinds)
-        batches = [group[i : i + request.batch] for group in groups for i in range(0, len(group), request.batch)]
-        yield from self._write(entry.name, system, batches[state.process_index :: state.num_processes])
-
-    def _write(self, name: str, system: System, batches: Sequence[Sequence[Sample]]) -> Iterator[Replied]:
-        out = self.request.out
-        for folder in (out / "replies", out / "pictures" / name):
-            folder.mkdir(parents=True, exist_ok=True)
-        file = out / "replies" / f"{name}-{self.state.process_index}.jsonl"
-        done, total = 0, sum(map(len, batches))
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write("\n" if file.stat().st_size else "")  # behind a line that a kill has cut off
-            for batch in batches:
-                start = time.monotonic()
-                replies = answer(system, batch, self.request.options.seed)
-                seconds = round((time.monotonic() - start) / len(batch), 3)
-                for sample, reply in zip(batch, replies, strict=True):
-                    row = self._row(name, sample, reply) | {"seconds": seconds}
-                    lines.write(f"{json.dumps(row)}\n")
-                    done += 1
-                    yield Replied(name, done, total, row)
-                lines.flush()
-
-    def _row(self, name: str, sample: Sample, reply: Reply) -> dict[str, Any]:
-        """Write the images of a reply, and return what is kept of it."""
-        if isinstance(reply, str):
-            return {"key": sample.key, "error": reply}
-        stem = f"pictures/{name}/{self.numbers[sample.key]:06d}"
-        paths = [f"{stem}-{number}.png" for number in range(len(reply.images))]
-        for image, path in zip(reply.images, paths, strict=True):
-            write_png(image, self.request.out / path)
-        # The PNG has the metadata of an image, the line leaves it out.
-        content = tuple(replace(part, meta={}) if isinstance(part, Image) else part for part in reply.content)
-        (message,) = Conversation((replace(reply, content=content),)).to_chat(iter(paths))
-        return {"key": sample.key, "reply": message}
+def _write_reply(out: Path, stem: str, reply: Reply) -> dict[str, Any]:
+    """Write the images of a reply to `stem`-NUMBER.png, and return what the row of the reply has of it."""
+    if isinstance(reply, str):
+        return {"error": reply}
+    paths = [f"{stem}-{number}.png" for number in range(len(reply.images))]
+    for image, path in zip(reply.images, paths, strict=True):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        write_png(image, out / path)
+    # The PNG has the metadata of an image, the row leaves it out.
+    content = tuple(replace(part, meta={}) if isinstance(part, Image) else part for part in reply.content)
+    (message,) = Conversation((replace(reply, content=content),)).to_chat(iter(paths))
+    return {"reply": message}
 
 
 def answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:

@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from .encoders import Encoders
 
 
-def write_data(folder: Path, split: str, count: int, seed: int) -> Path:
-    """Write `count` stories and dialogues into a folder, whole or not at all, unless it is there; return it."""
+def write_data(folder: Path, split: str, count: int, seed: int) -> None:
+    """Write `count` stories and dialogues into a folder, whole or not at all, unless it is there."""
     if not folder.exists():
         with replacing(folder) as part:
             write(part, "train" if split == "train" else "test", 0, count, count, seed)
-    return folder
 
 
 @dataclass(frozen=True)

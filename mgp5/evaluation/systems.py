@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -109,16 +110,6 @@ class Model:
             if isinstance(event, Finished):
                 replies[index] = event.message
         return [replies[index] for index in range(len(questions))]
-
-
-@dataclass(frozen=True)
-class TextOnly:
-    """Reply by an LLM that draws no images, for the metrics of text."""
-
-    writer: Model
-
-    def __call__(self, questions: Sequence[Question]) -> list[Message]:
-        return self.writer(questions, image="never")
 
 
 @dataclass(frozen=True)
@@ -236,7 +227,7 @@ def build(
     if name in ("model", "gill"):
         return Model(load(path) if path else model, options)
     if name == "text-only":
-        return TextOnly(Model(_writer(path or model.config.mllm, model), options))
+        return partial(Model(_writer(path or model.config.mllm, model), options), image="never")
     generator = getattr(model.head, "generator", None)
     if not isinstance(generator, LatentDiffusion):
         raise Mgp5Error(f"the head {model.head.spec.name} draws by no text-to-image model", f"leave {name} out")

@@ -25,7 +25,7 @@ HOT_PINK: Colour = (255, 78, 158)
 
 @dataclass(frozen=True, kw_only=True)
 class Coat:
-    """The shades of one character and its head's height; `y` is the head's centre."""
+    """Shades of one character; `y` is the centre of its head."""
 
     main: Colour
     light: Colour
@@ -36,7 +36,7 @@ class Coat:
 
 
 def coat(scene: Scene) -> Coat:
-    """The shades of a scene's character."""
+    """Return the shades of a scene's character."""
     main = BODY[scene.colour]
     white = scene.colour == "white"
     return Coat(
@@ -50,7 +50,7 @@ def coat(scene: Scene) -> Coat:
 
 
 def character(pen: Pen, scene: Scene) -> None:
-    """Everything of the animal but its prop and the hand on it, back to front."""
+    """Draw the animal without its prop and the hand on it, back to front."""
     c = coat(scene)
     _tail(pen, c, scene.species)
     _ears(pen, c, scene.species)
@@ -69,12 +69,12 @@ def character(pen: Pen, scene: Scene) -> None:
 
 
 def hand(pen: Pen, scene: Scene) -> None:
-    """The fist around a prop's handle, drawn on top of it."""
+    """Draw the fist on top of a prop's handle."""
     pen.oval(*hand_at(scene), 13, 13, coat(scene).main)
 
 
 def hand_at(scene: Scene) -> Point:
-    """Where the right hand holds the prop, relative to the pen's origin."""
+    """Return where the right hand holds the prop, relative to the pen's origin."""
     return (74, -76) if scene.action == "sleeps" else (74, -84)
 
 

@@ -1,4 +1,4 @@
-"""Draws a Scene as a 128 x 128 picture-book page, deterministic from (scene, seed).
+"""Draw a scene as a picture-book page, deterministic from (scene, seed).
 
 Everything is drawn at three times the size and reduced with a box filter, which anti-aliases it.
 """
@@ -21,7 +21,7 @@ GROUND = 350
 
 
 def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
-    """The picture of a scene: RGB, `size` x `size` pixels; `seed` moves figure, scenery and flakes a little."""
+    """Draw a scene as an RGB image of `size` x `size` pixels; `seed` moves figure, scenery and flakes a little."""
     rng = random.Random(f"draw|{scene.indices()}|{seed}")
     slide = 3 * rng.randint(0, 2 * MARGIN // 3)
     canvas = backdrop(scene.place, scene.weather, rng.randrange(VARIANTS)).crop((slide, 0, slide + SIZE, SIZE))
@@ -47,7 +47,7 @@ def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
 
 
 def _falling(pen: ImageDraw.ImageDraw, weather: str, rng: random.Random) -> None:
-    """Rain or snow behind the character; one drop per cell of a grid, so that it is evenly spread."""
+    """Draw rain or snow behind the character, one drop per cell of a grid, so that it is evenly spread."""
     if weather not in ("rainy", "snowy"):
         return
     for column in range(6):
@@ -67,7 +67,7 @@ def _shadow(canvas: Image.Image, scene: Scene, x: int, y: int) -> None:
 
 @lru_cache(maxsize=2)
 def _halo(strength: int) -> Image.Image:
-    """A round gradient, (144, 144), used as the lantern light's mask."""
+    """Return a round gradient, (144, 144), the mask of the lantern's light."""
     return Image.radial_gradient("L").resize((144, 144)).point(lambda v: max(0, (180 - v)) * strength // 180)
 
 

@@ -1,13 +1,12 @@
-"""The judge of Storyland: a small CNN that reads the seven attributes of a picture (B pictures, F features).
+"""The judge of Storyland: a small CNN that reads the seven attributes of an image (B images, F features).
 
-It has seen renders only, never a model's pictures; examples/storyland/judge.py trains it.
+It was trained on renders only, never on a model's images; examples/storyland/judge.py trains it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,13 +14,13 @@ from torch.nn import functional
 
 from .world import ATTRIBUTES
 
-SIZE = 64  # what the judge looks at, pixels
+SIZE = 64  # pixels to which images are averaged
 WIDTHS = ((3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1), (128, 128, 1))
 FILE = Path(__file__).with_name("judge.safetensors")
 
 
 class Judge(nn.Module):
-    """Eight convolutions, mean and maximum over the picture, one linear head per attribute; 0.57M parameters."""
+    """Read attributes by eight convolutions, mean and maximum over the image, and one linear head per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
 
     def features(self, pixels: Tensor) -> Tensor:  # (B, 3, 128, 128) in [-1, 1] -> (B, F = 256)
-        """Pooled features, also good for a Frechet distance between sets of pictures."""
+        """Return pooled features, also good for a Frechet distance between sets of images."""
         maps = self.body(functional.adaptive_avg_pool2d(pixels, SIZE))
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
 
@@ -44,7 +43,7 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = FILE) -> Judge:
-    """The trained judge in float32, ready to read pictures."""
+    """Return the trained judge in float32, in evaluation mode."""
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=False)
     return judge
@@ -52,19 +51,8 @@ def load_judge(path: Path = FILE) -> Judge:
 
 @torch.no_grad()
 def look(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Attribute indices (B, 7) that the judge reads in pictures (B, 3, 128, 128) in [-1, 1], and features (B, F)."""
+    """Return the attribute indices (B, 7) read in images (B, 3, 128, 128) in [-1, 1], and their features (B, F)."""
     where = next(judge.parameters()).device
     features = torch.cat([judge.features(part.to(where).float()) for part in pixels.split(64)])
     read = torch.stack([head(features).argmax(1) for head in judge.heads.values()], dim=1)
     return read.cpu(), features.cpu()
-
-
-def right(judge: Judge, pixels: Tensor, rows: np.ndarray | Tensor) -> Tensor:  # -> (B, 7) bool
-    """Which attributes of pictures (B, 3, 128, 128) are read as the true ones, indices (B, 7)."""
-    return look(judge, pixels)[0] == torch.as_tensor(rows)
-
-
-def scores(hits: Tensor) -> dict[str, float]:  # (B, 7) bool
-    """Share of pictures with each attribute right, their mean, and the share with all of them right."""
-    shares = dict(zip(ATTRIBUTES, hits.float().mean(0).tolist(), strict=True))
-    return shares | {"mean": hits.float().mean().item(), "all": hits.all(1).float().mean().item()}

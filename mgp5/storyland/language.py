@@ -53,12 +53,12 @@ SKIES: dict[str, tuple[str, ...]] = {
 
 
 def a(noun: str) -> str:
-    """A noun with its indefinite article."""
+    """Return a noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def describe(scene: Scene, order: str, when: str, holds: str = "with", hide: frozenset[str] = frozenset()) -> str:
-    """A lower-case description of a scene.
+    """Describe a scene in lower case.
 
     Args:
         scene: what to describe; "nothing" is never said.
@@ -91,7 +91,7 @@ def _something(name: str) -> tuple[str, ...]:
 
 
 def _fill(template: str) -> str:
-    """A story template as a regular expression."""
+    """Return a story template as a regular expression."""
     slots = {"place": _any(ATTRIBUTES["place"])}
     for name in ("prop", "wears"):
         slots[name] = _any(_something(name))
@@ -130,7 +130,7 @@ _GRAMMAR = re.compile(f"(?:{_description()}|{_step()})")
 
 
 def accepts(text: str) -> bool:
-    """Whether `text` is a sentence that `caption` or `story` can write; case and a final period do not matter."""
+    """Return whether `caption` or `story` can write this sentence; case and a final period do not matter."""
     return _GRAMMAR.fullmatch(f" {text.strip().removesuffix('.').lower()}") is not None
 
 
@@ -161,7 +161,7 @@ _STATED: dict[str, dict[str, re.Pattern[str]]] = {
 
 
 def mentions(text: str) -> dict[str, str]:
-    """The attributes that a sentence states, attribute name -> value.
+    """Return the attributes that a sentence states, name -> value.
 
     What is put away or taken off counts as "nothing", of a swap only the new thing counts, and "wakes up" means that
     the character stands unless another action is named. The next scene of a story, and the scene of a changed drawing,

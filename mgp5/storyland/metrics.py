@@ -5,8 +5,10 @@ Images are given as the attribute indices that `judge.look` reads. All results a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from .language import accepts, mentions
 from .world import ATTRIBUTES, Scene
 
+SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 IDENTITY = [list(ATTRIBUTES).index(name) for name in ("species", "colour")]
 
 
@@ -56,3 +59,53 @@ def identity_kept(read: Tensor, characters: Sequence[Scene]) -> Tensor:  # (S, T
     """
     truth = torch.tensor([scene.indices() for scene in characters])
     return (read == truth[:, None])[..., IDENTITY].all(dim=(1, 2))
+
+
+def acceptance(tables: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is wanted of the demo, what was found, and whether it holds (None where the tables do not tell).
+
+    Args:
+        tables: of a report of `mgp5 eval`, by the name of the table and of the system.
+    """
+
+    def metric(table: str, system: str, name: str, part: str = "value") -> float:
+        return tables[table][system]["metrics"][name][part]
+
+    def drawn(system: str, name: str = "attributes") -> float:
+        return metric("illustrate, full", system, name)
+
+    def last(context: str, part: str) -> float:
+        return metric(f"last, {context}", "model", "attributes", part)
+
+    def ratio(other: str) -> float:
+        return drawn("model", "Frechet distance, judge") / drawn(other, "Frechet distance, judge")
+
+    def gap() -> float:
+        return min(last("full", "low") - last("text", "high"), last("text", "low") - last("none", "high"))
+
+    def ahead(other: str) -> float:
+        return metric("continue, full", "model", "coherence") - metric("continue, full", other, "coherence")
+
+    def stories(name: str) -> float:
+        return metric("story, full", "model", name)
+
+    wanted: list[tuple[str, str, float, Callable[[], float]]] = [
+        ("attributes right in pictures, full context", ">=", 0.985, lambda: drawn("model")),
+        ("the oracle's attributes less the model's", "<=", 0.01, lambda: drawn("oracle") - drawn("model")),
+        ("Frechet distance over that of VAE reconstructions", "<=", 2, lambda: ratio("VAE")),
+        ("the same, of other renders of the same scenes", "<=", 2, lambda: ratio("VAE-anew")),
+        ("image-text, text, no context: least gap between intervals", ">", 0, gap),
+        ("coherence less that of two-stage", ">", 0, lambda: ahead("two-stage")),
+        ("coherence less that of GILL's objective (--baseline gill=RUN)", ">", 0, lambda: ahead("gill")),
+        ("stories that the grammar accepts", ">=", 0.97, lambda: stories("grammar")),
+        ("stories that keep species and colour", ">=", 0.95, lambda: stories("identity")),
+    ]
+    rows = []
+    for what, sign, bound, compute in wanted:
+        try:
+            found = compute()
+            holds = SIGNS[sign](found, bound)
+        except (KeyError, ZeroDivisionError):
+            found = holds = None
+        rows.append({"what": what, "wanted": f"{sign} {bound}", "found": found, "holds": holds})
+    return rows

@@ -15,12 +15,12 @@ LINE = 5
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """`first` with `share` in [0, 1] of `second`."""
+    """Mix `share`, in [0, 1], of the second colour into the first."""
     return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
 
 
 class Pen:
-    """Draws filled shapes with a dark outline; all coordinates are relative to (x, y)."""
+    """Draw filled shapes with a dark outline; all coordinates are relative to (x, y)."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
         self.draw, self.x, self.y = draw, x, y
@@ -29,19 +29,19 @@ class Pen:
         return [(self.x + x, self.y + y) for x, y in points]
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Colour, line: int = LINE) -> None:
-        """An ellipse centred on (x, y); `line` 0 leaves the outline out."""
+        """Draw an ellipse centred on (x, y); `line` 0 leaves the outline out."""
         box = (self.x + x - rx, self.y + y - ry, self.x + x + rx, self.y + y + ry)
         self.draw.ellipse(box, fill=fill, outline=INK if line else None, width=line or 1)
 
     def poly(self, points: list[Point], fill: Colour, line: int = LINE) -> None:
-        """A closed polygon with rounded outline joints."""
+        """Draw a closed polygon with rounded outline joints."""
         moved = self._at(points)
         self.draw.polygon(moved, fill=fill)
         if line:
             self.draw.line([*moved, *moved[:2]], fill=INK, width=line, joint="curve")
 
     def stroke(self, points: list[Point], fill: Colour = INK, width: int = LINE) -> None:
-        """A polyline with round ends and joints."""
+        """Draw a polyline with round ends and joints."""
         moved = self._at(points)
         self.draw.line(moved, fill=fill, width=width, joint="curve")
         if width > 6:
@@ -50,14 +50,14 @@ class Pen:
                 self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
     def limb(self, points: list[Point], fill: Colour, width: int) -> None:
-        """A thick outlined tube along the points."""
+        """Draw a thick outlined tube along the points."""
         self.stroke(points, INK, width + 2 * LINE)
         self.stroke(points, fill, width)
 
     def arc(self, x: float, y: float, rx: float, ry: float, start: int, end: int, width: int = LINE) -> None:
-        """An open arc, degrees clockwise from three o'clock."""
+        """Draw an open arc, degrees clockwise from three o'clock."""
         self.draw.arc((self.x + x - rx, self.y + y - ry, self.x + x + rx, self.y + y + ry), start, end, INK, width)
 
     def pie(self, x: float, y: float, r: float, start: float, end: float, fill: Colour) -> None:
-        """A slice of a disc, degrees clockwise from three o'clock, without outline."""
+        """Draw a slice of a disc without outline, degrees clockwise from three o'clock."""
         self.draw.pieslice((self.x + x - r, self.y + y - r, self.x + x + r, self.y + y + r), start, end, fill)

@@ -31,7 +31,7 @@ SKY: dict[str, tuple[Colour, Colour]] = {
 
 
 def tint(colour: Colour, weather: str, ground: bool = False) -> Colour:
-    """Scenery's colour in a weather; `ground` lies under snow when it snows."""
+    """Return a colour of the scenery in a weather; `ground` lies under snow when it snows."""
     if weather == "rainy":
         return mix(mix(colour, (100, 110, 130), 0.34), (0, 0, 0), 0.06)
     if weather == "snowy":
@@ -43,7 +43,7 @@ def tint(colour: Colour, weather: str, ground: bool = False) -> Colour:
 
 @lru_cache(maxsize=4 * 6 * VARIANTS)
 def backdrop(place: str, weather: str, k: int) -> Image.Image:
-    """Sky, weather and scenery, WIDTH x SIZE; variant `k` in [0, VARIANTS) moves the details a little."""
+    """Draw sky, weather and scenery, WIDTH x SIZE; variant `k` in [0, VARIANTS) moves the details a little."""
     top, bottom = (np.array(colour, dtype=float) for colour in SKY[weather])
     rows = np.linspace(0, 1, SIZE)[:, None] / (HORIZON / SIZE)
     sky = top + (bottom - top) * np.clip(rows, 0, 1)
@@ -71,13 +71,13 @@ class Scenery(Pen):
         self.shape([(x, y), (right, y), (right, bottom), (x, bottom)], colour, ground)
 
     def hills(self, y: float, height: float, wave: float, phase: float, colour: Colour, ground: bool = True) -> None:
-        """Everything below a sine-shaped skyline."""
+        """Fill everything below a sine-shaped skyline."""
         xs = range(-MARGIN, SIZE + MARGIN + 1, 6)
         line = [(x, y - height * math.sin(x / wave + phase)) for x in xs]
         self.shape([*line, (SIZE + MARGIN, SIZE), (-MARGIN, SIZE)], colour, ground)
 
     def snow_on(self, points: list[tuple[float, float]]) -> None:
-        """White shape that is only there when it snows."""
+        """Draw a white shape when it snows."""
         if self.weather == "snowy":
             self.poly(points, (250, 252, 255), 0)
 

@@ -16,7 +16,7 @@ GOLD: Colour = (255, 214, 70)
 
 
 def ball(pen: Pen, x: float, y: float) -> None:
-    """A beach ball with red and white gores."""
+    """Draw a beach ball with red and white gores."""
     x, y, r = x + 14, y - 2, 32
     for k in range(6):
         pen.pie(x, y, r, 60 * k + 15, 60 * k + 75, (236, 50, 52) if k % 2 else WHITE)
@@ -25,7 +25,7 @@ def ball(pen: Pen, x: float, y: float) -> None:
 
 
 def balloon(pen: Pen, x: float, y: float) -> None:
-    """A pink balloon on a string."""
+    """Draw a pink balloon on a string."""
     top_x, top_y = x + 22, y - 148
     pen.stroke([(x, y), (x + 8, y - 50), (top_x, top_y + 46)], INK, 4)
     pen.poly([(top_x - 9, top_y + 52), (top_x, top_y + 38), (top_x + 9, top_y + 52)], (224, 40, 130), 4)
@@ -34,7 +34,7 @@ def balloon(pen: Pen, x: float, y: float) -> None:
 
 
 def umbrella(pen: Pen, x: float, y: float) -> None:
-    """A teal umbrella held up."""
+    """Draw a teal umbrella held up."""
     cx, cy = x + 16, y - 112
     pen.stroke([(x, y + 16), (cx, cy)], INK, 11)
     pen.stroke([(x, y + 16), (cx, cy)], (150, 92, 48), 5)
@@ -47,7 +47,7 @@ def umbrella(pen: Pen, x: float, y: float) -> None:
 
 
 def flower(pen: Pen, x: float, y: float) -> None:
-    """A big pink blossom on a stem."""
+    """Draw a big pink blossom on a stem."""
     cx, cy = x + 14, y - 56
     pen.stroke([(x, y + 22), (cx, cy)], INK, 13)
     pen.stroke([(x, y + 22), (cx, cy)], (50, 160, 60), 6)
@@ -60,7 +60,7 @@ def flower(pen: Pen, x: float, y: float) -> None:
 
 
 def book(pen: Pen, x: float, y: float) -> None:
-    """An open book with lines of text."""
+    """Draw an open book with lines of text."""
     x, y = x + 12, y - 6
     pen.poly([(x - 44, y - 30), (x, y - 20), (x + 44, y - 30), (x + 44, y + 32), (x, y + 42), (x - 44, y + 32)],
              (150, 70, 30))  # fmt: skip
@@ -71,7 +71,7 @@ def book(pen: Pen, x: float, y: float) -> None:
 
 
 def lantern(pen: Pen, x: float, y: float) -> None:
-    """A glowing lantern that hangs from the hand."""
+    """Draw a glowing lantern that hangs from the hand."""
     x, y = x + 14, y + 40
     pen.arc(x, y - 30, 17, 18, 180, 360, 6)
     pen.poly([(x - 22, y - 26), (x + 22, y - 26), (x + 27, y + 28), (x - 27, y + 28)], GOLD)

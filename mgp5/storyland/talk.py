@@ -1,7 +1,7 @@
-"""Dialogues of Storyland: requests that are answered with a picture, and questions that are answered in words.
+"""Dialogues of Storyland: requests that are answered with an image, and questions that are answered in words.
 
 A new drawing shows what is asked for; what the request leaves open is: wears and holds nothing, stands, on a sunny day.
-A changed drawing is the last picture with `mentions(request)` applied.
+A changed drawing is the last image with `mentions(request)` applied.
 """
 
 from __future__ import annotations
@@ -53,13 +53,10 @@ GREET = (("Hello!", "Hi there!", "Good morning!"), ("Hello! What shall I draw?",
 THANK = (("Thank you!", "Thanks a lot!", "That is lovely, thank you."), ("You are welcome.", "You are welcome, bye!"))
 PRAISE = (("That looks great!", "How cute!"), ("I am glad that you like it.", "I am happy to hear that."))
 
-_DUE = re.compile(r"^(?:now|take|give|put|let|make|please draw|can you show|could you draw|paint|i would like to see)\b"
-                  r"|^what does \w+ look like", re.IGNORECASE)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; `scene` is the picture that comes with it, if there is one."""
+    """What one side says; `scene` is what its image shows, if there is one."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -68,21 +65,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialog:
-    """Alternating turns that begin with the user; the picture of turn k is `draw(scene, seed + k)`."""
+    """Alternating turns that begin with the user; the image of turn k is `draw(scene, seed + k)`."""
 
     turns: tuple[Turn, ...]
     seed: int
 
 
-def image_due(text: str) -> bool:
-    """Whether a user's turn asks for a picture, so that the reply must hold one."""
-    return _DUE.match(text.strip()) is not None
-
-
 def dialog(rng: random.Random, split: Split) -> Dialog:
-    """A dialogue of 4, 6 or 8 turns about one character.
+    """Write a dialogue of 4, 6 or 8 turns about one character.
 
-    "train" dialogues hold no held-out scene; the first picture of a "test" dialogue is held out.
+    "train" dialogues hold no held-out scene; the first image of a "test" dialogue is held out.
     """
     she = rng.choice(tuple(PRONOUNS))
     scene = random_scene(rng, split)
@@ -105,7 +97,7 @@ def dialog(rng: random.Random, split: Split) -> Dialog:
 
 
 def _begin(rng: random.Random, scene: Scene, she: str, greet: bool) -> list[Turn]:
-    """Maybe a greeting, then the first picture: the user's own, which is described, or a drawing."""
+    """Begin, at times with a greeting, then the first image: the user's own, which is described, or a drawing."""
     turns: list[Turn] = []
     if greet and rng.random() < 0.2:
         turns += _words(rng, GREET)
@@ -131,7 +123,7 @@ def _slots(scene: Scene, she: str) -> dict[str, str]:
 
 
 def _pictured(rng: random.Random, scene: Scene, full: bool = False) -> str:
-    """A noun phrase for a scene; unless `full`, what a new drawing takes for granted is at times left out."""
+    """Return a noun phrase for a scene; unless `full`, it leaves out at times what a new drawing takes for granted."""
     plain = {"action": "stands", "weather": "sunny"}
     drop = {n for n, v in plain.items() if not full and getattr(scene, n) == v and rng.random() < 0.7}
     text = describe(scene, ORDERS[0], rng.choice(WHEN[scene.weather]), "with", frozenset(drop & {"weather"}))
@@ -173,7 +165,7 @@ def _changed(rng: random.Random, scene: Scene, split: Split, she: str) -> list[T
 
 
 def _echo(scene: Scene, name: str, she: str) -> str:
-    """A reply that repeats the change."""
+    """Return a reply that repeats the change."""
     if name == "weather":
         return f"Now {SKY_NOW[scene.weather][0].lower()}{SKY_NOW[scene.weather][1:]}"
     answer = ASK[name][1][0].format(**_slots(scene, she))

@@ -1,4 +1,4 @@
-"""Captions and stories of Storyland: sentences whose pictures need the sentences before them.
+"""Captions and stories of Storyland: sentences whose images need the sentences before them.
 
 The rule of a story: each later sentence names exactly what changes (place, weather, prop, wears, action), and all that
 it does not mention persists. An action is named whenever it changes; who sleeps first wakes up before doing anything
@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .language import ACTS, CHANGES, KEEP, MOVE, ORDERS, PRONOUNS, SKIES, WAKES, WHEN, a, accepts, describe, mentions
-from .talk import Dialog, Turn, dialog, image_due
+from .language import ACTS, CHANGES, KEEP, MOVE, ORDERS, PRONOUNS, SKIES, WAKES, WHEN, a, describe
 from .world import ATTRIBUTES, Scene, Split, held_out, random_scene
 
-__all__ = ["Dialog", "Step", "Story", "Turn", "accepts", "caption", "dialog", "image_due", "mentions", "story"]
-
-OMIT = 0.35  # how often the first sentence leaves an attribute to the picture
+OMIT = 0.35  # how often the first sentence leaves an attribute to the image
 CHANGEABLE = ("place", "weather", "prop", "wears", "action")
 
 
@@ -39,12 +36,12 @@ class Story:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A lower-case description of everything in a scene; "nothing" worn or held is not said."""
+    """Describe everything in a scene in lower case; "nothing" worn or held is not said."""
     return describe(scene, rng.choice(ORDERS), rng.choice(WHEN[scene.weather]), rng.choice(("with", "holding")))
 
 
 def story(rng: random.Random, split: Split, length: int = 5) -> Story:
-    """A story about one character.
+    """Write a story about one character.
 
     Args:
         rng: the source of all choices.
@@ -75,7 +72,7 @@ def _scenes(rng: random.Random, split: Split, length: int) -> Iterator[Scene]:
 
 
 def _next(rng: random.Random, scene: Scene, split: Split, home: str) -> Scene:
-    """A scene that differs in one or two attributes and can be told in one sentence."""
+    """Return a scene that differs in one or two attributes and can be told in one sentence."""
     while True:
         names = rng.sample(CHANGEABLE, rng.choice((1, 2)))
         new = {n: rng.choice([v for v in ATTRIBUTES[n] if v != getattr(scene, n)]) for n in names}
@@ -96,7 +93,7 @@ def _opening(rng: random.Random, scene: Scene) -> str:
 
 
 def _sentence(rng: random.Random, before: Scene, after: Scene, she: str) -> str:
-    """The sentence that takes `before` to `after`."""
+    """Write the sentence that takes `before` to `after`."""
     changed = [n for n in CHANGEABLE if getattr(before, n) != getattr(after, n)]
     deeds = [_move(rng, before, after)] if "place" in changed else []
     deeds += [_change(rng, name, getattr(before, name), getattr(after, name)) for name in changed if name in CHANGES]
@@ -111,7 +108,7 @@ def _sentence(rng: random.Random, before: Scene, after: Scene, she: str) -> str:
 
 
 def _move(rng: random.Random, before: Scene, after: Scene) -> str:
-    """Going somewhere, at times with a word on what stays the same."""
+    """Tell that somebody goes somewhere, at times with what stays the same."""
     kept = [
         keep
         for name, keep in zip(("prop", "wears"), KEEP, strict=True)

@@ -24,7 +24,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows: a value for each of the seven attributes of `ATTRIBUTES`."""
+    """What one image shows: a value for each of the seven attributes of `ATTRIBUTES`."""
 
     species: str
     colour: str
@@ -35,28 +35,28 @@ class Scene:
     action: str
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ATTRIBUTES}
-        wrong = [f"{name} {value!r}" for name, value in given.items() if value not in ATTRIBUTES[name]]
+        values = self.attributes().items()
+        wrong = [f"{name} {value!r}" for name, value in values if value not in ATTRIBUTES[name]]
         if wrong:
             raise ValueError(f"unknown {', '.join(wrong)}; see ATTRIBUTES")
 
     def indices(self) -> tuple[int, ...]:
-        """The position of each value in its attribute's tuple, in the order of `ATTRIBUTES`."""
+        """Return the position of each value in its attribute's tuple, in the order of `ATTRIBUTES`."""
         return tuple(values.index(getattr(self, name)) for name, values in ATTRIBUTES.items())
 
     @classmethod
     def from_indices(cls, indices: tuple[int, ...]) -> Scene:
-        """The inverse of `indices`; raises IndexError or ValueError for what is no scene."""
+        """Return the scene of `indices`; raises IndexError or ValueError for what is no scene."""
         names = zip(ATTRIBUTES.items(), indices, strict=True)
         return cls(**{name: values[index] for (name, values), index in names})
 
     def attributes(self) -> dict[str, str]:
-        """Attribute name -> value, in the order of `ATTRIBUTES`."""
+        """Return attribute name -> value, in the order of `ATTRIBUTES`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a scene is kept for testing: a fixed eighth of the 288 (species, colour, place) triples.
+    """Return whether a scene is kept for testing: a fixed eighth of the 288 (species, colour, place) triples.
 
     For each (colour, place) exactly one of the eight species is held out (species and offset agree modulo 8), so
     every species, colour and place, and every pair of them, is still seen in training.
@@ -66,12 +66,12 @@ def held_out(scene: Scene) -> bool:
 
 
 def rng(split: str, seed: int, index: int) -> random.Random:
-    """A generator for item `index` of a split; the split is part of the key, so test never repeats train's draws."""
+    """Return the random generator of item `index` of a split; test never repeats the draws of train."""
     return random.Random(f"storyland|{split}|{seed}|{index}")
 
 
 def random_scene(rng: random.Random, split: Split | None = None) -> Scene:
-    """A uniform scene: never held out for "train", always held out for "test", any for None."""
+    """Draw a uniform scene: never held out for "train", always held out for "test", any for None."""
     while True:
         scene = Scene(**{name: rng.choice(values) for name, values in ATTRIBUTES.items()})
         if split is None or held_out(scene) == (split == "test"):

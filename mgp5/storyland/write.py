@@ -1,4 +1,4 @@
-"""Writes Storyland to disk in exactly the formats of CC3M, VIST and MMDialog, so that the same loaders read it.
+"""Write Storyland to disk in exactly the formats of CC3M, VIST and MMDialog, so that the same loaders read it.
 
 Beside each data set lies `attributes.jsonl` with the true attributes of every image.
 """
@@ -14,7 +14,8 @@ from typing import Any, get_args
 from ..data.files import lines
 from ..errors import Mgp5Error
 from .draw import draw
-from .tell import caption, dialog, story
+from .talk import dialog
+from .tell import caption, story
 from .world import Scene, Split, random_scene, rng
 
 ATTRIBUTES = "attributes.jsonl"  # of a data set: what its images show
@@ -22,21 +23,21 @@ QUALITY = 95  # of the JPEG files
 
 
 class _Album:
-    """Saves the pictures of one data set and remembers their attributes."""
+    """Save the images of one data set and remember their attributes."""
 
     def __init__(self, root: Path, folder: str) -> None:
         self.root, self.folder, self.rows = root, folder, []
         (root / folder).mkdir(parents=True)
 
     def save(self, name: str, scene: Scene, seed: int) -> str:
-        """Draws a scene to `folder/name.jpg`; returns that path relative to the data set's root."""
+        """Draw a scene to `folder/name.jpg`; return that path relative to the data set's root."""
         path = f"{self.folder}/{name}.jpg"
         draw(scene, seed).save(self.root / path, quality=QUALITY)
         self.rows.append(json.dumps({"image": path, "attributes": scene.attributes()}))
         return path
 
     def close(self) -> None:
-        """Writes `attributes.jsonl`."""
+        """Write what the images show."""
         (self.root / ATTRIBUTES).write_text("".join(f"{row}\n" for row in self.rows), encoding="utf-8")
 
 
@@ -49,7 +50,7 @@ def write(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `out/cc3m`, `out/vist` and `out/mmdialog`; a set of which zero items are asked for is left out.
+    """Write `out/cc3m`, `out/vist` and `out/mmdialog`; a set of which zero items are asked for is left out.
 
     Args:
         out: a folder that does not exist or is empty.
@@ -97,7 +98,7 @@ def _check(out: Path, split: str, counts: dict[str, int]) -> None:
 
 
 def _cc3m(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
-    """`cc3m_{train|val}.tsv` with a header, and `{train|val}/000000012.jpg`."""
+    """Write `cc3m_{train|val}.tsv` with a header, and `{train|val}/000000012.jpg`."""
     name = "train" if split == "train" else "val"
     album = _Album(root, name)
     with (root / f"cc3m_{name}.tsv").open("w", newline="", encoding="utf-8") as file:
@@ -113,7 +114,7 @@ def _cc3m(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
 
 
 def _vist(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
-    """`{train|val}_cleaned.json`, `{train|val}_image_mapping.json` and `{train|val}_images/000000005.jpg`."""
+    """Write `{train|val}_cleaned.json`, `{train|val}_image_mapping.json` and `{train|val}_images/000000005.jpg`."""
     name = "train" if split == "train" else "val"
     album = _Album(root, f"{name}_images")
     told: dict[str, list[dict[str, Any]]] = {}
@@ -132,7 +133,7 @@ def _vist(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
 
 
 def _mmdialog(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
-    """`{train|test}/{train|test}_conversations.txt`, one JSON object a line, and the images in the same folder."""
+    """Write `{train|test}/{train|test}_conversations.txt`, a JSON object a line, and the images in the same folder."""
     album = _Album(root, split)
     number = 0
     with (root / split / f"{split}_conversations.txt").open("w", encoding="utf-8") as file:
