@@ -14,8 +14,7 @@ import hashlib
 import io
 import json
 import random
-import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,8 +60,7 @@ class Replied:
             raise Mgp5Error(f"no evaluation at {name}", "give what mgp5 eval has written: DIR/SYSTEM")
         rows = read_replies(folder, "model" if folder == path else path.name)
         if not rows:
-            known = sorted({file.stem.rpartition("-")[0] for file in folder.glob("replies/*.jsonl")})
-            raise Mgp5Error(f"{folder} has no replies by {path.name!r}", f"it has {', '.join(known)}")
+            raise Mgp5Error(f"{folder} has no replies by {path.name!r}", "give DIR/SYSTEM")
         settings = read_json(folder / SETTINGS)
         data = folder / "data" if settings["data"] == "written here" else Path(settings["data"])
         asked = {name: settings[name] for name in ("split", "tasks", "contexts", "limit")}
@@ -76,23 +74,18 @@ class Replied:
 
     def asked(self, key: str) -> list[str] | None:
         """Return what was asked, to compare; None for no such question."""
-        if key not in self.samples:
-            return None
-        parts = (part for one in self.samples[key].load().messages[:-1] for part in one.content)
-        return [part.text if isinstance(part, Text) else part.digest() for part in parts]
+        messages = self.samples[key].load().messages[:-1] if key in self.samples else None
+        return messages and [p.text if isinstance(p, Text) else p.digest() for one in messages for p in one.content]
 
 
 def make_page(
     first: Replied, second: Replied, out: Path, *, kinds: Sequence[str] = (), limit: int = 50, seed: int = 0
 ) -> dict[str, Any]:
-    """Write a page and its key into a folder, and return the key.
+    """Write a page and its key into a folder, and return the key. Raises Mgp5Error.
 
     Args:
         kinds: of questions; empty takes those whose replies hold text and images, where there are.
         limit: of questions, chosen by `seed`, which also decides who is A and, with the rater's name, who stands left.
-
-    Raises:
-        Mgp5Error: the two cannot be compared, or the folder holds a page.
     """
     if (out / "key.json").exists():
         raise Mgp5Error(f"{out / 'key.json'} exists", "choose another --out")
@@ -115,7 +108,7 @@ def make_page(
 
 
 def common(first: Replied, second: Replied, kinds: Sequence[str]) -> tuple[list[Sample], dict[str, int]]:
-    """Return the questions that both have answered, and how many each of them has failed at. Raises Mgp5Error."""
+    """Return the questions that both have answered, and how many each has failed at. Raises Mgp5Error."""
     both = [key for key in first.samples if key in first.rows and key in second.rows]
     answered = {first.samples[key].kind for key in both}
     wanted = kinds or [kind for kind in MULTIMODAL if kind in answered] or answered
@@ -139,9 +132,9 @@ def question(sample: Sample, systems: Mapping[str, Replied], images: Images) -> 
 
     asked = [message for message in sample.load().messages[:-1] if message.role != "system"]
     history = [[message.role, parts(message.content, "history")] for message in asked]
-    found = {"question": sample.key, "group": sample.group, "criteria": CRITERIA_OF.get(sample.kind, tuple(CRITERIA))}
     replies = {label: parts(systems[label].reply(sample.key), "reply") for label in sorted(systems)}
-    return found | {"history": history, "replies": replies}
+    found = {"question": sample.key, "group": sample.group, "history": history, "replies": replies}
+    return found | {"criteria": CRITERIA_OF.get(sample.kind, tuple(CRITERIA))}
 
 
 def number(image: Image, side: int, images: Images) -> int:
@@ -165,11 +158,7 @@ def html(page: dict[str, Any]) -> str:
 
 
 def read_votes(files: Sequence[Path], key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the votes on the page of a key; the later one where a rater has voted twice.
-
-    Raises:
-        Mgp5Error: names file and line of what is no vote on this page.
-    """
+    """Return the votes on the page of a key, the later one where a rater has voted twice. Raises Mgp5Error."""
     votes: dict[tuple[str, ...], dict[str, Any]] = {}
     for file in files:
         for count, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -202,10 +191,7 @@ def win_rates(votes: Sequence[dict[str, Any]], key: Mapping[str, Any]) -> dict[s
 
 
 def share_interval(hits: Sequence[bool], groups: Sequence[object]) -> tuple[float, float, float]:
-    """Return the share of hits and the ends of Wilson's interval, for as many votes as are independent (Kish, 1965).
-
-    Votes on one story or dialogue that say the same count as one; at shares of 0 and 1 every group does.
-    """
+    """Return the share of hits and the ends of Wilson's interval; votes of a group that say the same count as one."""
     count, share = len(hits), sum(hits) / len(hits)
     sums = dict.fromkeys(groups, 0.0)
     for hit, group in zip(hits, groups, strict=True):
@@ -221,15 +207,14 @@ def agreement(votes: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the share of pairs of votes on a question that agree, and Krippendorff's alpha (nominal), if any."""
     from nltk.metrics.agreement import AnnotationTask
 
-    answers = defaultdict(Counter)
-    for vote in votes:
-        answers[vote["question"]][vote["better"]] += 1
-    pairs = sum(n * (n - 1) for counts in answers.values() for n in (counts.total(),))
-    if not pairs or len({vote["better"] for vote in votes}) < 2:
+    totals, same = (
+        sum(n * (n - 1) for n in Counter(tuple(vote[name] for name in names) for vote in votes).values())
+        for names in (("question",), ("question", "better"))
+    )
+    if not totals or len({vote["better"] for vote in votes}) < 2:
         return {}
-    same = sum(n * (n - 1) for counts in answers.values() for n in counts.values())
     rows = [(vote["rater"], vote["question"], vote["better"]) for vote in votes]
-    return {"agreement": same / pairs, "alpha": AnnotationTask(rows).alpha()}
+    return {"agreement": same / totals, "alpha": AnnotationTask(rows).alpha()}
 
 
 @click.group()
@@ -262,7 +247,4 @@ def count(files: tuple[Path, ...], key_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Mgp5Error as error:
-        sys.exit(f"votes.py: {error}")
+    main()
