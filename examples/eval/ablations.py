@@ -1,7 +1,7 @@
 """Train what the papers ablate on Storyland, every row with the same updates and seeds, and compare (S seeds).
 
 The folder gets data/ (Storyland), runs/NAME/seed-0/STAGE (runs of `mgp5 train`, each with its evaluations in measured/)
-and ablations.json, which grows while it runs. Given again, the command goes on where it was.
+and ablations.json, which grows while it runs. Given again, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -63,10 +63,12 @@ def write_page(
 def _summary(report: dict[str, Any]) -> str:
     data, options = report["data"], report["settings"]["options"]
     problems = ", ".join(f"{count} x {kind}" for kind, count in data["problems"].items()) or "none"
-    drawn = f"{options['steps']} steps of {options['sampler']}, guidance {options['guidance'] or 'of the model'}"
-    return (
-        f"{data['samples']} samples of {data['groups']} groups (problems: {problems}), {drawn}, seed {options['seed']}."
-    )
+    parts = [f"{data['samples']} samples of {data['groups']} groups (problems: {problems})"]
+    if "sampler" in options:  # of a diffusion model
+        parts.append(f"{options['steps']} steps of {options['sampler']}")
+    if "guidance" in options:
+        parts.append(f"guidance {options['guidance'] or 'of the model'}")
+    return ", ".join([*parts, f"seed {options['seed']}."])
 
 
 def _table(rows: Sequence[str]) -> str:
