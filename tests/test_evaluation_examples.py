@@ -15,7 +15,6 @@ from test_eval import evaluate
 
 from mgp5.errors import Mgp5Error
 from mgp5.storyland.write import write
-from mgp5.training import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
@@ -34,8 +33,6 @@ votes = script("votes")
 
 @pytest.fixture(scope="module")
 def ablations() -> ModuleType:
-    if not hasattr(run, "TrainRequest"):
-        pytest.skip("there is no TrainRequest yet")
     return script("ablations")
 
 
