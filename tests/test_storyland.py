@@ -67,7 +67,7 @@ def test_seeds_of_the_splits_never_coincide() -> None:
 def test_drawing_is_deterministic_and_the_seed_moves_things() -> None:
     scene = random_scene(random.Random(4))
     assert draw(scene, 1).tobytes() == draw(scene, 1).tobytes() != draw(scene, 2).tobytes()
-    assert (draw(scene, 1).size, draw(scene, 1).mode, draw(scene, 1, size=64).size) == ((128, 128), "RGB", (64, 64))
+    assert (draw(scene, 1).size, draw(scene, 1).mode) == ((128, 128), "RGB")
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
