@@ -1,44 +1,32 @@
-"""A server in a process of its own, on a free port, and how tests talk to it."""
+"""A server in a process or a thread of its own, on a free port, and how tests talk to it."""
 
 from __future__ import annotations
 
 import base64
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as pil
 
 HELLO = [{"role": "user", "content": "hello"}]
+JSON = {"Content-Type": "application/json"}
 
 
 class Server:
-    """A running `mgp5 serve`."""
+    """A server that listens at a port of this machine."""
 
-    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.stderr = folder / "stderr"
-        command = [sys.executable, "-m", "mgp5", "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
-        with self.stderr.open("w") as stderr:
-            self.process = subprocess.Popen(command, cwd=folder, stderr=stderr, env={**os.environ, **(env or {})})
-
-    def ready(self) -> None:
-        """Wait until it answers."""
-        deadline = time.monotonic() + 300
-        while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", self.stderr.read_text())):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.stderr.read_text()
-            time.sleep(0.1)
-        self.port = int(found[2])
-        while self.ask("GET", "/health")[0] != 200:
-            time.sleep(0.1)
+    port: int
 
     @property
     def url(self) -> str:
@@ -58,14 +46,13 @@ class Server:
 
     def post(self, path: str, **fields: object) -> tuple[int, dict]:
         """A request as JSON."""
-        body = json.dumps({"model": "tiny"} | fields).encode()
-        status, answer = self.ask("POST", path, body, {"Content-Type": "application/json"})
+        status, answer = self.ask("POST", path, json.dumps({"model": "tiny"} | fields).encode(), JSON)
         return status, json.loads(answer)
 
     def metric(self, name: str, headers: dict | None = None) -> float:
         """A counter; 0 before it counted."""
-        told = self.ask("GET", "/metrics", headers=headers)[1].decode()
-        found = re.search(rf"^{re.escape(name)} (\S+)$", told, re.MULTILINE)
+        text = self.ask("GET", "/metrics", headers=headers)[1].decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def until(self, name: str, value: float) -> None:
@@ -73,7 +60,26 @@ class Server:
         deadline = time.monotonic() + 60
         while self.metric(name) < value:
             assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, expected {value}"
-            time.sleep(0.05)
+
+
+class Process(Server):
+    """A running `mgp5 serve`."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.stderr = folder / "stderr"
+        command = [sys.executable, "-m", "mgp5", "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
+        with self.stderr.open("w") as stderr:
+            self.process = subprocess.Popen(command, cwd=folder, stderr=stderr)
+
+    def ready(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + 300
+        while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", self.stderr.read_text())):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.1)
+        self.port = int(found[2])
+        while self.ask("GET", "/health")[0] != 200:
+            time.sleep(0.1)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit code."""
@@ -82,16 +88,39 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server that is ended behind the test."""
+def serving(folder: Path, *flags: str) -> Iterator[Process]:
+    """A process that is ended behind the test."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server(folder, *flags, env=env)
+    server = Process(folder, *flags)
     try:
         server.ready()
         yield server
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@contextmanager
+def serving_here(model: Path | str, key: str | None = None, **fields: Any) -> Iterator[Server]:
+    """The server of a ServeRequest with these fields, in a thread of this process."""
+    from mgp5.apps.open_model import open_model
+    from mgp5.options import ModelRequest
+    from mgp5.serving.request import ServeRequest
+    from mgp5.serving.server import make_server
+
+    what = ModelRequest(model=str(model), device="cpu", backend="eager")
+    running = make_server(ServeRequest(model=what, name="tiny", port=0, **fields), open_model(what), key)
+    listener = running.config.bind_socket()
+    listener.listen()  # who connects before the thread has started waits
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    server = Server()
+    server.port = listener.getsockname()[1]
+    try:
+        yield server
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 def data_url(size: tuple[int, int] = (40, 30), color: str = "red", kind: str = "PNG") -> str:

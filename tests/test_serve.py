@@ -13,19 +13,20 @@ import openai
 import pytest
 from click.testing import CliRunner
 from PIL import Image as pil
-from serve_process import HELLO, data_url, serving
+from serve_process import HELLO, data_url, serving, serving_here
 
 from mgp5.cli import main
+from mgp5.errors import Mgp5Error
+from mgp5.serving.limits import Limits
+from mgp5.serving.request import ServeRequest, read_key
 
 ALWAYS = {"image": "always", "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def server(small_folder, tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("server"), "--model", str(small_folder), "--rows", "4") as running:
+def server(small_folder):
+    with serving_here(small_folder, rows=4) as running:
         yield running
-        assert running.end() == 0
-        assert "hello" not in running.stderr.read_text()  # prompts are not logged
 
 
 @pytest.fixture(scope="module")
@@ -153,43 +154,53 @@ KEY = "0123456789abcdef-key"
 
 
 @pytest.fixture(scope="module")
-def guarded(small_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guarded")
+def process(small_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("process")
     (folder / "key").write_text(f"{KEY}\n")
     flags = "--host", "0.0.0.0", "--api-key-file", str(folder / "key"), "--rows", "1", "--model", str(small_folder)
     with serving(folder, *flags) as running:
         yield running
-        assert KEY not in running.stderr.read_text()
+        written = running.stderr.read_text()
+        assert KEY not in written and "hello" not in written and "Traceback" not in written
 
 
-def test_a_public_address_needs_a_key(small_folder, guarded, tmp_path, monkeypatch):
+def test_a_public_address_needs_a_key(small_folder, process, tmp_path, monkeypatch):
     monkeypatch.delenv("MGP5_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "example.com"):
         told = CliRunner().invoke(main, ["serve", "--host", host, "--model", str(small_folder)])
         assert told.exit_code == 2 and "there is no API key" in told.stderr
     (tmp_path / "key").write_text("short\n")
-    told = CliRunner().invoke(main, ["serve", "--api-key-file", str(tmp_path / "key")])
-    assert told.exit_code == 1 and "16 or more characters" in told.stderr and "short" not in told.stderr
-    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
+    with pytest.raises(Mgp5Error, match="16 or more characters") as error:
+        read_key(tmp_path / "key")
+    assert "short" not in str(error.value)
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
-            status, answer = guarded.ask("GET", path, headers=given)
+            status, answer = process.ask("GET", path, headers=headers)
             assert status == 401 and json.loads(answer)["error"]["code"] == "invalid_api_key"
-    client = openai.OpenAI(base_url=guarded.url, api_key=KEY)
+    client = openai.OpenAI(base_url=process.url, api_key=KEY)
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_sigterm_finishes_what_was_begun(guarded):
-    client = openai.OpenAI(base_url=guarded.url, api_key=KEY, max_retries=0)
+def test_a_request_tells_all_that_is_wrong_with_it(monkeypatch):
+    monkeypatch.delenv("MGP5_API_KEY", raising=False)
+    with pytest.raises(Mgp5Error) as error:
+        ServeRequest(host="0.0.0.0", rows=0, replicas=(3, 2), web=True, ray="local", limits=Limits(steps=0))
+    wrong = ("steps is 0", "rows is 0", "replicas is 3:2", "--web does not go with --ray", "there is no API key")
+    assert all(text in str(error.value) for text in wrong) and error.value.exit_code == 2
+
+
+def test_sigterm_finishes_what_was_begun(process):
+    client = openai.OpenAI(base_url=process.url, api_key=KEY, max_retries=0)
     stream = iter(ask(client, stream=True, extra=ALWAYS | {"steps": 60}, max_tokens=3))
     next(stream)
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(ask, client, max_tokens=2)  # in the queue
-        while json.loads(guarded.ask("GET", "/health")[1])["waiting"] == 0 and not waits.done():
+        while json.loads(process.ask("GET", "/health")[1])["waiting"] == 0 and not waits.done():
             pass
-        guarded.process.terminate()
+        process.process.terminate()
         assert any(isinstance(chunk.choices[0].delta.content, list) for chunk in stream)
         assert waits.result().choices[0].message.content
-    assert guarded.process.wait(timeout=60) == 0
+    assert process.process.wait(timeout=60) == 0
 
 
 def test_without_its_extra_serve_says_what_to_install(monkeypatch):

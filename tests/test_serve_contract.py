@@ -9,19 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve_process import HELLO, serving
+from serve_process import HELLO, JSON, serving_here
+
+from mgp5.serving.limits import Limits
 
 KEY = "0123456789abcdef-key"
 SHOWN = {"Authorization": f"Bearer {KEY}"}
-FLAGS = "--rows", "4", "--tokens", "24", "--images", "2", "--max-steps", "3", "--side", "64"
 
 
 @pytest.fixture(scope="module")
-def server(small_folder, tmp_path_factory):
-    flags = *FLAGS, "--model", str(small_folder)
-    with serving(tmp_path_factory.mktemp("contract"), *flags, env={"MGP5_API_KEY": KEY}) as running:
+def server(small_folder):
+    limits = Limits(tokens=24, images=2, steps=3, side=64)
+    with serving_here(small_folder, KEY, rows=4, limits=limits) as running:
         yield running
-        assert "Traceback" not in running.stderr.read_text()
 
 
 @pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
@@ -45,8 +45,10 @@ def test_the_document_tells_of_this_server(server):
     assert schemas["ImagesRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 2
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer" and chat["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/health"]["get"]
+    assert {"/v1/images/generations", "/v1/models", "/health", "/metrics"} < set(document["paths"])
+    assert "additionalProperties" in schemas["ChatRequest"] and "progress" in schemas["ChatChunk"]["properties"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert {"400", "401", "404", "408", "413", "415", "421", "429", "500", "503", "504"} < set(chat["responses"])
     assert not [name for name in schemas if "ValidationError" in name]
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 2.0, "image": "never"}).encode()  # 2, in JSON
-    assert server.ask("POST", "/v1/chat/completions", body, SHOWN | {"Content-Type": "application/json"})[0] == 200
+    assert server.ask("POST", "/v1/chat/completions", body, SHOWN | JSON)[0] == 200

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .loop import Refused
 from .replies import ErrorReply
+from .request import WEB_PATH
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 HEALTH_PATH = "/health"  # needs no key
-WEB_PATH = "/ui/"  # the web page; browsers ask for the key as a password there
 COUNTED = "/v1/chat/completions", "/v1/images/generations", "/v1/models", HEALTH_PATH, "/metrics", WEB_PATH
 
 

@@ -29,8 +29,6 @@ class Reply(BaseModel):
 
 
 class Usage(Reply):
-    """How much a reply took."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -45,8 +43,6 @@ class AssistantMessage(Reply):
 
 
 class Choice(Reply):
-    """The one reply to a request."""
-
     index: Literal[0]
     message: AssistantMessage
     finish_reason: Literal["stop", "length"]
@@ -63,8 +59,6 @@ class ReplyInfo(Reply):
 
 
 class ChatReply(ReplyInfo):
-    """A whole reply."""
-
     object: Literal["chat.completion"]
     choices: list[Choice]
     usage: Usage
@@ -78,8 +72,6 @@ class Delta(Reply):
 
 
 class Progress(Reply):
-    """How far the denoising of an image is."""
-
     image: int = Field(description="index of the image in this reply, from 0")
     step: int = Field(description="from 1 to total")
     total: int
@@ -111,8 +103,6 @@ class DrawnImage(Reply):
 
 
 class ImagesUsage(Reply):
-    """How much images took."""
-
     input_tokens: int
     output_tokens: Literal[0]
     total_tokens: int
@@ -120,16 +110,12 @@ class ImagesUsage(Reply):
 
 
 class ImagesReply(Reply):
-    """Images of a prompt."""
-
     created: int
     data: list[DrawnImage]
     usage: ImagesUsage
 
 
 class Model(Reply):
-    """The model that is served."""
-
     id: str
     object: Literal["model"]
     created: int
@@ -137,8 +123,6 @@ class Model(Reply):
 
 
 class Models(Reply):
-    """A list of the one model."""
-
     object: Literal["list"]
     data: list[Model]
 
@@ -166,25 +150,12 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-REASONS = {
-    400: "The request is wrong, or asks for more than this server allows.",
-    401: "The API key is missing or wrong.",
-    404: "There is no model of this name.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The content type is not application/json.",
-    421: "The Host header does not name this server.",
-    429: "The queue is full. Ask again after the seconds of Retry-After.",
-    500: "The server failed; the request is not the reason.",
-    503: "The server stops, or its loop has failed.",
-    504: "The reply took longer than allowed.",
-}
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 CHUNK, ERROR = ({"$ref": REFS.format(model=name)} for name in ("ChatChunk", "ErrorReply"))
 DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [CHUNK, ERROR]}}
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, DATA]}}}
 EVENTS = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}  # FastAPI's `responses` of a stream
-FAILED = {503: {"model": Health, "description": REASONS[503]}}
+FAILED = {503: {"model": Health}}
 GENERATES = (404, 415, 429, 503, 504)  # error statuses of the routes that generate
 
 
@@ -195,7 +166,7 @@ def errors(key: bool, *statuses: int) -> dict[int | str, dict[str, Any]]:
         key: whether the route asks for the API key.
     """
     statuses = {400, 408, 413, 421, 500, *statuses} | ({401} if key else set())
-    found: dict[int | str, dict[str, Any]] = {s: {"description": REASONS[s], "model": ErrorReply} for s in statuses}
+    found: dict[int | str, dict[str, Any]] = {s: {"model": ErrorReply} for s in statuses}
     for status, name in HEADERS.items():
         if status in found:
             found[status]["headers"] = {name: {"schema": {"type": "string"}}}

@@ -12,6 +12,7 @@ from ..options import ModelRequest
 from .limits import Limits
 
 KEY = "MGP5_API_KEY"  # environment variable with the API key
+WEB_PATH = "/ui/"  # the web page; browsers ask for the key as a password there
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})  # Host headers that name this machine
 
 

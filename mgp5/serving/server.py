@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ..apps.open_model import Tell, open_model, silent
 from ..device import quiet_libraries
 from ..errors import Mgp5Error
-from .request import ServeRequest, read_key
+from .request import WEB_PATH, ServeRequest, read_key
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from ..model import InterleavedModel
 
 
 def serve(request: ServeRequest, tell: Tell = silent) -> None:
@@ -43,19 +49,38 @@ def serve(request: ServeRequest, tell: Tell = silent) -> None:
 
 def _serve_here(request: ServeRequest, tell: Tell) -> None:
     """Serve from this process."""
+    key = read_key(request.key_file)
+    server = make_server(request, open_model(request.model, tell), key)
+    try:
+        listener = server.config.bind_socket()
+    except SystemExit:
+        message = f"cannot listen at {request.host} port {request.port}"
+        raise Mgp5Error(message, "choose another --port or --host") from None
+    base = request.url(listener.getsockname()[1])
+    page = f", with a page at {base}{WEB_PATH}" if request.web else ""
+    tell(f"{base}/v1 serves {request.model.model}{page}; Ctrl-C ends it")
+    # uvicorn raises SIGTERM again after its shutdown; it asked for this end, so the exit code is 0
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run(sockets=[listener])
+
+
+def make_server(request: ServeRequest, model: InterleavedModel, key: str | None = None) -> uvicorn.Server:
+    """Return a server with the app of a model; it does not run yet.
+
+    Args:
+        key: API key that clients have to send; None asks for none.
+    """
     import uvicorn
 
     from .app import make_app, make_loop
-    from .middleware import WEB_PATH, hang_up_after
+    from .middleware import hang_up_after
 
-    key = read_key(request.key_file)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add_page = None
     if request.web:
         from .web.page import add_page
-    app = make_app(make_loop(request, open_model(request.model, tell), cores), request, key, add_page)
     config = uvicorn.Config(
-        app,
+        make_app(make_loop(request, model, cores), request, key, add_page),
         host=request.host,
         port=request.port,
         http=hang_up_after(request.limits.body_seconds),
@@ -67,14 +92,4 @@ def _serve_here(request: ServeRequest, tell: Tell) -> None:
         timeout_graceful_shutdown=request.drain,
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that no request meets a closing one
     )
-    try:
-        socket = config.bind_socket()
-    except SystemExit:
-        message = f"cannot listen at {request.host} port {request.port}"
-        raise Mgp5Error(message, "choose another --port or --host") from None
-    base = request.url(socket.getsockname()[1])
-    page = f", with a page at {base}{WEB_PATH}" if request.web else ""
-    tell(f"{base}/v1 serves {request.model.model}{page}; Ctrl-C ends it")
-    # uvicorn raises SIGTERM again after its shutdown; it asked for this end, so the exit code is 0
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[socket])
+    return uvicorn.Server(config)

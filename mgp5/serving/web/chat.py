@@ -17,7 +17,7 @@ from ...messages import Conversation, Image, Message, Part, Text
 from ...prompts import CHAT_SYSTEM
 from ..loop import Refused
 from ..schema import check_size
-from .session import PageSession, growing_reply, progress_line, read_options, read_upload, settings
+from .session import HIDDEN, PageSession, growing_reply, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
     from ...events import Finished
@@ -44,7 +44,7 @@ def add_chat(state: AppState, session: gr.State) -> None:
             async for one in shown:
                 yield one
 
-    gr.ChatInterface(
+    chat = gr.ChatInterface(
         reply,
         multimodal=True,
         chatbot=gr.Chatbot(
@@ -75,6 +75,7 @@ def add_chat(state: AppState, session: gr.State) -> None:
         show_progress="hidden",
         analytics_enabled=False,
     )
+    chat.textbox.stop(lambda: progress_line("stopped"), None, work, **HIDDEN)
     work.render()
 
 

@@ -12,7 +12,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 from fastapi.responses import RedirectResponse, Response
 
-from ..middleware import WEB_PATH
+from ..request import WEB_PATH
 from .chat import add_chat
 from .routes import RouteFilter
 from .session import PageSession
@@ -45,6 +45,7 @@ def add_page(app: FastAPI, state: AppState) -> None:
         app,
         make_blocks(state, folder),
         WEB_PATH.rstrip("/"),
+        root_path=WEB_PATH.rstrip("/"),  # in addresses of files; gradio loses it in events without its queue
         footer_links=[],
         run_history=False,
         show_error=False,

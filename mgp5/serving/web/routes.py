@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import MutableHeaders
 
 from ..loop import Refused
-from ..middleware import WEB_PATH, error_response, replay
+from ..middleware import error_response, replay
+from ..request import WEB_PATH
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,7 @@ PAGES = ("", "config", "theme.css", "favicon.ico", "manifest.json")
 API = "gradio_api/"
 FOLDERS = ("assets/", "static/", f"{API}heartbeat/")  # gradio forgets a page whose heartbeat has ended
 EVENTS = ("queue/join", "run/predict")  # their bodies may name files
-CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel")}
+CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel", "reset")}
 FILE = f"{API}file="
 # Nothing is fetched from another host, whatever a reply says; gradio's page is made of inline scripts and styles.
 POLICY = (
