@@ -64,6 +64,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 PNG = base64.b64decode(data_url().partition("base64,")[2])
+USER = {"role": "user"}
 BODIES = {
     "no body": b"",
     "half a JSON": chat()[:-5],
@@ -76,94 +77,61 @@ BODIES = {
     "deep inside": raw('"user": ' + "[" * 50_000),
     "not UTF-8": b'{"model": "\xff\xfe"}',
     "a name of half a surrogate": raw('"\\ud800": 1'),
-    "half a surrogate said": chat(messages=[{"role": "user", "content": "\ud800"}]),
     "no messages": b'{"model": "tiny"}',
     "no model": json.dumps({"messages": HELLO}).encode(),
-    "empty messages": chat(messages=[]),
-    "messages of text": chat(messages="hello"),
-    "a message of text": chat(messages=["hello"]),
-    "too many messages": chat(messages=HELLO * 300),
-    "another role": chat(messages=[{"role": "root", "content": "hello"}]),
-    "the assistant last": chat(messages=[*HELLO, {"role": "assistant", "content": "yes"}]),
-    "no content": chat(messages=[{"role": "user"}]),
-    "null content": chat(messages=[{"role": "user", "content": None}]),
-    "content of a number": chat(messages=[{"role": "user", "content": 5}]),
+    "NaN": raw('"guidance": NaN'),
+    "infinity": raw('"guidance": 1e999'),
+    "minus infinity": raw('"temperature": -Infinity'),
+    "steps beyond numbers": raw('"steps": ' + "9" * 400),
+    "digits without end": raw('"steps": ' + "9" * 10_000),
+    "two kinds of tokens": chat(max_tokens=4, max_completion_tokens=5),
+    "text alone, with an image": chat(modalities=["text"], image="always"),
     "no parts": said(),
     "another part": said({"type": "input_audio", "input_audio": {}}),
     "a part without type": said({"text": "hello"}),
     "text of a number": said({"type": "text", "text": 5}),
     "a file's part": said({"type": "image", "path": "/etc/passwd"}),
-    "too long": chat(messages=[{"role": "user", "content": "x" * 5000}]),
-    "NaN": raw('"guidance": NaN'),
-    "infinity": raw('"guidance": 1e999'),
-    "minus infinity": raw('"temperature": -Infinity'),
-    "negative steps": chat(steps=-1),
-    "no steps": chat(steps=0),
-    "too many steps": chat(steps=51),
-    "steps of text": chat(steps="20"),
-    "steps of a half": chat(steps=1.5),
-    "steps of true": chat(steps=True),
-    "steps beyond numbers": raw('"steps": ' + "9" * 400),
-    "digits without end": raw('"steps": ' + "9" * 10_000),
-    "negative guidance": chat(guidance=-1),
-    "negative temperature": chat(temperature=-0.1),
-    "top_p 0": chat(top_p=0),
-    "top_p 2": chat(top_p=2),
-    "no penalty": chat(repetition_penalty=0),
-    "a negative seed": chat(seed=-1),
-    "a seed beyond numbers": chat(seed=2**80),
-    "negative tokens": chat(max_tokens=-1),
-    "too many tokens": chat(max_tokens=65),
-    "two kinds of tokens": chat(max_tokens=4, max_completion_tokens=5),
-    "too many images": chat(max_images=3),
-    "two replies": chat(n=2),
-    "no modality": chat(modalities=[]),
-    "another modality": chat(modalities=["audio"]),
-    "text alone, with an image": chat(modalities=["text"], image="always"),
-    "another policy": chat(image="perhaps"),
-    "another sampler": chat(sampler="__import__('os')"),
-    "a size without height": chat(size="64"),
-    "a negative size": chat(size="-64x64"),
-    "no size": chat(size="0x0"),
-    "an odd size": chat(size="17x16"),
-    "a large size": chat(size="128x64"),
-    "a size beyond numbers": chat(size="9" * 999 + "x64"),
-    "size of numbers": chat(size=[64, 64]),
-    "stream of text": chat(stream="yes"),
-    "no time": chat(timeout=0),
-    "what is not known": chat(tools=[]),
-    "a backend": chat(backend="trt"),
-    "a path": shown("/etc/passwd"),
-    "a file": shown("file:///etc/passwd"),
-    "a path that climbs": shown("../../secret.png"),
-    "a remote image": shown("http://example.com/a.png"),
-    "this machine": shown("http://127.0.0.1/a.png"),
-    "another scheme": shown("ftp://example.com/a.png"),
-    "a URL of numbers": said({"type": "image_url", "image_url": 5}),
     "a URL without object": said({"type": "image_url", "image_url": data_url()}),
-    "bad base64": shown("data:image/png;base64,%%%%"),
-    "base64 of bad length": shown("data:image/png;base64,abcde"),
-    "no base64": shown("data:image/png,abc"),
-    "text as data": shown("data:text/html;base64,aGVsbG8="),
-    "an empty picture": shown("data:image/png;base64,"),
-    "not a picture": shown(encoded(b"hello, this is text")),
-    "half a picture": shown(encoded(PNG[: len(PNG) // 2])),
-    "a bomb": shown(encoded(bomb(60_000, 60_000))),
-    "a picture too large": shown(data_url((101, 100))),
-    "less than it says": shown(encoded(bomb(90, 90))),
-    "PostScript": shown(encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps")),
-    "SVG": shown(encoded(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg")),
-    "too many pictures": said(*[{"type": "image_url", "image_url": {"url": data_url((2, 2))}}] * 17),
+    "too many images": said(*[{"type": "image_url", "image_url": {"url": data_url((2, 2))}}] * 17),
 }
-DRAWINGS = {
-    "no prompt": images(prompt=None),
-    "an empty prompt": images(prompt=""),
-    "a prompt of parts": images(prompt=["a"]),
-    "no pictures": images(n=0),
-    "many pictures": images(n=3),
-    "pictures at a URL": images(response_format="url"),
-    "of another kind": images(output_format="webp"),
-    "a prompt too long": images(prompt="x" * 5000),
+FIELDS = {  # wrong values of fields of a chat
+    "messages": (
+        *([], "hello", ["hello"], HELLO * 300, [{"role": "root", "content": "hello"}], [USER]),
+        [*HELLO, {"role": "assistant", "content": "yes"}],
+        *([USER | {"content": content}] for content in (None, 5, "\ud800", "x" * 5000)),
+    ),
+    "steps": (-1, 0, 51, "20", 1.5, True),
+    "guidance": (-1,),
+    "temperature": (-0.1,),
+    "top_p": (0, 2),
+    "repetition_penalty": (0,),
+    "seed": (-1, 2**80),
+    "max_tokens": (-1, 65),
+    "max_images": (3,),
+    "n": (2,),
+    "modalities": ([], ["audio"]),
+    "image": ("perhaps",),
+    "sampler": ("__import__('os')",),
+    "size": ("64", "-64x64", "0x0", "17x16", "128x64", "9" * 999 + "x64", [64, 64]),
+    "stream": ("yes",),
+    "timeout": (0,),
+    "tools": ([],),
+    "backend": ("trt",),
+}
+URLS = (
+    *("/etc/passwd", "file:///etc/passwd", "../../secret.png", "ftp://example.com/a.png", 5),
+    *("http://example.com/a.png", "http://127.0.0.1/a.png"),
+    *("data:image/png;base64,%%%%", "data:image/png;base64,abcde", "data:image/png,abc"),
+    *("data:text/html;base64,aGVsbG8=", "data:image/png;base64,", data_url((101, 100))),
+    *(encoded(data) for data in (b"hello, this is text", PNG[: len(PNG) // 2], bomb(60_000, 60_000), bomb(90, 90))),
+    encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"),
+    encoded(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"),
+)
+DRAWINGS = {  # wrong values of fields of /v1/images/generations
+    "prompt": (None, "", ["a"], "x" * 5000),
+    "n": (0, 3),
+    "response_format": ("url",),
+    "output_format": ("webp",),
 }
 OTHERS = {
     "another model": (404, "POST", CHAT, chat(model="gpt"), JSON),
@@ -198,12 +166,15 @@ def hold(status: int, found: tuple[int, bytes]) -> None:
 
 def test_bodies(server):
     before = server.metric("mgp5_finished_total")
-    for path, bodies in ((CHAT, BODIES), (IMAGES, DRAWINGS)):
-        for name, body in bodies.items():
-            found = server.ask("POST", path, body, JSON)
-            assert found[0] == 400, (name, found)
-            hold(400, found)
-    assert len(BODIES) + len(DRAWINGS) >= 60 and server.metric("mgp5_finished_total") == before
+    bodies = [(CHAT, name, body) for name, body in BODIES.items()]
+    bodies += [(CHAT, (name, value), chat(**{name: value})) for name in FIELDS for value in FIELDS[name]]
+    bodies += [(CHAT, url, shown(url)) for url in URLS]
+    bodies += [(IMAGES, (name, value), images(**{name: value})) for name in DRAWINGS for value in DRAWINGS[name]]
+    for path, name, body in bodies:
+        found = server.ask("POST", path, body, JSON)
+        assert found[0] == 400, (str(name)[:200], found)
+        hold(400, found)
+    assert len(bodies) >= 90 and server.metric("mgp5_finished_total") == before
     assert works(server)
 
 

@@ -6,29 +6,26 @@ import base64
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from browser import browser_page, overflow
 from click.testing import CliRunner
-from serve_process import serving
+from serve_process import JSON, serving_here
 from tiny import picture
 
 from mgp5.cli import main
+from mgp5.errors import Mgp5Error
+from mgp5.serving.limits import Limits
 
 pytest.importorskip("gradio", reason="pip install 'mgp5[web]'")
 KEY = "0123456789abcdef-key"
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web")
-    with serving(folder, "--model", "demo", "--web", "--rows", "2", "--body-megabytes", "1") as running:
+def server():
+    with serving_here("demo", web=True, rows=2, limits=Limits(body_bytes=2**20)) as running:
         yield running
-        assert not [path for path in folder.iterdir() if path.name != "stderr"]  # nothing is left where it was started
-        assert "fox" not in running.stderr.read_text()
 
 
 @pytest.fixture
@@ -92,15 +89,16 @@ def test_a_chat(server, files):
         say(page, "What is this?")
         until(page, "#talk-work", "seed 103 ")
         assert page.locator("#talk .user-row img").count() == 1 and page.locator("#talk .bot-row").count() == 2
-        page.click("#talk button[title=Retry] >> nth=-1")
+        page.click("#talk button[aria-label=Retry] >> nth=-1")
         until(page, "#talk-work", "seed 203 ")
-        page.click("#talk button[title=Undo] >> nth=-1")
+        page.click("#talk button[aria-label=Undo] >> nth=-1")
         page.wait_for_selector("#talk-box img")
         assert page.input_value("#talk-box textarea") == "What is this?" and page.locator("#talk .bot-row").count() == 1
+        page.wait_for_function("document.querySelector('#talk-box img').naturalWidth == 60")
         other = visit(page.context.browser.new_context().new_page(), server)
         assert other.locator("#talk .user-row, #talk .bot-row").count() == 0
         assert overflow(page) == 0
-        page.click("#talk button[title=Clear]")
+        page.click("#talk button[aria-label=Clear]")
         page.get_by_text("What shall we look at?").wait_for()
 
 
@@ -114,10 +112,12 @@ def test_a_reply_is_stopped_and_left(server):
         say(page, "Draw a red fox.")
         page.wait_for_selector("#talk-work progress")
         assert re.match(r"drawing, step \d+ of 100", page.inner_text("#talk-work"))
-        page.click("#talk-box [aria-label=Stop]")
+        page.click("#talk-box .stop-button")
         until(page, "#talk-work", "stopped")
         shows(page, "text")  # what it has said stays
         server.until("mgp5_cancelled_total", before + 1)
+        say(page, "x " * 4000)
+        page.get_by_text("That did not work").wait_for()  # and the chat goes on
         say(page, "Draw a red fox.")
         page.wait_for_selector("#talk-work progress")
         page.close()
@@ -172,7 +172,7 @@ def join(server, data, headers=JSON, path="ui/gradio_api/queue/join", **more):
 
 def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
     api = "/ui/gradio_api/"
-    for path in ("/etc/passwd", "..%2f..%2fetc%2fpasswd", f"{Path(__file__)}", str(server.stderr), "%00", "a" * 5000):
+    for path in ("/etc/passwd", "..%2f..%2fetc%2fpasswd", f"{Path(__file__)}", "%00", "a" * 5000):
         assert server.ask("GET", f"{api}file={path}")[0] == 403
     for path in (
         f"{api}file/etc/passwd",
@@ -191,7 +191,7 @@ def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
         assert server.ask("GET", path)[0] in (403, 404), path
     for path in ("component_server", "run/say", "call/say", "api/say", "vibe-edit", "process_recording", "stream/1"):
         assert join(server, [], path=f"ui/gradio_api/{path}") == 404
-    for path in ("/etc/passwd", "http://127.0.0.1/", "https://example.com/a.png", str(server.stderr)):
+    for path in ("/etc/passwd", "http://127.0.0.1/", "https://example.com/a.png"):
         for wrapped in ({"path": path}, {"text": "", "files": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}):
             assert join(server, [wrapped]) == 403
     assert join(server, [], JSON | {"Origin": "http://evil.example"}) == 403
@@ -206,28 +206,45 @@ def test_hostile_events_do_no_harm(server):
         for data in ([], [None] * 40, ["x"] * 30, [{"text": 1, "files": "x"}, -1, 1e9, "a", None, "b"]):
             assert join(server, data, fn_index=index) in (200, 400, 404, 422, 500)
     server.until('mgp5_answers_total{path="/ui/",status="200"}', 1)
-    time.sleep(1)
     assert server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hello"}], max_tokens=2)[0] == 200
 
 
-def test_the_page_asks_for_the_key(small_folder, tmp_path):
-    (tmp_path / "key").write_text(KEY)
-
+def test_the_page_asks_for_the_key(small_folder):
     def basic(password):
         return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
 
-    flags = "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "key"), "--web", "--model", str(small_folder)
-    with serving(tmp_path / "server", *flags) as server:
+    with serving_here(small_folder, KEY, web=True) as server:
         for path in ("/", "/ui/", "/ui/config", "/ui/gradio_api/queue/data?session_hash=s", "/favicon.ico"):
             for headers in ({}, basic("wrong"), {"Authorization": "Basic %%%"}, {"Authorization": f"Basic {KEY}"}):
                 assert server.ask("GET", path, headers=headers)[0] == 401
         assert server.ask("GET", "/ui/config", headers=basic(KEY))[0] == 200
         assert server.ask("GET", "/v1/models", headers=basic(KEY))[0] == 401
-        with browser_page() as page:
-            known = page.context.browser.new_context(http_credentials={"username": "me", "password": KEY}).new_page()
-            visit(known, server)
-            say(known, "hello")
-            until(known, "#talk-work", "seed ")
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([("user", "hello")], ["system", "user"]),
+        ([("user", [{"type": "text", "text": "a"}]), ("user", "b")], ["system", "user"]),
+        ([("user", "x"), ("assistant", None), ("user", "b")], ["system", "user"]),  # the first had no reply
+        (
+            [("user", "x"), ("assistant", "&lt;y"), ("user", {"text": "b", "files": []})],
+            ["system", "user", "assistant", "user"],
+        ),
+    ],
+)
+def test_a_chat_as_gradio_has_it_is_a_conversation(turns, expected):
+    from mgp5.serving.web.chat import FAILED, read_talk
+
+    history = [
+        {"role": role, "content": content or "why", "metadata": {"title": FAILED} if content is None else None}
+        for role, content in turns
+    ]
+    talk = read_talk(history, Limits())
+    assert [message.role for message in talk.messages] == expected
+    assert all(message.text == "<y" for message in talk.messages if message.role == "assistant")
+    with pytest.raises(Mgp5Error, match="empty"):
+        read_talk([*history, {"role": "assistant", "content": "c"}], Limits())
 
 
 def test_without_its_extra_the_page_says_what_to_install(monkeypatch):

@@ -39,9 +39,12 @@ def add_chat(state: AppState, session: gr.State) -> None:
     """Add the chat to the page."""
     work = gr.HTML(progress_line(""), elem_id="talk-work", padding=False, render=False)
 
-    async def reply(message: Any, history: Any, session: PageSession, *fields: Any) -> AsyncIterator[Reply]:
-        async with aclosing(replies(state, session, [*history, {"role": "user", "content": message}], fields)) as shown:
-            async for one in shown:
+    options = settings(state)
+
+    async def reply(message: Any, history: Any, session: PageSession, *values: Any) -> AsyncIterator[Reply]:
+        turns = [*history, {"role": "user", "content": message}]
+        async with aclosing(replies(state, session, turns, dict(zip(options, values, strict=True)))) as growing:
+            async for one in growing:
                 yield one
 
     chat = gr.ChatInterface(
@@ -66,7 +69,7 @@ def add_chat(state: AppState, session: gr.State) -> None:
             max_plain_text_length=100_000,
             stop_btn=True,
         ),
-        additional_inputs=[session, *settings(state)],
+        additional_inputs=[session, *options.values()],
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         additional_outputs=[work],
         examples=[[{"text": text, "files": []}] for text in EXAMPLES],
@@ -80,11 +83,11 @@ def add_chat(state: AppState, session: gr.State) -> None:
 
 
 async def replies(
-    state: AppState, session: PageSession, history: Sequence[dict[str, Any]], fields: Sequence[Any]
+    state: AppState, session: PageSession, history: Sequence[dict[str, Any]], values: dict[str, Any]
 ) -> AsyncIterator[Reply]:
     """Yield the reply to the last message of a chat as it grows; a failure is told as an answer of its own kind."""
     try:
-        options = read_options(state, *fields)
+        options = read_options(state, values)
         talk = await to_thread.run_sync(read_talk, history, state.limits, limiter=state.image_threads)
         options = replace(options, seed=options.seed + SEEDS * session.replies)
         session.replies += 1

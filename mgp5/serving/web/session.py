@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,21 +100,25 @@ def read_upload(path: str, limits: Limits) -> Image:
         raise Mgp5Error("an image has not arrived", "drop it in again") from None
 
 
-def settings(state: AppState) -> list[Any]:
-    """Return the fields of a reply's options, in the order that `read_options` takes them; they are not shown yet."""
-    limits, config, hidden = state.limits, state.loop.model.config, {"render": False}
-    return [
-        gr.Number(None, label="Seed", placeholder="another each time", precision=0, minimum=0, **hidden),
-        gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature", info="0: no chance", **hidden),
-        gr.Slider(1, limits.steps, min(20, limits.steps), step=1, label="Steps", info="of a picture", **hidden),
-        gr.Slider(0, 20, config.guidance, step=0.5, label="Guidance", info="how close to the text", **hidden),
-        gr.Radio(DRAW_MODES, value="auto", label="Pictures", **hidden),
-    ]
+def settings(state: AppState) -> dict[str, Any]:
+    """Return the fields of a reply's options by name: those that the model's head has. They are not shown yet."""
+    limits, model, hidden = state.limits, state.loop.model, {"render": False}
+    steps, temperature = min(20, limits.steps), model.config.temperature
+    components = {
+        "seed": gr.Number(None, label="Seed", placeholder="another each time", precision=0, minimum=0, **hidden),
+        "temperature": gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: no chance", **hidden),
+        "steps": gr.Slider(1, limits.steps, steps, step=1, label="Steps", info="of a picture", **hidden),
+        "guidance": gr.Slider(
+            0, 20, model.config.guidance, step=0.5, label="Guidance", info="how close to the text", **hidden
+        ),
+        "image": gr.Radio(DRAW_MODES, value="auto", label="Pictures", **hidden),
+    }
+    known = {"seed", "temperature", "image", *(option.name for option in fields(model.head.spec.image_options))}
+    return {name: component for name, component in components.items() if name in known}
 
 
-def read_options(state: AppState, seed: Any, temperature: Any, steps: Any, guidance: Any, image: Any) -> Options:
-    """Return options within the server's limits. Raises Refused."""
-    values = {"seed": seed, "steps": steps, "guidance": guidance, "temperature": temperature, "image": image}
+def read_options(state: AppState, values: dict[str, Any]) -> Options:
+    """Return the options that the fields of `settings` ask for. Raises Refused for those above the server's limits."""
     try:
         body = ChatRequest(model=state.name, messages=[{"role": "user", "content": ""}], **values)
     except ValidationError as error:

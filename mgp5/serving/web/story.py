@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 HINT = "Drop pictures in or write scenes; then let the story go on."
 CARDS = 24  # the longest story that the page shows
-FIELDS = 5  # see `settings`
 Plan = list[tuple[int, SceneInput | None]]  # index of a scene, and what there is of it; None: the model's own
 Planner = Callable[["PageSession", str, int], Plan]  # given the lines to draw and the number of scenes to go on with
 View = list[Any]  # values of `StoryTab.view`
@@ -55,17 +54,20 @@ class StoryTab:
             go_on = gr.Button("Go on", variant="primary", min_width=90, scale=2, elem_id="continue")
             stop = gr.Button("Stop", min_width=90, interactive=False, elem_id="stop")
         with gr.Accordion("Settings", open=False):
-            for option in (options := settings(state))[:-1]:  # whether to draw follows from the scene
+            options = settings(state)
+            del options["image"]  # whether to draw follows from the scene
+            for option in options.values():
                 option.render()
         with gr.Row(elem_id="ending"):
             title = gr.Textbox(label="Title", max_lines=1, elem_id="title")
             page = gr.Button("Download as a page", elem_id="page")
             anew = gr.Button("Begin another", elem_id="anew")
         file = gr.DownloadButton(elem_id="page-file")  # a script presses it when the file is there
+        self.options = tuple(options)
         self.actions = [draw, narrate, go_on, page, anew]
         texts = [text for _, _, text, _ in self.cards]
         view = [work, stop, *self.actions, *(part for card in self.cards for part in card[:3])]
-        given = [session, lines, count, *options[:-1], *texts]
+        given = [session, lines, count, *options.values(), *texts]
         drop.upload(self.add_images, [session, drop, *texts], [drop, *view], **HIDDEN)
         for button, plan in ((narrate, _narrate), (draw, _draw), (go_on, _go_on)):
             button.click(partial(self.make, plan), given, [lines, *view], **HIDDEN)
@@ -73,7 +75,7 @@ class StoryTab:
         anew.click(self.remove, session, view, **HIDDEN)
         for number, card in enumerate(self.cards):
             card[3].click(partial(self.remove, number=number), [session, *texts], view, **HIDDEN)
-        made = page.click(self.write_page, [session, title, *options[:-1], *texts], [file, work], **HIDDEN)
+        made = page.click(self.write_page, [session, title, *options.values(), *texts], [file, work], **HIDDEN)
         made.success(None, None, None, js="() => document.querySelector('#page-file').click()", **HIDDEN)
 
     async def add_images(self, session: PageSession, files: list[str], *texts: str) -> View:
@@ -95,7 +97,7 @@ class StoryTab:
         *given: Any,
     ) -> AsyncIterator[View]:
         """Make the scenes of a plan one after another; one that is not finished is taken back."""
-        _edit(session, given[FIELDS - 1 :])
+        _edit(session, given[len(self.options) :])
         said = ""
         with failures_shown():
             if session.running:
@@ -146,7 +148,7 @@ class StoryTab:
 
     async def write_page(self, session: PageSession, title: str, *given: Any) -> tuple[Any, str]:
         """Write the story as one HTML file."""
-        _edit(session, given[FIELDS - 1 :])
+        _edit(session, given[len(self.options) :])
         with failures_shown():
             if not session.scenes:
                 raise Mgp5Error("there is no story yet", "drop pictures in, or let the story go on")
@@ -158,7 +160,7 @@ class StoryTab:
         raise gr.Error("there is no page", visible=False)  # so that no script looks for the file
 
     def _options(self, given: Sequence[Any]) -> Options:
-        return read_options(self.state, *given[: FIELDS - 1], image="auto")
+        return read_options(self.state, dict(zip(self.options, given, strict=False)))
 
     def _view(
         self, session: PageSession, line: str = progress_line(""), only: int | None = None, busy: bool = False
