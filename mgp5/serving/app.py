@@ -16,7 +16,7 @@ import torch
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
@@ -73,7 +73,7 @@ def make_app(
         ("/v1/models", models, replies.Models, errors(), {"dependencies": keyed}),
         ("/v1/models/{model:path}", one_model, replies.Model, errors(404), {"dependencies": keyed}),
         ("/health", health, replies.Health, replies.errors(False) | replies.FAILED, {}),
-        ("/metrics", metrics, None, errors(), {"dependencies": keyed, "response_class": PlainTextResponse}),
+        ("/metrics", metrics, None, errors() | replies.PLAIN, {"dependencies": keyed, "response_class": Response}),
     ):
         more = {"response_model": model, "response_model_exclude_unset": True, "responses": responses, **more}
         app.add_api_route(path, route, **more)

@@ -155,6 +155,7 @@ CHUNK, ERROR = ({"$ref": REFS.format(model=name)} for name in ("ChatChunk", "Err
 DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [CHUNK, ERROR]}}
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, DATA]}}}
 EVENTS = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}  # FastAPI's `responses` of a stream
+PLAIN = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 FAILED = {503: {"model": Health}}
 GENERATES = (404, 415, 429, 503, 504)  # error statuses of the routes that generate
 
@@ -165,8 +166,8 @@ def errors(key: bool, *statuses: int) -> dict[int | str, dict[str, Any]]:
     Args:
         key: whether the route asks for the API key.
     """
-    statuses = {400, 408, 413, 421, 500, *statuses} | ({401} if key else set())
-    found: dict[int | str, dict[str, Any]] = {s: {"model": ErrorReply} for s in statuses}
+    every = {400, 408, 413, 421, 500, *statuses} | ({401} if key else set())
+    found: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in sorted(every)}
     for status, name in HEADERS.items():
         if status in found:
             found[status]["headers"] = {name: {"schema": {"type": "string"}}}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from ..app import AppState
 
-PAGES, HOURS = 200, 3  # pages that are remembered, and for how long one that does nothing
+PAGES = 200  # pages that are remembered, the ones used last
+CACHE_SECONDS = 6 * 3600  # for which gradio keeps files
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 ICON = (  # a speech bubble that holds a picture
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#b4552d" d="M5 3h22a4 4 0 0 1 4 4v14a4 4 0'
@@ -61,11 +62,10 @@ def add_page(app: FastAPI, state: AppState) -> None:
 
 
 def make_blocks(state: AppState, folder: Path) -> gr.Blocks:
-    """Return the page; gradio deletes its files after some hours, whatever became of their visitors."""
-    seconds = HOURS * 3600
-    settings = {"analytics_enabled": False, "delete_cache": (600, 2 * seconds), "fill_width": True}
+    """Return the page."""
+    settings = {"analytics_enabled": False, "delete_cache": (600, CACHE_SECONDS), "fill_width": True}
     with gr.Blocks(title=f"{state.name} · mgp5", **settings) as blocks:
-        session = gr.State(PageSession(folder), time_to_live=seconds)
+        session = gr.State(PageSession(folder))
         gr.HTML("<header><h1>mgp5</h1><p>Words and pictures, in order</p></header>", padding=False)
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
