@@ -24,7 +24,7 @@ import httpx
 import openai
 from PIL import Image, ImageChops
 
-PLACES = (
+SCENES = (
     "in the snow",
     "at the beach",
     "in the forest",
@@ -39,7 +39,7 @@ TOLERANCE = 4  # of 255: pictures are drawn together with others, which rounds d
 
 @dataclass
 class Phase:
-    """What came of some clients in some time."""
+    """Counts and times of the requests of some clients."""
 
     clients: int
     seconds: float = 0.0
@@ -51,7 +51,7 @@ class Phase:
     first: list[float] = field(default_factory=list)  # seconds to the first token
 
     def report(self) -> dict[str, object]:
-        """Its numbers."""
+        """Return the numbers as JSON values."""
         parts = statistics.quantiles(self.first, n=20) if len(self.first) > 1 else [0.0] * 19
         return {
             "clients": self.clients,
@@ -69,11 +69,11 @@ class Phase:
 
 
 async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int, phase: Phase) -> tuple[str, bytes]:
-    """Request `number`, streamed: its text and the pixels of its pictures."""
+    """Send request `number`, streamed; return its text and the pixels of its images."""
     begun, text, pixels, complete = time.monotonic(), "", b"", False
     stream = await client.chat.completions.create(
         model=args.model,
-        messages=[{"role": "user", "content": f"Tell me of a fox {PLACES[number % len(PLACES)]}."}],
+        messages=[{"role": "user", "content": f"Tell me of a fox {SCENES[number % len(SCENES)]}."}],
         seed=number,
         max_tokens=args.tokens,
         stream=True,
@@ -96,7 +96,7 @@ async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int,
 
 
 def compare(phase: Phase, found: tuple[str, bytes], alone: tuple[str, bytes]) -> None:
-    """Note whether a reply is the one it was alone."""
+    """Count a reply that differs from the one that the same request had alone."""
     same = found[0] == alone[0] and len(found[1]) == len(alone[1])
     if same and found[1]:
         pair = (Image.frombytes("L", (len(pixels), 1), pixels) for pixels in (found[1], alone[1]))
@@ -107,7 +107,7 @@ def compare(phase: Phase, found: tuple[str, bytes], alone: tuple[str, bytes]) ->
 
 
 async def run(client: openai.AsyncOpenAI, args: argparse.Namespace, clients: int, alone: dict, until: float) -> Phase:
-    """Let clients ask one request after another until then, each request once at least."""
+    """Let clients send one request after another until a time (`time.monotonic`), each request at least once."""
     phase, begun, numbers = Phase(clients), time.monotonic(), iter(range(10**9))
 
     async def one() -> None:
@@ -136,7 +136,7 @@ async def run(client: openai.AsyncOpenAI, args: argparse.Namespace, clients: int
 
 
 def metric(args: argparse.Namespace, name: str) -> float:
-    """A number that the server tells."""
+    """Return a number of the server's /metrics; 0 where there is none."""
     address = args.url.removesuffix("/v1") + "/metrics"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {args.key}"})
     with urllib.request.urlopen(request) as answer:
@@ -145,7 +145,7 @@ def metric(args: argparse.Namespace, name: str) -> float:
 
 
 async def watch(args: argparse.Namespace, samples: list[tuple[float, float]]) -> None:
-    """Note minutes and megabytes of the server every two seconds."""
+    """Append the minutes since the start and the server's memory in MiB, every two seconds."""
     begun = time.monotonic()
     while True:
         size = await asyncio.to_thread(metric, args, "process_resident_memory_bytes")
@@ -154,7 +154,7 @@ async def watch(args: argparse.Namespace, samples: list[tuple[float, float]]) ->
 
 
 def memory(samples: list[tuple[float, float]]) -> dict[str, object]:
-    """What became of the server's memory; a third of the time is its warm-up."""
+    """Summarise the server's memory; the first third of the time counts as warm-up."""
     late = samples[len(samples) // 3 :]
     sizes = [size for _, size in late]
     return {
@@ -168,7 +168,7 @@ def memory(samples: list[tuple[float, float]]) -> dict[str, object]:
 
 
 async def main() -> None:
-    """One client alone, each request twice; then all of them."""
+    """Run one client alone, each request twice; then all clients."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="demo")
@@ -182,19 +182,19 @@ async def main() -> None:
     args = parser.parse_args()
     args.requests = args.first_token or args.requests
     client = openai.AsyncOpenAI(base_url=args.url, api_key=args.key, max_retries=0, timeout=1200)
-    alone, found, samples = {}, {}, []
+    alone, report, samples = {}, {}, []
     for name in ("one, cold", "one"):
-        found[name] = (await run(client, args, 1, alone, 0)).report()
-        print(f"{name}: {found[name]}", flush=True)
+        report[name] = (await run(client, args, 1, alone, 0)).report()
+        print(f"{name}: {report[name]}", flush=True)
     if not args.first_token:
         before, watcher = metric(args, "mgp5_finished_total"), asyncio.create_task(watch(args, samples))
-        found["many"] = (await run(client, args, args.clients, alone, time.monotonic() + args.minutes * 60)).report()
+        report["many"] = (await run(client, args, args.clients, alone, time.monotonic() + args.minutes * 60)).report()
         watcher.cancel()
-        found["finished, as the server counts"] = metric(args, "mgp5_finished_total") - before
-        found["left at the end"] = metric(args, "mgp5_running") + metric(args, "mgp5_waiting")
-        found["gain"] = round(found["many"]["replies per minute"] / found["one"]["replies per minute"], 2)
-        found["memory MB"] = memory(samples)
-    print(json.dumps(found))
+        report["finished, as the server counts"] = metric(args, "mgp5_finished_total") - before
+        report["left at the end"] = metric(args, "mgp5_running") + metric(args, "mgp5_waiting")
+        report["gain"] = round(report["many"]["replies per minute"] / report["one"]["replies per minute"], 2)
+        report["memory MB"] = memory(samples)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

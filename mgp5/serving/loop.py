@@ -82,11 +82,11 @@ class ServingLoop:
         self._thread = threading.Thread(target=self._run, name="mgp5-serving", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End now; jobs that run are refused."""
+        """End the thread; jobs that run or wait are refused."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -94,21 +94,21 @@ class ServingLoop:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are served."""
+        """Return whether jobs are served."""
         return self._thread.is_alive()
 
     @property
     def running(self) -> int:
-        """Number of jobs that have a row."""
+        """Return the number of jobs that have a row."""
         return sum(request.row >= 0 for request in list(self._jobs))
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that wait for a row."""
+        """Return the number of jobs that wait for a row."""
         return len(self._new) + len(self._jobs) - self.running
 
     def submit(self, *jobs: Job) -> None:
-        """Take jobs, all or none. Raises Refused: 429 when more than `limit` would wait, 503 when none is served."""
+        """Queue jobs, all of them or none. Raises Refused: 429 when more than `limit` would wait, 503 after the end."""
         with self._wake:
             if self._stopping or not self.alive:
                 raise STOPPED
@@ -120,7 +120,7 @@ class ServingLoop:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget a job; it gets nothing more."""
+        """Cancel a job; nothing more is delivered to it."""
         with self._wake:
             job.cancelled = True
             self._wake.notify()
@@ -199,5 +199,5 @@ class ServingLoop:
 
 
 def _unexpected(error: Exception) -> Refused:
-    """Refuse for no fault of the request; without what the request said."""
+    """Return the refusal of a reply that failed for no fault of its request; it repeats nothing of it."""
     return Refused(500, f"the reply failed ({type(error).__name__})", "internal_error")

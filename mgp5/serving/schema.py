@@ -145,18 +145,9 @@ def chat_options(body: ChatRequest, limits: Limits, model: InterleavedModel) -> 
     images = limits.images if body.max_images is None else body.max_images
     _check_bound("max_tokens", tokens, limits.tokens)
     _check_bound("max_images", images, limits.images)
-    return _options(
-        body,
-        limits,
-        model,
-        image_seed=body.image_seed,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        repetition_penalty=body.repetition_penalty,
-        max_tokens=tokens,
-        max_images=images,
-        image=body.image or draw,
-    )
+    values = body.model_dump(include={"image_seed", "temperature", "top_p", "repetition_penalty"})
+    values |= {"max_tokens": tokens, "max_images": images, "image": body.image or draw}
+    return _options(body, limits, model, **values)
 
 
 def image_options(body: ImagesRequest, limits: Limits, model: InterleavedModel) -> list[Options]:
@@ -172,17 +163,14 @@ def conversation(messages: list[ChatMessage], limits: Limits) -> Conversation:
         raise _refused(f"the last message is of role {messages[-1].role}, expected user", "messages")
     urls = [part for m in messages if not isinstance(m.content, str) for part in m.content if part.type == "image_url"]
     check_size(len(messages), len(urls), limits)
-    return Conversation(tuple(Message(_role(message), _content(message, limits)) for message in messages))
+    roles: list[Any] = ["system" if message.role == "developer" else message.role for message in messages]
+    return Conversation(tuple(Message(role, _content(m, limits)) for role, m in zip(roles, messages, strict=True)))
 
 
 def check_size(messages: int, images: int, limits: Limits) -> None:
     """Raise Refused for a conversation with more messages or images than the limits allow."""
     _check_bound("messages", messages, limits.messages)
     _check_bound("images in messages", images, limits.context_images)
-
-
-def _role(message: ChatMessage) -> Any:
-    return "system" if message.role == "developer" else message.role
 
 
 def _content(message: ChatMessage, limits: Limits) -> tuple:

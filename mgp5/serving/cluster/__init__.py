@@ -41,8 +41,8 @@ def connected(address: str) -> Iterator[bool]:
         Mgp5Error: Ray is not installed, or there is no cluster.
     """
     needs_ray()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a new cluster: as fast as without it
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"):  # workers run as fast as other processes
+        os.environ.setdefault(name, "0")
     import ray
 
     address = os.environ.get("RAY_ADDRESS", NEW) if address == NEW else address

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
@@ -65,29 +67,23 @@ def serve_by_ray(request: ServeRequest, tell: Tell) -> None:
         request = replace(request, name=request.model_name, model=absolute(request.model), port=port)
         try:
             serve.start("HeadOnly", {"host": request.host, "port": port}, logging_config=QUIET)
-            (least, most), deployment = _deployment(request)
-            serve.run(deployment.bind(request, key), name=NAME, logging_config=QUIET)
-            replicas = f"{least}" if least == most else f"{least} to {most}"
-            tell(f"{request.url(port)}/v1 serves {name} by {replicas} replicas; Ctrl-C ends it")
-            interrupted = _wait_for_signal() == signal.SIGINT
+            least, most = request.replicas
+            _, most, needs = resources(most, request.model.device)
+            serve.run(_deployment(request, most, needs).bind(request, key), name=NAME, logging_config=QUIET)
+            many = f"{least}" if least == most else f"{least} to {most}"
+            tell(f"{request.url(port)}/v1 serves {name} by {many} replicas; Ctrl-C ends it")
+            _wait_for_signal()
         except (RuntimeError, RayError) as error:  # the last line of a replica's traceback tells the reason
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
             raise Mgp5Error(f"Ray Serve does not start ({reason})", "MGP5_DEBUG=1 shows more") from error
         finally:
             _shut_down(request.drain)
-    if interrupted:
-        raise KeyboardInterrupt
 
 
-def _deployment(request: ServeRequest) -> tuple[tuple[int, int], serve.Deployment]:
-    """Return the smallest and largest number of replicas, and their deployment.
-
-    Each replica has the rows and the queue of a server alone; full rows ask for another replica.
-    """
-    least, most = request.replicas
-    _, most, needs = resources(most, request.model.device)
-    scale = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": request.rows}
-    deployment = serve.deployment(
+def _deployment(request: ServeRequest, most: int, needs: dict[str, float]) -> serve.Deployment:
+    """Return the deployment of replicas with the rows and the queue of a server each; full rows ask for one more."""
+    scale = {"min_replicas": request.replicas[0], "max_replicas": most, "target_ongoing_requests": request.rows}
+    return serve.deployment(
         Replica,
         name=NAME,
         ray_actor_options=needs,
@@ -99,7 +95,6 @@ def _deployment(request: ServeRequest) -> tuple[tuple[int, int], serve.Deploymen
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=3,
     )
-    return (least, most), deployment
 
 
 def _free_port(host: str, port: int) -> int:
@@ -112,20 +107,12 @@ def _free_port(host: str, port: int) -> int:
         raise Mgp5Error(f"cannot listen at {host} port {port}", "choose another --port or --host") from None
 
 
-def _wait_for_signal() -> int:
-    """Wait for SIGTERM or SIGINT and return it; the next one raises KeyboardInterrupt at once."""
-    came, numbers = threading.Event(), []
-
-    def end(number: int, _: Any) -> None:
-        numbers.append(number)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.default_int_handler)
-        came.set()
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, end)
-    came.wait()
-    return numbers[0]
+def _wait_for_signal() -> None:
+    """Return at SIGTERM; SIGINT raises KeyboardInterrupt. A second signal ends the process at once."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with suppress(SystemExit):
+        threading.Event().wait()
 
 
 def _shut_down(seconds: float) -> None:
