@@ -56,10 +56,10 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """The tests' own place for exported denoisers and compiled code: the user's stays as it is."""
+def cache(shared):
+    """The run's own place for exported denoisers and compiled code: the user's stays as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(shared("cache", Path.mkdir)))
         yield
 
 

@@ -234,6 +234,7 @@ main(sys.argv[1:])
 """
 
 
+@SLOW
 def test_a_full_disk(folder, tmp_path):
     """Files may not grow, as on a disk without room."""
     args = ["export", "--onnx", "--model", folder, "--out", tmp_path / "out", "--component", "vae_decoder"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ def straight(llava, ours, folder, texts, inputs, captions, min_snr=None, dropout
 
 
 def pixels(color: str, side: int, mean=(0.5,) * 3, std=(0.5,) * 3) -> torch.Tensor:  # (1, 3, side, side)
-    data = torch.tensor(list(picture(color, (side, side)).get_flattened_data()), dtype=torch.float32) / 255
+    data = torch.tensor(np.array(picture(color, (side, side))).reshape(-1, 3), dtype=torch.float32) / 255
     return ((data - torch.tensor(mean)) / torch.tensor(std)).T.reshape(1, 3, side, side)
 
 

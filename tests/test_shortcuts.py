@@ -149,6 +149,7 @@ def test_what_cannot_use_features_again(diffusion):
     engines.remove(diffusion)
 
 
+@pytest.mark.slow
 def test_each_kind_of_step_is_compiled_once():
     """Traced as for `compile`: guided or not, whole or not, and nothing again for another image."""
     diffusion = smallest()

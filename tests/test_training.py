@@ -93,7 +93,7 @@ def test_finetuning_trains_rows_lora_and_the_mappers_transformer(
         ("finetune", {"lora": None, "prefix": PrefixConfig(tokens=2, hidden=8)}, "head.mapper.transformer."),
     ],
 )
-def test_all_other_tensors_are_the_same_after_50_steps(stage, adapter, trained, llava, tales, tmp_path):
+def test_all_other_tensors_are_the_same_after_training(stage, adapter, trained, llava, tales, tmp_path):
     tensors = dict(llava.named_parameters()) | dict(llava.named_buffers())  # peft puts its own beside them
 
     def hashes() -> dict[str, bytes]:
@@ -101,7 +101,7 @@ def test_all_other_tensors_are_the_same_after_50_steps(stage, adapter, trained, 
 
     before = hashes()
     finish(
-        llava, tales, config(stage, steps=50, batch=1, save_every=100, weight_decay=0.5, **adapter), tmp_path / "run"
+        llava, tales, config(stage, steps=12, batch=1, save_every=100, weight_decay=0.5, **adapter), tmp_path / "run"
     )
     after = hashes()
     assert {name for name in before if before[name] != after[name]} == {n for n in before if n.startswith(trained)}

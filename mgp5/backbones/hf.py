@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
 from . import SideInputs
+from .image_processor import load_image_processor
 from .kv_cache import KVCache
 from .prefix import fixed_cache, prefix_encoder, prefix_states
 from .quantization import Quantize, is_quantized, keep_layout, quantization
@@ -86,7 +87,7 @@ class HFBackbone(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
-        image_processor = AutoImageProcessor.from_pretrained(name, **options)
+        image_processor = load_image_processor(name, **options)
         options |= quantization(quantize, dtype)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         return cls(keep_layout(model).eval().requires_grad_(False), tokenizer, image_processor)

@@ -1,20 +1,18 @@
-"""How fast the LLM writes, and how long it takes to read an image's vokens: ours and transformers' `generate`.
+"""Time decoding by our decoder and by `generate` of transformers, and the LLM's part of an image: vokens and mapper.
 
-Letters: T tokens, n vokens, D width of the LLM, L and C of a condition.
+Letters: T tokens, D width of the LLM, L length and C width of a condition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from ..apps.open_model import load
-from ..engines import Backend
 from ..errors import Mgp5Error
 from ..heads.minigpt5 import predicting_states
 from ..hub import Parts
@@ -23,46 +21,45 @@ from ..inference.token_sampling import SamplingParams
 from ..loading import assemble
 from ..memory.skeletons import backbone_shape, generator_shape
 from ..model import InterleavedModel
-from .suites import Limits, Row, Run, by_turns, waiting
+from .timing import Bench, Limits, Phases, Row, interleave
 
 PROMPT, REPLY = 64, 128  # tokens
 
 
-def decode_rows(
-    parts: Parts, *, limits: Limits, backends: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, **how: Any
-) -> Iterator[Row]:
-    """One row for each way to read a prompt and write a reply: milliseconds of a token, the reading counted in, and
-    `gb_per_s` of weights, which each token reads once.
+def decode_rows(bench: Bench, parts: Parts, *, limits: Limits) -> Iterator[Row]:
+    """Yield one row for each way to read a prompt and to write a reply.
 
-    Args:
-        how: clock and setting of `by_turns`.
+    Their times are milliseconds of a token, the reading counted in; `gb_per_s` is the rate at which weights are read,
+    once for each token.
     """
     torch._dynamo.reset()
-    model = _model(parts, device, dtype)
+    model = _model(parts, bench)
     size = f"{_name(parts)}, {REPLY} tokens behind {PROMPT}"
     weights = read_bytes(model)
-    for way, timed in by_turns(size, _mode(model, backends), device=device, weights=_held(model), **how).items():
-        row = {"name": "decode", "size": size, "provider": way} | timed.row(0, REPLY)
-        if not timed.skipped:
+    for way, timing in interleave(bench, size, _ways(model, bench.backends), _held(model)).items():
+        row = {"name": "decode", "size": size, "provider": way} | timing.row(0, REPLY)
+        if not timing.skipped:
             rate = weights / row["median"] / 1e6
             row |= {"tokens_per_s": float(f"{1000 / row['median']:.4g}"), "gb_per_s": float(f"{rate:.4g}")}
             row["share_of_copy"] = round(rate / limits.copy, 3)
         yield row
 
 
-def condition_rows(
-    parts: Parts, *, device: torch.device, dtype: torch.dtype, **how: Any
-) -> Generator[Row, None, float | None]:
-    """A row of the time between text and denoising: vokens behind a prompt, and the mapper. Returns its seconds."""
-    model = _model(parts, device, dtype)
+def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | None]:
+    """Yield a row of the time between text and denoising: vokens behind a prompt, and the mapper.
+
+    Returns its median in seconds, None where it was skipped.
+    """
+    model = _model(parts, bench)
     size = f"{_name(parts)}, {model.head.num_vokens} vokens behind {PROMPT}, mapper"
-    timed = by_turns(size, {"eager": lambda: _vokens(model)}, device=device, weights=_held(model), **how)["eager"]
-    yield {"name": "condition", "size": size, "provider": "eager"} | timed.row()
-    return None if timed.skipped else timed.median(0)
+    timing = interleave(bench, size, {"eager": lambda: _vokens(model)}, _held(model))["eager"]
+    yield {"name": "condition", "size": size, "provider": "eager"} | timing.row()
+    return None if timing.skipped else timing.median(0)
 
 
-def _model(parts: Parts, device: torch.device, dtype: torch.dtype) -> InterleavedModel:
-    """A trained model; or an LLM and a mapper of random weights, with a generator that has none."""
+def _model(parts: Parts, bench: Bench) -> InterleavedModel:
+    """Return a trained model; or an LLM and a mapper of random weights, with a generator that has no weights."""
+    device, dtype = bench.device, bench.dtype
     if parts.trained is not None:
         return load(parts.name, dtype=dtype, device=str(device), backend=None, memory="full")
     with torch.device("meta"):
@@ -79,7 +76,7 @@ def _model(parts: Parts, device: torch.device, dtype: torch.dtype) -> Interleave
 
 
 def read_bytes(model: InterleavedModel) -> int:
-    """Of the weights that each token needs: layers and LM head, of the embedding only a row."""
+    """Return the bytes of the weights that each token reads: layers and LM head; of the embedding it reads one row."""
     backbone = model.backbone
     embedding = backbone.core.get_input_embeddings().weight
     layers = sum(p.nbytes for p in backbone.language.parameters() if p is not embedding)
@@ -91,45 +88,44 @@ def _name(parts: Parts) -> str:
 
 
 def _held(model: InterleavedModel) -> int:
-    """Bytes of LLM and mapper."""
+    """Return the bytes of LLM and mapper."""
     return sum(p.nbytes for part in (model.backbone, model.head) for p in part.parameters())
 
 
-def _mode(model: InterleavedModel, backends: tuple[Backend, ...]) -> dict[str, Callable[[], Run]]:
+def _ways(model: InterleavedModel, backends: tuple[str, ...]) -> dict[str, Callable[[], Phases]]:
+    """Return the ways to write the most likely tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 100, (1, PROMPT), generator=generator).to(model.device)
-    ways: dict[str, Callable[[], Run]] = {
+    ways = {
         "transformers dynamic": lambda: _theirs(model, ids, None),
         "eager": lambda: _ours(model, ids, compiled=False),
         "transformers static": lambda: _theirs(model, ids, "static"),
     }
-    if "compile" in backends:
-        ways["compile"] = lambda: _ours(model, ids, compiled=True)
-    return ways
+    return ways | ({"compile": lambda: _ours(model, ids, compiled=True)} if "compile" in backends else {})
 
 
-def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Run:
-    """`generate`, which compiles its step by itself for a static cache on a GPU."""
-    core, device = model.backbone.core, ids.device
+def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
+    """Prepare `generate`, which compiles its step by itself for a static cache on a GPU."""
+    core = model.backbone.core
     core.generation_config = GenerationConfig(pad_token_id=0)  # the model's own has an end of text, where it stops
-    how = {"do_sample": False, "max_new_tokens": REPLY, "cache_implementation": cache}
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"do_sample": False, "max_new_tokens": REPLY, "cache_implementation": cache}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def run() -> tuple[float, ...]:
-        seconds, out = waiting(lambda: core.generate(**given, **how), device)
-        if out.shape[1] != PROMPT + REPLY:
-            raise Mgp5Error(f"{out.shape[1] - PROMPT} tokens were made, not {REPLY}")
-        return (seconds,)
+    def write() -> None:
+        if (made := core.generate(**inputs, **options).shape[1] - PROMPT) != REPLY:
+            raise Mgp5Error(f"{made} tokens were made, not {REPLY}")
 
-    return run
+    return (write,)
 
 
-def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Run:
-    """The most likely tokens, as `generate` asks for them: on a GPU in pieces, by a CUDA graph of a step."""
+def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
+    """Prepare our decoder; on a GPU, several steps of one CUDA graph run between two synchronizations."""
     model.backbone.compiled = compiled
     decoder = Decoder(model.backbone)
-    decoder.speak(0, SamplingParams(temperature=0, top_p=1, penalty=1, generator=torch.Generator()), banned=())
+    params = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator())
+    decoder.set_sampling(0, params, banned=())
 
+    @torch.inference_mode()
     def write() -> None:
         decoder.cut(0, 0)
         token = decoder.pick({0: _read(decoder, ids)[0, -1]})[0]
@@ -137,33 +133,26 @@ def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Run:
             chosen, _ = decoder.steps({0: token}, min(decoder.tokens_per_sync, REPLY - start))[0]
             token = chosen[-1]
 
-    @torch.inference_mode()
-    def run() -> tuple[float, ...]:
-        return (waiting(write, ids.device)[0],)
-
-    return run
+    return (write,)
 
 
-def _vokens(model: InterleavedModel) -> Run:
-    """The vokens of an image in one forward, behind a prompt, and the mapper."""
+def _vokens(model: InterleavedModel) -> Phases:
+    """Prepare the vokens of an image in one forward behind a prompt, and the mapper."""
     backbone, head = model.backbone, model.head
     decoder, vokens = Decoder(backbone), torch.tensor([head.ids], device=model.device)
     with torch.inference_mode():
         state = _read(decoder, torch.zeros(1, PROMPT, dtype=torch.long, device=model.device))[:, -1:]
 
+    @torch.inference_mode()
     def condition() -> Tensor:  # (1, L, C)
+        decoder.cut(0, PROMPT)
         hidden = torch.cat([state, decoder.feed([0], backbone.embed(vokens, []))], dim=1)
         return head.mapper(predicting_states(hidden, [0], [1], head.num_vokens))
 
-    @torch.inference_mode()
-    def run() -> tuple[float, ...]:
-        decoder.cut(0, PROMPT)
-        return (waiting(condition, model.device)[0],)
-
-    return run
+    return (condition,)
 
 
 def _read(decoder: Decoder, ids: Tensor) -> Tensor:  # (1, T, D)
-    """Read a prompt of text (1, T)."""
+    """Read a prompt of text, (1, T), into the cache; return its hidden states."""
     backbone = decoder.backbone
     return decoder.read(0, backbone.embed(ids, []), backbone.positions(ids, None))

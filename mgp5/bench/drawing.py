@@ -1,15 +1,21 @@
-"""How long guided denoising takes by our engines and by diffusers' pipelines: same weights, condition and noise.
+"""Time guided denoising by our engines and by the pipelines of diffusers: same weights, condition and noise.
 
-Letters: B images, R = 2B rows of the guidance batch, L length and D width of the condition, C, h and w of the latents.
+Letters: B images, L length and D width of the condition, C, h and w of the latents.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,110 +27,105 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engines import Backend, apply
 from ..errors import Mgp5Error
 from ..generators import load_generator
-from ..generators.denoising import denoise
+from ..generators.denoising import PlainDenoiser, begin
 from ..generators.latent_diffusion import LatentDiffusion
 from ..generators.sampler import SamplerTable, sampler_table
 from ..generators.sd3 import StableDiffusion3
 from ..generators.stable_diffusion import StableDiffusion
 from ..hub import Parts
 from ..memory.skeletons import generator_shape
-from .suites import Clock, Limits, Row, Run, Setting, by_turns, waiting
+from .timing import Bench, Limits, Phases, Row, interleave, timed
 
 GUIDANCE = 7.5
 SAMPLERS = {StableDiffusion: "ddim", StableDiffusion3: "euler"}  # one call of the model a step, as of diffusers'
+FIRST = "import sys; from mgp5.bench.drawing import first_image; sys.stdout.write(first_image(*sys.argv[1:]))"
 # What diffusers' page "Accelerate inference" sets besides max-autotune.
 INDUCTOR = {"conv_1x1_as_mm": True, "epilogue_fusion": False, "coordinate_descent_check_all_directions": True}
 
 
 @dataclass(kw_only=True)
 class Scene:
-    """What is to be drawn, and with which weights: every way gets the same.
+    """What every way draws, and the weights that it draws with.
 
     Args:
-        model: in `dtype`, as diffusers lays its weights out; ways that lay them out otherwise share `copies`.
-        drawn: latents after the first step and after the last, by way.
+        model: in the dtype of the benchmark; each way has a copy of it, to lay weights out as it likes.
+        noise: float32, of values that the dtype of the benchmark has.
+        drawn: name of a way -> its latents after the first step and after the last.
     """
 
     model: LatentDiffusion
     table: SamplerTable
-    noise: Tensor  # (B, C, h, w), float32, of values that `dtype` has
+    noise: Tensor  # (B, C, h, w)
     condition: Tensor  # (1, L, D)
     unconditional: Tensor  # (1, L, D)
-    copies: dict[str, LatentDiffusion] = field(default_factory=dict)
     drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def copied(self, layout: str) -> LatentDiffusion:
-        """A model of weights in a layout, made when it is first asked for; "" is diffusers' own."""
-        if layout and layout not in self.copies:
-            self.copies[layout] = copy.deepcopy(self.model)
-        shared = self.copies.get(layout, self.model)
-        return type(shared)(**_denoiser(shared, shared.denoiser), vae=shared.vae, schedule=shared.schedule)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one set of weights."""
-        return sum(p.nbytes for part in (self.model.denoiser, self.model.vae) for p in part.parameters())
+    def steps(self, model: LatentDiffusion) -> Iterator[Tensor]:
+        """Yield the latents (B, C, h, w) after each step, by the engine of a model, or without where it has none."""
+        denoiser = model.engine.model_for(1) if model.engine else PlainDenoiser(model.predict)
+        given = self.condition, self.unconditional, self.table, GUIDANCE
+        states = [begin(denoiser, noise[None], *given) for noise in self.noise]
+        while not states[0].done:
+            model.step(states)
+            yield torch.cat([state.latents for state in states])
 
 
 def draw_rows(
+    bench: Bench,
     parts: Parts,
     pixels: int | None,
     images: int,
     *,
-    setting: Setting,
-    clock: Clock,
     limits: Limits,
-    backends: tuple[Backend, ...],
+    steps: int,
     compiled: bool,
     before: float | None = None,
-    **options: Any,
 ) -> Iterator[Row]:
-    """One row for each way to draw images of a size.
+    """Yield one row for each way to draw images of a size.
+
+    Their times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with LLM and
+    VAE. Against a run in float32, `psnr` is that of the latents in dB, whose peak is their range, and `step_error` the
+    error of the first step relative to the step.
 
     Args:
-        parts: one without a trained mapper has random weights.
-        pixels: height and width; None is the model's own size.
-        compiled: whether diffusers at its best is one of the ways.
+        parts: of a model; without a trained mapper, it gets random weights.
+        pixels: height and width; None is the native size of the model.
+        steps: of the sampler.
+        compiled: whether diffusers compiled is one of the ways.
         before: seconds of the LLM's part of an image, where they are known.
-        options: of `_scene`.
-
-    Yields rows: milliseconds of a step, everything but the VAE included; `image_ms` of an image with LLM and VAE;
-    against a float32 run, `psnr` of the latents in dB, whose peak is their range, and `step_error`, the error of the
-    first step relative to the step.
     """
     torch._dynamo.reset()  # each size is compiled for itself
     with torch.device("meta"):
         flops = operations(generator_shape(parts.diffusion), pixels, images)
-    scene, reference = _scene(parts, pixels, images, **options)
+    scene, reference = _scene(bench, parts, pixels, images, steps)
     name = Path(parts.name.partition("+")[2] or parts.name).name
     size = f"{name}, {pixels or scene.model.native_size} px, batch {2 * images}"
-    how = {"clock": clock, "setting": setting, "device": options["device"], "weights": scene.nbytes}
-    found = by_turns(size, _mode(scene, backends, compiled), **how)
-    for way, timed in found.items():
-        row = {"name": "guided step", "size": size, "provider": way} | timed.row(0, len(scene.table))
-        if not timed.skipped:
+    weights = sum(p.nbytes for part in (scene.model.denoiser, scene.model.vae) for p in part.parameters())
+    for way, timing in interleave(bench, size, _ways(scene, bench.backends, compiled), weights).items():
+        row = {"name": "guided step", "size": size, "provider": way} | timing.row(0, len(scene.table))
+        if not timing.skipped:
             rate = flops / row["median"] / 1e9
             row |= {"tflop_per_s": float(f"{rate:.3g}"), "share_of_matmul": round(rate / limits.matmul, 3)}
-            whole = (before or 0.0) + timed.median(0) + timed.median(1)
-            row |= {"image_ms": float(f"{1000 * whole:.4g}")} if images == 1 and before is not None else {}
+            image = (before or 0.0) + timing.median(0) + timing.median(1)
+            row |= {"image_ms": float(f"{1000 * image:.4g}")} if images == 1 and before is not None else {}
             row |= difference(scene.drawn[way], reference, scene.noise)
         yield row
 
 
 def _scene(
-    parts: Parts, pixels: int | None, images: int, *, device: torch.device, dtype: torch.dtype, steps: int
+    bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int
 ) -> tuple[Scene, tuple[Tensor, Tensor]]:
-    """What to draw, and the latents of a run in float32, without TF32."""
-    model = (
-        _random(parts.diffusion, device) if parts.trained is None else load_generator(parts.diffusion, torch.float32)
-    )
-    model.to(device)
+    """Return what to draw, and the first and last latents of a run in float32, without TF32."""
+    device, dtype = bench.device, bench.dtype
+    random = parts.trained is None
+    model = _random(parts.diffusion, device) if random else load_generator(parts.diffusion, torch.float32).to(device)
     shape = model.latent_shape(*[pixels or model.native_size] * 2)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images, *shape, generator=generator).to(dtype).float().to(device)
@@ -137,81 +138,79 @@ def _scene(
         unconditional=condition[:1],
     )
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        reference = ends(denoise(model.predict, *_inputs(scene)))
+        reference = first_and_last(scene.steps(model))
     model.to(dtype)
     return scene, reference
 
 
 def _random(name: str, device: torch.device) -> LatentDiffusion:
-    """A generator of random weights, without its text encoders."""
+    """Return a generator of random weights on a device, without its text encoders."""
     with torch.device("meta"):
         shape = generator_shape(name)
     torch.manual_seed(0)
-    with torch.device(device):
+    with device:
         denoiser, vae = (type(part).from_config(part.config) for part in (shape.denoiser, shape.vae))
     return type(shape)(**_denoiser(shape, denoiser), vae=vae, schedule=shape.schedule)
 
 
 def _denoiser(model: LatentDiffusion, denoiser: Any) -> dict[str, Any]:
-    """A denoiser as the argument that a kind of model takes."""
+    """Return a denoiser as the keyword argument that this kind of model takes."""
     return {name: denoiser for name, part in model.named_children() if part is model.denoiser}
 
 
-def _mode(scene: Scene, backends: tuple[Backend, ...], compiled: bool) -> dict[str, Callable[[], Run]]:
-    """diffusers as it is, our engines, and diffusers at its best."""
-    ways: dict[str, Callable[[], Run]] = {"diffusers": lambda: _theirs(scene, "diffusers", pipeline(scene.copied("")))}
-    for backend in backends:
-        ways[backend] = lambda backend=backend: _ours(scene, backend)
+def _ways(scene: Scene, backends: tuple[Backend, ...], compiled: bool) -> dict[str, Callable[[], Phases]]:
+    """Return the ways to draw: diffusers as it is, our engines, and diffusers compiled."""
+    ways = {"diffusers": lambda: _theirs(scene, "diffusers", pipeline(scene.model))}
+    ways |= {backend: partial(_ours, scene, backend) for backend in backends}
     if compiled:
-        ways["diffusers compiled"] = lambda: _theirs(scene, "diffusers compiled", _best(scene))
+        ways["diffusers compiled"] = lambda: _theirs(scene, "diffusers compiled", compiled_pipeline(scene))
     return ways
 
 
-def _ours(scene: Scene, backend: Backend) -> Run:
-    on_gpu, device = scene.noise.is_cuda, scene.noise.device
-    # On a GPU `eager` leaves weights as diffusers has them, and the others lay them out alike.
-    model = scene.copied(backend if not on_gpu else "" if backend == "eager" else "channels last")
+def _ours(scene: Scene, backend: Backend) -> Phases:
+    """Prepare an engine; its phases are the sampling loop and the VAE."""
+    model = copy.deepcopy(scene.model)
     apply(model, backend)
 
     @torch.inference_mode()
-    def run() -> tuple[float, ...]:
-        steps, drawn = waiting(lambda: ends(model.engine.denoise(*_inputs(scene))), device)
-        scene.drawn[backend] = drawn
-        return steps, waiting(lambda: model.decode(drawn[-1]), device)[0]
+    def steps() -> None:
+        scene.drawn[backend] = first_and_last(scene.steps(model))
 
-    return run
+    return steps, torch.inference_mode()(lambda: model.decode(scene.drawn[backend][-1]))
 
 
-def _theirs(scene: Scene, name: str, pipe: DiffusionPipeline) -> Run:
-    """A pipeline as it is called for an image, and its VAE; `waiting` comes between."""
-    given = {"prompt_embeds": scene.condition, "negative_prompt_embeds": scene.unconditional}
+def _theirs(scene: Scene, name: str, pipe: DiffusionPipeline) -> Phases:
+    """Prepare a pipeline of diffusers; its phases are the call for latents and the VAE."""
+    rows = {"prompt_embeds": scene.condition, "negative_prompt_embeds": scene.unconditional}
     if isinstance(pipe, StableDiffusion3Pipeline):
         width = pipe.transformer.config.pooled_projection_dim
-        pooled = {key.replace("prompt", "pooled_prompt"): rows[:, -1, :width] for key, rows in given.items()}
-        given = {key: rows[:, :-1] for key, rows in given.items()} | pooled
-    given = {key: rows.expand(len(scene.noise), *rows.shape[1:]) for key, rows in given.items()}
+        pooled = {key.replace("prompt", "pooled_prompt"): x[:, -1, :width] for key, x in rows.items()}
+        rows = {key: x[:, :-1] for key, x in rows.items()} | pooled
+    rows = {key: x.expand(len(scene.noise), *x.shape[1:]) for key, x in rows.items()}
     height, width = (pipe.vae_scale_factor * side for side in scene.noise.shape[2:])
     options = {"num_inference_steps": len(scene.table), "guidance_scale": GUIDANCE, "output_type": "latent"}
     options |= {"height": height, "width": width, "latents": scene.noise.to(scene.condition.dtype)}
-    config, device, first = pipe.vae.config, scene.noise.device, []
+    config, first = pipe.vae.config, []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         first.extend([tensors["latents"]] if step == 0 else [])
         return tensors
 
-    @torch.no_grad()
-    def run() -> tuple[float, ...]:
+    def steps() -> None:
         first.clear()
-        steps, latents = waiting(lambda: pipe(**given, **options, callback_on_step_end=keep).images, device)
+        latents = pipe(**rows, **options, callback_on_step_end=keep).images
         scene.drawn[name] = first[0], latents
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return steps, waiting(lambda: pipe.vae.decode(latents, return_dict=False)[0], device)[0]
 
-    return run
+    @torch.no_grad()
+    def decode() -> Tensor:  # (B, 3, H, W)
+        latents = scene.drawn[name][-1] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return pipe.vae.decode(latents, return_dict=False)[0]
+
+    return steps, decode
 
 
 def pipeline(model: LatentDiffusion) -> DiffusionPipeline:
-    """diffusers' pipeline around a model's parts, with the sampler of `Scene.table`."""
+    """Return the pipeline of diffusers around the parts of a model, with the sampler of `Scene.table`."""
     schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
     if isinstance(model, StableDiffusion3):
         parts = {f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
@@ -226,36 +225,34 @@ def pipeline(model: LatentDiffusion) -> DiffusionPipeline:
     return pipe
 
 
-def _best(scene: Scene) -> DiffusionPipeline:
-    """Channels-last, fused projections, and denoiser and VAE compiled with max-autotune, as diffusers documents it."""
+def compiled_pipeline(scene: Scene) -> DiffusionPipeline:
+    """Return a pipeline as diffusers documents its fastest: channels-last, fused projections, and denoiser and VAE
+    compiled with max-autotune.
+
+    Raises:
+        Mgp5Error: there is no GPU.
+    """
     if not scene.noise.is_cuda:
         raise Mgp5Error("max-autotune with CUDA graphs needs a GPU")
-    pipe = pipeline(scene.copied("diffusers compiled"))
+    pipe = pipeline(copy.deepcopy(scene.model))
     name = "transformer" if isinstance(pipe, StableDiffusion3Pipeline) else "unet"
     denoiser = getattr(pipe, name).to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     (denoiser if name == "transformer" else pipe).fuse_qkv_projections()
-    how = {"options": torch._inductor.list_mode_options("max-autotune") | INDUCTOR, "fullgraph": True}
-    setattr(pipe, name, torch.compile(denoiser, **how))
-    pipe.vae.decode = torch.compile(pipe.vae.decode, **how)
+    compiler = {"options": torch._inductor.list_mode_options("max-autotune") | INDUCTOR, "fullgraph": True}
+    setattr(pipe, name, torch.compile(denoiser, **compiler))
+    pipe.vae.decode = torch.compile(pipe.vae.decode, **compiler)
     return pipe
 
 
-def _inputs(scene: Scene) -> tuple[Tensor, Tensor, Tensor, SamplerTable, float]:
-    """Of a sampling loop."""
-    condition = scene.condition.expand(len(scene.noise), -1, -1)
-    return scene.noise, condition, scene.unconditional, scene.table, GUIDANCE
-
-
-def ends(latents: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """The first and the last."""
+def first_and_last(latents: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Run a sampling loop; return the latents after its first step and after its last."""
     first = next(latents)
     return first, (deque(latents, maxlen=1) or [first])[0]
 
 
 def operations(model: LatentDiffusion, pixels: int | None, images: int) -> int:
-    """Of a guided step of a model on the meta device: products of matrices and convolutions, two for each of their
-    multiplications."""
+    """Count the operations of a guided step, two for each multiplication, by a model on the meta device."""
     shape = model.latent_shape(*[pixels or model.native_size] * 2)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         latents, condition = torch.empty(2 * images, *shape), torch.empty(2 * images, *model.condition_shape)
@@ -264,10 +261,38 @@ def operations(model: LatentDiffusion, pixels: int | None, images: int) -> int:
 
 
 def difference(drawn: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], noise: Tensor) -> Row:
-    """Latents after the first step and the last against those of a float32 run."""
+    """Compare latents after the first step and the last with those of a float32 run; return columns of a row."""
     first, last = (latents.float() for latents in drawn)
     error = float((last - reference[1]).square().mean())
     peak = float(reference[1].max() - reference[1].min())
     step = (first - reference[0]).norm() / (reference[0] - noise).norm()
     psnr = round(10 * math.log10(peak**2 / error), 1) if error else None
     return {"psnr": psnr, "step_error": float(f"{float(step):.2g}")}
+
+
+def first_image_rows(bench: Bench, parts: Parts, steps: int) -> Iterator[Row]:
+    """Yield a row for a process with nothing compiled before, and for one with what the first left in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HF_HOME": HF_HOME}
+        for provider in ("compile, cold", "compile, warm"):
+            bench.tell(f"first image: {provider}")
+            command = [sys.executable, "-c", FIRST, parts.diffusion, str(steps)]
+            done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+            size = f"{parts.name}, {steps} steps, in a new process"
+            row = {"name": "first image", "size": size, "provider": provider}
+            if done.returncode:
+                yield row | {"skipped": (done.stderr.strip() or "it was ended").splitlines()[-1][:160]}
+                return
+            yield row | json.loads(done.stdout.splitlines()[-1])
+
+
+def first_image(name: str, steps: str) -> str:
+    """Time the first image of this process; return columns of a row as JSON."""
+    model = load_generator(name, torch.float32)
+    apply(model, "compile")
+    condition = torch.randn(2, *model.condition_shape, generator=torch.Generator().manual_seed(0))
+    options = {"steps": int(steps), "guidance": GUIDANCE, "sampler": SAMPLERS[type(model)]}
+    generators = [torch.Generator().manual_seed(0)]
+    latents = model.draw(condition[1:], condition[:1], generators=generators, **options)
+    seconds = timed(lambda: model.decode(first_and_last(latents)[-1]))
+    return json.dumps({"median": round(1000 * seconds, 1), "unit": "ms", "first_s": round(seconds, 2)})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
 import torch
 
 from .. import doctor
@@ -19,17 +15,11 @@ from ..device import pick_device
 from ..errors import Mgp5Error
 from ..files import write_json
 from ..hub import Parts, resolve
-from ..kernels.bench import rows as kernel_rows
-from .chart import chart
 from .decoding import condition_rows, decode_rows
-from .drawing import draw_rows
-from .starting import first_rows
-from .suites import Clock, Row, Setting, collect, limits, reason
-from .training import train_suite
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
+from .drawing import draw_rows, first_image_rows
+from .kernels import kernel_rows
+from .timing import Bench, Row, limits, reason, release_memory
+from .training import train_rows
 
 # Model, pixels and images at a time, the most telling first: what time does not suffice for is left out.
 SIZES = (
@@ -41,181 +31,158 @@ SIZES = (
     ("llava-1.5-7b+sd-2.1", 768, 4),
 )
 # Seconds that ways which compile need to get started on a GPU, until the first of them was seen.
-GUESSES = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static": 60.0}
+STARTUP = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static": 60.0}
 Size = tuple[Parts, int | None, int]
-FIGURES = {
-    "p20": "p20",
-    "p80": "p80",
-    "first s": "first_s",
-    "image ms": "image_ms",
-    "updates/s": "updates_per_s",
-    "tokens/s": "tokens_per_s",
-    "TFLOP/s": "tflop_per_s",
-    "of matmul": "share_of_matmul",
-    "GB/s": "gb_per_s",
-    "of copy": "share_of_copy",
-    "peak GiB": "peak_gib",
-    "estimate": "estimated_gib",
-    "PSNR dB": "psnr",
-    "error": "step_error",
-}
 
 
-def gpu_suite(setting: Setting) -> Iterator[Row]:
-    """The papers' models and their successors with random weights, and the demo; or one model, one image and four."""
-    own = [(setting.parts, None, images) for images in (1, 4)] if setting.parts else None
-    sizes = own or [(resolve(name), *rest) for name, *rest in SIZES]
-    clock = Clock(setting.minutes, starts=dict(GUESSES) if pick_device(setting.device)[0].type == "cuda" else {})
-    backends = setting.backends or ("eager", "triton", "compile")
-    yield from _inference(setting, clock, sizes, backends, steps=50, compiled=True)
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """What `mgp5 bench` is asked for; None, or no backend, is the default of the suite.
+
+    Args:
+        suite: "cpu", "gpu", "kernels" or "train".
+        out: a new JSON file for the report.
+        model: as `hub.resolve` takes it; instead of the models of the suite.
+        steps: images and replies, or updates, to time in each row, >= 1.
+        batch: samples of an update, >= 1.
+        minutes: rows that have not begun by then are left out, >= 0.
+        backends: engines of ours to time.
+
+    Raises:
+        Mgp5Error: all that is wrong, in one line.
+    """
+
+    suite: str
+    out: Path
+    model: str | None = None
+    device: str = "auto"
+    steps: int | None = None
+    batch: int | None = None
+    minutes: float | None = None
+    backends: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise Mgp5Error(f"--suite {self.suite}", f"choose one of {', '.join(SUITES)}", usage=True)
+        problems = [f"--out {self.out} exists already"] if self.out.exists() else []
+        options = {"model": self.model, "steps": self.steps, "batch": self.batch, "minutes": self.minutes}
+        options["backend"] = self.backends or None
+        unknown = [name for name, value in options.items() if value is not None and name not in SUITES[self.suite][2]]
+        problems += [f"--suite {self.suite} takes no --{name}" for name in unknown]
+        low = [name for name in ("steps", "batch") if options[name] is not None and options[name] < 1]
+        problems += [f"--{name} {options[name]}, expected 1 or more" for name in low]
+        if problems:
+            raise Mgp5Error("; ".join(problems), "leave out or change what is named", usage=True)
+        if self.model:
+            resolve(self.model)
+
+    def bench(self, tell: Callable[[str], None]) -> Bench:
+        """Return what the rows share, with the defaults of the suite."""
+        device, dtype = pick_device(self.device)
+        given = {"steps": self.steps, "minutes": self.minutes, "backends": self.backends}
+        options = SUITES[self.suite][1] | {name: value for name, value in given.items() if value not in (None, ())}
+        return Bench(device=device, dtype=dtype, tell=tell, **options)
 
 
-def cpu_suite(setting: Setting) -> Iterator[Row]:
-    """A guided image and a reply of the demo; and of `compile`, if it is asked for, how long a process waits for it."""
-    parts = setting.parts or resolve("demo")
-    sizes, clock = [(parts, None, 1)], Clock(setting.minutes)
-    yield from _inference(setting, clock, sizes, setting.backends or ("eager",), steps=20, compiled=False)
-    if "compile" in setting.backends:
-        yield from _attempt("first image", parts, clock, first_rows(parts, 20, setting.tell))
+def gpu_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
+    """Yield rows of the papers' models and their successors with random weights, and of the demo; or of one model."""
+    if bench.device.type == "cuda":
+        bench.startup.update(STARTUP)
+    if request.model:
+        sizes = [(resolve(request.model), None, images) for images in (1, 4)]
+    else:
+        sizes = [(resolve(name), *rest) for name, *rest in SIZES]
+    yield from _inference(bench, sizes, steps=50, compiled=True)
 
 
-def kernel_suite(setting: Setting) -> Iterator[Row]:
-    """Every kernel at the shapes of SD 2.1 and SD 3."""
-    for row in kernel_rows(*pick_device(setting.device)):
-        setting.tell(f"{row['name']} {row['size']}: {row['provider']}")
-        yield row
+def cpu_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
+    """Yield rows of a guided image and a reply of the demo; with `compile`, also of the first image of a process."""
+    parts = resolve(request.model or "demo")
+    yield from _inference(bench, [(parts, None, 1)], steps=20, compiled=False)
+    if "compile" in bench.backends:
+        yield from _attempt(bench, "first image", parts, first_image_rows(bench, parts, 20))
 
 
-def _inference(
-    setting: Setting, clock: Clock, sizes: list[Size], backends: tuple[Any, ...], **options: Any
-) -> Iterator[Row]:
-    """The machine's limits, then the rows of each size, and of its LLM when that comes up first."""
-    device, dtype = pick_device(setting.device)
-    torch._inductor.config.autotune_num_choices_displayed = 0  # else a page on stderr for every product
-    torch._inductor.config.max_autotune_report_choices_stats = False
-    setting.tell("matmul and copy")
-    found = limits(device, dtype)
-    yield from found.rows(dtype)
-    common: dict[str, Any] = {"setting": setting, "clock": clock, "device": device, "dtype": dtype}
-    measured = common | {"limits": found, "backends": backends}
-    conditions: dict[str, float | None] = {}
-    for parts, pixels, images in sizes:
-        fresh = parts.mllm not in conditions
-        if fresh:
-            conditions[parts.mllm] = yield from _attempt("condition", parts, clock, condition_rows(parts, **common))
-        drawn = draw_rows(parts, pixels, images, before=conditions[parts.mllm], **measured, **options)
-        yield from _attempt("guided step", parts, clock, drawn)
-        if fresh:
-            yield from _attempt("decode", parts, clock, decode_rows(parts, **measured))
+def kernel_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
+    """Yield rows of every kernel at the shapes of SD 2.1 and SD 3."""
+    yield from kernel_rows(bench)
 
 
-def _attempt(name: str, parts: Parts, clock: Clock, rows: Iterator[Row]) -> Generator[Row, None, Any]:
-    """Rows of a model; where time is over or it cannot even be made, one that says so."""
-    row = {"name": name, "size": parts.name, "provider": "all"}
-    if not clock.allows():
-        yield row | {"skipped": "out of time"}
-        return None
-    try:
-        return (yield from rows)
-    except Exception as error:
-        yield row | {"skipped": reason(error)}
-        return None
-    finally:
-        collect()
+def train_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
+    """Yield rows of updates of the first stage of training."""
+    parts = resolve(request.model or "llava-1.5-7b+sd-2.1-base")
+    yield from train_rows(bench, parts, request.batch or (48 if bench.device.type == "cuda" else 8))
 
 
-# What measures, what of `Setting` is so unless the user says, and what the user may say.
-SUITES: dict[str, tuple[Callable[[Setting], Iterator[Row]], dict[str, Any], tuple[str, ...]]] = {
-    "cpu": (cpu_suite, {"steps": 15, "minutes": 5.0}, ("model", "steps", "minutes", "backends")),
-    "gpu": (gpu_suite, {"steps": 5, "minutes": 8.0}, ("model", "steps", "minutes", "backends")),
+# Name -> what measures, what of `Bench` is so unless the request says, and the options that the suite takes.
+SUITES: dict[str, tuple[Callable[[Bench, BenchRequest], Iterator[Row]], dict[str, Any], tuple[str, ...]]] = {
+    "cpu": (
+        cpu_suite,
+        {"steps": 15, "minutes": 5.0, "backends": ("eager",)},
+        ("model", "steps", "minutes", "backend"),
+    ),
+    "gpu": (
+        gpu_suite,
+        {"steps": 5, "minutes": 8.0, "backends": ("eager", "triton", "compile")},
+        ("model", "steps", "minutes", "backend"),
+    ),
     "kernels": (kernel_suite, {}, ()),
     "train": (train_suite, {"steps": 3}, ("model", "steps", "batch")),
 }
 
 
-def report(suite: str, out: Path, as_json: bool, *, model: str | None, device: str, **options: Any) -> None:
-    """Run a suite, show its rows, write them as they come, and draw a chart of them beside the file.
+def _inference(bench: Bench, sizes: list[Size], **options: Any) -> Iterator[Row]:
+    """Yield the limits of the machine, then the rows of each size, and of its LLM when that comes up first."""
+    torch._inductor.config.autotune_num_choices_displayed = 0  # else a page on stderr for every product
+    torch._inductor.config.max_autotune_report_choices_stats = False
+    bench.tell("matmul and copy")
+    most = limits(bench.device, bench.dtype)
+    row = {"name": "limit", "size": f"{str(bench.dtype).removeprefix('torch.')}; bytes read and written"}
+    yield row | {"provider": "matmul", "tflop_per_s": float(f"{most.matmul:.3g}")}
+    yield row | {"provider": "copy", "gb_per_s": float(f"{most.copy:.3g}")}
+    conditions: dict[str, float | None] = {}
+    for parts, pixels, images in sizes:
+        fresh = parts.mllm not in conditions
+        if fresh:
+            conditions[parts.mllm] = yield from _attempt(bench, "condition", parts, condition_rows(bench, parts))
+        before = conditions[parts.mllm]
+        drawn = draw_rows(bench, parts, pixels, images, limits=most, before=before, **options)
+        yield from _attempt(bench, "guided step", parts, drawn)
+        if fresh:
+            yield from _attempt(bench, "decode", parts, decode_rows(bench, parts, limits=most))
+
+
+def _attempt(bench: Bench, name: str, parts: Parts, rows: Iterator[Row]) -> Generator[Row, None, Any]:
+    """Yield the rows of a model; where time is over or it cannot even be made, one that says so."""
+    row = {"name": name, "size": parts.name, "provider": "all"}
+    if not bench.has_time():
+        yield row | {"skipped": "out of time"}
+        return None
+    try:
+        return (yield from rows)
+    except Exception as error:  # of any model or library: it is what the row says
+        yield row | {"skipped": reason(error)}
+        return None
+    finally:
+        release_memory()
+
+
+def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
+    """Run a suite: yield its rows as they come, each when the report holds it.
+
+    The report is `request.out`: {"machine": {...}, "rows": [{...}, ...]}.
 
     Args:
-        out: a new file: {"machine": {...}, "rows": [{...}, ...]}.
-        model: as `hub.resolve` takes it; None is the suite's.
-        options: of `Setting`, None (or none) where the user said nothing.
-
-    Raises:
-        Mgp5Error: a file exists, there is no such model or device, or an option that the suite does not take.
+        tell: is called with each thing that is measured.
     """
-    from rich.console import Console
-
-    picture = out.with_suffix(".png")
-    if exists := [path for path in {out, picture} if path.exists() or path.suffix == ".png" == out.suffix]:
-        raise Mgp5Error(f"--out {exists[0]} exists already", "choose another file", usage=True)
-    measure, usual, takes = SUITES[suite]
-    given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, ())}
-    if wrong := [name for name in given if name not in takes]:
-        raise Mgp5Error(f"--suite {suite} takes no --{wrong[0].removesuffix('s')}", "leave it out", usage=True)
-    given.pop("model", None)
-    began = time.monotonic()
-    setting = Setting(
-        parts=resolve(model) if model else None,
-        device=device,
-        tell=lambda text: click.echo(f"[{time.monotonic() - began:4.0f} s] {text}", err=True),
-        **(usual | given),
-    )
     rows: list[Row] = []
-    try:
-        for row in measure(setting):
-            rows.append(row)
-            write_json(out, {"machine": machine(), "rows": rows})
-            if as_json:
-                click.echo(json.dumps(row))
-    finally:
-        if rows:  # also those before an interruption
-            chart(machine(), rows, picture)
-    if not as_json:
-        Console(width=None if sys.stdout.isatty() else 140).print(tables(rows))
-    click.echo(f"The report is in {out}, a chart of it in {picture}", err=True)
+    for row in SUITES[request.suite][0](request.bench(tell), request):
+        rows.append(row)
+        write_json(request.out, {"machine": machine(), "rows": rows})
+        yield row
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """Return the machine and the versions that were measured on."""
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
     return now | doctor.machine() | doctor.versions()
-
-
-def tables(rows: list[Row]) -> Group:
-    """Rows for the terminal: a table for each size, one of parts where they were timed, and what was skipped."""
-    from rich.console import Group
-
-    views: list[Any] = []
-    for (name, size), group in groupby(rows, key=lambda row: (row["name"], row["size"])):
-        own = list(group)
-        done, skipped = ([row for row in own if ("skipped" in row) is left] for left in (False, True))
-        unit = next((row["unit"] for row in done if "unit" in row), "")
-        figures = {unit: "median"} | FIGURES
-        figures = {title: key for title, key in figures.items() if any(row.get(key) is not None for row in done)}
-        lines = [[row["provider"], *(_cell(key, row.get(key)) for key in figures.values())] for row in done]
-        views += [f"{name}: {size}", *([_table([*figures], lines)] if done else [])]
-        parts = list(dict.fromkeys(part for row in own for part in row.get("parts", {})))
-        spent = [[row["provider"], *(f"{row['parts'].get(p, 0):.0%}" for p in parts)] for row in done]
-        views += ["where the time goes", _table(parts, spent)] if parts else []
-        views += [f"  {row['provider']} skipped: {row['skipped']}" for row in skipped]
-    return Group(*views)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0%}" if key.startswith("share_") else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    view = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("way", no_wrap=True)
-    for column in columns:
-        view.add_column(column, justify="right", min_width=max(map(len, column.split())))
-    for row in rows:
-        view.add_row(*row)
-    return view

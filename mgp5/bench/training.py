@@ -1,49 +1,47 @@
-"""The first stage of training, by the training loop's own code. B samples, T tokens."""
+"""Time updates of the first stage of training, by the code of the training loop."""
 
 from __future__ import annotations
 
-import gc
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import product, repeat
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import profile, record_function, supported_activities
 
 from ..config import TrainConfig, preset
-from ..device import DTYPES, pick_device
+from ..device import DTYPES
 from ..files import GiB
 from ..heads.batch import Batch
-from ..hub import resolve
+from ..hub import Parts
 from ..memory.estimate import estimate
 from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..prompts import IGNORE
 from ..training.distributed import launch
 from ..training.trainer import Trainer
-from .suites import Row, Setting, percentiles
+from .timing import Bench, Row, percentiles, release_memory, timed
 
 MICRO = (4, 8, 16, 24, 48)  # samples at a time, where the batch is a multiple of them
+BACKWARD = "autograd::engine::evaluate_function"
 TEMPLATE, CAPTION = 15, 20  # tokens of a prompt around the caption, and of a caption (half to one and a half of it)
 
 
-def train_suite(setting: Setting) -> Iterator[Row]:
-    """Updates of the first stage, by the training loop's own code: features live or cached, activations kept or
-    recomputed (checkpointing), several micro-batches; for rows called tuned cuDNN tries its algorithms first."""
-    device, _ = pick_device(setting.device)
-    config = replace(preset("pretrain"), precision="bf16" if device.type == "cuda" else "fp32")
-    parts = setting.parts or resolve("llava-1.5-7b+sd-2.1-base")
+def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
+    """Yield a row for each way to train: features live or cached, activations kept or recomputed (checkpointing), by
+    several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
+    cuda = bench.device.type == "cuda"
+    config = replace(preset("pretrain"), precision="bf16" if cuda else "fp32")
     names = parts.mllm, parts.diffusion
-    model = skeleton(*names, config, device=device, dtype=DTYPES[config.precision])
-    batch = setting.batch or (48 if device.type == "cuda" else 8)
+    model = skeleton(*names, config, device=bench.device, dtype=DTYPES[config.precision])
     sizes = [size for size in MICRO if batch % size == 0] or [batch]
-    tuned = [(True, False, size, True) for size in sizes if device.type == "cuda"]
+    tuned = [(True, False, size, True) for size in sizes if cuda]
     for cached, checkpointing, size, tune in [*product((True, False), (True, False), sizes, (False,)), *tuned]:
-        own = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
+        run = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
         kinds = "cached" if cached else "live", "recomputed" if checkpointing else "kept"
         row = {
             "name": "pretrain update",
@@ -51,16 +49,16 @@ def train_suite(setting: Setting) -> Iterator[Row]:
             "provider": f"{kinds[0]}, {kinds[1]}, by {size}{', tuned' if tune else ''}",
         }
         torch.backends.cudnn.benchmark = tune
-        setting.tell(f"{row['name']}: {row['provider']}")
-        row |= _expected(names, own, cached, made_up(model, size, cached).ids.shape[1])
-        yield row | _measured(model, own, cached, setting, row["tflop"])
+        bench.tell(f"{row['name']}: {row['provider']}")
+        row |= _expected(names, run, cached, random_batch(model, size, cached).ids.shape[1])
+        yield row | _measured(model, run, cached, bench, row["tflop"])
 
 
-def made_up(model: InterleavedModel, count: int, cached: bool) -> Batch:
-    """Captions of CC3M's length with a picture each; a cache holds latents and encodings."""
+def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
+    """Return captions of the length of those of CC3M, with an image each; or with latents and encodings of a cache."""
     vokens, end = list(model.head.ids), model.backbone.tokenizer.eos_token_id
-    generator = torch.Generator().manual_seed(0)
-    captions = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (count,), generator=generator)
+    seeded = torch.Generator().manual_seed(0)
+    captions = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (count,), generator=seeded)
     starts = [TEMPLATE + length for length in captions.tolist()]
     length = max(starts) + len(vokens) + 1
     ids = torch.full((count, length), end)
@@ -69,127 +67,98 @@ def made_up(model: InterleavedModel, count: int, cached: bool) -> Batch:
         ids[row, start : start + len(vokens)] = torch.tensor(vokens)
         labels[row, start : start + len(vokens) + 1] = ids[row, start : start + len(vokens) + 1]
     ends = torch.tensor(starts)[:, None] + len(vokens)
-    size, diffusion = model.head.generator.native_size, model.head.generator
-    channels, height, width = diffusion.latent_shape(size, size)
-    moments = torch.ones(count, 2 * channels, height, width)
+    generator = model.head.generator
+    size = (generator.native_size,) * 2
+    channels, *latents = generator.latent_shape(*size)
+    live = {"pixels": torch.zeros(count, 3, *size)}
+    kept = {"moments": torch.ones(count, 2 * channels, *latents)}
+    kept["encodings"] = torch.zeros(count, *generator.condition_shape)
     return Batch(
         ids=ids,
         mask=(torch.arange(length) <= ends).long(),
         labels=labels,
-        seen={},
-        rows=tuple(range(count)),
-        starts=tuple(starts),
-        pixels=None if cached else torch.zeros(count, 3, size, size),
+        target_rows=tuple(range(count)),
+        target_starts=tuple(starts),
+        targets=kept if cached else live,
         captions=("a " * CAPTION,) * count,
-        moments=moments if cached else None,
-        encodings=torch.zeros(count, *diffusion.condition_shape) if cached else None,
     )
 
 
 def _expected(names: tuple[str, str], config: TrainConfig, cached: bool, length: int) -> Row:
-    """What the shapes say: memory, and operations of an update."""
-    told = estimate(skeleton(*names, config, dtype=DTYPES[config.precision]), config, length, cached)
-    return {"estimated_gib": round(told.total.total / GiB, 2), "tflop": round(told.flops / 1e12, 3)}
+    """Return what the shapes say: memory, and operations of an update."""
+    expected = estimate(skeleton(*names, config, dtype=DTYPES[config.precision]), config, length, cached)
+    return {"estimated_gib": round(expected.total.total / GiB, 2), "tflop": float(f"{expected.flops / 1e12:.4g}")}
 
 
-def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, setting: Setting, tflop: float) -> Row:
-    """Updates of the training loop; a row that says so where memory does not suffice."""
-    accelerator = launch(config, setting.device)
+def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, bench: Bench, tflop: float) -> Row:
+    """Time updates of the training loop, then profile one; a row that says so where memory does not suffice."""
+    accelerator = launch(config, bench.device.type)
     cuda = accelerator.device.type == "cuda"
     model.merge()
-    spans, times = Spans(cuda), []
+    milliseconds: list[float] = []
     try:
         trainer = Trainer(model, config, accelerator)
-        batches = repeat(made_up(model, config.batch, cached))
+        batches = repeat(random_batch(model, config.batch, cached))
+        update = partial(trainer.update, batches, lambda: False)
         model.train()
-        trainer.update(batches, lambda: False)  # the first one compiles, tunes and allocates
+        update()  # the first one compiles, tunes and allocates
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with spans.of(model):
-            for _ in range(setting.steps):
-                start = time.perf_counter()
-                trainer.update(batches, lambda: False)  # it ends by reading the losses: the device is done then
-                times.append(1000 * (time.perf_counter() - start))
+        milliseconds = [1000 * timed(update) for _ in range(bench.steps)]
+        peak = round(torch.cuda.max_memory_allocated() / GiB, 2) if cuda else None
+        parts = shares(model, update, cuda)
     except torch.OutOfMemoryError:
-        times.clear()
+        return {"skipped": "out of memory"}
     finally:
         trainer = None
         accelerator.free_memory()
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    if not times:
-        return {"skipped": "out of memory"}
-    columns = percentiles(times)
+        release_memory()
+    columns = percentiles(milliseconds)
     median = columns["median"]
     return columns | {
         "unit": "ms",
         "updates_per_s": round(1000 / median, 3),
         "samples_per_s": round(1000 * config.batch * config.accumulation / median, 2),
-        "tflop_per_s": round(1000 * tflop / median, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GiB, 2) if cuda else None,
-        "parts": spans.shares(sum(times)),
+        "tflop_per_s": float(f"{1000 * tflop / median:.3g}"),
+        "peak_gib": peak,
+        "parts": parts,
     }
 
 
-class Spans:
-    """The time that parts of a model take, forward and backward, by hooks at their inputs and outputs.
+def shares(model: InterleavedModel, update: Callable[[], object], cuda: bool) -> dict[str, float]:
+    """Profile an update; return the share of its time that each part takes forward and, as "... back", backward.
 
-    Backward begins when a gradient reaches a part's output, and ends when the last one leaves at its inputs.
+    Operations of the backward pass have the sequence numbers of those of the forward pass that made them.
     """
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self._open: dict[str, Any] = {}
-        self._closed: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    @contextmanager
-    def of(self, model: InterleavedModel) -> Iterator[None]:
-        """Watch a model's parts."""
-        generator = model.head.generator
-        parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
-        parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
-        handles = []
+    generator = model.head.generator
+    parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
+    parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
+    with ExitStack() as stack:
         for name, part in parts.items():
-            handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._begin(name)))
-            handles.append(part.register_forward_hook(self._after(name), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def shares(self, total: float) -> dict[str, float]:
-        """Of `total` milliseconds."""
-        sums = {name: sum(self._between(*pair) for pair in pairs) for name, pairs in self._closed.items()}
-        sums["other"] = total - sum(sums.values())
-        return {name: round(value / total, 3) for name, value in sums.items()}
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            self._end(name)
-            inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
-            if inputs and torch.is_grad_enabled():
-                output[0].register_hook(lambda _: self._begin(f"{name} back"))
-                for tensor in inputs:
-                    tensor.register_hook(lambda _: self._end(f"{name} back"))
-
-        return hook
-
-    def _begin(self, name: str) -> None:
-        self._open[name] = self._stamp()
-
-    def _end(self, name: str) -> None:
-        stamp = self._stamp()
-        self._closed[name].append((self._open[name], stamp))
-        self._open[name] = stamp
-
-    def _stamp(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
+            span = record_function(name)
+            for hook in (
+                part.register_forward_pre_hook(lambda *_, span=span: span.__enter__() and None),
+                part.register_forward_hook(lambda *_, span=span: span.__exit__(None, None, None)),
+            ):
+                stack.callback(hook.remove)
+        profiler = stack.enter_context(profile(activities=supported_activities()))
+        with record_function("update"):
+            update()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]  # kernels count by launches
+    owner: dict[int, str] = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):  # the last operation of a number made it
+        above = event
+        while above.cpu_parent and above.name not in parts and not above.name.startswith(BACKWARD):
+            above = above.cpu_parent
+        if event.sequence_nr >= 0 and not above.name.startswith(BACKWARD):
+            owner[event.sequence_nr] = above.name
+    spent: dict[str, float] = defaultdict(float)
+    for event in events:
+        name = f"{owner.get(event.sequence_nr)} back" if event.name.startswith(BACKWARD) else event.name
+        if name.removesuffix(" back") in parts:
+            spent[name] += event.device_time_total if cuda else event.cpu_time_total
+    total = next(event.cpu_time_total for event in events if event.name == "update")  # it waits for the device
+    return {name: round(spent[name] / total, 3) for name in spent} | {
+        "other": round(1 - sum(spent.values()) / total, 3)
+    }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,23 @@ import click
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
-def bench(suite: str, out: Path, as_json: bool, **flags: Any) -> None:
+def bench(out: Path, as_json: bool, **options: Any) -> None:
     """Measure what the demo draws and writes (cpu), real sizes of models with random weights beside diffusers and
     transformers (gpu), every kernel (kernels), or the first stage of training (train; --model demo on a CPU).
-
-    A chart of the report lies beside it, with the ending .png.
     """
     from ..device import quiet_libraries
 
     quiet_libraries()
-    from ..bench.run import report
+    from rich.console import Console
 
-    report(suite, out, as_json, **flags)
+    from ..bench.run import BenchRequest, measure
+    from ..bench.tables import tables
+
+    request, began, rows = BenchRequest(out=out, **options), time.monotonic(), []
+    for row in measure(request, lambda text: click.echo(f"[{time.monotonic() - began:4.0f} s] {text}", err=True)):
+        rows.append(row)
+        if as_json:
+            click.echo(json.dumps(row))
+    if not as_json:
+        Console(width=None if sys.stdout.isatty() else 140).print(tables(rows))
+    click.echo(f"The report is in {out}", err=True)

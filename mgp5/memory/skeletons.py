@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from ..backbones.hf import HFBackbone
+from ..backbones.image_processor import load_image_processor
 from ..errors import Mgp5Error
 from ..generators import PIPELINES, read_index, sd3
 from ..generators import stable_diffusion as sd2
@@ -230,7 +230,7 @@ def backbone_shape(name: str) -> HFBackbone:
     known = MLLMS.get(_known(name))
     if known is None:
         config = AutoConfig.from_pretrained(name)
-        tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        tokenizer, processor = AutoTokenizer.from_pretrained(name), load_image_processor(name)
     else:
         kind = known["model_type"]
         config, processor = AutoConfig.for_model(**known), PROCESSORS[kind]()
