@@ -160,8 +160,7 @@ class Ablations:
             caches=self.caches,
             resume=bool(done),
         )
-        for _ in train_stage(request):
-            pass
+        list(train_stage(request))  # one event for each update
         return folder
 
     def measure(self, row: Row, stage: Stage, seed: int) -> list[float]:
