@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -13,7 +12,7 @@ import openai
 import pytest
 from click.testing import CliRunner
 from PIL import Image as pil
-from serve_process import HELLO, data_url, serving, serving_here
+from serve_process import HELLO, JSON, data_url, serving, serving_here
 
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
@@ -111,10 +110,9 @@ def test_errors_are_what_the_client_knows(client):
             assert error.value.type == "invalid_request_error" and "\n" not in error.value.body["message"]
 
 
-def test_curl_streams(server):
+def test_a_stream_is_of_server_sent_events(server):
     body = json.dumps({"model": "tiny", "messages": HELLO, "stream": True, "seed": 3, "max_tokens": 4} | ALWAYS)
-    command = ["curl", "-sN", f"{server.url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    lines = server.ask("POST", "/v1/chat/completions", body.encode(), JSON)[1].decode().split("\n\n")
     assert all(line.startswith("data: ") for line in lines if line) and lines[-2] == "data: [DONE]"
     assert "image_url" in lines[-4] and json.loads(lines[-3][6:])["choices"][0]["finish_reason"] == "length"
 
