@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from .errors import Mgp5Error
 from .files import digest
@@ -158,6 +158,13 @@ def _part(raw: Any, index: int, folder: Path) -> Part:
         return Image(path=inside(folder, path), caption=caption, meta=meta)
     hint = 'expected {"type": "text", "text": ...} or {"type": "image", "path": ...}'
     raise Mgp5Error(f"message {index} has the part {raw!r:.60}", hint)
+
+
+class Skipped(NamedTuple):
+    """A sample, or a part of one, that was left out: the kind of problem, and where and why."""
+
+    kind: str
+    where: str
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""CC3M (Sharma et al., 2018): single captioned pictures, for the pretraining stage."""
+"""CC3M (Sharma et al., 2018): single captioned images, for the pretraining stage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
 from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
-from .files import Pictures, Problems, Rows, check_usable, find_table, lines, pick
+from .files import ImageFiles, Problems, Rows, check_usable, find_table, lines, pick
 
 COLUMNS = ("caption", "image_path")
 _DROPPED = re.compile(r'[.!"()*#:;~]')
 
 
 def clean_caption(caption: str) -> str:
-    """Lower case, without the characters . ! " ( ) * # : ; ~ and with single blanks."""
+    """Return a caption in lower case, without the characters . ! " ( ) * # : ; ~ and with single blanks."""
     return " ".join(_DROPPED.sub(" ", caption.lower()).split())
 
 
@@ -25,7 +25,7 @@ def num_samples(rows: int, instruct_every: int) -> int:
 
 
 class CC3M:
-    """One sample per row, and after every `instruct_every`-th row the same row again as an instruction.
+    """Samples from a caption to its image; after every `instruct_every`-th row, the row again as an instruction.
 
     Attributes:
         problems: rows skipped at load: "missing image", "bad row".
@@ -42,19 +42,19 @@ class CC3M:
         return num_samples(len(self._rows), self._every)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Caption -> picture. Raises IndexError."""
+        """Return a sample. Raises IndexError."""
         row, instruct = self._locate(index)
         caption, name = self._rows[row].decode().split("\t")
         image = Image(path=self.root / name, caption=caption)
         return caption_to_image(image, pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None)
 
     def key(self, index: int) -> str:
-        """Path of the picture, relative to the folder; instructions end in "#instruction"."""
+        """Return the path of the image, relative to the folder; that of an instruction ends in "#instruction"."""
         row, instruct = self._locate(index)
         return self._rows[row].decode().split("\t")[1] + ("#instruction" if instruct else "")
 
     def _locate(self, index: int) -> tuple[int, bool]:
-        """Row of a sample, and whether it is an instruction: the last of every `instruct_every` + 1 samples."""
+        """Return the row of a sample, and whether it is an instruction: the last of `instruct_every` + 1 samples."""
         index = range(len(self))[index]
         if not self._every:
             return index, False
@@ -63,41 +63,40 @@ class CC3M:
 
 
 def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: int = 0) -> CC3M:
-    """Captioned pictures from `cc3m_<split>.tsv`: a header "caption<TAB>image_path", then a row per picture.
+    """Read captioned images from `cc3m_<split>.tsv`: a header "caption<TAB>image_path", then a row for each image.
 
     Args:
-        path: folder of the table, or the table itself; picture paths are relative to the table's folder.
+        path: folder of the table, or the table itself; image paths are relative to the table's folder.
         split: "train", "val" or "test"; the last two stand in for each other.
         instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
-            Other splits have none, so that every picture counts once in an evaluation.
+            Other splits have none, so that every image counts once in an evaluation.
         seed: chooses among the wordings of the instruction.
 
-    Raises Mgp5Error for a missing table, a wrong header, a path that leaves the folder, or if no row is usable.
+    Raises:
+        Mgp5Error: a missing table, a wrong header, a path that leaves the folder, or no usable row.
     """
     if instruct_every < 0:
         raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     table = find_table(path, split, "cc3m_{split}.tsv")
-    problems, rows, pictures = Problems(), Rows(), Pictures(table.parent)
+    problems, rows, images = Problems(), Rows(), ImageFiles(table.parent)
     source = lines(table)
     header = next(source, ("", b""))[1].decode(errors="replace").split("\t")
     if not set(COLUMNS) <= set(header):
         raise Mgp5Error(f"{table} begins with the columns {header}", f"expected {' and '.join(COLUMNS)}, tab-separated")
-    for place, line in source:
-        if fields := _fields(line, header):
-            caption, name = fields
-            if found := pictures.find(name, place):
-                rows.add(f"{caption}\t{found}".encode())
-            else:
-                problems.note("missing image", f"{place} {name}")
+    for where, line in source:
+        if not (fields := _fields(line, header)):
+            problems.note("bad row", where)
+        elif path := images.find(fields[1], where):
+            rows.add(f"{fields[0]}\t{path}".encode())
         else:
-            problems.note("bad row", place)
+            problems.note("missing image", f"{where} {fields[1]}")
     dataset = CC3M(table.parent, rows, problems, instruct_every if split == "train" else 0, seed)
     check_usable(dataset, table)
     return dataset
 
 
 def _fields(line: bytes, header: list[str]) -> tuple[str, str] | None:
-    """Cleaned caption and picture path of a row, or None when either is missing.
+    """Return the cleaned caption and the image path of a row, None when either is missing.
 
     Quotes that a spreadsheet or pandas puts around a field need no parser: cleaning drops those of the caption.
     """

@@ -1,4 +1,4 @@
-"""What the loaders share: finding tables and pictures, reading lines, and keeping count of what was skipped."""
+"""What the formats share: finding tables and image files, reading lines, and counting what was skipped."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Protocol
 
 from ..errors import Mgp5Error
 from ..files import digest
-from ..heads.batch import Skipped as Skipped
 from ..messages import Conversation, inside
+from ..messages import Skipped as Skipped
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of image files
 SPLITS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 
 
 class Problems(dict[str, int]):
-    """How often something was skipped, by kind; `first` names the first place of each kind."""
+    """Count of skipped samples by kind of problem; `first` says where each kind was met first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first: dict[str, str] = {}
 
-    def note(self, kind: str, place: str) -> None:
+    def note(self, kind: str, where: str) -> None:
         """Count one more of a kind."""
         self[kind] = self.get(kind, 0) + 1
-        self.first.setdefault(kind, place)
+        self.first.setdefault(kind, where)
 
     def merge(self, other: Problems) -> None:
-        """Add the counts of another."""
+        """Add the counts of another data source."""
         for kind, count in other.items():
             self[kind] = self.get(kind, 0) + count
             self.first.setdefault(kind, other.first[kind])
@@ -40,17 +40,17 @@ class Problems(dict[str, int]):
 
 
 class Dataset(Protocol):
-    """Samples by position, as a torch DataLoader wants them."""
+    """A map-style data set, as a torch DataLoader reads it."""
 
     problems: Problems
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Conversation:
-        """A conversation whose last message, by the assistant, is the target."""
+        """Return a conversation whose last message, by the assistant, is the target. Raises IndexError."""
 
     def key(self, index: int) -> str:
-        """A stable name of the sample, for reports."""
+        """Return a name of the sample that stays the same, for reports."""
 
 
 class Rows:
@@ -72,21 +72,26 @@ class Rows:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> bytes:
-        """Row `index`, counted from 0."""
+        """Return a row, counted from 0."""
         return bytes(self._buffer[self._ends[index - 1] if index else 0 : self._ends[index]])
 
 
-class Pictures:
-    """The picture files below a folder: each directory is listed once, not looked into once per picture."""
+class ImageFiles:
+    """The image files below a folder: each directory is listed once, not looked into once per image."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._directories: dict[str, dict[str, bool]] = {}
 
-    def find(self, name: str, place: str) -> str | None:
-        """The path relative to the folder, or None when there is no such file.
+    def find(self, name: str, where: str) -> str | None:
+        """Return the path relative to the folder, None when there is no such file.
 
-        Raises Mgp5Error, naming `place`, when the path leaves the folder (absolute, "..", or through a link).
+        Args:
+            name: path as a table gives it.
+            where: where it is named, for the error.
+
+        Raises:
+            Mgp5Error: the path leaves the folder (absolute, "..", or through a link).
         """
         name = name.replace("\\", "/")
         directory, _, file = name.rpartition("/")
@@ -99,14 +104,14 @@ class Pictures:
             if is_link:
                 inside(self.root, name)
         except Mgp5Error as error:
-            raise Mgp5Error(f"{place}: {error.message}", error.hint) from None
+            raise Mgp5Error(f"{where}: {error.message}", error.hint) from None
         except ValueError:  # a NUL or half a character: no file can be called so
             return None
         return None if is_link is None else name
 
 
 def _listing(directory: Path) -> dict[str, bool]:
-    """Names of the files in a directory, each with whether it is a link; empty when it cannot be read."""
+    """Return the names of the files in a directory, each with whether it is a link; none when it cannot be read."""
     try:
         with os.scandir(directory) as entries:
             return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
@@ -115,14 +120,15 @@ def _listing(directory: Path) -> dict[str, bool]:
 
 
 def find_table(path: Path, split: str, *patterns: str) -> Path:
-    """The file of a split: `path` itself when it is a file, else the first pattern that exists below it.
+    """Return the file of a split: `path` itself when it is a file, else the first pattern that exists below it.
 
     Args:
-        path: what `--data` was given.
+        path: of the data source.
         split: "train", "val" or "test"; the last two stand in for each other.
         patterns: file names with "{split}" in them, the usual one first.
 
-    Raises Mgp5Error that names the expected file.
+    Raises:
+        Mgp5Error: an unknown split, or no such file.
     """
     if split not in SPLITS:
         raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
@@ -136,7 +142,7 @@ def find_table(path: Path, split: str, *patterns: str) -> Path:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file that are not blank, each with its place ("name:number"). Raises Mgp5Error."""
+    """Yield the lines of a file that are not blank, each behind "name:number". Raises Mgp5Error."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -154,5 +160,5 @@ def check_usable(dataset: Dataset, table: Path) -> None:
 
 
 def pick(count: int, *key: object) -> int:
-    """A number below `count` that depends on the key only: the same in every run, process and Python version."""
+    """Return a number below `count` that depends on the key only: the same in every run, process and Python."""
     return int(digest(repr(key), size=8), 16) % count

@@ -1,4 +1,4 @@
-"""Own data: one conversation per line, in the chat format of Hugging Face.
+"""Own data: one conversation on each line, in the chat format of Hugging Face.
 
     {"messages": [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": [PART, ...]}]}
 
@@ -18,7 +18,7 @@ from .files import Problems, Rows, check_usable, find_table, lines
 
 
 class JSONL:
-    """One sample per answer of the assistant, with all messages before it as context.
+    """Samples from all messages before an answer of the assistant to that answer.
 
     Attributes:
         problems: skipped at load: "missing image" (the conversation ends before it), "no answer".
@@ -27,16 +27,16 @@ class JSONL:
     def __init__(self, table: Path) -> None:
         self.table = table
         self.problems = Problems()
-        self._chats = Rows()  # each the JSON of [place, messages]
+        self._chats = Rows()  # each the JSON of [where, messages]
         self._chat_of, self._message_of = array("I"), array("I")  # per sample
 
-    def append(self, place: str, chat: list[dict[str, Any]]) -> None:
-        """Add the samples of a conversation. Raises Mgp5Error that names the place when it is not understood."""
-        messages = _parse(place, chat, self.table.parent).messages
+    def append(self, where: str, chat: list[dict[str, Any]]) -> None:
+        """Add the samples of a conversation. Raises Mgp5Error that names its line when it is not understood."""
+        messages = _parse(where, chat, self.table.parent).messages
         answers = 0
         for position, message in enumerate(messages):
             if missing := [image.path for image in message.images if image.path and not image.path.is_file()]:
-                self.problems.note("missing image", f"{place} {missing[0]}")
+                self.problems.note("missing image", f"{where} {missing[0]}")
                 break
             if message.role == "assistant" and message.content and position:
                 self._chat_of.append(len(self._chats))
@@ -44,51 +44,52 @@ class JSONL:
                 answers += 1
         else:
             if not answers:
-                self.problems.note("no answer", place)
-        self._chats.add(json.dumps([place, chat], separators=(",", ":")).encode())
+                self.problems.note("no answer", where)
+        self._chats.add(json.dumps([where, chat], separators=(",", ":")).encode())
 
     def __len__(self) -> int:
         return len(self._message_of)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Conversation so far -> answer. Raises IndexError."""
+        """Return a sample. Raises IndexError."""
         target = self._message_of[index]
-        place, chat = json.loads(self._chats[self._chat_of[index]])
-        return _parse(place, chat[: target + 1], self.table.parent)
+        where, chat = json.loads(self._chats[self._chat_of[index]])
+        return _parse(where, chat[: target + 1], self.table.parent)
 
     def key(self, index: int) -> str:
-        """File, line and message (from 0), as in "train.jsonl:7/1"."""
-        place, _ = json.loads(self._chats[self._chat_of[index]])
-        return f"{place}/{self._message_of[index]}"
+        """Return file, line and message (from 0), as in "train.jsonl:7/1"."""
+        where, _ = json.loads(self._chats[self._chat_of[index]])
+        return f"{where}/{self._message_of[index]}"
 
 
 def load(path: Path, split: str = "train") -> JSONL:
-    """Conversations from `<split>.jsonl`.
+    """Read conversations from `<split>.jsonl`.
 
     Args:
         path: the file, or its folder.
         split: "train", "val" or "test"; the last two stand in for each other.
 
-    Raises Mgp5Error, with the line, for whatever is not a conversation: own data is repaired, not skipped.
+    Raises:
+        Mgp5Error: a missing file, or a line that holds no conversation: own data is repaired, not skipped.
     """
     table = find_table(path, split, "{split}.jsonl")
     dataset = JSONL(table)
-    for place, line in lines(table):
+    for where, line in lines(table):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Mgp5Error(f"{place} is not JSON ({error})", "write one object per line") from None
+            raise Mgp5Error(f"{where} is not JSON ({error})", "write one object per line") from None
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise Mgp5Error(f"{place} has no list of messages", 'write {"messages": [...]} on each line')
-        dataset.append(place, row["messages"])
+            raise Mgp5Error(f"{where} has no list of messages", 'write {"messages": [...]} on each line')
+        dataset.append(where, row["messages"])
     check_usable(dataset, table)
     return dataset
 
 
-def _parse(place: str, chat: list[dict[str, Any]], folder: Path) -> Conversation:
+def _parse(where: str, chat: list[dict[str, Any]], folder: Path) -> Conversation:
     try:
         return Conversation.from_chat(chat, folder)
     except Mgp5Error as error:
-        raise Mgp5Error(f"{place}: {error.message}", error.hint) from None
+        raise Mgp5Error(f"{where}: {error.message}", error.hint) from None
     except (AttributeError, TypeError, ValueError) as error:
-        raise Mgp5Error(f"{place}: not chat messages ({error})", "give each a role and a content") from None
+        raise Mgp5Error(f"{where}: not chat messages ({error})", "give each a role and a content") from None

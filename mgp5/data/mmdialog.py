@@ -1,4 +1,4 @@
-"""MMDialog (Feng et al., 2022): dialogues between two people who send each other text and pictures."""
+"""MMDialog (Feng et al., 2022): dialogues between two people who send each other text and images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Part, Text
 from ..prompts import CHAT_SYSTEM
-from .files import SUFFIXES, Pictures, Problems, Rows, check_usable, find_table, lines
+from .files import SUFFIXES, ImageFiles, Problems, Rows, check_usable, find_table, lines
 
 Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
 
 
 class MMDialog:
-    """One sample per answer, with what was said before as context.
+    """Samples from the turns before an answer to that answer.
 
     Attributes:
         problems: skipped at load: "missing image", "bad turn" and "long turn" (the dialogue ends before it), "bad row".
@@ -45,7 +45,7 @@ class MMDialog:
         return len(self._turn_of)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Dialogue so far -> answer. Raises IndexError."""
+        """Return a sample. Raises IndexError."""
         target = self._turn_of[index]
         _, turns = json.loads(self._dialogs[self._dialog_of[index]])
         first = 0 if self._history is None else max(0, target - self._history)
@@ -56,7 +56,7 @@ class MMDialog:
         return conversation
 
     def key(self, index: int) -> str:
-        """Dialogue and turn (from 0), as in "17/3"."""
+        """Return dialogue and turn (from 0), as in "17/3"."""
         name, _ = json.loads(self._dialogs[self._dialog_of[index]])
         return f"{name}/{self._turn_of[index]}"
 
@@ -73,7 +73,7 @@ def load(
     turn_tokens: int | None = None,
     count: Callable[[str], int] | None = None,
 ) -> MMDialog:
-    """Dialogues from `<split>/<split>_conversations.txt`: one JSON object per line, pictures beside it as `<id>.jpg`.
+    """Read dialogues from `<split>/<split>_conversations.txt`: a JSON object on each line, images beside it by id.
 
     Args:
         path: folder of the splits, folder of one split, or the file itself.
@@ -83,9 +83,10 @@ def load(
         user_targets: also learn the turns at even positions (as the release does), roles swapped, so that
             the assistant speaks first and answers last; never the very first turn.
         turn_tokens: a dialogue ends before a turn with more tokens (the release: 50); None = no limit.
-        count: the number of tokens of a text, at most that of its UTF-8 bytes; needed for `turn_tokens`.
+        count: returns the number of tokens of a text, at most that of its UTF-8 bytes; needed for `turn_tokens`.
 
-    Raises Mgp5Error for a missing file, an id that leaves the folder, or if no dialogue is usable.
+    Raises:
+        Mgp5Error: a missing file, an id that leaves the folder, or no usable dialogue.
     """
     if history is not None and history < 0:
         raise Mgp5Error(f"history is {history}", "expected 0 or more", usage=True)
@@ -99,26 +100,26 @@ def load(
         return turn_tokens is not None and len(raw) > turn_tokens and count(raw.decode()) > turn_tokens
 
     table = find_table(path, split, "{split}/{split}_conversations.txt", "{split}_conversations.txt")
-    dataset, pictures = MMDialog(table.parent, history, user_targets), Pictures(table.parent)
-    for place, line in lines(table):
+    dataset, images = MMDialog(table.parent, history, user_targets), ImageFiles(table.parent)
+    for where, line in lines(table):
         try:
             raw = json.loads(line)
-            name, turns = str(raw.get("conversation_id", place)), [item["turn"] for item in raw["conversation"]]
+            name, turns = str(raw.get("conversation_id", where)), [item["turn"] for item in raw["conversation"]]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            dataset.problems.note("bad row", place)
+            dataset.problems.note("bad row", where)
             continue
-        dataset.append(name, _turns(turns, pictures, dataset.problems, place, too_long))
+        dataset.append(name, _turns(turns, images, dataset.problems, where, too_long))
     check_usable(dataset, table)
     return dataset
 
 
 def _turns(
-    raw: list[Any], pictures: Pictures, problems: Problems, place: str, too_long: Callable[[str], bool]
+    raw: list[Any], images: ImageFiles, problems: Problems, where: str, too_long: Callable[[str], bool]
 ) -> list[Turn]:
-    """The turns up to the first one that is malformed, empty, too long or without its picture."""
+    """Return the turns before the first one that is malformed, empty, too long or without its image."""
     turns = []
     for number, elements in enumerate(raw):
-        spot = f"{place} turn {number}"
+        spot = f"{where} turn {number}"
         parts = _elements(elements)
         if not parts:
             problems.note("bad turn", spot)
@@ -128,7 +129,7 @@ def _turns(
             break
         for part in parts:
             if part[0] == "image":
-                part[1] = _picture(part[1], pictures, spot) or ""
+                part[1] = next((p for suffix in SUFFIXES if (p := images.find(part[1] + suffix, spot))), "")
         if ["image", ""] in parts:
             problems.note("missing image", spot)
             break
@@ -137,7 +138,7 @@ def _turns(
 
 
 def _elements(raw: Any) -> Turn:
-    """Text and picture ids of a turn in order; none when it is malformed."""
+    """Return texts and image ids of a turn in order; none when it is malformed."""
     parts = []
     for element in raw if isinstance(raw, list) else [None]:
         if not isinstance(element, dict) or not element.keys() & {"__TEXT__", "__MEDIA__"}:
@@ -147,8 +148,3 @@ def _elements(raw: Any) -> Turn:
         if "__MEDIA__" in element:
             parts.append(["image", str(element["__MEDIA__"])])
     return parts
-
-
-def _picture(media: str, pictures: Pictures, place: str) -> str | None:
-    """File of a picture id."""
-    return next((found for suffix in SUFFIXES if (found := pictures.find(media + suffix, place))), None)

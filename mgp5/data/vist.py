@@ -11,9 +11,9 @@ from ..errors import Mgp5Error
 from ..files import read_json
 from ..messages import Conversation, Image
 from ..prompts import TASK_PROMPTS, Context, Scene, Task, continue_, illustrate, narrate
-from .files import SUFFIXES, Pictures, Problems, check_usable, find_table, pick
+from .files import SUFFIXES, ImageFiles, Problems, check_usable, find_table, pick
 
-Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the picture
+Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the image
 
 TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
 DATA_HINT = "give the folder that holds this file as data, and repair it if it is broken"
@@ -21,14 +21,14 @@ DATA_HINT = "give the folder that holds this file as data, and repair it if it i
 
 @dataclass(frozen=True)
 class Story:
-    """Scenes in order, and the name the data set gives them."""
+    """A story of the data set: its name, and its scenes in order."""
 
     name: str
     scenes: tuple[Scene, ...]
 
 
 class VIST:
-    """Samples story by story, step by step, task by task.
+    """Samples of the three tasks, story by story, step by step, task by task.
 
     Attributes:
         stories: what was read, in file order.
@@ -55,7 +55,7 @@ class VIST:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Conversation:
-        """History and question -> picture, text and picture, or text. Raises IndexError."""
+        """Return a sample: history and question, and an image, text and image, or text as target. Raises IndexError."""
         number, step, task = self._samples[index]
         story = self.stories[number]
         history, (text, image) = story.scenes[:step], story.scenes[step]
@@ -67,7 +67,7 @@ class VIST:
         return narrate(history, image, choice, context=self._context).add("assistant", text)
 
     def key(self, index: int) -> str:
-        """Story, step (from 0) and task, as in "40470/2/narrate"."""
+        """Return story, step (from 0) and task, as in "40470/2/narrate"."""
         number, step, task = self._samples[index]
         return f"{self.stories[number].name}/{step}/{task}"
 
@@ -81,21 +81,22 @@ def load(
     narrate_first: bool = False,
     seed: int = 0,
 ) -> VIST:
-    """Stories from `<split>_cleaned.json` and `<split>_image_mapping.json`, or the official files.
+    """Read stories from `<split>_cleaned.json` and `<split>_image_mapping.json`, or from the official files.
 
-    The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: picture path}. The
-    official `<split>.story-in-sequence.json`, also in `sis/`, goes with pictures `<flickr id>.jpg` (or another suffix)
+    The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: image path}. The
+    official `<split>.story-in-sequence.json`, also in `sis/`, goes with images `<flickr id>.jpg` (or another suffix)
     in `images/`, `<split>/`, `images/<split>/` or beside the file.
 
     Args:
-        path: folder of the files, or the file of the stories; picture paths are relative to the folder.
+        path: folder of the files, or the file of the stories; image paths are relative to the folder.
         split: "train", "val" or "test"; the last two stand in for each other.
         tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
         context: how much of the history the prompt shows: "full", "text" or "none".
         narrate_first: also narrate step 0, without any history.
         seed: chooses among the wordings of a question, per story, step and task.
 
-    Raises Mgp5Error for a missing or malformed file, a path that leaves the folder, or if no story is usable.
+    Raises:
+        Mgp5Error: a missing or malformed file, a path that leaves the folder, or no usable story.
     """
     if not tasks or set(tasks) - set(TASKS):
         raise Mgp5Error(f"unknown tasks {tuple(tasks)}", f"expected some of {', '.join(TASKS)}", usage=True)
@@ -103,46 +104,44 @@ def load(
         raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
     official = "{split}.story-in-sequence.json"
     table = find_table(path, split, "{split}_cleaned.json", official, f"sis/{official}")
-    pictures = Pictures(path if path.is_dir() else table.parent)
-    problems, stories, told = Problems(), [], read_json(table, DATA_HINT)
-    if isinstance(told.get("annotations"), list):
-        told, find = _official(told["annotations"], problems, table), _photos(pictures, table)
+    images = ImageFiles(path if path.is_dir() else table.parent)
+    problems, stories, raw_stories = Problems(), [], read_json(table, DATA_HINT)
+    if isinstance(raw_stories.get("annotations"), list):
+        raw_stories, find = _official(raw_stories["annotations"], problems, table), _search(images, table)
     else:
-        find = _mapped(pictures, read_json(table.with_name(table.name.replace("cleaned", "image_mapping")), DATA_HINT))
-    for name, raw in told.items():
-        scenes = _scenes(raw, find, pictures.root, problems, f"{table.name} story {name}")
-        if scenes:
+        find = _mapped(images, read_json(table.with_name(table.name.replace("cleaned", "image_mapping")), DATA_HINT))
+    for name, raw in raw_stories.items():
+        if scenes := _scenes(raw, find, images.root, problems, f"{table.name} story {name}"):
             stories.append(Story(name, scenes))
     dataset = VIST(stories, problems, tasks, context, 0 if narrate_first else 1, seed)
     check_usable(dataset, table)
     return dataset
 
 
-def _mapped(pictures: Pictures, names: dict[str, Any]) -> Find:
-    """Pictures of the cleaned files: the path that the mapping gives."""
+def _mapped(images: ImageFiles, names: dict[str, Any]) -> Find:
+    """Find the images of the cleaned files by the mapping."""
 
-    def find(image_id: str, place: str) -> str | None:
+    def find(image_id: str, where: str) -> str | None:
         name = names.get(image_id)
-        return pictures.find(name, place) if isinstance(name, str) else None
+        return images.find(name, where) if isinstance(name, str) else None
 
     return find
 
 
-def _photos(pictures: Pictures, table: Path) -> Find:
-    """Pictures of the official files: no list says where they are, so they are looked for."""
+def _search(images: ImageFiles, table: Path) -> Find:
+    """Find the images of the official files, of which no list says where they are, in the usual folders."""
     split = table.name.partition(".")[0]
-    beside = table.parent.relative_to(pictures.root).as_posix()
-    folders = ("images", split, f"images/{split}", beside)
+    folders = ("images", split, f"images/{split}", table.parent.relative_to(images.root).as_posix())
 
-    def find(image_id: str, place: str) -> str | None:
+    def find(image_id: str, where: str) -> str | None:
         names = (f"{folder}/{image_id}{suffix}" for folder in folders for suffix in SUFFIXES)
-        return next((found for name in names if (found := pictures.find(name, place))), None)
+        return next((path for name in names if (path := images.find(name, where))), None)
 
     return find
 
 
 def _official(annotations: list[Any], problems: Problems, table: Path) -> dict[str, list[dict[str, Any]]]:
-    """The steps of each story in the form of the cleaned files.
+    """Return the steps of each story in the form of the cleaned files.
 
     "original_text" is what people wrote, "text" the same with names made "[male]" and split into tokens.
     """
@@ -158,8 +157,8 @@ def _official(annotations: list[Any], problems: Problems, table: Path) -> dict[s
     return stories
 
 
-def _scenes(raw: Any, find: Find, root: Path, problems: Problems, place: str) -> tuple[Scene, ...]:
-    """Scenes of a story up to the first one without a picture; none when the story is malformed."""
+def _scenes(raw: Any, find: Find, root: Path, problems: Problems, where: str) -> tuple[Scene, ...]:
+    """Return the scenes of a story before the first one without its image; none when the story is malformed."""
     try:
         steps = [
             (step["caption"].strip(), str(step["image_id"]))
@@ -168,13 +167,13 @@ def _scenes(raw: Any, find: Find, root: Path, problems: Problems, place: str) ->
     except (TypeError, KeyError, ValueError, AttributeError):
         steps = []
     if not steps or not all(text for text, _ in steps):
-        problems.note("bad story", place)
+        problems.note("bad story", where)
         return ()
     scenes: list[Scene] = []
     for text, image_id in steps:
-        found = find(image_id, place)
-        if not found:
-            problems.note("missing image", f"{place} {image_id}")
+        path = find(image_id, where)
+        if not path:
+            problems.note("missing image", f"{where} {image_id}")
             break
-        scenes.append((text, Image(path=root / found)))
+        scenes.append((text, Image(path=root / path)))
     return tuple(scenes)

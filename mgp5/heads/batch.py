@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Skipped(NamedTuple):
-    """A sample, or a part of one, that was left out: the kind of problem, and where and why."""
-
-    kind: str
-    where: str
+from ..messages import Skipped
 
 
 @dataclass(frozen=True)

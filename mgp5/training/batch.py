@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import Mgp5Error
-from ..heads.batch import Batch, Skipped
-from ..messages import Conversation, Image
+from ..heads.batch import Batch
+from ..messages import Conversation, Image, Skipped
 from ..prompts import IGNORE, Example, example, expand_labels, history_truncations
 
 if TYPE_CHECKING:
