@@ -1,47 +1,38 @@
-"""A component as an ONNX file, by torch.onnx's exporter of torch.export graphs."""
+"""Write a component as an ONNX file, by torch.onnx's exporter of torch.export graphs, and describe what was written."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import onnx
 import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
-from ..engines.exported import GROUP_NORM
+from ..engines.exported import GROUP_NORM, plain_group_norm
 from ..errors import Mgp5Error
-from .specs import Component, Float32GroupNorm
+from ..files import sha256
+from .components import Component
 
-LIMIT = 1_900_000_000  # bytes of weights; a protobuf file holds 2 GB
-
-
-class StandIn:
-    """Classes whose methods the exporter can follow, for as long as this context lasts.
-
-    Args:
-        opset: before 21 there is no GroupNorm, and what stands for it would have statistics in half precision.
-    """
-
-    def __init__(self, module: nn.Module, opset: int) -> None:
-        kinds: dict[type, type] = {PatchEmbed: Crop} | ({nn.GroupNorm: Float32GroupNorm} if opset < GROUP_NORM else {})
-        self.swaps = [(own, type(own), kinds[type(own)]) for own in module.modules() if type(own) in kinds]
-
-    def __enter__(self) -> None:
-        self.fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # the exporter does not know that of nn.Transformer
-        for own, _, other in self.swaps:
-            own.__class__ = other
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self.fast)
-        for own, kind, _ in self.swaps:
-            own.__class__ = kind
+LIMIT = 1_900_000_000  # bytes of weights in model.onnx itself; a protobuf file holds 2 GB
 
 
-class Crop(PatchEmbed):
-    """Patches of SD 3, whose positions are cropped from a table.
+class Float32GroupNorm(nn.GroupNorm):
+    """GroupNorm for opsets before 21, which have no such operator: the exporter's substitute would have statistics in
+    half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return plain_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
+
+
+class CroppedPatchEmbed(PatchEmbed):
+    """Patches of Stable Diffusion 3, whose position embeddings are cropped from a table.
 
     diffusers' end of a slice, (most - h) // 2 + h, is rearranged by sympy to a division of -h, which torch.onnx (2.13)
     writes as ONNX's division that rounds to zero, not down: for an odd h the slice has one row too many.
@@ -53,20 +44,39 @@ class Crop(PatchEmbed):
         return table[:, :rows, :columns].flatten(1, 2)
 
 
+@contextmanager
+def exportable_classes(module: nn.Module, opset: int) -> Iterator[None]:
+    """Give layers, inside the block, classes with methods that the exporter can follow."""
+    classes: dict[type, type] = {PatchEmbed: CroppedPatchEmbed}
+    if opset < GROUP_NORM:
+        classes[nn.GroupNorm] = Float32GroupNorm
+    swapped = [(layer, type(layer)) for layer in module.modules() if type(layer) in classes]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the exporter does not know the fast path of nn.Transformer
+    for layer, kind in swapped:
+        layer.__class__ = classes[kind]
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for layer, kind in swapped:
+            layer.__class__ = kind
+
+
 def write(component: Component, folder: Path, opset: int) -> Path:
     """Write `folder/model.onnx` in the precision of the module's weights, large weights in `model.onnx.data` beside it.
 
     Raises:
         Mgp5Error: torch.export cannot follow the module.
-        OSError: the disk is full, say.
+        OSError: the file cannot be written, for example on a full disk.
     """
     folder.mkdir(parents=True)
     path = folder / "model.onnx"
     for library in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # else they tell of all that they can do without
+        logging.getLogger(library).setLevel(logging.ERROR)  # they warn of optional packages
     size = sum(p.nbytes for p in component.module.parameters())
     try:
-        with warnings.catch_warnings(), torch.no_grad(), StandIn(component.module, opset):
+        with warnings.catch_warnings(), torch.no_grad(), exportable_classes(component.module, opset):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 component.module.eval(),
@@ -84,3 +94,23 @@ def write(component: Component, folder: Path, opset: int) -> Path:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise Mgp5Error(f"{component.name} cannot be exported ({reason})", "MGP5_DEBUG=1 shows where") from error
     return path
+
+
+def describe(folder: Path, name: str, precision: str) -> dict[str, Any]:
+    """Return a component's entry in the manifest, read from its file: hashes, inputs, outputs and node counts."""
+    model = onnx.load(folder / name / "model.onnx", load_external_data=False)
+    files = sorted(path for path in (folder / name).iterdir() if path.name.startswith("model.onnx"))
+    return {
+        "precision": precision,
+        "opset": next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")),
+        "files": {f"{name}/{path.name}": {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
+        "inputs": {value.name: _type(value) for value in model.graph.input},
+        "outputs": {value.name: _type(value) for value in model.graph.output},
+        "nodes": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+    }
+
+
+def _type(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
+    return {"dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), "shape": shape}

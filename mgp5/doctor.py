@@ -13,7 +13,7 @@ from .apps.library import catalogue, here
 from .device import machine, pick_device, versions
 from .errors import Mgp5Error
 from .evaluation.weights import WEIGHTS, locate
-from .export.job import missing
+from .export.request import missing
 from .files import GiB
 from .hub import bases, local_names, resolve
 from .kernels import registry as kernels
@@ -149,7 +149,7 @@ def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) 
     except Mgp5Error as error:
         return {"name": backend, "chosen": None, "why": error.message.partition("cannot run here: ")[2]}
     why = choice.why
-    if backend == "auto" and device.type == "cpu" and not missing():  # as `engines.apply` does, which knows the model
+    if backend == "auto" and device.type == "cpu" and not missing():  # see `export.cache.apply`
         why += "; onnx for models of 1 to 100 million parameters, such as demo"
     return {"name": backend, "chosen": choice.name, "why": why}
 

@@ -196,7 +196,7 @@ def test_engine_is_no_part_of_the_model(clean):
 
 def test_convolutions_that_are_not_packed(monkeypatch):
     """What a large model on a CPU takes."""
-    monkeypatch.setattr(engines, "SMALL", 0)
+    monkeypatch.setattr("mgp5.engines.engine.SMALL", 0)
     diffusion = stable_diffusion()
     before = draw(diffusion, 1)
     engines.apply(diffusion, "eager")
@@ -260,10 +260,9 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
     refused = run("--backend", "triton", "--model", "demo", "--out", "talk")
     assert refused.exit_code == 2 and "--backend triton cannot run here" in refused.stderr
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("mgp5.export.cache.TINY", 10**9)  # else the demo would be exported
     told = run("--set", "max_tokens=0", "--set", "image=always", "--show", "off")
-    assert told.exit_code == 0, told.stderr
-    fastest = "backend eager: the fastest", "backend onnx: by ONNX Runtime, the fastest"  # with what is installed
-    assert [line for line in told.stderr.splitlines() if line.startswith(fastest)], told.stderr
+    assert told.exit_code == 0 and "backend eager: the fastest" in told.stderr, told.stderr
     quiet = run("--set", "max_tokens=0", "--set", "image=never", "--json")
     assert quiet.exit_code == 0 and "backend" not in quiet.stderr
 

@@ -58,7 +58,7 @@ def run(diffusion: StableDiffusion, steps: int) -> dict[str, Tensor]:
     (prediction,) = denoising.run([begin(model, noise, condition[1:], condition[:1], PROBE, GUIDANCE)])
     settings = {"steps": steps, "guidance": GUIDANCE, "sampler": "ddim"}
     *_, latents = diffusion.draw(condition[1:], condition[:1], generators=[seeded], **settings)
-    return {"prediction": prediction, "latents": latents, "picture": diffusion.decode(latents)}
+    return {"prediction": prediction, "latents": latents, "image": diffusion.decode(latents)}
 
 
 @cache

@@ -14,7 +14,7 @@ from tiny import picture, save_llava, save_pipeline
 from mgp5 import engines
 from mgp5.apps.open_model import load
 from mgp5.engines.exported import engine_of
-from mgp5.engines.onnx import Session
+from mgp5.engines.onnx import OnnxSession
 from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
 from mgp5.inference.reply import generate
 from mgp5.loading import build
@@ -101,9 +101,11 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
 
 def by_files(model, folder, *names: str) -> list[int]:
     """Let exported files draw; returns the rows of each call of the denoiser to come."""
-    engine = engine_of(model.head.generator, folder, names, lambda path: Session(path, torch.device("cpu")))
-    run, calls = engine.model.run, []
-    engine.model.run = lambda **tensors: calls.append(len(tensors["sample"])) or run(**tensors)
+    engine = engine_of(
+        model.head.generator, folder, names, lambda name: OnnxSession(folder / name / "model.onnx", torch.device("cpu"))
+    )
+    run, calls = engine.model.session, []
+    engine.model.session = lambda **tensors: calls.append(len(tensors["sample"])) or run(**tensors)
     model.head.generator.engine = engine
     return calls
 

@@ -1,4 +1,4 @@
-"""Opt-in shortcuts of the denoising that change the picture: guidance dropped late, deep features used again."""
+"""Opt-in shortcuts of denoising that change the image: guidance dropped late, deep features used again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def diffusion(request, tmp_path_factory):
 
 @pytest.fixture(params=["plain", "precomputed", "whole"])
 def way(request, diffusion):
-    put_on(diffusion, request.param)
+    attach(diffusion, request.param)
     yield request.param
     engines.remove(diffusion)
 
 
-def put_on(diffusion, way: str) -> None:
+def attach(diffusion, way: str) -> None:
     engines.remove(diffusion)
     if way != "plain":
         engines.apply(diffusion, "eager")
@@ -63,13 +63,13 @@ def test_steps_without_guidance_run_half_the_rows(diffusion, way):
 
 def test_engines_drop_guidance_alike(diffusion):
     calls = [{"seed": 1, "count": 2}, {"seed": 2, "count": 2}, {"seed": 2, "guidance_until": 0.2}, {"seed": 1}]
-    drawn = {}
+    drawn = []
     for way in ("plain", "precomputed", "whole"):
-        put_on(diffusion, way)
-        drawn[way] = [draw(diffusion, **{"steps": 5, "sampler": "dpm++", "guidance_until": 0.6} | c) for c in calls]
+        attach(diffusion, way)
+        drawn.append([draw(diffusion, **{"steps": 5, "sampler": "dpm++", "guidance_until": 0.6} | c) for c in calls])
     engines.remove(diffusion)
-    close(drawn["precomputed"], drawn["plain"])
-    close(drawn["whole"], drawn["plain"])
+    for other in drawn[1:]:
+        close(other, drawn[0])
 
 
 class DeepCache:
@@ -105,7 +105,7 @@ def test_deep_features_are_used_again(make, way):
         settings = {"steps": 5} | call
         with hooked(diffusion.unet.up_blocks[-1].resnets[-1], DeepCache(settings.pop("reuse"))):
             expected.append(draw(diffusion, **settings))
-    put_on(diffusion, way)
+    attach(diffusion, way)
     close([draw(diffusion, **{"steps": 5} | call) for call in CALLS], expected)
     close([draw(diffusion, 1)], [before])
     engines.remove(diffusion)
@@ -115,7 +115,7 @@ def test_deep_features_are_used_again(make, way):
 @pytest.mark.parametrize("way", ["precomputed", "whole"])
 def test_deep_blocks_run_in_one_of_so_many_steps(way):
     diffusion, ran = stable_diffusion(), []
-    put_on(diffusion, way)
+    attach(diffusion, way)
     nested = diffusion.engine.model.model
     with (
         hooked(nested.resnet, lambda *_: ran.append("outer")),
@@ -130,7 +130,7 @@ def test_deep_blocks_run_in_one_of_so_many_steps(way):
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_shortcuts_on_a_gpu(backend):
     diffusion = stable_diffusion()
-    put_on(diffusion, "precomputed")
+    attach(diffusion, "precomputed")
     before = [draw(diffusion, **{"steps": 5} | call) for call in CALLS]
     engines.remove(diffusion)
     engines.apply(diffusion.to("cuda"), backend)
@@ -170,9 +170,7 @@ def run(*words: str):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["--guidance-until", "1.5"], "Invalid value for '--guidance-until'"),
-        (["--guidance-until", "nan"], "guidance_until is nan, expected 0 to 1"),
-        (["--set", "guidance_until=-1"], "guidance_until is -1.0, expected 0 to 1"),
+        (["--guidance-until", "nan", "--set", "reuse=0"], "guidance_until is nan, expected 0 to 1"),
         (["--reuse", "0"], "Invalid value for '--reuse'"),
         (["--set", "reuse=0"], "reuse is 0, expected 1 or more"),
     ],

@@ -67,7 +67,7 @@ def test_seeds_of_the_splits_never_coincide() -> None:
 def test_drawing_is_deterministic_and_the_seed_moves_things() -> None:
     scene = random_scene(random.Random(4))
     assert draw(scene, 1).tobytes() == draw(scene, 1).tobytes() != draw(scene, 2).tobytes()
-    assert (draw(scene, 1).size, draw(scene, 1).mode) == ((128, 128), "RGB")
+    assert (draw(scene, 1).size, draw(scene, 1).mode, draw(scene, 1, size=64).size) == ((128, 128), "RGB", (64, 64))
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -165,16 +165,25 @@ def test_the_three_formats(tmp_path, split: str, name: str) -> None:
         assert list(step) == ["caption", "image_id", "sequence_index"]
         with Image.open(root / "vist" / mapping[step["image_id"]]) as image:
             assert image.size == (128, 128)
-    rows = (root / f"mmdialog/{split}/{split}_conversations.txt").read_text().splitlines()
-    assert [json.loads(row)["conversation_id"] for row in rows] == [0, 1, 2, 3]
-    for turn in (turn for row in rows for turn in json.loads(row)["conversation"]):
-        keys = [key for element in turn["turn"] for key in element]
-        assert keys in (["__TEXT__"], ["__TEXT__", "__MEDIA__"])
+    _check_mmdialog(root / "mmdialog" / split, split)
     for folder in ("cc3m", "vist", "mmdialog"):
         facts = [json.loads(line) for line in (root / folder / "attributes.jsonl").read_text().splitlines()]
         images = {path.relative_to(root / folder).as_posix() for path in root.glob(f"{folder}/*/*.jpg")}
         assert {fact["image"] for fact in facts} == images
         assert all(list(fact["attributes"]) == list(ATTRIBUTES) for fact in facts)
+
+
+def _check_mmdialog(folder, split: str) -> None:
+    lines = (folder / f"{split}_conversations.txt").read_text().splitlines()
+    assert len(lines) == 4
+    for index, line in enumerate(lines):
+        row = json.loads(line)
+        expected = ["conversation_id", "conversation", "negative_candidate_media_keys", "negative_candidate_texts"]
+        assert list(row) == expected and row["conversation_id"] == index and row["negative_candidate_texts"] == []
+        for turn in row["conversation"]:
+            keys = [key for element in turn["turn"] for key in element]
+            assert keys in (["__TEXT__"], ["__TEXT__", "__MEDIA__"])
+            assert all((folder / f"{part['__MEDIA__']}.jpg").exists() for part in turn["turn"][1:])
 
 
 def test_writing_is_reproducible_and_refuses_what_is_there(tmp_path) -> None:

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import torch
-from mgp5.export.job import Request, export
-from mgp5.export.subject import Subject
+from mgp5.export.exportable import Exportable
+from mgp5.export.request import ExportRequest
+from mgp5.export.run import write_export
 
 from mgp5.device import quiet_libraries
 from mgp5.heads.minigpt5 import FeatureMapper
@@ -28,19 +29,18 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     torch.manual_seed(0)
-    diffusion = generator_shape(args.model)
-    for name in [name for name, _ in diffusion.named_children() if name.startswith("text_encoder")]:
-        setattr(diffusion, name, None)
-    mapper = FeatureMapper(mapper_for(4096, diffusion)).eval()
+    generator = generator_shape(args.model)
+    for name in [name for name, _ in generator.named_children() if name.startswith("text_encoder")]:
+        setattr(generator, name, None)
+    mapper = FeatureMapper(mapper_for(4096, generator)).eval()
     with torch.no_grad():
         unconditional = mapper.unconditional(8)
-    subject = Subject(
-        name=f"{args.model}, random weights", diffusion=diffusion, mapper=mapper, unconditional=unconditional
-    )
-    size = args.side, args.side
-    request = Request(components=tuple(args.component), precision=args.precision, split=args.split, size=size)
+    name = f"{args.model}, random weights"
+    model = Exportable(name=name, generator=generator, mapper=mapper, unconditional=unconditional)
+    options = {"components": tuple(args.component), "precision": args.precision, "split": args.split}
+    request = ExportRequest(onnx=True, out=args.out, size=(args.side, args.side), **options)
     started = time.monotonic()
-    manifest = export(subject, request, args.out, lambda line: print(line, flush=True))
+    manifest = write_export(model, request, args.out, lambda line: print(line, flush=True))
     print(f"{time.monotonic() - started:.0f} s, at most {manifest['peak_gib']} GiB of memory")
 
 

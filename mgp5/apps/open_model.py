@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..engines import Choice
+    from ..engines import BackendChoice
     from ..memory.offload import Plan
     from ..model import InterleavedModel
     from ..options import Backend, ImageOptions, Memory, ModelRequest, Quantize
@@ -65,14 +65,15 @@ def load(
     return model
 
 
-def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> Choice:
-    """Let images be drawn by an engine, and tokens be decoded by what goes with it: see `engines.apply`."""
+def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> BackendChoice:
+    """Let images be drawn by an engine, and tokens be decoded by what goes with it: see `export.cache.apply`."""
     from .. import engines
+    from ..export.cache import apply
 
     generator, on_gpu = getattr(model.head, "generator", None), model.backbone.device.type == "cuda"
     if generator is None:
-        return engines.Choice(None, f"the head {model.head.spec.name} has no denoiser")
-    choice = engines.apply(generator, backend, exported)
+        return engines.BackendChoice(None, f"the head {model.head.spec.name} has no denoiser")
+    choice = apply(generator, backend, exported)
     # On a CPU only for who asked for the compiler: it takes longer than most replies.
     model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
     if model.backbone.compiled:
@@ -111,9 +112,9 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
     limit_threads_for_small_models(model)
     choice = set_backend(model, backend, request.exported)
     if request.exported:
-        from ..engines.exported import put_mapper_on
+        from ..engines.exported import attach_mapper
 
-        put_mapper_on(model.head, request.exported, device, backend)
+        attach_mapper(model.head, request.exported, backend)
     if choice.why:
         tell(f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model

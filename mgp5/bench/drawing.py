@@ -31,8 +31,9 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engines import Backend, apply
+from ..engines import Backend
 from ..errors import Mgp5Error
+from ..export.cache import apply
 from ..generators import load_generator
 from ..generators.denoising import PlainDenoiser, begin
 from ..generators.latent_diffusion import LatentDiffusion

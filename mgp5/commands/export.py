@@ -26,8 +26,8 @@ import click
 @click.option("--split", is_flag=True, help="Also what is constant over the steps, and a denoiser that takes it.")
 @click.option("--height", type=click.IntRange(1), help="Of the image that proves.  [default: the model's, or 256]")
 @click.option("--width", type=click.IntRange(1), help="The same.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --trt: batches, sizes, dynamic, ...")
-def export(**flags: Any) -> None:
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --trt: batches, sizes, level.")
+def export(opset: str, height: int | None, width: int | None, settings: tuple[str, ...], **values: Any) -> None:
     """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
 
     The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
@@ -35,9 +35,17 @@ def export(**flags: Any) -> None:
 
       mgp5 export --trt --from DIR
     """
+    if bool(height) != bool(width):
+        raise click.UsageError("--height and --width go together: give both or none")
+    from ..export.request import EngineOptions, ExportRequest
+    from ..options import override, parse_settings
+
+    engine = override(EngineOptions(), parse_settings(settings))
+    size = (height, width) if height else None
+    request = ExportRequest(opset=int(opset), size=size, engine=engine, **values)
     from ..device import quiet_libraries
 
-    quiet_libraries()
-    from ..export.job import run
+    quiet_libraries()  # before transformers and diffusers are imported: they warn while they are
+    from ..export.run import export as run
 
-    run(flags, lambda line: click.echo(line, err=True))
+    run(request, lambda line: click.echo(line, err=True))

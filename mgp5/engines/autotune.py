@@ -1,4 +1,4 @@
-"""The fastest engine that is right on this GPU: a few steps by each, compared with the plainest, once per machine.
+"""Find the fastest engine that is right on this GPU: a few steps by each, compared with the first, once per machine.
 
 Letters: B images, C, h and w of the latents.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..device import user_cache
 from ..errors import Mgp5Error
 from ..files import digest, lock, read_json, write_json
+from .engine import Engine, remove
 
 if TYPE_CHECKING:
     from ..generators.latent_diffusion import LatentDiffusion
@@ -27,28 +29,29 @@ STEPS = 6
 TRUSTED = 0.05  # relative error of the latents after these steps: rounding to bfloat16 stays well below
 
 
-def fastest(ways: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
-    """Which way is fastest of those whose result is that of the first, and a sentence that says why.
+def fastest(candidates: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
+    """Return the name of the fastest candidate whose result equals that of the first, and why it was chosen.
 
     Args:
-        ways: each draws the same latents (B, C, h, w); called twice, as the first call compiles and captures.
+        candidates: each draws the same latents (B, C, h, w) and is called twice, as the first call compiles and
+            records CUDA graphs. The first one is the reference: what it raises passes.
     """
-    plain = next(iter(ways))
+    baseline = next(iter(candidates))
     reference, seconds, refused = None, {}, []
-    for name, draw in ways.items():
+    for name, draw in candidates.items():
         try:
             draw()
             began = time.perf_counter()
             latents = draw().float().cpu()  # waits for the device
             spent = time.perf_counter() - began
-        except Exception as error:  # whatever a compiler or a driver raises: this way does not work here
-            if name == plain:
+        except Exception as error:  # whatever a compiler or a driver raises: this candidate does not work here
+            if name == baseline:
                 raise
             refused.append(f"{name} failed ({str(error).strip().partition(chr(10))[0] or type(error).__name__})")
             continue
         reference = latents if reference is None else reference
         difference = float((latents - reference).norm() / reference.norm())
-        if difference <= TRUSTED:  # not for NaN
+        if difference <= TRUSTED:  # False for NaN
             seconds[name] = spent
         else:
             refused.append(f"{name} draws something else (relative difference {difference:.2g})")
@@ -57,59 +60,48 @@ def fastest(ways: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
     return best, "; ".join([f"the fastest here (ms a step: {times})", *refused])
 
 
-def try_out(diffusion: LatentDiffusion, names: tuple[str, ...]) -> tuple[str, str]:
-    """`fastest` of the named engines for one guided image of native size; remembered in the user's cache."""
-    from . import remove
+def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[str, str]:
+    """Return `fastest` of the named engines for one guided image of native size, remembered in the user's cache.
 
-    key, memory = _key(diffusion, names), _file()
-    known = _read(memory)
-    if key not in known:
+    The generator has no engine afterwards.
+    """
+    key, path = _key(generator, names), user_cache() / "engines.json"
+    results = _read(path)
+    if key not in results:
         try:
-            known[key] = list(fastest(dict(_mode(diffusion, names))))
+            results[key] = list(fastest({name: partial(_draw, generator, name) for name in names}))
         finally:
-            remove(diffusion)
-        with suppress(Mgp5Error), lock(memory.with_suffix(".lock")):  # another process may be writing there
-            write_json(memory, known)
-    best, why = known[key]
-    return best, why
+            remove(generator)
+        with suppress(Mgp5Error), lock(path.with_suffix(".lock")):  # another process may be writing there
+            write_json(path, results)
+    name, why = results[key]
+    return name, why
 
 
-def _mode(diffusion: LatentDiffusion, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    from . import Engine, remove
-
-    length, width = diffusion.condition_shape
-    numbers = torch.Generator().manual_seed(0)
-    condition = torch.randn(2, length, width, generator=numbers).to(diffusion.device, diffusion.denoiser.dtype)
-
-    def draw(name: str) -> Tensor:
-        if diffusion.engine is None or diffusion.engine.name != name:
-            remove(diffusion)
-            diffusion.engine = Engine(name, diffusion.denoiser)
-        *_, latents = diffusion.draw(
-            condition[:1], condition[1:], steps=STEPS, guidance=7.5, generators=[torch.Generator().manual_seed(0)]
-        )
-        return latents
-
-    for name in names:
-        yield name, lambda name=name: draw(name)
+def _draw(generator: LatentDiffusion, name: str) -> Tensor:  # (1, C, h, w)
+    if generator.engine is None or generator.engine.name != name:
+        remove(generator)
+        generator.engine = Engine(name, generator.denoiser)
+    length, width = generator.condition_shape
+    condition = torch.randn(2, length, width, generator=torch.Generator().manual_seed(0))
+    condition = condition.to(generator.device, generator.denoiser.dtype)
+    *_, latents = generator.draw(
+        condition[:1], condition[1:], steps=STEPS, guidance=7.5, generators=[torch.Generator().manual_seed(0)]
+    )
+    return latents
 
 
-def _key(diffusion: LatentDiffusion, names: tuple[str, ...]) -> str:
-    """All that the answer depends on: the card, the libraries, the model's shape and type."""
-    denoiser = diffusion.denoiser
+def _key(generator: LatentDiffusion, names: tuple[str, ...]) -> str:
+    """Return a hash of all that the result depends on: the card, the libraries, the model's configuration and dtype."""
+    denoiser = generator.denoiser
     card = torch.cuda.get_device_properties(denoiser.device).name if denoiser.device.type == "cuda" else "cpu"
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "mgp5")]
-    shape = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
-    facts = [card, *libraries, type(denoiser).__name__, str(denoiser.dtype), shape, *names]
-    return digest(facts, size=8)
-
-
-def _file() -> Path:
-    return user_cache() / "engines.json"
+    config = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
+    return digest([card, *libraries, type(denoiser).__name__, str(denoiser.dtype), config, *names], size=8)
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    """What was found before; a file that cannot be read is as none, for it only saves time."""
+    """Return earlier results; none where the file cannot be read, as it only saves time."""
     try:
         return read_json(path)
     except Mgp5Error:

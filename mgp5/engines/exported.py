@@ -1,4 +1,4 @@
-"""Exported files in the places of a model's parts: by ONNX Runtime or TensorRT, whole or without constant work.
+"""Run exported components in place of a model's parts: read their manifest, check the files, attach them.
 
 Letters: n steps, B images, R rows of the guidance batch (2B), N vokens, C, h and w of the latents, L and D of the
 condition, S columns of a step's row.
@@ -6,8 +6,9 @@ condition, S columns of a step's row.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,39 +18,47 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import Mgp5Error
-from . import DENOISERS, Engine, operations
+from ..files import read_json, sha256
+from .cuda_graph import StepGraphs
+from .engine import Engine, operations
 from .precomputed import PrecomputedDenoiser, precompute
 
 if TYPE_CHECKING:
     from ..generators.latent_diffusion import LatentDiffusion
-    from ..heads.minigpt5 import FeatureMapper, MiniGPT5Head
 
-GROUP_NORM = 21  # the first opset with a GroupNorm that has a type for its statistics
+MANIFEST = "manifest.json"
+FORMAT = 2  # version of the components' inputs and outputs; 1 had one timestep for all rows
+DENOISERS = ("denoiser", "unet", "transformer")  # components that denoise, the fastest first
+GROUP_NORM = 21  # the first opset whose GroupNormalization has a dtype for its statistics
 
 
-class Run(Protocol):
-    """An exported component: tensors by the names of its inputs to tensors by the names of its outputs."""
+class Session(Protocol):
+    """An exported component: tensors by the names of its inputs -> tensors by the names of its outputs."""
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]: ...
 
 
-class Exported:
-    """See `PrecomputedDenoiser`.
+Load = Callable[[str], Session]  # name of a component -> what runs it
+
+
+class ExportedDenoiser:
+    """An exported denoiser with the interface of `PrecomputedDenoiser`.
 
     Args:
-        run: the file.
-        parts: what the file `denoiser` was exported from, whose constants it takes; None for a whole `unet` or
-            `transformer`, which then has a timestep as row and the condition as context.
+        session: runs the file.
+        model: the module that was exported, for its configuration and dtype.
+        constants: the module in two parts, where the file is the component `denoiser`, which takes their constants.
+            None for a whole `unet` or `transformer`: its row is a timestep (S = 1), its context the condition.
     """
 
     layout = torch.contiguous_format
-    deep = 0
 
-    def __init__(self, run: Run, denoiser: ModelMixin, parts: PrecomputedDenoiser | None) -> None:
-        self.run, self.parts, self.model, self.dtype = run, parts, denoiser, denoiser.dtype
+    def __init__(self, session: Session, model: ModelMixin, constants: PrecomputedDenoiser | None) -> None:
+        self.session, self.parts, self.model, self.dtype = session, constants, model, model.dtype
+        self.deep = constants.deep if constants else 0  # steps that reuse features run by `ExportedEngine.fallback`
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the table (n, R, S) and the context; S is 1 for a whole denoiser."""
+        """Return the table (n, R, S) and the context, as `PrecomputedDenoiser.constants`."""
         table, context = timesteps[:, None, None], [condition]
         if self.parts is not None:
             table, context = self.parts.constants(timesteps, condition)
@@ -57,63 +66,70 @@ class Exported:
 
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
-    ) -> tuple[Tensor, None]:  # (R, C, h, w)
-        """See `PrecomputedDenoiser`."""
+    ) -> tuple[Tensor, None]:
+        """Return the prediction (R, C, h, w) for latents (R, C, h, w), a row (R, S) and context tensors (R, ...)."""
+        row = row.expand(len(latents), -1)
         if self.parts is not None:
             named = {f"context_{i}": part for i, part in enumerate(context)}
-            return self.run(sample=latents, row=row, **named)["out_sample"], None
+            return self.session(sample=latents, row=row, **named)["out_sample"], None
         (condition,), times = context, row[:, 0]
         if pooled := self.model.config.get("pooled_projection_dim"):
             rows = {"encoder_hidden_states": condition[:, :-1], "pooled_projections": condition[:, -1, :pooled]}
-            return self.run(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
-        return self.run(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
+            return self.session(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
+        return self.session(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
 
     def restore(self) -> None:
-        """See `PrecomputedDenoiser`."""
+        """Undo what was done to the module's weights."""
         if self.parts is not None:
             self.parts.restore()
 
 
 class ExportedEngine(Engine):
-    """An engine of exported files.
+    """An engine that runs exported files; steps that leave out layers (`reuse`) run by PyTorch.
 
     Args:
-        decode: the VAE's decoder; None leaves it to PyTorch.
+        name: "onnx" or "trt".
+        model: the exported denoiser.
+        decode: the exported VAE decoder, see `Engine`; None leaves decoding to PyTorch.
     """
 
-    other: Engine | None = None
+    def __init__(self, name: str, model: ExportedDenoiser, decode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.name, self.model, self.decode, self.graphed = name, model, decode, False
+        self.fallback: Engine | None = None
+        if name == "trt":
+            device = model.model.device
+            self.graphed = device.type == "cuda"
+            self.graphs = StepGraphs(model, operations("triton", device, model.dtype).guided_step)
 
-    def __init__(self, model: Exported, decode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.model, self.decode, self.graphed = model, decode, False
-
-    def stand_in(self, make: Callable[[], Engine]) -> None:
-        """Let another engine do what files cannot: leave layers out of a step (`reuse`)."""
-        self.make, self.model.deep = make, self.model.parts.deep if self.model.parts else 0
-
-    def model_for(self, reuse: int) -> Exported | PrecomputedDenoiser:
-        """See `Engine`."""
+    def model_for(self, reuse: int) -> ExportedDenoiser | PrecomputedDenoiser:
+        """Return the model that runs the steps of an image with this `reuse`."""
         if reuse == 1:
             return self.model
-        self.other = self.other or self.make()
-        return self.other.model
+        self.fallback = self.fallback or Engine("eager", self.model.model)
+        return self.fallback.model
 
 
 class ExportedMapper(nn.Module):
-    """A mapper's file in its place: states (B, N, D) -> condition (B, L, C), pooled vector and all."""
+    """An exported feature mapper with the interface of the module: states (B, N, D) -> condition (B, L, C).
 
-    def __init__(self, run: Run, mapper: FeatureMapper) -> None:
+    Args:
+        session: runs the file.
+        mapper: the module that was exported, for its configuration, dtype and device.
+    """
+
+    def __init__(self, session: Session, mapper: nn.Module) -> None:
         super().__init__()
-        self.run, self.config, self.like = run, mapper.config, mapper.mlp[0].weight
+        self.session, self.config, self.like = session, mapper.config, mapper.mlp[0].weight
 
     def forward(self, states: Tensor) -> Tensor:  # (B, L, C)
-        """See `FeatureMapper`."""
-        made = self.run(states=states)
-        return self._packed(made["condition"], made.get("pooled"))
+        """Return the condition, for Stable Diffusion 3 with the pooled vector in its last row."""
+        outputs = self.session(states=states)
+        return self._packed(outputs["condition"], outputs.get("pooled"))
 
     def unconditional(self, num_vokens: int) -> Tensor:  # (1, L, C)
-        """See `FeatureMapper`; a constant of the file."""
-        made = self.run(states=self.like.new_zeros(1, num_vokens, self.config.llm_width))
-        return self._packed(made["unconditional"], made.get("unconditional_pooled"))
+        """Return the unconditional condition of guidance, a constant of the file."""
+        outputs = self.session(states=self.like.new_zeros(1, num_vokens, self.config.llm_width))
+        return self._packed(outputs["unconditional"], outputs.get("unconditional_pooled"))
 
     def _packed(self, rows: Tensor, pooled: Tensor | None) -> Tensor:
         if pooled is not None:
@@ -121,27 +137,26 @@ class ExportedMapper(nn.Module):
         return rows.to(self.like)
 
 
-def precomputed(diffusion: LatentDiffusion, opset: int = 23) -> PrecomputedDenoiser:
-    """The denoiser in two parts, by operations that every ONNX runtime knows.
+def split_denoiser(generator: LatentDiffusion, opset: int = 23) -> PrecomputedDenoiser:
+    """Return a denoiser in two parts, made of operations that every ONNX runtime knows.
 
-    In half precision GroupNorm stays whole where the opset has one: it is for GPUs, where fused kernels do it.
+    In half precision GroupNorm stays one operation where the opset has it: GPUs have fused kernels for it.
     """
-    model = diffusion.denoiser
+    model = generator.denoiser
     ops = operations("eager", model.device, model.dtype)
     if model.dtype == torch.float32 or opset < GROUP_NORM:
-        ops = dataclasses.replace(ops, group_norm=plain_group_norm)
+        ops = replace(ops, group_norm=plain_group_norm)
     return precompute(model, ops, packed=False, layout=torch.contiguous_format)
 
 
-def plain_group_norm(
-    x: Tensor,  # (B, C, *)
-    weight: Tensor,  # (C)
-    bias: Tensor,  # (C)
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:  # (B, C, *)
-    """GroupNorm with statistics in float32 at any precision; as this, ONNX Runtime does it faster than its own."""
+def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """Return the group norm of x (B, C, *) with statistics in float32 at any precision, followed by SiLU if asked for.
+
+    Exported in this form, ONNX Runtime runs it faster on a CPU than its own GroupNormalization.
+
+    Args:
+        weight, bias: (C).
+    """
     flat = x.float().flatten(2).reshape(len(x), groups, -1)
     normed = nn.functional.instance_norm(flat, eps=eps).reshape(x.shape)
     over = (-1, *[1] * (x.ndim - 2))
@@ -149,84 +164,130 @@ def plain_group_norm(
     return (normed * torch.sigmoid(normed) if silu else normed).to(x.dtype)
 
 
-def engine_of(
-    diffusion: LatentDiffusion, folder: Path, names: Collection[str], load: Callable[[Path], Run]
-) -> ExportedEngine:
-    """An engine of the files in a folder; a decoder that is not among `names` stays in PyTorch.
+def load_engine(generator: LatentDiffusion, folder: Path, backend: str, same_weights: bool = False) -> ExportedEngine:
+    """Return the engine of an exported folder, run by ONNX Runtime ("onnx") or TensorRT ("trt").
 
     Args:
-        load: a file to what runs it.
+        same_weights: the folder is known to be of these weights; do not compare their hashes.
 
     Raises:
-        Mgp5Error: no denoiser is among them.
+        Mgp5Error: the folder holds another model's export or no denoiser, a file in it is missing or damaged, or a
+            TensorRT engine has not been built or was built for another machine.
+    """
+    manifest = open_folder(folder, {} if same_weights else {"denoiser": generator.denoiser, "vae": generator.vae})
+    load = sessions(folder, manifest, backend, generator.denoiser.device)
+    return engine_of(generator, folder, manifest["components"], load, backend)
+
+
+def engine_of(
+    generator: LatentDiffusion, folder: Path, names: Collection[str], load: Load, backend: str = "onnx"
+) -> ExportedEngine:
+    """Return the engine of a folder's components; without `vae_decoder` among the names PyTorch decodes.
+
+    Raises:
+        Mgp5Error: there is no denoiser among the names.
     """
     name = next((name for name in DENOISERS if name in names), None)
     if name is None:
         hint = "export it again with --component unet, or transformer for Stable Diffusion 3"
         raise Mgp5Error(f"{folder} has {', '.join(names)}, expected a denoiser", hint)
-    parts = precomputed(diffusion) if name == "denoiser" else None
-    model = Exported(load(folder / name / "model.onnx"), diffusion.denoiser, parts)
+    constants = split_denoiser(generator) if name == "denoiser" else None
+    model = ExportedDenoiser(load(name), generator.denoiser, constants)
     if "vae_decoder" not in names:
-        return ExportedEngine(model)
-    decoder = load(folder / "vae_decoder" / "model.onnx")
-    return ExportedEngine(model, lambda latents: decoder(latent_sample=latents)["sample"])
+        return ExportedEngine(backend, model)
+    decoder = load("vae_decoder")
+    return ExportedEngine(backend, model, lambda latents: decoder(latent_sample=latents)["sample"])
 
 
-def put_on(diffusion: LatentDiffusion, folder: Path | None) -> ExportedEngine:
-    """The engine of an exported folder, run by ONNX Runtime; None takes the one in the user's own store.
-
-    Raises:
-        Mgp5Error: another model's export, or a file is missing or damaged, or it cannot be exported here.
-    """
-    from .onnx import Session
-
-    device, parts = diffusion.denoiser.device, {"denoiser": diffusion.denoiser, "vae": diffusion.vae}
-    if folder is None:
-        from ..export.job import missing
-        from ..export.store import stored
-
-        if device.type != "cpu" or diffusion.denoiser.dtype != torch.float32:
-            hint = "export it: mgp5 export --onnx --split --precision fp16, and give --exported DIR"
-            raise Mgp5Error(f"nothing is exported for {device.type} by itself", hint, usage=True)
-        if reason := missing():
-            raise Mgp5Error("the denoiser cannot be exported", reason)
-        folder, parts = stored(diffusion), {}  # it was found by a hash of them
-    manifest = open_folder(folder, parts)
-    return engine_of(diffusion, folder, manifest["components"], lambda path: Session(path, device))
-
-
-def open_folder(folder: Path, parts: dict[str, nn.Module]) -> dict[str, Any]:
-    """The manifest of an exported folder, when its files are whole and it was made of these parts.
+def attach_mapper(head: Any, folder: Path, backend: str) -> None:
+    """Run the mapper of a MiniGPT-5 head by its exported file, where the folder has one.
 
     Args:
-        parts: "denoiser", "vae" or "mapper" to the loaded module.
+        head: whose part `mapper` is replaced; other heads are left as they are.
 
     Raises:
-        Mgp5Error: another model's export, or a file is missing or damaged.
+        Mgp5Error: see `load_engine`.
     """
-    from ..export.manifest import check, read_manifest, weights_hash
+    if (mapper := getattr(head, "mapper", None)) is None:
+        return
+    manifest = open_folder(folder, {"mapper": mapper})
+    if "mapper" in manifest["components"]:
+        load = sessions(folder, manifest, backend, next(mapper.parameters()).device)
+        head.mapper = ExportedMapper(load("mapper"), mapper)
+        head.forget_unconditional()
 
+
+def sessions(folder: Path, manifest: Mapping[str, Any], backend: str, device: torch.device) -> Load:
+    """Return what loads components of an exported folder for a backend and a device."""
+    if backend == "trt":
+        from .tensorrt import TensorRTSession, Workspace
+
+        workspace = Workspace(device)
+        return lambda name: TensorRTSession(folder / name, manifest["components"][name], workspace)
+    from .onnx import OnnxSession
+
+    return lambda name: OnnxSession(folder / name / "model.onnx", device)
+
+
+def open_folder(folder: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return the manifest of an exported folder, after its files and the model's weights were compared with it.
+
+    Args:
+        parts: "denoiser", "vae" or "mapper" -> the loaded module.
+
+    Raises:
+        Mgp5Error: the folder holds another model's export, or a file is missing or damaged.
+    """
     manifest = read_manifest(folder)
-    if wrong := [
-        name for name, part in parts.items() if manifest.get("weights", {}).get(name) not in (None, weights_hash(part))
-    ]:
+    hashes = manifest.get("weights", {})
+    if wrong := [name for name, part in parts.items() if hashes.get(name) not in (None, weights_hash(part))]:
         hint = "take that model, or export this one"
         raise Mgp5Error(f"{folder} is an export of {manifest['model']}, with another {', '.join(wrong)}", hint)
-    check(folder, manifest)
+    check_files(folder, manifest)
     return manifest
 
 
-def put_mapper_on(head: MiniGPT5Head, folder: Path, device: torch.device, backend: str) -> None:
-    """Let the mapper of an exported folder do the work of a model's own, where there is one. Raises as `put_on`."""
-    manifest = open_folder(folder, {"mapper": head.mapper})
-    if "mapper" in manifest["components"]:
-        if backend == "trt":
-            from .tensorrt import sessions
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder that `mgp5 export` wrote.
 
-            run = sessions(folder, manifest, device)(folder / "mapper" / "model.onnx")
-        else:
-            from .onnx import Session
+    Raises:
+        Mgp5Error: it is missing, broken, of another version, or names files outside the folder.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        for name, entry in manifest["components"].items():
+            if not entry["files"] or any(Path(file).parts != (name, Path(file).name) for file in entry["files"]):
+                raise ValueError(f"it lists no files of {name}, or others")
+    except (Mgp5Error, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "give a folder that mgp5 export has written"
+        raise Mgp5Error(f"no readable {MANIFEST} in {folder} ({str(error) or type(error).__name__})", hint) from None
+    if (version := manifest.get("format", 1)) != FORMAT:
+        message = f"{folder} was exported by another version of mgp5 (format {version}, expected {FORMAT})"
+        raise Mgp5Error(message, "export it again")
+    return manifest
 
-            run = Session(folder / "mapper" / "model.onnx", device)
-        head.mapper = ExportedMapper(run, head.mapper)
-        head.train(head.training)  # forget what was computed by the old one
+
+def check_files(folder: Path, manifest: Mapping[str, Any], names: Collection[str] = ()) -> None:
+    """Compare the files of the named components, of all if none is named, with their hashes in the manifest.
+
+    Raises:
+        Mgp5Error: a file is missing or damaged.
+    """
+    for name in names or manifest["components"]:
+        for file, expected in manifest["components"][name]["files"].items():
+            path = folder / file
+            if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                state = "is damaged" if path.is_file() else "is missing"
+                raise Mgp5Error(f"{path} {state}: it is not the file that was compared", "copy or export it again")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a hash of a module's weights and their names, in 32 hexadecimal digits.
+
+    It is taken of the weights in bfloat16, so that copies in most precisions have the same hash.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().bfloat16().cpu().contiguous().reshape(-1).view(torch.int16).numpy())
+    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Layers of a denoiser that take what is constant as given: diffusers' modules over the same weights, with less to do.
+"""Layers of a UNet that take constants as inputs: diffusers' layers over the same weights, without the work of making
+them.
 
 Letters: R rows of the guidance batch (2B), C channels, h and w of a map, T tokens (h w), D width, H heads, E width of a
 head, L length of the condition, S columns of a step's row.
@@ -22,7 +23,7 @@ from ..errors import Mgp5Error
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The operations that have kernels; see the references in `mgp5.kernels` for their shapes."""
+    """The operations with fused kernels; `mgp5.kernels` has a PyTorch reference of each, with shapes."""
 
     group_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
@@ -34,47 +35,47 @@ class Ops:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Raise Mgp5Error that names what does not hold: the layers here would compute something else."""
-    if found := [name for holds, name in conditions if not holds]:
-        raise Mgp5Error(f"engines do not know a denoiser with {', '.join(found)}", "take --backend auto")
+    """Raise an Mgp5Error that names what does not hold of (holds, name): with it the layers here would be wrong."""
+    if unknown := [name for holds, name in conditions if not holds]:
+        raise Mgp5Error(f"engines do not know a denoiser with {', '.join(unknown)}", "take --backend auto")
 
 
 class Passthrough(nn.Module):
-    """A module whose result is known: it is given in the place of its first input."""
+    """A layer that returns its first input: the result of the layer it replaces was computed before."""
 
-    def forward(self, known: Tensor, *_: Any) -> Tensor:
-        """The first input."""
-        return known
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """Return the first input."""
+        return x
 
 
 class Linear(nn.Module):
-    """A linear layer or a convolution of single pixels, over the weight of `source`."""
+    """A linear layer or a 1x1 convolution as a linear layer, over the weight of `source`."""
 
     def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.source = source
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        """The projection of the last axis."""
+        """Project the last axis."""
         return F.linear(x, self.source.weight.flatten(1), self.source.bias)
 
 
 class PackedLinear(Linear):
-    """The same for a CPU: of few rows, the product with a weight that lies transposed is a fifth faster."""
+    """The same for a CPU, where few rows are multiplied by a transposed copy of the weight a fifth faster."""
 
     def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
         super().__init__(source)
         self.packed = source.weight.flatten(1).t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        """The projection of the last axis."""
+        """Project the last axis."""
         rows, bias = x.flatten(0, -2), self.source.bias
         out = rows @ self.packed if bias is None else torch.addmm(bias, rows, self.packed)
         return out.view(*x.shape[:-1], -1)
 
 
 class Conv(nn.Module):
-    """A convolution over the weight of `source`; it can be given another bias."""
+    """A convolution over the weight of `source`, with its bias or another one."""
 
     linear = Linear
 
@@ -84,24 +85,24 @@ class Conv(nn.Module):
         self.pixel = self.linear(source) if source.kernel_size == (1, 1) else None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (R, C, h, w)
-        """The convolution; of single pixels in channels-last it is a matrix product."""
+        """Convolve; a 1x1 convolution of a channels-last map is a matrix product."""
         if self.pixel is not None and x.is_contiguous(memory_format=torch.channels_last):
             return self.pixel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.convolve(x, self.source.bias if bias is None else bias)
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
-        """The convolution itself."""
+        """Convolve by PyTorch."""
         return F.conv2d(x, self.source.weight, bias, self.source.stride, self.source.padding)
 
 
 class PackedConv(Conv):
-    """The same with oneDNN on a CPU, whose convolutions otherwise pack their weights again at every call."""
+    """The same by oneDNN on a CPU with weights packed once: by default they are packed again at every call."""
 
     linear = PackedLinear
     packed: Tensor | None = None
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
-        """The convolution itself; weights are packed for the shape that comes first, and right for any."""
+        """Convolve by oneDNN; weights are packed for the first shape, and right for any."""
         source = self.source
         reach = source.padding, source.stride, source.dilation, source.groups
         if self.packed is None:
@@ -110,7 +111,13 @@ class PackedConv(Conv):
 
 
 class Resnet(nn.Module):
-    """A ResNet block. What the time embedding adds to the first convolution is in its bias, columns of a step's row."""
+    """A ResNet block that takes its projected time embedding as the bias of its first convolution.
+
+    Args:
+        block: of diffusers.
+        columns: of a step's row that hold this bias.
+        ops: operations with fused kernels.
+    """
 
     def __init__(self, block: ResnetBlock2D, columns: slice, ops: Ops) -> None:
         super().__init__()
@@ -125,23 +132,29 @@ class Resnet(nn.Module):
 
     @staticmethod
     def bias(block: ResnetBlock2D, embedding: Tensor) -> Tensor:  # (n, 4C) -> (n, C)
-        """The bias of the first convolution at each step."""
+        """Return the bias of the first convolution at each step."""
         active = embedding if block.skip_time_act else block.nonlinearity(embedding)
         return block.time_emb_proj(active) + block.conv1.bias
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
-        """One block."""
+        """Run the block; with R rows in `row` each of x has its own bias."""
         hidden, bias = _normed(self.ops, self.norm1, x), row[:, self.columns]
         if len(row) == 1:
             hidden = self.conv1(hidden, bias[0])
-        else:  # pictures at different steps; exported, this is faster too: ONNX Runtime wants a bias to be constant
+        else:  # images at different steps; in an exported file too, where ONNX Runtime fuses constant biases only
             hidden = self.conv1.convolve(hidden, None) + bias[:, :, None, None]
         hidden = self.conv2(_normed(self.ops, self.norm2, hidden))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
 
 class Transformer(nn.Module):
-    """The transformer of one resolution; its cross-attention is given keys and values."""
+    """The transformer of one resolution, with keys and values of cross-attention as inputs.
+
+    Args:
+        model: of diffusers.
+        first: index of its first block among all blocks of the UNet.
+        ops: operations with fused kernels.
+    """
 
     def __init__(self, model: Transformer2DModel, first: int, ops: Ops) -> None:
         super().__init__()
@@ -151,7 +164,7 @@ class Transformer(nn.Module):
         self.first, self.ops = first, ops
 
     def forward(self, x: Tensor, encoder_hidden_states: list[Tensor], **_: Any) -> tuple[Tensor]:  # (R, C, h, w)
-        """One transformer; `encoder_hidden_states` are keys and values by turns, ours from block `first` on."""
+        """Run the blocks; `encoder_hidden_states` are keys and values of all blocks of the UNet, alternately."""
         hidden = _normed(self.ops, self.norm, x, silu=False).permute(0, 2, 3, 1)  # (R, h, w, C)
         _, height, width, _ = hidden.shape
         hidden = self.proj_in(hidden.flatten(1, 2))  # (R, T, D)
@@ -162,22 +175,26 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to given keys and values, feed-forward."""
+    """A transformer block: self-attention, cross-attention to given keys and values, feed-forward."""
 
     def __init__(self, block: BasicTransformerBlock, ops: Ops) -> None:
         super().__init__()
-        own, cross = block.attn1, block.attn2
+        self_attention, cross = block.attn1, block.attn2
         require(
             (block.norm_type == "layer_norm" and block.pos_embed is None, "unusual transformer blocks"),
-            (not own.is_cross_attention and cross is not None and cross.is_cross_attention, "one kind of attention"),
-            (all(a.norm_q is None and a.added_kv_proj_dim is None for a in (own, cross) if a), "unusual attention"),
+            (not self_attention.is_cross_attention, "two cross-attentions in a block"),
+            (cross is not None and cross.is_cross_attention, "blocks without cross-attention"),
+            (
+                all(a.norm_q is None and a.added_kv_proj_dim is None for a in (self_attention, cross) if a),
+                "unusual attention",
+            ),
             (type(block.ff.net[0]).__name__ == "GEGLU", "feed-forward layers without GEGLU"),
         )
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1, self.attn2, self.ff, self.ops = own, cross, block.ff, ops
+        self.attn1, self.attn2, self.ff, self.ops = self_attention, cross, block.ff, ops
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
-        """One block, keys and values (R, H, L, E)."""
+        """Run the block; key and value are (R, H, L, E)."""
         x = self.norm1(hidden)
         hidden, x = self._add_norm(_attend(self.attn1, x, *keys_and_values(self.attn1, x)), hidden, self.norm2)
         hidden, x = self._add_norm(_attend(self.attn2, x, key, value), hidden, self.norm3)
@@ -188,7 +205,7 @@ class Block(nn.Module):
 
 
 def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (R, L, D) -> (R, H, L, E) twice
-    """What attention reads of x."""
+    """Return the keys and values of an attention layer for x."""
     return _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
 
 

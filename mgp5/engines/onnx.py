@@ -1,4 +1,4 @@
-"""ONNX Runtime: an exported component as a call on PyTorch's tensors."""
+"""Run an exported component by ONNX Runtime on PyTorch's tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 
-# What ONNX Runtime calls a type -> PyTorch's, and its number in ONNX.
+# ONNX Runtime's name of a dtype -> PyTorch's, and its number in ONNX.
 TYPES = {
     "tensor(float)": (torch.float32, 1),
     "tensor(float16)": (torch.float16, 10),
@@ -19,11 +19,15 @@ TYPES = {
 }
 
 
-class Session:
-    """One ONNX file. Called with tensors by the names of its inputs, it gives its outputs by theirs.
+class OnnxSession:
+    """Runs one ONNX file: tensors by the names of its inputs -> tensors by the names of its outputs.
 
-    Tensors are bound where they lie, on the CPU or a GPU: nothing is copied but what has another type or layout. On a
-    GPU work is put on PyTorch's current stream, and nothing waits for it.
+    Tensors are bound at their addresses on the CPU or a GPU; only those of another dtype or layout are copied. On a GPU
+    the work is queued on PyTorch's current stream, and the host does not wait for it.
+
+    Args:
+        path: the file; external data lies beside it.
+        device: where it runs.
 
     Raises:
         Mgp5Error: the file cannot be read, or this ONNX Runtime cannot run on the device.
@@ -32,11 +36,11 @@ class Session:
     def __init__(self, path: Path, device: torch.device) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what it cannot do is raised
+        options.log_severity_level = 4  # errors are raised anyway
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=providers(device))
-        except Exception as error:  # its exceptions share no other base
+        except Exception as error:  # onnxruntime's exceptions share no other base
             reason = str(error).strip().splitlines()[0]
             raise Mgp5Error(f"ONNX Runtime cannot load {path} ({reason})", "export it again") from error
         self.path, self.device = path, device
@@ -46,45 +50,49 @@ class Session:
         self.run_options = onnxruntime.RunOptions()
         if device.type == "cuda":
             self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self.shapes: dict[tuple, list[tuple[int, ...]]] = {}  # of the inputs -> of the outputs
+        self.shapes: dict[tuple, list[tuple[int, ...]]] = {}  # shapes of the inputs -> shapes of the outputs
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Run it; inputs may have any type and device."""
-        given = {name: tensors[name].to(self.device, self.types[name][0]).contiguous() for name in self.inputs}
-        key = tuple(value.shape for value in given.values())
-        if key not in self.shapes:
-            self.shapes[key] = self._run(given, {})
-        shapes = zip(self.outputs, self.shapes[key], strict=True)
-        made = {name: torch.empty(shape, dtype=self.types[name][0], device=self.device) for name, shape in shapes}
-        self._run(given, made)
-        return made
+        """Run the file on inputs of any dtype and device.
 
-    def _run(self, given: dict[str, Tensor], made: dict[str, Tensor]) -> list[tuple[int, ...]]:
-        """Run on bound tensors; outputs that are not given are made and thrown away. Returns the outputs' shapes."""
-        binding, place = self.session.io_binding(), (self.device.type, self.device.index or 0)
-        for name, value in given.items():
-            binding.bind_input(name, *place, self.types[name][1], tuple(value.shape), value.data_ptr())
+        Raises:
+            Mgp5Error: the graph cannot run with these shapes.
+        """
+        inputs = {name: tensors[name].to(self.device, self.types[name][0]).contiguous() for name in self.inputs}
+        key = tuple(value.shape for value in inputs.values())
+        if key not in self.shapes:
+            self.shapes[key] = self._run(inputs, {})
+        shapes = zip(self.outputs, self.shapes[key], strict=True)
+        outputs = {name: torch.empty(shape, dtype=self.types[name][0], device=self.device) for name, shape in shapes}
+        self._run(inputs, outputs)
+        return outputs
+
+    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
+        """Run on bound tensors, outputs without a tensor being dropped; return the shapes of all outputs."""
+        binding, device = self.session.io_binding(), (self.device.type, self.device.index or 0)
+        for name, value in inputs.items():
+            binding.bind_input(name, *device, self.types[name][1], tuple(value.shape), value.data_ptr())
         for name in self.outputs:
-            if name in made:
-                value = made[name]
-                binding.bind_output(name, *place, self.types[name][1], tuple(value.shape), value.data_ptr())
+            if name in outputs:
+                value = outputs[name]
+                binding.bind_output(name, *device, self.types[name][1], tuple(value.shape), value.data_ptr())
             else:
-                binding.bind_output(name, *place)
+                binding.bind_output(name, *device)
         try:
             self.session.run_with_iobinding(binding, self.run_options)
-        except Exception as error:
-            sizes = ", ".join(f"{name} {'x'.join(map(str, value.shape))}" for name, value in given.items())
+        except Exception as error:  # onnxruntime's exceptions share no other base
+            sizes = ", ".join(f"{name} {'x'.join(map(str, value.shape))}" for name, value in inputs.items())
             hint = "image sizes have to be multiples of what the denoiser halves them to"
             raise Mgp5Error(f"ONNX Runtime cannot run {self.path} with {sizes}", hint) from error
         return [tuple(value.shape()) for value in binding.get_outputs()]
 
 
 def providers(device: torch.device) -> list[str | tuple[str, dict[str, str]]]:
-    """What ONNX Runtime runs on. Raises Mgp5Error where it has no such thing."""
+    """Return ONNX Runtime's execution providers for a device. Raises Mgp5Error where it has none."""
     if device.type == "cpu":
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        found = f"this onnxruntime {onnxruntime.__version__} does not run on a {device.type} device"
-        raise Mgp5Error(found, "pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'")
+        message = f"this onnxruntime {onnxruntime.__version__} does not run on a {device.type} device"
+        raise Mgp5Error(message, "pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'")
     stream = {"device_id": str(device.index or 0), "user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
     return [("CUDAExecutionProvider", stream), "CPUExecutionProvider"]

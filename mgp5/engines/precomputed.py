@@ -1,7 +1,8 @@
-"""Denoisers whose constant work is done before the first step: a UNet of Stable Diffusion 1.x and 2.x, and SD 3's.
+"""Denoisers whose constant work is done before the first step: UNets of Stable Diffusion 1.x and 2.x, and SD 3's
+transformer.
 
-Letters: n steps, R rows of the guidance batch (2B), C, h and w of the latents, L and D of the condition, S columns: all
-that layers take of a step's time embedding, side by side.
+Letters: n steps, R rows of the guidance batch (2B), C, h and w of the latents, L and D of the condition, S columns of a
+step's row: the time embeddings of all layers, projected and concatenated.
 """
 
 from __future__ import annotations
@@ -33,41 +34,65 @@ from .layers import (
     keys_and_values,
     require,
 )
-from .sd3_blocks import JointBlock, Modulated
+from .sd3_blocks import JointBlock, ModulatedNorm
 
 ADAPTIVE = (AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX)
 
 
 class PrecomputedDenoiser(Protocol):
-    """A denoiser in two parts. Its modules are a second tree over the same weights: the first stays as it is."""
+    """A `generators.denoising.Denoiser` made of modules that share the weights of the original, which stays usable.
+
+    Attributes:
+        model: the module that runs a step.
+        dtype: of its weights.
+        layout: memory format of its feature maps.
+        deep: channels of the feature that a step can take from an earlier one, see `DeepCacheUNet`; 0 where it cannot.
+    """
 
     model: nn.Module
     dtype: torch.dtype
     layout: torch.memory_format
-    deep: int  # channels of the feature that a step can take of another; 0 where it cannot, see `DeepCacheUNet`
+    deep: int
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Once per image: a table with a row for each of (n) timesteps, and the context that (R, L, D) turns into."""
+        """Compute once per image what does not change from step to step.
+
+        Args:
+            timesteps: (n,).
+            condition: (R, L, D).
+
+        Returns:
+            A table (n, 1 or R, S) with a row for each timestep, and the context, tensors (R, ...).
+        """
 
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One step: latents (R, C, h, w) of any float type to what the model predicts, in its own, and deep feature.
+        """Run one step; return the prediction (R, C, h, w) and the deep feature (R, `deep`, h, w) in `dtype`.
 
         Args:
-            deep: (R, `deep`, h, w), of an earlier step; then what makes it is not run.
+            latents: (R, C, h, w), of any float dtype.
+            row: (1 or R, S), of the table; R rows where images are at different steps.
+            context: of `constants`.
+            deep: feature of an earlier step; the layers that compute it are then left out.
         """
 
     def restore(self) -> None:
-        """Undo what was done to weights."""
+        """Undo changes to the memory layout of the weights."""
 
 
 class PrecomputedUNet:
-    """See `PrecomputedDenoiser`. The context are keys and values of each cross-attention, the table (n, 1, S).
+    """A UNet; see `PrecomputedDenoiser`. The table is (n, 1, S), the context the keys and values of each
+    cross-attention, (R, H, L, E) for H heads of width E.
 
     Args:
-        packed: copy weights into the layouts that a CPU multiplies fastest.
-        layout: of maps, and else of the weights of convolutions.
+        unet: of Stable Diffusion 1.x or 2.x.
+        ops: operations with fused kernels.
+        packed: copy weights into the layouts in which a CPU multiplies fastest.
+        layout: of feature maps, and unless packed of the weights of convolutions.
+
+    Raises:
+        Mgp5Error: the UNet has a part that engines do not know.
     """
 
     def __init__(self, unet: UNet2DConditionModel, ops: Ops, packed: bool, layout: torch.memory_format) -> None:
@@ -77,39 +102,39 @@ class PrecomputedUNet:
         self.source, self.dtype, self.layout = unet, unet.dtype, layout
         self.resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
         self.blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
-        self.model = _twin(unet)
-        # The row comes as the timestep, and goes through both as it is to the ResNet blocks.
-        self.model.get_time_embed = lambda sample, timestep: timestep
-        self.model.time_embedding = Passthrough()
-        self._replace(ops, *((PackedConv, PackedLinear) if packed else (Conv, Linear)))
+        model = _share_weights(unet)
+        # The row is passed as the timestep, and reaches the ResNet blocks unchanged.
+        model.get_time_embed = lambda sample, timestep: timestep
+        model.time_embedding = Passthrough()
+        self._replace_layers(model, ops, *((PackedConv, PackedLinear) if packed else (Conv, Linear)))
         self.deep = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
-        self.model = DeepCacheUNet(self.model)
+        self.model = DeepCacheUNet(model)
         convolutions = [] if packed else [m for m in unet.modules() if isinstance(m, nn.Conv2d)]
-        self.laid = [m for m in convolutions if not m.weight.is_contiguous(memory_format=layout)]
-        self._lay(layout)
+        self.converted = [m for m in convolutions if not m.weight.is_contiguous(memory_format=layout)]
+        self._convert(layout)
 
-    def _replace(self, ops: Ops, conv: type[Conv], linear: type[Linear]) -> None:
-        """Put our layers in the places of diffusers', in the order of `resnets` and `blocks`."""
-        columns, first = iter(_columns([block.conv1.out_channels for block in self.resnets])), 0
-        for name, module in list(self.model.named_modules()):
+    def _replace_layers(self, model: nn.Module, ops: Ops, conv: type[Conv], linear: type[Linear]) -> None:
+        """Replace diffusers' layers by ours, in the order of `resnets` and `blocks`."""
+        columns, first = iter(_slices([block.conv1.out_channels for block in self.resnets])), 0
+        for name, module in list(model.named_modules()):
             if isinstance(module, ResnetBlock2D):
-                self.model.set_submodule(name, Resnet(module, next(columns), ops))
+                model.set_submodule(name, Resnet(module, next(columns), ops))
             elif isinstance(module, Transformer2DModel):
-                self.model.set_submodule(name, Transformer(module, first, ops))
+                model.set_submodule(name, Transformer(module, first, ops))
                 first += len(module.transformer_blocks)
-        for name, module in list(self.model.named_modules()):
+        for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) or name.endswith(("proj_in", "proj_out")):
-                self.model.set_submodule(name, linear(module))
+                model.set_submodule(name, linear(module))
             elif isinstance(module, nn.Conv2d):
-                self.model.set_submodule(name, conv(module))
+                model.set_submodule(name, conv(module))
 
-    def _lay(self, layout: torch.memory_format) -> None:
-        for module in self.laid:
+    def _convert(self, layout: torch.memory_format) -> None:
+        for module in self.converted:
             module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
     @torch.no_grad()
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See `PrecomputedDenoiser`."""
+        """Return the biases of the ResNet blocks at each step (n, 1, S), and keys and values of cross-attention."""
         unet, condition = self.source, condition.to(self.dtype)
         embedding = unet.time_embedding(unet.time_proj(timesteps).to(self.dtype))  # (n, 4C)
         table = torch.cat([Resnet.bias(block, embedding) for block in self.resnets], dim=1)
@@ -117,23 +142,23 @@ class PrecomputedUNet:
 
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:  # (R, C, h, w), (R, deep, h, w)
-        """See `PrecomputedDenoiser`; row (1, S), or (R, S) of pictures at different steps."""
+    ) -> tuple[Tensor, Tensor]:
+        """Run one step: prediction (R, C, h, w) and deep feature (R, `deep`, h, w)."""
         return self.model(latents.to(self.dtype).contiguous(memory_format=self.layout), row, context, deep)
 
     def restore(self) -> None:
-        """See `PrecomputedDenoiser`."""
-        self._lay(torch.contiguous_format)
+        """Give the weights of convolutions their usual layout again."""
+        self._convert(torch.contiguous_format)
 
 
 class DeepCacheUNet(nn.Module):
-    """A UNet as its outermost skip connection, with the last layer of all, around everything else.
+    """A UNet whose inner blocks, all but the outermost skip connection and the last layers, can be left out of a step.
 
-    What everything else makes, the deep feature, changes slowly: a step may take that of an earlier one and run the
-    outermost layers alone (DeepCache, Ma et al., arXiv 2312.00858, section 3, with the shortest branch).
+    Their output, the deep feature, changes slowly: a step may take that of an earlier one and run the outermost layers
+    alone (DeepCache, Ma et al., arXiv 2312.00858, section 3, with the shortest branch).
 
     Args:
-        unet: loses those layers.
+        unet: its outermost layers are moved here.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -150,8 +175,8 @@ class DeepCacheUNet(nn.Module):
 
     def forward(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:  # (R, C, h, w), (R, deep, h, w)
-        """See `PrecomputedDenoiser`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prediction (R, C, h, w) and the deep feature (R, `deep`, h, w), computed where none is given."""
         outer = self.conv_in(latents)
         if deep is None:
             deep = self.inner(outer, row, context, return_dict=False)[0]
@@ -162,9 +187,13 @@ class DeepCacheUNet(nn.Module):
 
 
 class PrecomputedTransformer:
-    """See `PrecomputedDenoiser`. The table (n, R, S) has all modulations, as a third of the weights serve only these.
+    """SD 3's transformer; see `PrecomputedDenoiser`. The table (n, R, S) holds all modulations, for which alone a third
+    of the weights are there. The context is the blocks' first input: it changes from block to block, so that its keys
+    and values are not constant.
 
-    The context is what the blocks begin with: it changes from block to block, so its keys and values are not constant.
+    Args:
+        transformer: of Stable Diffusion 3 or 3.5.
+        ops: operations with fused kernels.
     """
 
     layout = torch.contiguous_format
@@ -173,18 +202,23 @@ class PrecomputedTransformer:
     def __init__(self, transformer: SD3Transformer2DModel, ops: Ops) -> None:
         self.source, self.dtype = transformer, transformer.dtype
         self.norms = [m for m in transformer.modules() if isinstance(m, ADAPTIVE)]
-        self.columns = _columns([norm.linear.out_features for norm in self.norms])
-        self.model = _twin(transformer)
+        self.columns = _slices([norm.linear.out_features for norm in self.norms])
+        self.model = _share_weights(transformer)
         self.model.time_text_embed, self.model.context_embedder = Passthrough(), Passthrough()
         columns = dict(zip(self.norms, self.columns, strict=True))
         for index, block in enumerate(transformer.transformer_blocks):
-            own = columns[block.norm1], columns[block.norm1_context]
-            self.model.transformer_blocks[index] = JointBlock(self.model.transformer_blocks[index], own, ops)
-        self.model.norm_out = Modulated(transformer.norm_out.norm, columns[transformer.norm_out], ops)
+            pair = columns[block.norm1], columns[block.norm1_context]
+            self.model.transformer_blocks[index] = JointBlock(self.model.transformer_blocks[index], pair, ops)
+        self.model.norm_out = ModulatedNorm(transformer.norm_out.norm, columns[transformer.norm_out], ops)
 
     @torch.no_grad()
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See `PrecomputedDenoiser`; the last row of the condition is the pooled vector, as in `StableDiffusion3`."""
+        """Return the modulations at each step (n, R, S) and the embedded context.
+
+        Args:
+            timesteps: (n,).
+            condition: (R, L, D), with the pooled vector in its last row as in `StableDiffusion3`.
+        """
         source, condition = self.source, condition.to(self.dtype)
         embed = source.time_text_embed
         times = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))  # (n, D)
@@ -197,16 +231,25 @@ class PrecomputedTransformer:
 
     def __call__(
         self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
-    ) -> tuple[Tensor, None]:  # (R, C, h, w)
-        """See `PrecomputedDenoiser`; row (R, S)."""
+    ) -> tuple[Tensor, None]:
+        """Run one step with a row (R, S): prediction (R, C, h, w), and no deep feature."""
         return self.model(latents.to(self.dtype), context[0], timestep=row, return_dict=False)[0], None
 
     def restore(self) -> None:
-        """See `PrecomputedDenoiser`; nothing was done."""
+        """Do nothing: the weights are as they were."""
 
 
 def precompute(denoiser: nn.Module, ops: Ops, *, packed: bool, layout: torch.memory_format) -> PrecomputedDenoiser:
-    """Take the constant work out of a denoiser. Raises Mgp5Error where it is of a kind not known here."""
+    """Return a denoiser with its constant work taken out of the steps.
+
+    Args:
+        denoiser: a UNet or SD 3's transformer.
+        ops: operations with fused kernels.
+        packed, layout: of a UNet, see `PrecomputedUNet`.
+
+    Raises:
+        Mgp5Error: a denoiser that engines do not know.
+    """
     if isinstance(denoiser, UNet2DConditionModel):
         return PrecomputedUNet(denoiser, ops, packed, layout)
     if isinstance(denoiser, SD3Transformer2DModel):
@@ -214,13 +257,13 @@ def precompute(denoiser: nn.Module, ops: Ops, *, packed: bool, layout: torch.mem
     raise Mgp5Error(f"engines do not know a denoiser that is a {type(denoiser).__name__}", "take --backend auto")
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy of the modules that shares parameters and buffers."""
+def _share_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of the modules that shares parameters and buffers."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
 
 
-def _columns(widths: Sequence[int]) -> list[slice]:
-    """Columns of these widths, side by side."""
+def _slices(widths: Sequence[int]) -> list[slice]:
+    """Return adjacent slices of these widths."""
     ends = [0]
     for width in widths:
         ends.append(ends[-1] + width)

@@ -1,4 +1,4 @@
-"""Blocks of SD 3's transformer that take what time and pooled text make of them as columns of a step's row.
+"""Blocks of SD 3's transformer that take their modulations, made of time and pooled text, as columns of a step's row.
 
 Letters: R rows of the guidance batch (2B), T tokens of the image, L of the condition, D width, H heads, E width of a
 head, S columns of a row.
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from .layers import Ops, require
 
 
-class Modulated(nn.Module):
-    """An adaptive LayerNorm of scale and shift alone: the last of the model, and of the context in the last block."""
+class ModulatedNorm(nn.Module):
+    """An adaptive LayerNorm of scale and shift alone: the model's last one, and the context's in the last block."""
 
     def __init__(self, norm: nn.LayerNorm, columns: slice, ops: Ops) -> None:
         super().__init__()
@@ -26,16 +26,18 @@ class Modulated(nn.Module):
         self.eps, self.columns, self.ops = norm.eps, columns, ops
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, T, D), (R, S)
-        """The norm at this step."""
+        """Normalize and modulate x."""
         scale, shift = row[:, self.columns].chunk(2, dim=1)
         return self.ops.adaln(x, scale, shift, self.eps)
 
 
 class JointBlock(nn.Module):
-    """One block of both streams.
+    """A block of both streams, image and context.
 
     Args:
-        columns: of the image's modulation, and of the context's.
+        block: of diffusers.
+        columns: of a step's row with the modulations of the image, and of the context.
+        ops: operations with fused kernels.
     """
 
     def __init__(self, block: JointTransformerBlock, columns: tuple[slice, slice], ops: Ops) -> None:
@@ -46,15 +48,15 @@ class JointBlock(nn.Module):
             (block.norm2.weight is None and block.norm1.norm.weight is None, "adaptive norms with weights"),
         )
         self.attn, self.attn2, self.ff, self.ff_context = block.attn, block.attn2, block.ff, block.ff_context
-        self.own, self.context, self.eps, self.ops = columns[0], columns[1], block.norm2.eps, ops
-        self.last = Modulated(block.norm1_context.norm, columns[1], ops) if block.context_pre_only else None
+        self.image, self.context, self.eps, self.ops = columns[0], columns[1], block.norm2.eps, ops
+        self.last = ModulatedNorm(block.norm1_context.norm, columns[1], ops) if block.context_pre_only else None
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
     ) -> tuple[Tensor | None, Tensor]:
-        """Context (R, L, D), None in the last block, and image (R, T, D) after the block, by a row `temb` (R, S)."""
+        """Return context (R, L, D), None in the last block, and image (R, T, D), modulated by a row `temb` (R, S)."""
         hidden, context = hidden_states, encoder_hidden_states
-        shift, scale, gate, *mlp = temb[:, self.own].chunk(6 if self.attn2 is None else 9, dim=1)
+        shift, scale, gate, *mlp = temb[:, self.image].chunk(6 if self.attn2 is None else 9, dim=1)
         x = self.ops.adaln(hidden, scale, shift, self.eps)
         if self.last is None:
             c_shift, c_scale, c_gate, *c_mlp = temb[:, self.context].chunk(6, dim=1)
@@ -76,18 +78,18 @@ class JointBlock(nn.Module):
         return hidden + last[:, None] * ff(x)
 
     def _attend(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention of both streams to both: image (R, T, D) and context (R, L, D)."""
+        """Attend from both streams to both; return image (R, T, D) and context (R, L, D)."""
         attn = self.attn
-        own = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
-        names = attn.add_q_proj(y), attn.add_k_proj(y), attn.add_v_proj(y)
-        others = self._heads(*names, attn.norm_added_q, attn.norm_added_k)
-        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(own, others, strict=True))
+        image = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
+        added = attn.add_q_proj(y), attn.add_k_proj(y), attn.add_v_proj(y)
+        context = self._heads(*added, attn.norm_added_q, attn.norm_added_k)
+        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, context, strict=True))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (R, T + L, D)
         image, context = out.split([x.shape[1], y.shape[1]], dim=1)
         return attn.to_out[0](image), None if self.last else attn.to_add_out(context)
 
     def _attend_again(self, x: Tensor) -> Tensor:  # (R, T, D)
-        """SD 3.5's attention of the image to itself."""
+        """Attend from the image to itself, as SD 3.5 does."""
         attn = self.attn2
         heads = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
         query, key, value = (part.transpose(1, 2) for part in heads)

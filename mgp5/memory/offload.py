@@ -18,10 +18,10 @@ from ..backbones.quantization import Quantize
 from ..errors import Mgp5Error
 from ..files import GiB
 from ..hub import Parts
+from ..options import Backend
 from .generation import Footprint, footprint
 
 if TYPE_CHECKING:
-    from ..engines import Backend
     from ..generators.latent_diffusion import LatentDiffusion
     from ..model import InterleavedModel
 

@@ -20,8 +20,8 @@ LIFT = 40  # how high a jump goes, in pixels of the 3x canvas
 GROUND = 350
 
 
-def draw(scene: Scene, seed: int) -> Image.Image:
-    """Draw a scene as an RGB image of 128 x 128 pixels; `seed` moves figure, scenery and flakes a little."""
+def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
+    """Draw a scene as an RGB image of `size` x `size` pixels; `seed` moves figure, scenery and flakes a little."""
     rng = random.Random(f"draw|{scene.indices()}|{seed}")
     slide = 3 * rng.randint(0, 2 * MARGIN // 3)
     canvas = backdrop(scene.place, scene.weather, rng.randrange(VARIANTS)).crop((slide, 0, slide + SIZE, SIZE))
@@ -42,7 +42,8 @@ def draw(scene: Scene, seed: int) -> Image.Image:
         _swish(figure)
     elif scene.action == "sleeps":
         _snore(figure)
-    return canvas.reduce(3)
+    canvas = canvas.reduce(3)
+    return canvas if size == SIZE // 3 else canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _falling(pen: ImageDraw.ImageDraw, weather: str, rng: random.Random) -> None:

@@ -28,8 +28,12 @@ MAKE_SKY = {"sunny": "sunny", "rainy": "rain", "snowy": "snow", "night": "night"
 LET_SKY = {"sunny": "be sunny", "rainy": "rain", "snowy": "snow", "night": "be night"}
 ACT = {"stands": "stand still", "jumps": "jump", "waves": "wave", "sleeps": "sleep"}
 DOING = {"stands": "standing", "jumps": "jumping", "waves": "waving", "sleeps": "sleeping"}
-SKY_NOW = {"sunny": "The sun is shining.", "rainy": "It is raining.", "snowy": "It is snowing.",
-           "night": "It is night."}  # fmt: skip
+SKY_NOW = {
+    "sunny": "The sun is shining.",
+    "rainy": "It is raining.",
+    "snowy": "It is snowing.",
+    "night": "It is night.",
+}
 HERE = ("Here {she} is.", "Here you are.", "Of course, here {she} is.", "Sure, here is the {species}.",
         "Here is {short}.")  # fmt: skip
 LOOK = (("What do you see in this picture?", "I see"), ("Who is this?", "This is"),

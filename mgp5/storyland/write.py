@@ -48,7 +48,7 @@ def write(
     stories: int,
     dialogs: int,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `out/cc3m`, `out/vist` and `out/mmdialog`; a set of which zero items are asked for is left out.
 
@@ -64,12 +64,16 @@ def write(
     Raises:
         Mgp5Error: the split or a number is not valid, or `out` is not an empty folder.
     """
+    out = Path(out)
     counts = {"cc3m": pairs, "vist": stories, "mmdialog": dialogs}
     _check(out, split, counts)
-    writers = zip(counts.items(), (_cc3m, _vist, _mmdialog), strict=True)
-    items = (item for (name, count), writer in writers if count for item in writer(out / name, split, count, seed))
-    for done, _ in enumerate(items, 1):
-        progress(done, sum(counts.values()))
+    done, total = 0, sum(counts.values())
+    for (name, count), writer in zip(counts.items(), (_cc3m, _vist, _mmdialog), strict=True):
+        if count:
+            for _ in writer(out / name, split, count, seed):
+                done += 1
+                if progress:
+                    progress(done, total)
 
 
 def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:

@@ -1,4 +1,4 @@
-"""Proof that exported files compute what PyTorch does: each component at other batches and sizes, and a whole image."""
+"""Compare exported files with PyTorch: each component at other batches and sizes than its example, and an image."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from ..engines import Engine
-from ..engines.exported import Run
-from ..engines.onnx import Session
+from ..engines.exported import Session
+from ..engines.onnx import OnnxSession
 from ..errors import Mgp5Error
 from ..generators.latent_diffusion import LatentDiffusion
-from .specs import Component
+from .components import Component
 
 CPU = torch.device("cpu")
 STEPS, GUIDANCE = 20, 7.5
-# Other sizes than the exported example's, batch 2 and 2x3 units: in units of it, and lengths of a condition.
+# The example has batch 2 and 2x3 units of latents. Height and width are in units of latents, length in tokens.
 CASES = (
     {"batch": 1, "height": 2, "width": 2, "steps": 1},
     {"batch": 3, "height": 3, "width": 2, "length": 5, "steps": 4},
     {"batch": 4, "height": 2, "width": 4, "steps": 20},
 )
+HINT = "nothing was written: try --precision fp32 or another --opset"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,8 @@ class Limit:
 
     Args:
         relative: greatest difference, in units of the greatest value.
-        cosine: least, between outputs as vectors.
-        psnr: least, of the image in dB.
+        cosine: least cosine between the outputs as vectors.
+        psnr: least PSNR of the image, in dB.
     """
 
     relative: float
@@ -46,7 +47,7 @@ class Limit:
     psnr: float
 
 
-# ONNX Runtime has no bf16 on a CPU: such a file is proved with its weights as they are and arithmetic in float32.
+# ONNX Runtime has no bf16 on a CPU: such a file is compared with its weights as they are and arithmetic in float32.
 LIMITS = {
     "fp32": Limit(relative=1e-3, cosine=0.99999, psnr=40.0),
     "fp16": Limit(relative=3e-2, cosine=0.9995, psnr=30.0),
@@ -54,15 +55,16 @@ LIMITS = {
 }
 
 
-def prove(component: Component, run: Run, limit: Limit, unit: int) -> list[dict[str, Any]]:
-    """Run a component by PyTorch and by `run` at all sizes of `CASES`; one row for each.
+def compare(component: Component, session: Session, limit: Limit, unit: int) -> list[dict[str, Any]]:
+    """Run a component by PyTorch and by its file at all sizes of CASES; return a row of differences for each.
 
     Args:
         component: in float32.
+        session: runs the file.
         unit: least height and width of latents.
 
     Raises:
-        Mgp5Error: a difference beyond the limit.
+        Mgp5Error: a difference exceeds the limit.
     """
     rows = []
     for case in _cases(component, unit):
@@ -70,56 +72,59 @@ def prove(component: Component, run: Run, limit: Limit, unit: int) -> list[dict[
         inputs = {name: _input(component, name, case, generator) for name in component.inputs}
         with torch.no_grad():
             expected = component.module(*inputs.values())
-        found = run(**inputs)
-        told = [difference(value, found[name]) for name, value in zip(component.outputs, expected, strict=True)]
-        columns = {key: torch.tensor([one[key] for one in told]) for key in told[0]}  # whose extremes keep a NaN
+        outputs = session(**inputs)
+        pairs = zip(component.outputs, expected, strict=True)
+        differences = [difference(value, outputs[name]) for name, value in pairs]
+        columns = {key: torch.tensor([one[key] for one in differences]) for key in differences[0]}  # extremes keep NaN
         worst = {k: float(v.min() if k == "cosine" else v.max()) for k, v in columns.items()}
         rows.append(case | worst)
         # Not the other way round: a NaN must not pass.
         if not (worst["relative"] <= limit.relative and worst["cosine"] >= limit.cosine):
-            found_it = f"{component.name} differs from PyTorch by {worst['relative']:.2g} of its range at {case}"
-            expected_it = f"expected at most {limit.relative:g} and a cosine of {limit.cosine:g} (it is"
-            raise Mgp5Error(f"{found_it}, {expected_it} {worst['cosine']:.6f})", "nothing was written: " + ADVICE)
+            found = f"{component.name} differs from PyTorch by {worst['relative']:.2g} of its range at {case}"
+            expected = f"expected at most {limit.relative:g} and a cosine of {limit.cosine:g} (it is"
+            raise Mgp5Error(f"{found}, {expected} {worst['cosine']:.6f})", HINT)
     return rows
 
 
-ADVICE = "try --precision fp32 or another --opset"
-
-
-def prove_image(
-    diffusion: LatentDiffusion,
-    condition: Tensor,  # (1, L, D)
-    unconditional: Tensor,  # (1, L, D)
+def compare_image(
+    generator: LatentDiffusion,
+    condition: Tensor,
+    unconditional: Tensor,
     engine: Engine,
     limit: Limit,
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    """A whole guided image of `STEPS` steps from the same noise, by PyTorch and by an engine of the exported files.
+    """Draw a guided image of STEPS steps from the same noise by PyTorch and by an engine; return the differences.
+
+    Args:
+        condition, unconditional: (1, L, D).
+        engine: of the exported files.
+        size: (height, width) in pixels.
 
     Raises:
         Mgp5Error: the images differ beyond the limit.
     """
-    made = []
-    for use in (None, engine):
-        diffusion.engine = use
-        generators = [torch.Generator().manual_seed(0)]
+    results = []
+    for attached in (None, engine):
+        generator.engine = attached
         options = {"steps": STEPS, "guidance": GUIDANCE, "height": size[0], "width": size[1]}
-        *_, latents = diffusion.draw(condition, unconditional, generators=generators, **options)
-        made.append((latents, diffusion.decode(latents) / 2 + 0.5))
-    diffusion.engine = None
-    (latents, image), (own_latents, own_image) = made
-    decibels = psnr(image, own_image)
-    told = {"steps": STEPS, "guidance": GUIDANCE, "size": list(size), "psnr": round(decibels, 1)}
-    told |= {f"image_{name}": value for name, value in difference(image, own_image).items()}
-    told |= {f"latents_{name}": value for name, value in difference(latents, own_latents).items()}
+        rng = torch.Generator().manual_seed(0)
+        *_, latents = generator.draw(condition, unconditional, generators=[rng], **options)
+        results.append((latents, generator.decode(latents) / 2 + 0.5))
+    generator.engine = None
+    (latents, image), (exported_latents, exported_image) = results
+    decibels = psnr(image, exported_image)
+    row = {"steps": STEPS, "guidance": GUIDANCE, "size": list(size), "psnr": round(decibels, 1)}
+    row |= {f"image_{name}": value for name, value in difference(image, exported_image).items()}
+    row |= {f"latents_{name}": value for name, value in difference(latents, exported_latents).items()}
     if not decibels >= limit.psnr:
         found = f"an image of {STEPS} steps is {decibels:.1f} dB from PyTorch's, expected at least {limit.psnr:g}"
-        raise Mgp5Error(found, "nothing was written: " + ADVICE)
-    return told
+        raise Mgp5Error(found, HINT)
+    return row
 
 
 def difference(expected: Tensor, found: Tensor) -> dict[str, float]:
-    """Greatest difference, the same in units of the greatest value, and the cosine between both as vectors."""
+    """Return the greatest difference, the same in units of the greatest value, and the cosine as vectors."""
     one, other = expected.double().flatten(), found.double().flatten()
     largest = float((one - other).abs().max())
     cosine = float(torch.dot(one, other) / (one.norm() * other.norm()).clamp_min(1e-300))
@@ -127,23 +132,23 @@ def difference(expected: Tensor, found: Tensor) -> dict[str, float]:
 
 
 def psnr(expected: Tensor, found: Tensor) -> float:
-    """Of pixels in [0, 1], in dB; 200 where they are equal."""
+    """Return the PSNR of pixels in [0, 1], in dB; 200 where they are equal."""
     error = float((expected.double() - found.double()).square().mean())
     return -10 * math.log10(max(error, 1e-20)) if math.isfinite(error) else math.nan
 
 
-def runner(path: Path, precision: str) -> Run:
-    """An ONNX file as a call on the CPU, to compare it with PyTorch."""
+def load_session(path: Path, precision: str) -> Session:
+    """Return a session of an ONNX file on the CPU; of a bf16 file with arithmetic in float32."""
     if precision != "bf16":
-        return Session(path, CPU)
+        return OnnxSession(path, CPU)
     with TemporaryDirectory(dir=path.parent) as folder:
         wide = Path(folder) / "model.onnx"
         onnx.save(_widened(onnx.load(path)), wide, save_as_external_data=True)
-        return Session(wide, CPU)
+        return OnnxSession(wide, CPU)
 
 
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with bf16 as float32; the weights stay what they are."""
+    """Replace bf16 by float32 in a graph; the values of the weights stay."""
     half, full = TensorProto.BFLOAT16, TensorProto.FLOAT
 
     def widen(tensor: TensorProto) -> None:
@@ -165,18 +170,18 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _cases(component: Component, unit: int) -> Iterator[dict[str, int]]:
-    """Sizes of the dimensions that this component has, each combination once."""
-    own = {name for axes in component.axes.values() for name in axes.values()}
+    """Yield sizes of the dimensions that a component has, each combination once."""
+    names = {name for axes in component.axes.values() for name in axes.values()}
     seen = []
     for case in CASES:
-        sizes = {k: v * unit if k in ("height", "width") else v for k, v in case.items() if k in own}
+        sizes = {k: v * unit if k in ("height", "width") else v for k, v in case.items() if k in names}
         if sizes not in seen:
             seen.append(sizes)
             yield sizes
 
 
 def _input(component: Component, name: str, case: dict[str, int], generator: torch.Generator) -> Tensor:
-    """A random tensor of a case's shape; timesteps are in [0, 1000)."""
+    """Return a random tensor of a case's shape; timesteps are in [0, 1000)."""
     shape = list(component.inputs[name].shape)
     for axis, dimension in component.axes[name].items():
         shape[axis] = case.get(dimension, shape[axis])

@@ -1,0 +1,102 @@
+"""Denoisers exported into the user's cache, for the ONNX engine of a CPU: written once for each set of weights."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import engines
+from ..device import user_cache
+from ..engines import Backend, BackendChoice
+from ..engines.engine import packing_pays
+from ..errors import Mgp5Error
+from ..files import digest
+from .request import NEEDED, ExportRequest, missing
+
+if TYPE_CHECKING:
+    from ..generators.latent_diffusion import LatentDiffusion
+
+COMPONENTS = ("denoiser", "vae_decoder")
+VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster
+TINY = 1_000_000  # parameters; a denoiser below draws at once anyway
+
+
+def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
+    """Attach an engine as `engines.apply` does, which for `onnx`, and for `auto` where it pays, is that of the cache.
+
+    Args:
+        exported: folder that `mgp5 export` wrote of this model, for `onnx` and `trt`; None takes the cache.
+
+    Raises:
+        Mgp5Error: see `engines.apply` and `cached_denoiser`.
+    """
+    if exported or backend not in ("auto", "onnx"):
+        return engines.apply(generator, backend, exported)
+    if backend == "onnx":
+        choice = engines.select_backend("onnx", generator.denoiser.device, generator.denoiser.dtype)
+        _attach(generator)
+        return choice
+    note = ""
+    if export_pays(generator):
+        try:
+            _attach(generator)
+            return BackendChoice("onnx", "by ONNX Runtime, the fastest on a CPU")
+        except Mgp5Error as error:
+            note = f" (not onnx: {error})"
+    choice = engines.apply(generator, "auto")
+    return replace(choice, why=choice.why + note)
+
+
+def export_pays(generator: LatentDiffusion) -> bool:
+    """Return whether `auto` exports a denoiser: on a CPU, neither tiny nor so large that it gains little."""
+    size = sum(p.numel() for p in generator.denoiser.parameters())
+    return packing_pays(generator.denoiser) and size > TINY and not missing()
+
+
+def _attach(generator: LatentDiffusion) -> None:
+    from ..engines.exported import load_engine
+
+    engines.remove(generator)
+    generator.engine = load_engine(generator, cached_denoiser(generator), "onnx", same_weights=True)
+
+
+def cached_denoiser(generator: LatentDiffusion) -> Path:
+    """Return the folder of a generator's denoiser and VAE decoder, exported first where it is not there (stderr says
+    so).
+
+    Args:
+        generator: on the CPU in float32.
+
+    Raises:
+        Mgp5Error: it is elsewhere, packages are missing, the folder cannot be written, or the files compute something
+            else.
+    """
+    from ..engines.exported import weights_hash
+
+    denoiser = generator.denoiser
+    if denoiser.device.type != "cpu" or denoiser.dtype != torch.float32:
+        hint = "export it: mgp5 export --onnx --split --precision fp16, and give --exported DIR"
+        raise Mgp5Error(f"nothing is exported for {denoiser.device.type} by itself", hint, usage=True)
+    if reason := missing():
+        raise Mgp5Error("the denoiser cannot be exported", reason)
+    key = {"version": VERSION, "config": dict(denoiser.config)}
+    key |= {"versions": {name: version(name) for name in ("mgp5", "torch", "diffusers", *NEEDED)}}
+    key |= {"denoiser": weights_hash(denoiser), "vae": weights_hash(generator.vae)}
+    folder = user_cache() / "onnx" / digest(key)
+    if not (folder / "manifest.json").is_file():
+        from .exportable import Exportable
+        from .run import write_export
+
+        sys.stderr.write(f"exporting the denoiser to ONNX, once: it is kept in {folder}\n")
+        request = ExportRequest(onnx=True, out=folder, components=COMPONENTS, split=True, image=False)
+        try:
+            write_export(Exportable(name="its own weights", generator=generator), request, folder)
+        except Mgp5Error:
+            if not (folder / "manifest.json").is_file():  # else another process was faster
+                raise
+    return folder

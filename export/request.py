@@ -1,0 +1,107 @@
+"""What to export, as plain values (no torch here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import Mgp5Error
+
+COMPONENTS = ("mapper", "unet", "transformer", "vae_decoder", "condition", "denoiser")
+SPLIT = ("condition", "denoiser")  # components of a denoiser in two parts
+PRECISIONS = ("fp32", "fp16", "bf16")
+OPSETS = (23, 20, 18)
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How TensorRT engines are built; their precision is that of the ONNX files.
+
+    Each component becomes one engine for all shapes between the smallest and the greatest of these; it is fastest at
+    the first of them.
+
+    Args:
+        batches: rows of the denoiser: 2 for one image with guidance, 1 without.
+        sizes: (height, width) of the latents; empty takes the model's native size.
+        level: of optimization, 0 to 5: higher searches longer for faster kernels.
+
+    Raises:
+        Mgp5Error: values out of range; all of them are named.
+    """
+
+    batches: tuple[int, ...] = (2, 1)
+    sizes: tuple[tuple[int, int], ...] = ()
+    level: int = 3
+
+    def __post_init__(self) -> None:
+        numbers = [*self.batches, *(side for size in self.sizes for side in size)]
+        problems = []
+        if not self.batches or not all(isinstance(number, int) and number > 0 for number in numbers):
+            problems.append(f"batches {self.batches} and sizes {self.sizes}, expected positive whole numbers")
+        if self.level not in range(6):
+            problems.append(f"level {self.level}, expected 0 to 5")
+        if problems:
+            raise Mgp5Error("; ".join(problems), "correct the options of --trt", usage=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export and where to.
+
+    Args:
+        model: a name, a hub id or a folder.
+        onnx: write ONNX files to `out` and compare them with PyTorch.
+        trt: build TensorRT engines, of the folder `source`, or of `out` after its ONNX files were written.
+        out: new folder for the ONNX files.
+        source: folder that was exported before.
+        components: names of COMPONENTS; empty takes all that the model has.
+        precision: dtype of weights and arithmetic, one of PRECISIONS.
+        opset: version of ONNX's operators, one of OPSETS.
+        split: also export `condition`, all that is constant over the steps, and `denoiser`, which takes it.
+        size: (height, width) in pixels of the image that is compared; None takes the native size, at most 256.
+        image: whether an image is compared.
+        engine: how engines are built.
+
+    Raises:
+        Mgp5Error: all that is wrong with the request.
+    """
+
+    model: str = "demo"
+    onnx: bool = False
+    trt: bool = False
+    out: Path | None = None
+    source: Path | None = None
+    components: tuple[str, ...] = ()
+    precision: str = "fp32"
+    opset: int = 23
+    split: bool = False
+    size: tuple[int, int] | None = None
+    image: bool = True
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not (self.onnx or self.trt):
+            problems.append("nothing to do: give --onnx, or --trt, which writes the ONNX files first")
+        if (self.source is None) == (self.out is None) or (self.source and self.onnx):
+            problems.append("expected either --out DIR for new ONNX files or, with --trt alone, --from DIR")
+        if unknown := [name for name in self.components if name not in COMPONENTS]:
+            problems.append(f"no component {', '.join(unknown)}, expected {', '.join(COMPONENTS)}")
+        if self.out and not self.split and (lacking := [name for name in self.components if name in SPLIT]):
+            problems.append(f"component {', '.join(lacking)} needs --split")
+        if self.precision not in PRECISIONS:
+            problems.append(f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")
+        if self.opset not in OPSETS:
+            problems.append(f"opset is {self.opset}, expected {', '.join(map(str, OPSETS))}")
+        if self.size and min(self.size) < 1:
+            problems.append(f"size is {self.size}, expected positive numbers of pixels")
+        if problems:
+            raise Mgp5Error("; ".join(problems), usage=True)
+
+
+def missing() -> str:
+    """Return what has to be installed before anything can be exported, or ""."""
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    return f"{', '.join(lacking)} not installed: pip install 'mgp5[export]'" if lacking else ""

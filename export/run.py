@@ -1,0 +1,229 @@
+"""Export a model: write ONNX files into a temporary folder, compare them with PyTorch, rename it; build engines."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import DTYPES, limit_threads_for_small_models
+from ..engines import trt_refusal
+from ..engines.exported import DENOISERS, FORMAT, MANIFEST, Session, check_files, engine_of, read_manifest, weights_hash
+from ..errors import Mgp5Error
+from ..files import GiB, replacing, write_json
+from ..generators import PIPELINES
+from ..generators.latent_diffusion import load_part
+from ..hub import from_hub
+from .exportable import Exportable, load_exportable
+from .request import NEEDED, ExportRequest, missing
+
+GREATEST_SIDE = 256  # pixels of the compared image: 20 steps of a larger one take long
+LIBRARIES = ("mgp5", "torch", "diffusers", *NEEDED)
+PIPELINE_PARTS = ("unet", "transformer", "vae_decoder")  # that optimum's ONNX Runtime pipelines read
+Tell = Callable[[str], None]  # takes a line for the user
+
+
+def silent(line: str) -> None:
+    """Drop a line that is meant for the user."""
+
+
+def export(request: ExportRequest, tell: Tell = silent) -> Path:
+    """Export what a request says and return the folder with manifest.json.
+
+    Args:
+        request: what and where to.
+        tell: is given a line about each component and each engine.
+
+    Raises:
+        Mgp5Error: no such model or component, packages that are not installed, a folder that is not free, a full disk,
+            files that compute something else than PyTorch, or no TensorRT or GPU to build engines with.
+    """
+    folder = request.out or request.source
+    if request.out:
+        if reason := missing():
+            raise Mgp5Error("nothing was exported", reason)
+        require_free(request.out)  # before anything is loaded
+        model = load_exportable(request.model, request.components)
+        limit_threads_for_small_models(model.generator)
+        write_export(model, request, request.out, tell)
+        tell(f"The ONNX files are in {request.out}")
+    if request.trt:
+        for plan in _build_engines(folder, request, tell):
+            tell(f"The TensorRT engine is in {plan}")
+    return folder
+
+
+def _build_engines(folder: Path, request: ExportRequest, tell: Tell) -> list[Path]:
+    """Build the engines of an exported folder, from its files alone: those of the named components, or if none is
+    named those that `--backend trt` runs."""
+    manifest, device = read_manifest(folder), torch.device("cuda")
+    entries = manifest["components"]
+    if unknown := [name for name in request.components if name not in entries]:
+        message = f"{folder} has no {', '.join(unknown)}, it has {', '.join(entries)}"
+        raise Mgp5Error(message, "name one of these", usage=True)
+    if reason := trt_refusal(device):
+        raise Mgp5Error(
+            f"no TensorRT engine was built: {reason}",
+            f"the ONNX files in {folder} are all that is needed: take the folder to a machine with an NVIDIA GPU, "
+            f"pip install 'mgp5[export-gpu]' there, and run mgp5 export --trt --from {folder.resolve().name}",
+        )
+    from .tensorrt import build_engine
+
+    denoiser = next((name for name in DENOISERS if name in entries), "")
+    names = request.components or tuple(name for name in entries if name in ("mapper", "vae_decoder", denoiser))
+    check_files(folder, manifest, names)
+    return [build_engine(folder, name, manifest, request.engine, tell, device) for name in names]
+
+
+def require_free(out: Path) -> None:
+    """Raise Mgp5Error unless `out` does not exist or is an empty folder."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        manifest = read_manifest(out)
+        content = f"an export of {manifest.get('model')} in {manifest.get('precision')}"
+    except Mgp5Error:
+        content = "other files"
+    raise Mgp5Error(f"--out {out} holds {content} already", "choose another --out, or remove it", usage=True)
+
+
+def write_export(model: Exportable, request: ExportRequest, out: Path, tell: Tell = silent) -> dict[str, Any]:
+    """Write components to `out` and compare them with PyTorch; `out` appears whole or not at all.
+
+    The model's weights are rounded to the requested precision in place.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        Mgp5Error: a component that the model lacks, a folder that is not free, a full disk, or files that compute
+            something else.
+    """
+    require_free(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as folder:
+            manifest = _fill(model, request, folder, tell)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "make room there or choose another --out"
+        raise Mgp5Error(f"--out {out} cannot be written ({reason})", hint) from error
+    return manifest
+
+
+def _fill(model: Exportable, request: ExportRequest, folder: Path, tell: Tell) -> dict[str, Any]:
+    """Write everything into `folder`, the manifest last."""
+    from .components import components
+
+    generator, parts = model.generator, model.parts
+    hashes = {name: weights_hash(part) for name, part in parts.items()}
+    makers = components(model, request.split, request.opset)
+    names = request.components or tuple(makers)
+    if unknown := [name for name in names if name not in makers]:
+        raise Mgp5Error(f"no component {', '.join(unknown)}", f"this model has {', '.join(makers)}", usage=True)
+    for part in parts.values():
+        part.to(DTYPES[request.precision])
+    entries = {name: _write(makers[name], folder, request, tell) for name in names}
+    for part in parts.values():
+        part.float()  # PyTorch now has the rounded weights, and computes in float32
+    image = _compare(model, makers, folder, request, entries, tell)
+    native = generator.native_size
+    manifest = {
+        "format": FORMAT,
+        "mgp5": version("mgp5"),
+        "model": model.name,
+        "kind": type(generator).__name__,
+        "weights": hashes,
+        "precision": request.precision,
+        "opset": request.opset,
+        "native": list(generator.latent_shape(native, native)[1:]),
+        "length": generator.condition_shape[0] - bool(generator.pooled_width),
+        "components": entries,
+        "image": image,
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB, 2),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    if model.source:
+        _write_pipeline(model, names, folder)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _write(make: Callable[[], Any], folder: Path, request: ExportRequest, tell: Tell) -> dict[str, Any]:
+    """Write one component and return its entry in the manifest, without the comparison."""
+    from .onnx import describe, write
+
+    started, component = time.monotonic(), make()
+    tell(f"{component.name}: exporting")
+    write(component, folder / component.name, request.opset)
+    if component.config:
+        write_json(folder / component.name / "config.json", component.config)
+    entry = describe(folder, component.name, request.precision)
+    return entry | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _compare(
+    model: Exportable,
+    makers: dict[str, Callable[[], Any]],
+    folder: Path,
+    request: ExportRequest,
+    entries: dict[str, Any],
+    tell: Tell,
+) -> dict[str, Any]:
+    """Add its differences to the entry of each component; return those of the image ({} without a denoiser)."""
+    from . import parity
+    from .components import latent_unit
+
+    limit, unit = parity.LIMITS[request.precision], latent_unit(model.generator)
+    denoiser = next((name for name in DENOISERS if name in entries), None) if request.image else None
+    sessions: dict[str, Session] = {}  # that the image needs: each may hold gigabytes
+    for name, entry in entries.items():
+        session = None  # frees the one before
+        session = parity.load_session(folder / name / "model.onnx", request.precision)
+        entry["parity"] = parity.compare(makers[name](), session, limit, unit)
+        if denoiser and name in (denoiser, "vae_decoder"):
+            sessions[name] = session
+        size = sum(file["bytes"] for file in entry["files"].values()) / 1e6
+        worst = max(row["relative"] for row in entry["parity"])
+        nodes = sum(entry["nodes"].values())
+        tell(f"{name}: {nodes} nodes, {size:.1f} MB, {worst:.1g} of its range from PyTorch ({entry['seconds']} s)")
+    if denoiser is None:
+        return {}
+    tell(f"drawing an image of {parity.STEPS} steps by PyTorch and by the files")
+    engine = engine_of(model.generator, folder, entries, sessions.__getitem__)
+    side = min(model.generator.native_size, GREATEST_SIDE)
+    image = parity.compare_image(model.generator, *_conditions(model), engine, limit, request.size or (side, side))
+    tell(f"the image is {image['psnr']} dB from PyTorch's")
+    return image
+
+
+def _conditions(model: Exportable) -> tuple[Tensor, Tensor]:  # (1, L, D) twice
+    """Return a condition and an unconditional one: the mapper's, of random states, or random ones."""
+    generator = torch.Generator().manual_seed(1)
+    if model.mapper is None or model.unconditional is None:
+        made = torch.randn(2, *model.generator.condition_shape, generator=generator)
+        return made[:1], made[1:]
+    states = torch.randn(1, model.num_vokens, model.mapper.config.llm_width, generator=generator)
+    with torch.no_grad():
+        return model.mapper(states), model.unconditional
+
+
+def _write_pipeline(model: Exportable, names: tuple[str, ...], folder: Path) -> None:
+    """Write what else optimum's pipelines need to read the folder: model_index.json and the scheduler's config."""
+    from diffusers import DDIMScheduler
+
+    config = from_hub(model.source, lambda name, at: load_part(DDIMScheduler.load_config, name, "scheduler", at))
+    classes = {name: kind for kind, (_, name) in PIPELINES.items()}
+    index: dict[str, Any] = {"_class_name": classes[type(model.generator).__name__]}
+    index |= {"scheduler": ["diffusers", config["_class_name"]]}
+    index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in names if name in PIPELINE_PARTS}
+    index |= {key: [None, None] for key in ("feature_extractor", "safety_checker", "text_encoder", "tokenizer")}
+    write_json(folder / "model_index.json", index)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", dict(config))
