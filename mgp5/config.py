@@ -1,4 +1,4 @@
-"""Configurations of models and of training, as frozen values; presets are functions."""
+"""Configurations of models and training as frozen dataclasses, and presets of the training stages."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class MapperConfig:
 
     Args:
         llm_width: D, width of the LLM's hidden states (4096 for a 7B LLaMA).
-        width: C, width of the diffusion model's condition (1024 for Stable Diffusion 2.1).
-        queries: L, length of the condition in rows.
+        width: C, width of the generator's condition (1024 for Stable Diffusion 2.1).
+        queries: L, length of the condition.
         encoder_layers: transformer layers over the vokens.
         decoder_layers: transformer layers over the queries.
         heads: attention heads; must divide the width of the transformer.
         ffn_ratio: hidden width of the feed-forward layers, in units of the transformer's width.
-        inner: W, width of the transformer where it is not C; 0 is C, and then there is no output projection.
-        pooled: P, length of the pooled vector in the last row (2048 for Stable Diffusion 3), 0 where there is none.
-        kind: "decoder-only" is the paper's ablation (table 7): the vokens alone run through causal layers, and what
-            comes out is padded with zeros to L rows.
+        inner: width of the transformer, with an output projection to C; 0: its width is C, without a projection.
+        pooled: width of the pooled vector in the last row (2048 for Stable Diffusion 3), 0 without one.
+        kind: "decoder-only" is the paper's ablation (table 7): causal layers over the vokens only, whose output is
+            padded with zeros to L rows.
 
     Raises:
-        Mgp5Error: a value that cannot be; all of them are named.
+        Mgp5Error: a value is out of range; the message names all of them.
     """
 
     llm_width: int
@@ -47,12 +47,11 @@ class MapperConfig:
     kind: Literal["encoder-decoder", "decoder-only"] = "encoder-decoder"
 
     def __post_init__(self) -> None:
-        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         least = dict.fromkeys(("inner", "pooled"), 0)
         problems = [
             f"{name} is {value}, expected at least {least.get(name, 1)}"
-            for name, value in counts.items()
-            if value < least.get(name, 1)
+            for name, value in vars(self).items()
+            if isinstance(value, int) and value < least.get(name, 1)
         ]
         if self.heads >= 1 and self.transformer_width % self.heads:
             problems.append(f"width {self.transformer_width} is not a multiple of heads {self.heads}")
@@ -67,20 +66,19 @@ class MapperConfig:
 
     @property
     def transformer_width(self) -> int:
-        """W."""
+        """Return the width of the transformer."""
         return self.inner or self.width
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniGPT5Config:
-    """What the head of MiniGPT-5 is built from.
+    """The configuration of the head of MiniGPT-5.
 
     Args:
-        num_vokens: n, 1 to 16.
+        num_vokens: K, 1 to 16.
         mapper: shape of the feature mapper.
-        unconditional: where the unconditional condition of guidance comes from: the mapper at zeros, or, of a model
-            trained without guidance dropout, the generator's own encoding of the empty text (the paper's ablation,
-            section 4.4).
+        unconditional: source of the unconditional condition: the mapper at zeros, or the generator's encoding of the
+            empty text, for a model trained without guidance dropout (the paper's ablation, section 4.4).
     """
 
     num_vokens: int = 8
@@ -94,19 +92,17 @@ HEAD_CONFIGS: dict[str, type] = {"minigpt5": MiniGPT5Config}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a checkpoint was trained with; stored beside its weights and checked when it is loaded.
+    """The configuration of a model; stored beside its trained weights and checked when it is loaded.
 
     Args:
-        mllm, diffusion: LLM and generator: hub ids, or folders (relative ones lie in the model's folder).
-        head: name of the head, a key of HEAD_CONFIGS.
-        head_config: what the head is built from.
-        guidance, temperature: defaults of this model where the user gives none (the paper's are 7.5 and 1).
-        narrate_from: how much of the history a story's narration shows; a small model tells an image better by itself.
-        mllm_kind: type, layers, width and vocabulary of the LLM that it was trained for; "" in older ones.
-        head_kind: `Head.description` of the frozen parts that the head was trained for.
-        lora: rank, alpha and target modules of the adapter, or None.
-        prefix: of a model with prefix tuning, or None.
-        stage: the last stage that trained it.
+        mllm, diffusion: LLM and generator, as hub ids or folders (relative ones are in the model's folder).
+        head, head_config: name of the head, a key of HEAD_CONFIGS, and its configuration.
+        guidance, temperature: defaults of this model (the paper's are 7.5 and 1).
+        narrate_from: how much history the prompts of narrations have; small models narrate better without it.
+        mllm_kind: type, layers, width and vocabulary of the LLM that it was trained with; "" in old checkpoints.
+        head_kind: `Head.description` of the frozen parts that the head was trained with.
+        lora, prefix: adapter of the LLM, at most one.
+        stage: last stage that trained it.
     """
 
     mllm: str
@@ -125,7 +121,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the LLM (MiniGPT-5: r 8, alpha 16 on the query and value projections)."""
+    """LoRA on the LLM (Hu et al., arXiv 2106.09685); MiniGPT-5 has rank 8, alpha 16 on query and value projections."""
 
     rank: int = 8
     alpha: int = 16
@@ -134,38 +130,36 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
-            raise Mgp5Error(
-                f"lora has rank {self.rank}, dropout {self.dropout} and targets {', '.join(self.targets) or 'none'}",
-                "expected a rank of at least 1, a dropout of 0 or more and below 1, and at least one target",
-                usage=True,
-            )
+            values = f"rank {self.rank}, dropout {self.dropout} and targets {', '.join(self.targets) or 'none'}"
+            hint = "expected a rank of at least 1, a dropout of 0 or more and below 1, and at least one target"
+            raise Mgp5Error(f"lora has {values}", hint, usage=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
-    """Prefix tuning of the LLM (the paper's variant): keys and values of `tokens` virtual tokens in every layer, made
-    by a two-layer MLP of hidden width `hidden`."""
+    """Prefix tuning of the LLM (Li & Liang, arXiv 2101.00190): keys and values of `tokens` virtual tokens in every
+    layer, computed by an MLP of hidden width `hidden`."""
 
     tokens: int = 5
     hidden: int = 1024
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.hidden < 1:
-            found = f"prefix has {self.tokens} tokens and hidden width {self.hidden}"
-            raise Mgp5Error(found, "expected at least 1 of both", usage=True)
+            values = f"prefix has {self.tokens} tokens and hidden width {self.hidden}"
+            raise Mgp5Error(values, "expected at least 1 of both", usage=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which samples are made of the data; see the loaders of the formats.
+    """How training samples are built from the data; see the loaders of the formats.
 
     Args:
-        instruct_every: CC3M and shards: after how many rows one is repeated as an instruction; 0 = never.
-        tasks, context: VIST: which of the three tasks, and how much history their prompts show.
-        narrate_first: VIST: also narrate a story's first picture.
-        history: MMDialog: utterances before the answer that are kept; None = all.
-        user_targets: MMDialog: learn the turns of both speakers.
-        turn_tokens: MMDialog: a dialogue ends before a turn with more tokens of the LLM; None = no limit.
+        instruct_every: CC3M and shards: one of so many rows is repeated as an instruction; 0: none.
+        tasks, context: VIST: the tasks, and how much of the history their prompts have.
+        narrate_first: VIST: the first image of a story is narrated too.
+        history: MMDialog: utterances before the answer; None: all.
+        user_targets: MMDialog: the turns of both speakers are targets.
+        turn_tokens: MMDialog: a dialogue ends before a turn with more tokens; None: no limit.
     """
 
     instruct_every: int = 100
@@ -179,33 +173,33 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one stage is trained; the defaults are the paper's numbers for the stage, see `preset`.
+    """How one stage is trained; see `preset` for the numbers of the paper. Raises Mgp5Error that names all bad values.
 
     Args:
         lr: peak learning rate of mapper, queries and adapter.
-        rows_lr: of the voken rows of embedding and LM head; no weight decay on them.
-        text_weight, ldm_weight, caption_weight: of the three losses; a loss of weight 0 is not computed.
-        voken_labels: vokens with a text loss: "all" (eq. 1), the "first" (the others are forced at inference),
-            or both "ends" (what the release does).
-        caption_distance: "mse" (eq. 4), or GILL's mean L2 distance of rows.
-        guidance_dropout: probability that a picture's voken states are replaced by zeros before the mapper.
-        min_snr: gamma of the min-SNR weights of the LDM loss; None leaves it plain.
-        train_queries: False is the paper's ablation of fixed queries.
-        batch, accumulation: samples of a step on one device, and steps of one update.
-        steps: updates in all; None: `epochs` passes over the data.
-        schedule, warmup: updates of linear warm-up, then linear or cosine decay to zero.
-        clip: norm to which gradients are clipped; 0 = never.
-        optimizer: "adamw8bit" keeps its moments in 8 bits (extra `quant`, GPU only).
-        ema: decay of a moving average of what trains, which is then what a run saves to use; 0 = none.
+        rows_lr: peak learning rate of the new tokens' rows of embedding and LM head; they have no weight decay.
+        text_weight, ldm_weight, caption_weight: weights of the losses; a loss of weight 0 is not computed.
+        voken_labels: vokens with a text loss: "all" (eq. 1), the "first" (the others are forced at inference), or
+            the first and last ("ends", as in the released code).
+        caption_distance: "mse" (eq. 4), or "l2", the mean distance of rows of GILL (arXiv 2305.17216).
+        guidance_dropout: probability that the voken states of an image are replaced by zeros before the mapper.
+        min_snr: gamma of the min-SNR weights of the LDM loss; None: no weights.
+        train_queries: False is the paper's ablation with fixed queries.
+        weight_decay, clip: of AdamW; norm to which gradients are clipped, 0: they are not.
+        batch, accumulation: samples of a microbatch on one device, and microbatches of one update.
+        steps: number of updates; None: `epochs` passes over the data.
+        schedule, warmup: decay of the learning rate to zero, after a linear warm-up of so many updates.
+        optimizer: "adamw8bit" stores its moments in 8 bits (extra `quant`, GPU only).
+        ema: decay of a moving average of the trained weights, which checkpoints then store for use; 0: none.
         lora, prefix: adapter of the LLM in the finetuning stage; at most one.
-        encoder_layers, decoder_layers, inner, kind: of a fresh mapper; without effect on a trained one. inner None is
-            1024 for generators with conditions wider than 2048, else none.
-        precision: of the computation; weights that train stay in float32.
-        quantize: of the frozen LLM ("4bit", "8bit"; extra `quant`).
-        checkpointing: recompute activations of LLM and generator in the backward pass: slower, far less memory.
-        keep: how many of the last checkpoints stay.
-        sample_every: updates between pages of sample pictures; 0 = none.
+        encoder_layers, decoder_layers, inner, kind: shape of a fresh mapper, see MapperConfig. inner None is 1024 for
+            generators with a condition wider than 2048, else 0.
+        log_every, save_every, sample_every: updates between rows of log.jsonl, checkpoints, pages of samples (0: none).
+        keep: number of checkpoints that are kept.
         trackers: of Accelerate ("tensorboard", "trackio"); log.jsonl is always written.
+        precision: dtype of the computation; trained weights stay in float32.
+        quantize: quantization of the frozen LLM ("4bit", "8bit"; extra `quant`).
+        checkpointing: recompute activations of LLM and generator in the backward pass: slower, far less memory.
     """
 
     stage: Stage
@@ -248,29 +242,22 @@ class TrainConfig:
     checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        expected = {
-            "0 or more and below 1": ("guidance_dropout", "ema"),
-            "at least 1": ("batch", "accumulation", "epochs", "log_every", "save_every", "keep"),
-            "0 or more": ("warmup", "workers", "sample_every", "clip", "rows_lr"),
-            "above 0": ("lr",),
-        }
-        good = {
-            "0 or more and below 1": lambda value: 0 <= value < 1,
-            "at least 1": lambda value: value >= 1,
-            "0 or more": lambda value: value >= 0,
-            "above 0": lambda value: value > 0,
+        counts = ("batch", "accumulation", "epochs", "log_every", "save_every", "keep", "steps")
+        ranges = {
+            "0 or more and below 1": (lambda value: 0 <= value < 1, ("guidance_dropout", "ema")),
+            "at least 1": (lambda value: value is None or value >= 1, counts),
+            "0 or more": (lambda value: value >= 0, ("warmup", "workers", "sample_every", "clip", "rows_lr")),
+            "above 0": (lambda value: value > 0, ("lr",)),
         }
         problems = [
             f"{name} is {getattr(self, name)}, expected {rule}"
-            for rule, names in expected.items()
+            for rule, (fits, names) in ranges.items()
             for name in names
-            if not good[rule](getattr(self, name))
+            if not fits(getattr(self, name))
         ]
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in hint.__args__:
                 problems.append(f"{name} is {getattr(self, name)}, expected {' or '.join(hint.__args__)}")
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}, expected at least 1")
         if self.lora and self.prefix:
             problems.append("lora and prefix are both given, expected one adapter")
         if problems:
@@ -278,10 +265,10 @@ class TrainConfig:
 
 
 def preset(stage: Stage, name: str = "paper") -> TrainConfig:
-    """The numbers of a stage; examples/train/README.md has a table of what differs.
+    """Return the configuration of a stage; examples/train/README.md compares the presets.
 
-    `paper` as printed, `release` as the papers' code has them, `gill` the paper's baseline (GILL's objective),
-    `prefix` the paper's with prefix tuning, `demo` for the tiny model.
+    They are "paper" (as printed), "release" (as in the released code), "gill" (the paper's baseline with GILL's
+    objective), "prefix" (the paper's with prefix tuning) and "demo" (for the tiny model). Raises Mgp5Error for others.
     """
     if stage not in ("pretrain", "finetune"):
         raise Mgp5Error(f"unknown stage {stage!r}", "expected pretrain or finetune", usage=True)
@@ -291,7 +278,7 @@ def preset(stage: Stage, name: str = "paper") -> TrainConfig:
 
 
 def _paper(stage: Stage) -> TrainConfig:
-    """Batch 48 and two epochs, then batch 32 and four (section 4.1)."""
+    """Return the paper's numbers: batch 48 and two epochs, then batch 32 and four (section 4.1)."""
     data = DataConfig(history=3, turn_tokens=50)
     if stage == "pretrain":
         return TrainConfig(stage=stage, lr=2e-4, rows_lr=2e-4, caption_weight=0.1, data=data)
@@ -306,7 +293,7 @@ def _release(stage: Stage) -> TrainConfig:
 
 
 def _gill(stage: Stage) -> TrainConfig:
-    """Only the distance to the generator's encoding of the caption: finetuning needs captions too."""
+    """Return GILL's objective, the distance to the generator's encoding of the caption alone, in both stages."""
     objective = {"ldm_weight": 0.0, "caption_weight": 1.0, "caption_distance": "l2", "guidance_dropout": 0.0}
     return dataclasses.replace(_paper(stage), voken_labels="first", **objective)
 
@@ -317,25 +304,24 @@ def _prefix(stage: Stage) -> TrainConfig:
 
 
 def _demo(stage: Stage) -> TrainConfig:
-    own = {"accumulation": 1, "warmup": 100, "voken_labels": "first", "checkpointing": False}
+    common = {"accumulation": 1, "warmup": 100, "voken_labels": "first", "checkpointing": False}
     if stage == "pretrain":
         layers = {"encoder_layers": 2, "decoder_layers": 3}
-        return TrainConfig(stage=stage, lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, **layers, **own)
-    return TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **own)
+        return TrainConfig(stage=stage, lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, **layers, **common)
+    return TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **common)
 
 
 PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefix, "demo": _demo}
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
-    """Return the configuration stored beside a checkpoint.
+    """Return the configuration that is stored beside a checkpoint.
 
     Args:
-        raw: as JSON gives it; of versions before heads had names, too.
-        path: of the file, for errors.
+        raw, path: contents of the JSON file, also of versions in which heads had no names; its path, for errors.
 
     Raises:
-        Mgp5Error: fields are missing or unknown, or the head is not known.
+        Mgp5Error: fields are missing or unknown, or the head is unknown.
     """
     raw = dict(raw)
     if "head_config" not in raw:
@@ -353,7 +339,7 @@ def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
 
 
 def _from_dict(kind: type, raw: dict[str, Any]) -> Any:
-    """Build a dataclass of what `asdict` made of one."""
+    """Build a dataclass from the dictionary that `asdict` returned and JSON stored."""
     values = dict(raw)
     for name, hint in get_type_hints(kind).items():
         kinds = [k for k in getattr(hint, "__args__", (hint,)) if dataclasses.is_dataclass(k)]

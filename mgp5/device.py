@@ -1,4 +1,4 @@
-"""Which device and precision to use, what this machine is, where results are kept, how quiet the libraries are."""
+"""Device and dtype of the computation, facts of this machine, the user's cache folder, the log level of libraries."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from .files import GiB
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
 OPTIONAL_PACKAGES = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
-SMALL = 100_000_000  # parameters; below, a CPU thread has so little to do that threads mostly wait for each other
+SMALL = 100_000_000  # parameters; the operations of smaller models are too short to share between CPU threads
 
 
 def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type: float32 on a CPU, bfloat16 (float16 on older cards) on a GPU.
+    """Return the device and the dtype of weights: float32 on a CPU, bfloat16 (float16 on older cards) on a GPU.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        Mgp5Error: the device does not exist here.
+        Mgp5Error: the name is unknown, or this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,16 +43,16 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept between runs."""
+    """Return the folder for files that can be computed again, $XDG_CACHE_HOME/mgp5."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5"
 
 
 def quiet_libraries() -> None:
-    """Leave stderr to us: no loading bars and no advice from transformers, diffusers and the hub."""
+    """Turn off progress bars, advice and FutureWarnings of transformers, diffusers and the hub."""
     import logging
     import warnings
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel that it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a kernel that it does not need
     import diffusers.utils.logging as diffusers_logging
     import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
@@ -57,17 +60,18 @@ def quiet_libraries() -> None:
 
     for library in (transformers_logging, diffusers_logging):
         library.disable_progress_bar()
-    for library in (transformers_logging, diffusers_logging, hub_logging):  # the hub's tells of every retry
+    for library in (transformers_logging, diffusers_logging, hub_logging):  # the hub logs every retry
         library.set_verbosity_error()
     disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries say to each other
-    warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # tests hold that it merges
+    warnings.filterwarnings("ignore", category=FutureWarning)  # about calls between libraries
+    warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter")  # a test checks that it merges
 
 
 def limit_threads_for_small_models(model: torch.nn.Module) -> None:
-    """Run a small model on one CPU thread, unless OMP_NUM_THREADS says otherwise.
+    """Run a model of less than SMALL parameters on one CPU thread, unless OMP_NUM_THREADS is set.
 
-    Two threads gain the demo little on an idle machine, and on a busy one they cost it a factor of ten: OpenMP spins.
+    More threads gain the demo little on an idle machine, and make it ten times slower on a busy one, where OpenMP
+    threads spin while they wait for each other.
     """
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)

@@ -179,7 +179,15 @@ def _unexpected(values: Any, *rules: tuple[str, bool, str]) -> list[str]:
 
 
 def override(config: Any, settings: dict[str, Any]) -> Any:
-    """A copy of a configuration with some values replaced; nested ones are tables ({"lora": {"rank": 4}})."""
+    """Return a copy of a configuration with some values replaced.
+
+    Args:
+        config: a dataclass.
+        settings: new values by field name; a nested dataclass takes a dictionary ({"lora": {"rank": 4}}).
+
+    Raises:
+        Mgp5Error: a field does not exist, or a value has the wrong type.
+    """
     hints = get_type_hints(type(config))
     if unknown := sorted(settings.keys() - hints.keys()):
         known = ", ".join(hints)
@@ -221,7 +229,11 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
-    """`--set a.b=c` items -> nested tables; values are read as TOML, and as text where that fails."""
+    """Parse `--set a.b=c` items to nested dictionaries; a value is TOML, or text if it is not valid TOML.
+
+    Raises:
+        Mgp5Error: an item is not of this form, or two items contradict each other.
+    """
     tree: dict[str, Any] = {}
     for item in items:
         path, equals, text = item.partition("=")
@@ -242,7 +254,7 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file. Raises Mgp5Error that names the file and line."""
+    """Read the settings of a TOML file. Raises Mgp5Error with file and line if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,9 @@
-"""Multimodal LLMs behind one protocol. B batch, T tokens, D width, S slots of one picture, V vocabulary.
+"""Multimodal LLMs behind one protocol, `Backbone`.
 
-E is the width of embeddings: D, or for pictures of Qwen3-VL D (1 + k), where the features that k of its vision layers
-give to the first layers of the LLM stand behind the D features that every model has. Nothing else looks into them.
+Letters: B batch, T tokens, D LLM width, N images, S slots of one image, V vocabulary, E embedding width.
+
+E equals D, except for images of Qwen3-VL: there E is D (1 + k). The first D features are the embedding, the others are
+DeepStack features of k vision layers, which `forward` adds to the states of the first k layers of the LLM.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class SideInputs(NamedTuple):
-    """What layers of the LLM attend to beside the sequence (MM-Interleaved: features of all earlier images).
+    """Features that layers of the LLM attend to besides the sequence (MM-Interleaved: those of all earlier images).
 
     Attributes:
-        features: (B, N, ...) of the N images of each row, padded with zeros.
-        visible: (B, T) how many of them, from the first, each token may attend to.
+        features: (B, N, ...), of N images in each row, padded with zeros.
+        visible: (B, T) int64, how many of these images, counted from the first, each token may attend to.
     """
 
     features: Tensor
@@ -29,35 +31,46 @@ class SideInputs(NamedTuple):
 
 
 class Backbone(Protocol):
-    """All that the rest of mgp5 asks of a multimodal LLM; `hf.HFBackbone` is the implementation."""
+    """The interface of a multimodal LLM; `hf.HFBackbone` implements it.
+
+    Attributes:
+        tokenizer: tokenizer with a chat template.
+        width: D.
+        image_token: text that stands for one image in a chat template.
+        image_token_id: id of the token that is repeated once per slot of an image.
+        context_length: longest sequence, in tokens.
+        stop_ids: ids of tokens that end a reply.
+        compiled: whether tokens are decoded by compiled code.
+        capturable: whether the forward of one token can be captured as a CUDA graph.
+    """
 
     tokenizer: Any
     width: int
-    image_token: str  # what stands for one picture in the text of a chat template
-    image_token_id: int  # the token that is repeated once per slot
+    image_token: str
+    image_token_id: int
     context_length: int
     stop_ids: frozenset[int]
-    compiled: bool  # whether tokens are decoded by compiled code
-    capturable: bool  # whether the forward of a token can be a CUDA graph
+    compiled: bool
+    capturable: bool
 
-    def preprocess(self, pictures: list[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Pictures -> tensors for `encode_images`; runs in data workers, needs no weights."""
+    def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
+        """Convert N images to the tensors that `encode_images` takes; runs in data workers, without weights."""
         ...
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
-        """How many token slots each preprocessed picture takes."""
+        """Return S, the number of token slots, of each of N preprocessed images."""
         ...
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """One (S, E) tensor of features per picture."""
+        """Encode N preprocessed images to features, one tensor (S, E) each."""
         ...
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
-        """ids (B, T) -> embeddings (B, T, E), with picture features in the image slots, in reading order."""
+        """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order."""
         ...
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Position ids of whole sequences, (B, T) or (3, B, T); `grids` is `image_grid_thw` where there is one."""
+        """Return position ids of complete sequences, (B, T) or (3, B, T); `grids` (N, 3) is `image_grid_thw`."""
         ...
 
     def forward(
@@ -68,22 +81,25 @@ class Backbone(Protocol):
         cache: Any = None,
         side: SideInputs | None = None,
     ) -> Tensor:
-        """embeddings (B, T, E) -> last hidden states (B, T, D) after the final norm.
+        """Return the last hidden states (B, T, D), after the final norm, of embeddings (B, T, E).
 
         Args:
-            mask: (B, T) 1 for tokens, 0 for padding; with a cache (B, 1, T, W), what is added to attention scores.
-            cache: what the tokens see, and are written to.
+            embeds: (B, T, E).
+            positions: (B, T) or (3, B, T).
+            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, attended slots), added to the scores.
+            cache: keys and values that the tokens attend to, and that theirs are written to.
+            side: see SideInputs.
         """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> (..., V)."""
+        """Return the logits (..., V) of hidden states (..., D)."""
         ...
 
     def new_cache(self, rows: int = 1) -> KVCache:
-        """A key-value cache of conversations that holds no token yet, only the prefix where there is one."""
+        """Return an empty key-value cache for a number of conversations; a trained prefix is in it already."""
         ...
 
     def to(self, device: torch.device) -> Backbone:
-        """Move the weights."""
+        """Move the weights to a device."""
         ...

@@ -1,4 +1,4 @@
-"""What is trained inside the LLM, by peft: rows of the head's tokens, LoRA, a prefix; and how it is folded in."""
+"""Adapters of the LLM by peft: rows of the head's new tokens, LoRA or a prefix; and merging them into the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 def adapt(
     backbone: HFBackbone, rows: Sequence[int], lora: LoraConfig | None = None, prefix: PrefixConfig | None = None
 ) -> None:
-    """Wrap the LLM by peft: trainable rows of embedding and LM head, and LoRA or a prefix.
+    """Add trainable weights to a frozen LLM: rows of embedding and LM head, and LoRA or a prefix.
+
+    LoRA: Hu et al., arXiv 2106.09685. Prefix tuning: Li & Liang, arXiv 2101.00190.
 
     Args:
+        backbone: changed in place.
         rows: token ids whose rows train; may be empty.
         lora, prefix: at most one of them.
     """
@@ -44,10 +47,11 @@ def adapt(
 
 
 def merge(backbone: HFBackbone, keep_lora: bool) -> None:
-    """Fold rows and LoRA into the weights.
+    """Merge trained rows and LoRA into the weights of the LLM.
 
     Args:
-        keep_lora: whether there is LoRA that has to stay beside quantised weights.
+        backbone: changed in place.
+        keep_lora: keep LoRA as separate layers if the weights are quantized: merging would round most of it away.
     """
     if backbone.model is backbone.core:
         return

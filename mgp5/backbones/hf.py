@@ -1,8 +1,10 @@
-"""Any transformers AutoModelForImageTextToText as a backbone. B batch, T tokens, D width, S slots of one picture, k
-deep levels of Qwen3-VL, P virtual tokens of a prefix.
+"""Any transformers AutoModelForImageTextToText as a backbone.
 
-Proved on LLaVA-1.5, Qwen2.5-VL, Qwen3-VL and MiniGPT-4 (BLIP-2 around a LLaMA). What differs between families lives
-here: how a picture is written, how many slots it takes, where rotary positions come from, and deep features.
+Tested with LLaVA-1.5, Qwen2.5-VL, Qwen3-VL and MiniGPT-4 (BLIP-2 around a LLaMA). Model families differ in the text
+that stands for an image, the number of slots of an image, rotary positions and DeepStack features.
+
+Letters: B batch, T tokens, D LLM width, N images, S slots of one image, E embedding width (see `Backbone`), V
+vocabulary, k DeepStack levels of Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -31,18 +33,26 @@ if TYPE_CHECKING:
 
     from ..memory.offload import Placement
 
-# How a picture is written in a prompt, by the token that is repeated once per slot; others stand alone.
-PICTURE_MARKS = {
+# Image token of a tokenizer, repeated once per slot -> text of an image in a prompt; others are that text themselves.
+IMAGE_MARKS = {
     "<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>",  # Qwen
     "<ImageHere>": "<Img><ImageHere></Img>",  # MiniGPT-4
 }
 
 
 class HFBackbone(nn.Module):
-    """A frozen multimodal LLM of transformers, called in parts so that hidden states and the cache stay ours."""
+    """A frozen multimodal LLM of transformers; it implements Backbone.
 
-    compiled = False  # whether tokens are decoded by compiled code
-    side: SideInputs | None = None  # of the present forward
+    Its parts are called one by one instead of by `generate`, because heads need hidden states and the cache.
+
+    Args:
+        model: an AutoModelForImageTextToText.
+        tokenizer: with a chat template.
+        image_processor: of the vision tower.
+    """
+
+    compiled = False
+    side: SideInputs | None = None  # of the current forward
     placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
@@ -56,7 +66,7 @@ class HFBackbone(nn.Module):
         self.context_length: int = text.max_position_embeddings
         self.image_token_id: int = config.image_token_id
         mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.image_token: str = PICTURE_MARKS.get(mark, mark)
+        self.image_token: str = IMAGE_MARKS.get(mark, mark)
         self.prefix: nn.Module | None = None
         stops = getattr(model.generation_config, "eos_token_id", None)
         listed = stops if isinstance(stops, list) else [stops]
@@ -75,8 +85,8 @@ class HFBackbone(nn.Module):
 
         Args:
             name: a folder, or a hub id; only safetensors weights are read, and no code.
-            dtype: of the weights.
-            quantize: bits of the decoder's layers.
+            dtype: dtype of the weights.
+            quantize: quantization of the decoder's layers.
             revision: branch, tag or commit on the hub.
 
         Raises:
@@ -94,58 +104,58 @@ class HFBackbone(nn.Module):
 
     @property
     def core(self) -> nn.Module:
-        """The transformers model, also when peft has wrapped it."""
+        """Return the transformers model without the wrapper of peft."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @cached_property
     def language(self) -> nn.Module:
-        """The decoder without its LM head, from embeddings to `last_hidden_state`."""
+        """Return the decoder without its LM head, from embeddings to `last_hidden_state`."""
         decoder = self.core.get_decoder()
-        return getattr(decoder, "model", decoder)  # BLIP-2 holds a whole causal LM
+        return getattr(decoder, "model", decoder)  # BLIP-2 has a causal LM with its LM head here
 
     @property
     def lm_head(self) -> nn.Module:
-        """The projection from hidden states (..., D) to logits (..., V)."""
+        """Return the projection from hidden states (..., D) to logits (..., V)."""
         return self.core.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device of the computation, also while weights are offloaded."""
         return self.placement.device if self.placement else self.lm_head.weight.device
 
     def use(self, phase: str = "read") -> None:
-        """Have the weights of a phase on the device: every method that computes with them begins so."""
+        """Load offloaded weights of a phase; each method that computes calls it first."""
         if self.placement:
             self.placement.enter(phase)
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Turn N images into the tensors that `encode_images` takes; runs in data workers, needs no weights.
+        """Convert N images to the tensors that `encode_images` takes; runs in data workers, without weights.
 
         Raises:
-            ValueError: an image of a shape that the processor refuses.
+            ValueError: the image processor refuses the shape of an image.
         """
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Return how many token slots S each of N preprocessed images takes."""
-        if "image_grid_thw" in inputs:  # patches of any resolution, merged in squares
+        """Return S, the number of token slots, of each of N preprocessed images."""
+        if "image_grid_thw" in inputs:  # Qwen: patches at native resolution, merged in squares
             return (inputs["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
         pixels, config = inputs["pixel_values"], self.core.config
-        if hasattr(config, "num_query_tokens"):  # a Q-Former
+        if hasattr(config, "num_query_tokens"):  # Q-Former
             return [config.num_query_tokens] * len(pixels)
-        side = config.vision_config.patch_size
-        patches = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
+        patch = config.vision_config.patch_size
+        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         extra = 0 if config.vision_feature_select_strategy == "default" else 1  # "full" keeps the class token
         return [patches + extra] * len(pixels)
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Encode N preprocessed images by the vision tower and its projector: one (S, E) tensor each."""
+        """Encode N preprocessed images by the vision tower and its projector to one tensor (S, E) each."""
         self.use("see")
         tensors = {key: value.to(self.device) for key, value in inputs.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.core.dtype)
         output = self.core.get_image_features(**tensors)
         features = output.pooler_output if isinstance(output, ModelOutput) else output
-        if deep := getattr(output, "deepstack_features", None):  # Qwen3-VL, from k layers of its vision tower
+        if deep := getattr(output, "deepstack_features", None):  # Qwen3-VL: k tensors, one for each level
             levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in deep]
             return list(torch.cat([torch.cat(features), *levels], dim=-1).split([len(f) for f in features]))
         return list(features)
@@ -154,50 +164,53 @@ class HFBackbone(nn.Module):
         """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order.
 
         Args:
-            features: one (S, E) tensor for each image in `ids`; or none, and slots keep the token's embedding.
+            ids: (B, T).
+            features: one tensor (S, E) for each image in `ids`; without any, slots keep the image token's embedding.
 
         Raises:
-            ValueError: `ids` have another number of slots than the features.
+            ValueError: the number of slots in `ids` is not that of the features.
         """
         self.use()
         embeds = self.language.get_input_embeddings()(ids)
         if features:
             slots = ids == self.image_token_id  # (B, T)
-            found, expected = int(slots.sum()), sum(len(f) for f in features)
-            if found != expected:
-                raise ValueError(f"{found} image slots in the prompt, but pictures with {expected} features")
-            embeds = nn.functional.pad(embeds, (0, features[0].shape[-1] - embeds.shape[-1]))  # deep: 0 for text
-            given = torch.cat([f.to(embeds.dtype) for f in features])  # before: autocast on the CPU joins no fp16
-            embeds = embeds.masked_scatter(slots.unsqueeze(-1), given)
+            num_slots, expected = int(slots.sum()), sum(len(f) for f in features)
+            if num_slots != expected:
+                raise ValueError(f"{num_slots} image slots in the prompt, but images with {expected} features")
+            embeds = nn.functional.pad(embeds, (0, features[0].shape[-1] - embeds.shape[-1]))  # DeepStack: 0 for text
+            # Converted before `cat`, which autocast on the CPU does not support for fp16.
+            source = torch.cat([f.to(embeds.dtype) for f in features])
+            embeds = embeds.masked_scatter(slots.unsqueeze(-1), source)
         return embeds
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Return rotary positions of whole sequences (B, T): (B, T), or (3, B, T) in time, height and width.
+        """Return rotary position ids of complete sequences: (B, T), or (3, B, T) in time, height and width.
 
         Args:
-            grids: (N, 3) patches of each image in time, height and width, where the backbone has such.
+            ids: (B, T).
+            grids: (N, 3), patches of each image in time, height and width (Qwen), else None.
             mask: (B, T), 1 for tokens, 0 for padding.
         """
         rope_index = getattr(getattr(self.core, "model", None), "get_rope_index", None)
-        if rope_index is not None:  # rotary positions in time, height and width
-            kinds = (ids == self.image_token_id).int()
+        if rope_index is not None:  # Qwen: positions in time, height and width
+            token_types = (ids == self.image_token_id).int()
             mask = torch.ones_like(ids) if mask is None else mask
-            return rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)[0]
+            return rope_index(ids, token_types, image_grid_thw=grids, attention_mask=mask)[0]
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
     def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
-        """Say which images each token of whole sequences may attend to: those whose slots end before it.
+        """Return the side inputs of complete sequences: a token may attend to images whose slots end before it.
 
         Args:
             ids: (B, T).
             slots: S of each of the N images, in reading order over the rows.
-            features: (N, ...) what `Head.encode_images` made of them; None for none.
+            features: (N, ...), `ImageContext.side` of these images, or None.
         """
         if features is None or not len(features):
             return None
         is_slot = ids == self.image_token_id
         before = is_slot.cumsum(1) - is_slot.long()  # (B, T) slots before each token
-        ends: list[list[int]] = []  # of each row, at which number of slots each image ends
+        ends: list[list[int]] = []  # for each row, the number of slots before the end of each image
         images = iter(slots)
         for total in is_slot.sum(1).tolist():
             ends.append([])
@@ -205,10 +218,10 @@ class HFBackbone(nn.Module):
                 ends[-1].append((ends[-1] or [0])[-1] + next(images))
         padded = features.new_zeros(len(ids), max(map(len, ends)), *features.shape[1:])
         visible, first = torch.zeros_like(ids), 0
-        for row, own in enumerate(ends):
-            padded[row, : len(own)] = features[first : first + len(own)]
-            visible[row] = (before[row, :, None] >= torch.tensor(own, device=ids.device)).sum(-1)
-            first += len(own)
+        for row, row_ends in enumerate(ends):
+            padded[row, : len(row_ends)] = features[first : first + len(row_ends)]
+            visible[row] = (before[row, :, None] >= torch.tensor(row_ends, device=ids.device)).sum(-1)
+            first += len(row_ends)
         return SideInputs(padded, visible)
 
     def forward(
@@ -222,17 +235,18 @@ class HFBackbone(nn.Module):
         """Return the last hidden states (B, T, D), after the final norm, of embeddings (B, T, E).
 
         Args:
+            embeds: (B, T, E).
             positions: (B, T) or (3, B, T).
-            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, W), added to attention scores.
-            cache: keys and values that the tokens attend to, and are written to.
-            side: what layer hooks of a head attend to; they read it from `self.side`.
+            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, attended slots), added to the scores.
+            cache: keys and values that the tokens attend to, and that theirs are written to.
+            side: inputs of a head's layer hooks, which read them from `self.side`.
         """
         self.use()
         if side is not None or self.side is not None:
             self.side = side
         embeds, deep = embeds[..., : self.width], embeds[..., self.width :]
         options: dict[str, Any] = {"use_cache": cache is not None}
-        if deep.shape[-1]:  # added to the states behind the first k layers; to those of text as zeros
+        if deep.shape[-1]:  # added to the outputs of the first k layers; zeros for text
             options["visual_pos_masks"] = torch.ones_like(deep[..., 0], dtype=torch.bool)
             options["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in deep.split(self.width, dim=-1)]
         if self.prefix is not None and cache is None:
@@ -250,10 +264,10 @@ class HFBackbone(nn.Module):
         return self.lm_head(hidden)
 
     def new_cache(self, rows: int = 1) -> KVCache:
-        """Return an empty key-value cache for a number of conversations; a prefix is in it already.
+        """Return an empty key-value cache for a number of conversations; a trained prefix is in it already.
 
         Raises:
-            Mgp5Error: the LLM has layers without full attention.
+            Mgp5Error: the LLM has sliding-window or linear attention.
         """
         self.use()
         text = self.core.config.get_text_config()
@@ -267,34 +281,38 @@ class HFBackbone(nn.Module):
 
     @property
     def capturable(self) -> bool:
-        """Whether the forward of a token can be a CUDA graph: weights stay, and the host looks at no value."""
+        """Return whether the forward of one token can be a CUDA graph: nothing is offloaded or read by the host."""
         rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
         return not (self.placement or is_quantized(self.core) or "dynamic" in str(rotary))
 
     def add_prefix(self, num_tokens: int, hidden: int) -> None:
-        """Prefix tuning (Li & Liang, arXiv 2101.00190): keys and values of P virtual tokens before all tokens, in every
-        layer, from an MLP of hidden width `hidden`. They train in float32; positions of the tokens do not shift."""
+        """Add a trainable prefix in float32 (Li & Liang, arXiv 2101.00190); positions of the tokens do not shift.
+
+        Args:
+            num_tokens: virtual tokens before all tokens, with keys and values in every layer.
+            hidden: hidden width of the MLP that computes them.
+        """
         self.prefix = prefix_encoder(self.core.config.get_text_config(), num_tokens, hidden).to(self.device)
 
     def checkpointing(self, on: bool) -> None:
-        """Turn gradient checkpointing of the language model on or off; it is active in training mode."""
+        """Turn gradient checkpointing of the language model on or off; it applies in training mode."""
         for layer in self.language.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = on
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-                layer._can_checkpoint_with_cache = True  # a prefix: it does not grow when a layer runs again
+                layer._can_checkpoint_with_cache = True  # the cache of a prefix does not grow when a layer reruns
 
     def train(self, mode: bool = True) -> HFBackbone:
-        """Only the language model changes mode: it holds what trains, and the Q-Former has dropout."""
+        """Set the mode of the language model only: nothing else trains, and the Q-Former has dropout."""
         super().train(False)
         self.language.train(mode)
         self.training = mode
         return self
 
     def add_tokens(self, tokens: list[str]) -> list[int]:
-        """Add special tokens; new rows of embedding and LM head start at the mean of the rows of known tokens.
+        """Add special tokens; their rows of embedding and LM head start at the mean of all other rows.
 
-        A vocabulary padded beyond the tokenizer keeps its size. Returns the ids, in the order of `tokens`.
+        A vocabulary that is padded beyond the tokenizer keeps its size. Returns the ids, in the order of `tokens`.
         """
         known = len(self.tokenizer)
         fresh = [token for token in tokens if token not in self.tokenizer.get_added_vocab()]

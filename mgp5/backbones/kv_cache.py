@@ -1,7 +1,7 @@
-"""A static key-value cache whose rows have lengths of their own: nothing moves when tokens are read or taken back.
+"""A static key-value cache for rows of different lengths; reading or removing tokens copies nothing.
 
-R rows, r rows of one forward, H key and value heads, C slots of a row, W slots that attention sees, k new tokens, P
-virtual tokens of a prefix, d width of a head.
+A row holds one conversation, a slot of a row one token. Letters: B rows of the cache, b rows of one forward, T new
+tokens of a row; other dimensions are named as in transformers.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .prefix import States
 
-SMALLEST = 256  # slots of a row to begin with
+SMALLEST = 256  # initial slots of a row
 
 
 @dataclass
 class CacheIndex:
-    """Index of the slots that forwards read and write, the same for all layers; all but two are set before each.
+    """The rows and slots that a forward reads and writes, shared by all layers.
 
-    Args:
-        num_rows: R.
-        capacity: C.
-        rows: (r,) that take part.
-        slots: (r, k) of their new tokens.
-        width: W.
-        all_rows: whether `rows` are all rows in order, so that none need be gathered.
+    Attributes:
+        num_rows: B.
+        capacity: slots of a row.
+        rows: (b,), the rows of the next forward.
+        slots: (b, T), the slots of their new tokens.
+        width: how many slots, counted from the first, the next forward attends to.
+        all_rows: whether `rows` are all rows in order, so that none have to be gathered.
     """
 
     num_rows: int
@@ -40,12 +40,17 @@ class CacheIndex:
     all_rows: bool = True
 
     def at(self, rows: Tensor, slots: Tensor, width: int, all_rows: bool) -> None:
-        """Set where the next forward writes and what it attends to."""
+        """Set the rows and slots of the next forward."""
         self.rows, self.slots, self.width, self.all_rows = rows, slots, width, all_rows
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, (R, H, C, d); a prefix lies in the first slots of every row."""
+    """Keys and values of one layer, each (B, num_heads, capacity, head_dim).
+
+    Args:
+        index: rows and slots of the next forward.
+        prefix: keys and values (1, num_heads, prefix length, head_dim) for the first slots of every row.
+    """
 
     is_sliding = False
 
@@ -54,19 +59,19 @@ class KVCacheLayer(CacheLayerMixin):
         self.index, self.prefix = index, prefix
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros: attention multiplies slots that it does not see by 0, which NaN would survive."""
+        """Allocate buffers of zeros: masked slots are multiplied by 0, which NaN would survive."""
         self.keys, self.values = self._empty(key_states), self._empty(value_states)
         for buffer, prefix in zip((self.keys, self.values), self.prefix or (), strict=False):
             buffer[:, :, : prefix.shape[2]] = prefix
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values (r, H, k, d) to their slots; return those of the rows, (r, H, W, d)."""
+        """Write keys and values (b, num_heads, T, head_dim); return those to attend to, `width` slots of each row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         index = self.index
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if index.num_rows == 1:  # the same, faster
+            if index.num_rows == 1:  # the same as below, but faster
                 buffer.index_copy_(2, index.slots[0], states)
             else:
                 buffer[index.rows[:, None], :, index.slots] = states.transpose(1, 2)
@@ -74,7 +79,7 @@ class KVCacheLayer(CacheLayerMixin):
         return (keys, values) if index.all_rows else (keys[index.rows], values[index.rows])
 
     def grow(self) -> None:
-        """Copy keys and values to buffers of the index's capacity."""
+        """Copy keys and values to buffers of `index.capacity` slots."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old = getattr(self, name)
@@ -82,30 +87,32 @@ class KVCacheLayer(CacheLayerMixin):
                 getattr(self, name)[:, :, : old.shape[2]] = old
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return width and offset of a mask; ours is made by the decoder."""
+        """Return width and offset of a mask for transformers; the decoder passes its own mask."""
         return self.index.width, 0
 
     def get_seq_length(self) -> int:
-        """Return the slots that attention sees: rows have lengths of their own."""
+        """Return how many slots the forward attends to, as rows have different lengths."""
         return self.index.width
 
     def get_max_length(self) -> int:
-        """Return C, the slots of a row."""
+        """Return the number of slots of a row."""
         return self.index.capacity
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        with torch.inference_mode(False):  # else the buffers could be written to in inference mode only
+        with torch.inference_mode(False):  # else the buffers could only be written in inference mode
             return torch.zeros(
                 self.index.num_rows, heads, self.index.capacity, width, dtype=like.dtype, device=like.device
             )
 
 
 class KVCache(Cache):
-    """Static key-value cache of all layers, as transformers' models take it.
+    """A static key-value cache of all layers, as models of transformers take it.
 
     Args:
-        prefix: keys and values of each layer, (1, H, P, d).
+        num_layers: layers of the LLM.
+        rows: B.
+        prefix: keys and values of each layer, (1, num_heads, prefix length, head_dim).
     """
 
     def __init__(self, num_layers: int, rows: int, prefix: States | None = None) -> None:
@@ -114,9 +121,9 @@ class KVCache(Cache):
         super().__init__(layers=[KVCacheLayer(self.index, prefix[i] if prefix else None) for i in range(num_layers)])
 
     def reserve(self, length: int) -> bool:
-        """Make room for rows of `length` slots and one for pausing rows; return whether they moved.
+        """Make sure that a row has `length` slots and one more, which idle rows write to; return whether it grew.
 
-        The room doubles, so that a long conversation is copied seldom.
+        The capacity doubles, so that a long conversation is rarely copied.
         """
         if length < self.index.capacity:
             return False

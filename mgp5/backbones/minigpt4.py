@@ -1,6 +1,6 @@
-"""MiniGPT-4 as an ordinary BLIP-2 checkpoint: EVA ViT-g, Q-Former, one linear layer, Vicuna (D width of the LLM).
+"""MiniGPT-4 (arXiv 2304.10592) as a BLIP-2 checkpoint: EVA ViT-g, Q-Former, one linear layer, Vicuna.
 
-Such a folder loads like any other backbone (`hf.HFBackbone`); here it is put together from what was published.
+`compose` writes such a folder from the published parts; `hf.HFBackbone` loads it like any other backbone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..files import replacing
 from ..hub import from_hub
 
 IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
-# The release's layout: system text, then "###Human: ... ###Assistant: ... ###Human: ...". The begin token is the LLM's
-# own, which Vicuna's versions do not agree on.
+# The layout of the released code: system text, then "###Human: ... ###Assistant: ... ###Human: ...". The first token is
+# that of the LLM, which differs between versions of Vicuna.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ {'system': '', 'user': '###Human: ', 'assistant': '###Assistant: '}[m['role']] }}"
@@ -42,19 +42,22 @@ def compose(
 ) -> Path:
     """Write a MiniGPT-4 folder: BLIP-2's vision tower and Q-Former, a LLaMA, and the linear layer between them.
 
-    A turn ends with "###". Where the vocabulary has " ###" as a token, it becomes the tokenizer's end of text, which
-    training targets end with; generation also stops at the LLM's own end of text and at "##", with which LLaMA spells
-    "###" behind other characters than a blank.
+    A turn ends with "###". If the vocabulary has " ###" as a token, it becomes the tokenizer's end of text, which
+    training targets end with. Generation also stops at the end of text of the LLM, and at "##", the first token of
+    "###" in LLaMA's vocabulary after any character but a blank.
 
     Args:
         blip2: folder or hub id; the paper's is Salesforce/blip2-flan-t5-xxl (its T5 is not read).
         llm: folder or hub id; the paper's is Vision-CAIR/vicuna-7b (Vicuna v0).
         out: a new folder.
-        projection: MiniGPT-4's prerained_minigpt4_7b.pth; None leaves the layer random, to be trained elsewhere.
-        dtype: of the weights on disk; the Q-Former's stay float32.
+        projection: MiniGPT-4's prerained_minigpt4_7b.pth; None leaves the linear layer random, to be trained later.
+        dtype: dtype of the weights on disk; the Q-Former stays float32.
+
+    Returns:
+        `out`.
 
     Raises:
-        Mgp5Error: `out` exists, or the projection is not one for these parts.
+        Mgp5Error: `out` exists, or the shapes of the projection do not fit these parts.
     """
     if out.exists():
         raise Mgp5Error(f"{out} exists already", "choose another folder", usage=True)
@@ -74,22 +77,22 @@ def compose(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` has written: plain data and tensors only. Raises Mgp5Error for anything else."""
+    """Read a file of `torch.save` that holds tensors and plain data only. Raises Mgp5Error for anything else."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except OSError as error:
         raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path") from None
-    except Exception as error:  # the unpickler raises whatever it stumbles over
+    except Exception as error:  # an unpickler can raise any exception on a broken file
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {blocked[1]}" if blocked else f"no file of torch.save, {type(error).__name__}"
         raise Mgp5Error(f"cannot read {path} ({reason})", "expected tensors by name and plain data") from None
 
 
 def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[int]]:
-    """The LLM, its tokenizer with picture token and template, and the ids that end a reply."""
+    """Load the LLM and its tokenizer, add image token and chat template; return them and the ids that end a reply."""
     # Pickled weights are read too (weights_only, no code): Vicuna has no others.
     language = AutoModelForCausalLM.from_pretrained(llm, revision=revision, dtype=dtype)
-    # legacy as in the release: a blank behind special tokens.
+    # legacy as in the released code: a blank after special tokens.
     tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, legacy=True)
     tokenizer.init_kwargs["legacy"] = True  # else it is not saved
     tokenizer.add_tokens([IMAGE], special_tokens=True)
@@ -102,7 +105,7 @@ def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Mo
 
 
 def _vision(blip2: str, revision: str | None, width: int, dtype: torch.dtype) -> Blip2ForConditionalGeneration:
-    """A BLIP-2 with its vision tower and Q-Former read, and an empty language model of a width."""
+    """Load vision tower and Q-Former of BLIP-2, with an empty language model of a given width."""
     config = Blip2Config.from_pretrained(blip2, revision=revision)
     empty = {"num_hidden_layers": 0, "vocab_size": 1, "intermediate_size": 1, "hidden_size": width}
     ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -121,14 +124,14 @@ def _linear(config: Blip2Config, path: Path | None) -> nn.Linear:
     if path is not None:
         state = read_state(path)
         state = state.get("model", state)
-        found: dict[str, Tensor] = {name: state.get(f"llama_proj.{name}") for name in ("weight", "bias")}
-        shapes = [None if value is None else tuple(value.shape) for value in found.values()]
+        tensors: dict[str, Tensor] = {name: state.get(f"llama_proj.{name}") for name in ("weight", "bias")}
+        shapes = [None if value is None else tuple(value.shape) for value in tensors.values()]
         if shapes != (expected := [tuple(linear.weight.shape), tuple(linear.bias.shape)]):
             raise Mgp5Error(f"{path} holds llama_proj of shapes {shapes}, expected {expected}", "use the LLM it is for")
-        linear.load_state_dict(found)
+        linear.load_state_dict(tensors)
     return linear
 
 
 def _image_processor(size: int) -> CLIPImageProcessorPil:
-    """The release's: the shorter side resized (bilinear), centre cropped, CLIP's mean and deviation."""
+    """Build the image processor of the released code: resize the shorter side (bilinear), center-crop, normalize."""
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)

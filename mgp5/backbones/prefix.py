@@ -1,5 +1,7 @@
-"""Prefix tuning: learned keys and values before all tokens of every layer. B batch, P virtual tokens, L layers, H key
-and value heads, d width of a head."""
+"""Prefix tuning (Li & Liang, arXiv 2101.00190): learned keys and values before all tokens, in every layer.
+
+Letters: B batch; other dimensions are named as in transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-States = list[tuple[Tensor, Tensor]]  # L x (keys, values), each (B, H, P, d)
+States = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, both (B, num_heads, num_tokens, head_dim)
 
 
 def prefix_encoder(text: Any, num_tokens: int, hidden: int) -> nn.Module:
-    """The trainable part: P embeddings and an MLP to all keys and values (Li & Liang, arXiv 2101.00190, section 4.3).
+    """Build the trainable part: embeddings of virtual tokens, and an MLP to all keys and values (section 4.3).
 
     Args:
         text: configuration of the language model.
+        num_tokens: virtual tokens.
+        hidden: hidden width of the MLP.
     """
     from peft import PrefixEncoder, PrefixTuningConfig
 
@@ -36,20 +40,22 @@ def prefix_encoder(text: Any, num_tokens: int, hidden: int) -> nn.Module:
 
 
 def prefix_states(encoder: nn.Module, batch: int, dtype: torch.dtype = torch.float32) -> States:
-    """What the prefix puts into the cache of each layer."""
+    """Return the keys and values of the prefix in each layer, for a batch of B rows."""
     tokens = torch.arange(encoder.shape[0], device=encoder.embedding.weight.device)
-    states = encoder(tokens).to(dtype).view(encoder.shape).permute(1, 2, 0, 3)  # (2L, H, P, d)
+    states = (
+        encoder(tokens).to(dtype).view(encoder.shape).permute(1, 2, 0, 3)
+    )  # (2 num_layers, num_heads, num_tokens, head_dim)
     pairs = states.expand(batch, *states.shape).transpose(0, 1).split(2)
     return [(keys, values) for keys, values in pairs]
 
 
 def fixed_cache(states: States) -> Cache:
-    """A cache for training: it shows the prefix to every layer and keeps nothing of the tokens."""
+    """Return a cache for training, which gives the prefix to every layer and stores no tokens."""
     return Cache(layers=[_FixedLayer(*pair) for pair in states])
 
 
 class _FixedLayer(DynamicLayer):
-    """Does not grow: under gradient checkpointing a layer runs twice and must see the same both times."""
+    """A cache layer that does not grow: with gradient checkpointing a layer runs twice on the same keys and values."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -57,5 +63,5 @@ class _FixedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         states = (self.keys, key_states), (self.values, value_states)
-        keys, values = (torch.cat([prefix.to(own.dtype), own], dim=-2) for prefix, own in states)
+        keys, values = (torch.cat([prefix.to(new.dtype), new], dim=-2) for prefix, new in states)
         return keys, values

@@ -1,4 +1,4 @@
-"""A frozen LLM in 4 or 8 bits (extra `quant`): which layers, and what may be folded into them."""
+"""Quantization of a frozen LLM to 4 or 8 bits by bitsandbytes (extra `quant`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 Quantize = Literal["none", "4bit", "8bit"]
-# Only the decoder's layers: embeddings and LM head have rows that train, and vision towers lose most by it.
+# Not quantized: embedding and LM head, which have rows that train, and vision towers, which lose most quality.
 KEEP = ["lm_head", r"(?!.*language_model\.).*"]
 
 
 def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[str, BitsAndBytesConfig]:
-    """Arguments for `from_pretrained`: NF4 with doubly quantised scales (Dettmers et al., arXiv 2305.14314), or
-    LLM.int8() (arXiv 2208.07339).
+    """Return arguments for `from_pretrained` that quantize the decoder's layers.
+
+    "4bit" is NF4 with double quantization (Dettmers et al., arXiv 2305.14314), "8bit" is LLM.int8() (Dettmers et al.,
+    arXiv 2208.07339).
 
     Args:
-        dtype: in which 4-bit layers compute; float32 computes in bfloat16 all the same.
+        kind: "none", "4bit" or "8bit".
+        dtype: dtype in which 4-bit layers compute; float32 is replaced by bfloat16.
 
     Raises:
         Mgp5Error: bitsandbytes is not installed.
@@ -34,18 +37,18 @@ def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[st
         raise Mgp5Error(f"quantize={kind} needs bitsandbytes", "pip install 'mgp5[quant]'", usage=True)
     from transformers import BitsAndBytesConfig
 
-    four = {
+    nf4 = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == torch.float32 else dtype,
     }
-    own: dict[str, Any] = four if kind == "4bit" else {"load_in_8bit": True}
-    return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=KEEP, **own)}
+    options: dict[str, Any] = nf4 if kind == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=KEEP, **options)}
 
 
 def keep_layout(model: nn.Module) -> nn.Module:
-    """On some CPUs bitsandbytes repacks 4-bit weights at the first inference, and then no gradient passes: not ours."""
+    """Stop bitsandbytes from repacking 4-bit weights at the first inference on some CPUs, which blocks gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -53,13 +56,12 @@ def keep_layout(model: nn.Module) -> nn.Module:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether transformers has loaded this model with quantised layers."""
+    """Return whether transformers loaded this model with quantized layers."""
     return getattr(model, "is_quantized", False)
 
 
 def merge_rows(model: nn.Module) -> None:
-    """Fold trained rows of embedding and LM head in, and leave LoRA beside its layers: to fold it into weights of few
-    bits would round most of it away."""
+    """Merge trained rows of embedding and LM head, but not LoRA: quantized weights would round most of it away."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
     for module in model.modules():

@@ -41,14 +41,14 @@ class Inputs:
     def of(cls, states: Sequence[DenoisingState]) -> Inputs:
         """Join the states of images that begin together."""
         first = states[0]
-        halves = range(first.context[0].shape[0])  # unconditional and conditional, or the latter alone
+        halves = range(first.cross_attention[0].shape[0])  # unconditional and conditional, or the latter alone
         context = [
-            torch.cat([state.context[i][half : half + 1] for half in halves for state in states])
-            for i in range(len(first.context))
+            torch.cat([state.cross_attention[i][half : half + 1] for half in halves for state in states])
+            for i in range(len(first.cross_attention))
         ]
-        times = first.times  # (n, 1, S) is one row for all images
+        times = first.time_embeddings  # (n, 1, S) is one row for all images
         if times.shape[1] > 1:
-            parts = [state.times[:, half : half + 1] for half in range(times.shape[1]) for state in states]
+            parts = [state.time_embeddings[:, half : half + 1] for half in range(times.shape[1]) for state in states]
             times = torch.cat(parts, dim=1)
         rows = step_rows(first.table, first.guidance).to(first.latents.device, torch.float32)
         return cls(latents=torch.cat([s.latents for s in states]), times=times, context=context, rows=rows)

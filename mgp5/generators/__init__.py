@@ -1,4 +1,4 @@
-"""Frozen latent-diffusion generators and their samplers (B batch, C, h and w of latents, L and D of conditions)."""
+"""Image generators: frozen latent-diffusion models, their noise schedules and their samplers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .latent_diffusion import LatentDiffusion
 
-# What model_index.json calls a pipeline -> the module and class here that load it.
+# Pipeline class in model_index.json -> the module of this package and its class that load it.
 PIPELINES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
@@ -28,10 +28,10 @@ def load_generator(name: str, dtype: torch.dtype | None = None) -> LatentDiffusi
 
     Args:
         name: a folder, or a hub id; mirrors of known ids are tried too.
-        dtype: of the weights; float32 when None.
+        dtype: dtype of the weights; float32 when None.
 
     Raises:
-        Mgp5Error: nothing there, a part is missing, or a pipeline of a kind not known here.
+        Mgp5Error: the model does not exist, a part of it is missing, or its pipeline class is not supported.
     """
     return from_hub(name, partial(_load, dtype=dtype))
 
@@ -46,10 +46,14 @@ def _load(name: str, revision: str | None, dtype: torch.dtype | None) -> LatentD
 
 
 def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Read model_index.json, the list of a pipeline's parts.
+    """Return the contents of model_index.json, which lists the parts of a diffusers pipeline.
+
+    Args:
+        name: a folder, or a hub id.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        Mgp5Error: there is none, or it is not JSON.
+        Mgp5Error: the file is missing or is not JSON.
     """
     hint = "give a folder or a hub id in the layout of diffusers' pipelines"
     try:

@@ -1,7 +1,7 @@
-"""Guided denoising step by step: the state of one image, and one call for images at steps of their own.
+"""Guided denoising: the state of one image, and one model call for several images at different steps.
 
-Letters: B images, n steps, R rows of a call (two of an image that is guided at its step), K kept predictions, C, h and
-w of the latents, L and D of a condition, S columns of a step's row.
+Letters: B images, n steps, R guidance rows of a call (an image has two at a guided step, else one), M kept predictions,
+Z latent channels, h and w latents, L condition length, C condition width, E width of a step's time embedding.
 """
 
 from __future__ import annotations
@@ -15,87 +15,112 @@ from torch import Tensor
 
 from .sampler import SamplerTable
 
-# Latents (R, C, h, w), timesteps (R,) or (1,), condition (R, L, D) -> (R, C, h, w)
+# Latents (R, Z, h, w), timesteps (R,) or (1,), condition (R, L, C) -> prediction (R, Z, h, w)
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Denoiser(Protocol):
-    """A denoising model in two parts: what is constant over the steps, and a step."""
+    """A denoising model in two parts: what is computed once for an image, and one step."""
 
-    deep: int  # channels of the feature that a step can take from an earlier one; 0 where it cannot
+    deep: int  # channels of the deep feature (DeepCache) that a step can reuse; 0 for a model without it
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return a table (n, 1 or R, S) with a row for each of (n,) timesteps, and what (R, L, D) turns into."""
+        """Compute everything that does not depend on the latents.
+
+        Args:
+            timesteps: (n,) float32.
+            condition: (R, L, C).
+
+        Returns:
+            Time embeddings (n, 1 or R, E), and the inputs of cross-attention, tensors (R, ...).
+        """
         ...
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the prediction (R, C, h, w) of a step and its deep feature.
+        """Run one step; return the prediction (R, Z, h, w) and its deep feature (R, `deep`, h, w), or None.
 
         Args:
-            row: (1 or R, S), of the table.
-            context: tensors (R, ...).
-            deep: (R, `deep`, h, w) of an earlier step; then the layers that make it are not run.
+            latents: (R, Z, h, w), any float dtype.
+            time_embedding: (1 or R, E), rows of what `constants` returned.
+            cross_attention: tensors (R, ...), from `constants`.
+            deep: (R, `deep`, h, w), the deep feature of an earlier step; the layers that compute it are then skipped.
         """
         ...
 
 
 class DenoisingEngine(Protocol):
-    """What runs a denoiser faster, see `mgp5.engines`; it is put onto a generator from outside."""
+    """A faster implementation of a denoiser, see `mgp5.engines`; it is attached to a generator from outside.
+
+    Attributes:
+        model: the denoiser.
+        decode: decodes scaled latents (B, Z, h, w) to pixels (B, 3, H, W); None: the VAE of the generator does.
+    """
 
     model: Denoiser
-    decode: Callable[[Tensor], Tensor] | None  # latents as the VAE's decoder takes them -> pixels; None: the VAE does
+    decode: Callable[[Tensor], Tensor] | None
 
     def model_for(self, reuse: int) -> Denoiser:
-        """Return what runs the steps of an image with this `reuse`."""
+        """Return the denoiser for the steps of an image with this `reuse`."""
         ...
 
-    def advance(self, states: Sequence[Any], contexts: dict[Any, list[Tensor]]) -> None:
-        """Advance images by one step each, as `advance` does."""
+    def advance(self, states: Sequence[Any], joined: dict[Any, list[Tensor]]) -> None:
+        """Advance images with equal `key` by one step each; see the function `advance`."""
         ...
 
 
 @dataclass(frozen=True)
 class PlainDenoiser:
-    """A model without constants: its rows are timesteps (S = 1), its context is the condition."""
+    """A denoising model with nothing precomputed.
+
+    Args:
+        predict: the model: latents (R, Z, h, w), timesteps (R,) or (1,), condition (R, L, C) -> (R, Z, h, w).
+    """
 
     predict: Predict
     deep: ClassVar[int] = 0
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return timesteps and condition as they are."""
+        """Return timesteps (n,) as (n, 1, 1), so that E is 1, and the condition (R, L, C) as it is."""
         return timesteps[:, None, None], [condition]
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Call the model."""
-        return self.predict(latents, row[:, 0], context[0]), None
+        """Return the model's prediction (R, Z, h, w) and no deep feature.
+
+        Args:
+            latents: (R, Z, h, w).
+            time_embedding: (1 or R, 1), timesteps.
+            cross_attention: the condition (R, L, C) alone.
+            deep: not used.
+        """
+        return self.predict(latents, time_embedding[:, 0], cross_attention[0]), None
 
 
 @dataclass(eq=False)
 class DenoisingState:
-    """An image that is being drawn.
+    """The state of one image between two denoising steps.
 
     Attributes:
-        latents: (1, C, h, w), float32.
-        table: of its sampler, n steps.
-        times: (n, 1 or r, S), see `Denoiser.constants`; r is 2 with guidance, else 1.
-        context: tensors (r, ...), the unconditional half first.
-        guidance: scale.
-        guided: how many steps are guided, the first.
-        reuse: only one of so many steps runs the whole UNet.
-        model: that runs its steps.
-        step: steps done.
-        history: at most K kept predictions (1, C, h, w), newest first.
-        deep: (r, channels, h, w) deep feature of the last whole step.
+        latents: (1, Z, h, w), float32.
+        table: the sampler's coefficients, n steps.
+        time_embeddings: (n, 1 or r, E), see `Denoiser.constants`; r is 2 with guidance, else 1.
+        cross_attention: tensors (r, ...), the unconditional row first.
+        guidance: scale of classifier-free guidance.
+        guided: number of steps that are guided, counted from the first.
+        reuse: every `reuse`-th step runs the full UNet; the others take its deep feature (DeepCache).
+        model: the denoiser.
+        step: number of steps done.
+        history: at most M kept predictions (1, Z, h, w), newest first.
+        deep: (r, channels, h, w), deep feature of the last full step.
     """
 
     latents: Tensor
     table: SamplerTable
-    times: Tensor
-    context: list[Tensor]
+    time_embeddings: Tensor
+    cross_attention: list[Tensor]
     guidance: float
     guided: int
     reuse: int
@@ -106,26 +131,30 @@ class DenoisingState:
 
     @property
     def rows(self) -> int:
-        """How many rows of the next call are its own."""
+        """Return how many rows this image has in the next call: 2 while it is guided, else 1."""
         return 2 if self.step < self.guided else 1
 
     @property
     def done(self) -> bool:
-        """Whether the latents are the result."""
+        """Return whether all steps are done, so that `latents` is the result."""
         return self.step == len(self.table)
 
     @property
     def takes_deep(self) -> bool:
-        """Whether the next step takes the deep feature of an earlier one."""
+        """Return whether the next step reuses the deep feature of an earlier one."""
         return self.deep is not None and self.step % self.reuse > 0
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What states must agree in to share a call."""
+        """Return a key; states with equal keys can share a model call."""
         return tuple(self.latents.shape), self.takes_deep, self.reuse > 1, self.model
 
     def advance(self, prediction: Tensor) -> None:
-        """Take a prediction (r, C, h, w), the unconditional half first, by the coefficients of its own step."""
+        """Update the latents by one step of the sampler.
+
+        Args:
+            prediction: (r, Z, h, w), the unconditional row first.
+        """
         coefficients, conversion = self.table.coefficients[self.step], self.table.conversion[self.step]
         self.latents, kept = linear_update(
             self.latents, prediction, self.history, coefficients.tolist(), conversion.tolist(), self.guidance
@@ -148,55 +177,62 @@ def begin(
     """Return the state of an image before its first step.
 
     Args:
-        noise: (1, C, h, w) standard normal.
-        condition: (1, L, D).
-        unconditional: (1, L, D), the condition of classifier-free guidance; not needed with guidance 1.
-        guidance: scale; 1.0 runs the conditional half alone.
-        guided: how many steps are guided, the first; None: all. At low noise guidance is hardly needed (Kynkaanniemi
-            et al., arXiv 2404.07724).
+        model: the denoiser.
+        noise: (1, Z, h, w), standard normal.
+        condition: (1, L, C).
+        unconditional: (1, L, C), the unconditional condition of classifier-free guidance; not needed with guidance 1.
+        table: coefficients of the sampler.
+        guidance: scale; with 1.0 only the conditional row is computed.
+        guided: number of guided steps, counted from the first; None: all. At low noise guidance is hardly needed
+            (Kynkaanniemi et al., arXiv 2404.07724).
         reuse: see DenoisingState.
     """
     batch = guidance_batch(condition, unconditional, guidance)
     guided = 0 if batch is condition else len(table) if guided is None else guided
-    times, context = model.constants(table.timesteps.to(noise.device, torch.float32), batch)
-    return DenoisingState(noise.float() * table.noise_scale, table, times, context, guidance, guided, reuse, model)
+    embeddings, inputs = model.constants(table.timesteps.to(noise.device, torch.float32), batch)
+    return DenoisingState(noise.float() * table.noise_scale, table, embeddings, inputs, guidance, guided, reuse, model)
 
 
-Members = tuple[tuple[DenoisingState, int], ...]  # images of one call, and the rows of each
-Contexts = dict[Members, list[Tensor]]  # joined contexts of calls, kept while the same images go on together
+Members = tuple[tuple[DenoisingState, int], ...]  # the images of one call, and how many rows each has
+# Concatenated cross-attention inputs of a call, kept as long as the same images share their calls.
+JoinedInputs = dict[Members, list[Tensor]]
 
 
 @torch.no_grad()
-def advance(states: Sequence[DenoisingState], contexts: Contexts | None = None) -> None:
-    """Advance images with one `key` by one step each, in one call of their model.
+def advance(states: Sequence[DenoisingState], joined: JoinedInputs | None = None) -> None:
+    """Advance images with equal `key` by one step each, in one model call.
 
     Args:
-        contexts: of the calls before; that of this call is added, and those of finished images are dropped.
+        states: the images; they may be at different steps.
+        joined: cache of concatenated cross-attention inputs between calls; entries of finished images are dropped.
     """
     first, rows = states[0], [state.rows for state in states]
-    context = _joined(states, {} if contexts is None else contexts)
+    cross_attention = _join(states, {} if joined is None else joined)
     latents = torch.cat([state.latents.expand(state.rows, -1, -1, -1) for state in states])
-    if first.times.shape[1] == 1 and all((s.table, s.step) == (first.table, first.step) for s in states):
-        row = first.times[first.step]
+    if first.time_embeddings.shape[1] == 1 and all((s.table, s.step) == (first.table, first.step) for s in states):
+        embedding = first.time_embeddings[first.step]
     else:
-        row = torch.cat([state.times[state.step, -state.rows :].expand(state.rows, -1) for state in states])
+        embedding = torch.cat(
+            [state.time_embeddings[state.step, -state.rows :].expand(state.rows, -1) for state in states]
+        )
     deep = torch.cat([state.deep[-state.rows :] for state in states]) if first.takes_deep else None
-    prediction, made = first.model(latents, row, context, deep)
+    prediction, new_deep = first.model(latents, embedding, cross_attention, deep)
     if first.reuse > 1 and deep is None:
-        for state, part in zip(states, made.split(rows), strict=True):
+        for state, part in zip(states, new_deep.split(rows), strict=True):
             state.deep = part
     for state, part in zip(states, prediction.split(rows), strict=True):
         state.advance(part)
 
 
-def _joined(states: Sequence[DenoisingState], contexts: Contexts) -> list[Tensor]:
+def _join(states: Sequence[DenoisingState], joined: JoinedInputs) -> list[Tensor]:
+    """Return the cross-attention inputs (R, ...) of a call, from the cache where these images shared the last call."""
     members = tuple((state, state.rows) for state in states)
-    if members not in contexts:
-        for old in [key for key in contexts if any(state.done for state, _ in key)]:
-            contexts.pop(old, None)
-        parts = zip(*([part[-state.rows :] for part in state.context] for state in states), strict=True)
-        contexts[members] = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
-    return contexts[members]
+    if members not in joined:
+        for old in [key for key in joined if any(state.done for state, _ in key)]:
+            joined.pop(old, None)
+        parts = zip(*([part[-state.rows :] for part in state.cross_attention] for state in states), strict=True)
+        joined[members] = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+    return joined[members]
 
 
 def denoise(
@@ -208,14 +244,14 @@ def denoise(
     guidance: float,
     guided: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the latents (B, C, h, w) after each of the `len(table)` steps of B images; the last are the result.
+    """Yield the latents (B, Z, h, w) of B images after each of the `len(table)` steps; the last ones are the result.
 
     Args:
-        predict: the model; called with the unconditional half of an image before its conditional one.
-        noise: (B, C, h, w) standard normal.
-        condition: (B, L, D).
-        unconditional: (1 or B, L, D); None with guidance 1.
-        guidance, guided: see `begin`.
+        predict: the model; the unconditional row of an image comes before its conditional one.
+        noise: (B, Z, h, w), standard normal.
+        condition: (B, L, C).
+        unconditional: (1 or B, L, C); None with guidance 1.
+        table, guidance, guided: see `begin`.
     """
     model = PlainDenoiser(predict)
     states = [
@@ -226,22 +262,28 @@ def denoise(
 
 
 def run(states: Sequence[DenoisingState]) -> Iterator[Tensor]:
-    """Yield the latents (B, C, h, w) of images that begin together, after each step."""
-    contexts: Contexts = {}
+    """Yield the latents (B, Z, h, w) of B images after each step; all of them begin and end together."""
+    joined: JoinedInputs = {}
     while not states[0].done:
-        advance(states, contexts)
+        advance(states, joined)
         yield torch.cat([state.latents for state in states])
 
 
 def pick(unconditional: Tensor | None, image: int) -> Tensor | None:
-    """Return the unconditional condition (1, L, D) of one image of (1 or B, L, D)."""
+    """Return the unconditional condition (1, L, C) of one image from that of a batch, (1 or B, L, C)."""
     if unconditional is None or len(unconditional) == 1:
         return unconditional
     return unconditional[image : image + 1]
 
 
 def guidance_batch(condition: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
-    """Return conditions (B, L, D) behind as many unconditional ones (1 or B, L, D); guidance 1 needs none of these."""
+    """Return the condition of both guidance branches (R, L, C), the B unconditional rows first; guidance 1: (B, L, C).
+
+    Args:
+        condition: (B, L, C).
+        unconditional: (1 or B, L, C), or None.
+        guidance: scale of classifier-free guidance.
+    """
     if guidance == 1.0 or unconditional is None:
         return condition
     return torch.cat([unconditional.expand_as(condition).to(condition), condition])
@@ -255,20 +297,23 @@ def linear_update(
     conversion: Sequence[float],
     guidance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Apply one step of a sampler's table with guidance: the next latents, and what is kept of this prediction.
+    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598) and one step of a sampler's table.
 
     Args:
-        latents: (B, C, h, w).
-        prediction: (B or 2B, C, h, w), the unconditional half first.
-        history: at most K of (B, C, h, w), newest first.
-        coefficients: (2 + K).
-        conversion: (2).
+        latents: (B, Z, h, w).
+        prediction: (B or 2B, Z, h, w), the unconditional rows first.
+        history: at most M tensors (B, Z, h, w), newest first.
+        coefficients: (2 + M,), of latents, prediction and history.
+        conversion: (2,), of latents and prediction.
         guidance: scale.
+
+    Returns:
+        The next latents and the prediction to keep, both (B, Z, h, w).
     """
     prediction = prediction.to(latents.dtype)
     if len(prediction) == 2 * len(latents):
-        without, guided = prediction.chunk(2)
-        prediction = torch.lerp(without, guided, guidance)
+        unconditional, conditional = prediction.chunk(2)
+        prediction = torch.lerp(unconditional, conditional, guidance)
     kept = conversion[0] * latents + conversion[1] * prediction if any(conversion) else prediction
     latents = coefficients[0] * latents + coefficients[1] * prediction
     # While the history is short, the coefficients it lacks are zero.

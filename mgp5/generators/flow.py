@@ -1,6 +1,7 @@
-"""The schedule of flow matching: straight lines from the latents to noise (B batch, n steps).
+"""The noise schedule of flow matching, which goes from latents to noise on a straight line.
 
-Letters: at time t in [0, 1], noisy latents are `(1 - t) * latents + t * noise`, so alpha = 1 - t and sigma = t.
+Letters: B batch, n steps; at time t in [0, 1] noisy latents are `(1 - t) * latents + t * noise`, so alpha is 1 - t and
+sigma is t.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import Mgp5Error
 from .schedule import Route, disagreements, without_defaults
 
-# Settings of FlowMatchEulerDiscreteScheduler that change the times: the values we do the right thing for.
+# Settings of FlowMatchEulerDiscreteScheduler that change the timesteps, with the values that are implemented here.
 ACCEPTED = {
     "_class_name": (None, "FlowMatchEulerDiscreteScheduler"),
     "use_dynamic_shifting": (None, False),
@@ -31,15 +32,15 @@ ACCEPTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSchedule:
-    """Rectified flow (Esser et al., arXiv 2403.03206): the model predicts the velocity, noise less latents.
+    """The schedule of rectified flow (Esser et al., arXiv 2403.03206), whose model predicts noise - latents.
 
     Args:
-        num_train_timesteps: what the model is told at t = 1; in between t * num_train_timesteps, not rounded.
-        shift: s of t -> s t / (1 + (s - 1) t), which goes to more noise for larger pictures (section 5.3.2);
+        num_train_timesteps: the model gets `t * num_train_timesteps`, not rounded.
+        shift: s of the time shift t -> s t / (1 + (s - 1) t), which puts larger images at more noise (section 5.3.2);
             3 for Stable Diffusion 3 at 1024 pixels.
 
     Raises:
-        Mgp5Error: a value that cannot be.
+        Mgp5Error: a value is out of range.
     """
 
     num_train_timesteps: int = 1000
@@ -50,39 +51,51 @@ class FlowSchedule:
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 2 or self.shift <= 0:
-            found = f"num_train_timesteps is {self.num_train_timesteps} and shift {self.shift}"
-            raise Mgp5Error(f"scheduler: {found}, expected at least 2 and above 0", "take a Stable Diffusion 3 config")
+            values = f"num_train_timesteps is {self.num_train_timesteps} and shift {self.shift}"
+            raise Mgp5Error(f"scheduler: {values}, expected at least 2 and above 0", "take a Stable Diffusion 3 config")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
-        """The schedule in the `scheduler_config.json` of a FlowMatchEulerDiscreteScheduler, or in its `config`.
+        """Build the schedule from the configuration of a diffusers FlowMatchEulerDiscreteScheduler.
+
+        Args:
+            config: contents of `scheduler_config.json`, or the scheduler's `config`.
 
         Raises:
-            Mgp5Error: the config is of another family or has settings we would get wrong.
+            Mgp5Error: the configuration is of another scheduler or has settings that are not implemented here.
         """
-        given = without_defaults(config)
-        if problems := disagreements(given, ACCEPTED):
+        settings = without_defaults(config)
+        if problems := disagreements(settings, ACCEPTED):
             raise Mgp5Error("scheduler config: " + "; ".join(problems), "take a Stable Diffusion 3 config")
-        return cls(**{name: given[name] for name in ("num_train_timesteps", "shift") if name in given})
+        return cls(**{name: settings[name] for name in ("num_train_timesteps", "shift") if name in settings})
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:  # (B,)
-        """Timesteps to train on, float32 on the CPU: logit-normal (0, 1), section 3.1's best density, then shifted.
+        """Draw timesteps to train on, float32 on the CPU, in [0, num_train_timesteps].
 
-        The shift is that of sampling, as in section 5.3.2, so that the frozen model meets the times it was trained on.
+        Their density is logit-normal (0, 1), the best of section 3.1. The shift is applied as in sampling (section
+        5.3.2), so that the frozen model gets the noise levels that it was trained on.
+
+        Args:
+            count: B.
+            generator: on the CPU.
         """
         return self._shifted(torch.randn(count, generator=generator).sigmoid()) * self.num_train_timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
-        """Noisy latents at `timesteps`, fractions allowed."""
+        """Return noisy latents (B, Z, h, w) at timesteps (B,) in [0, num_train_timesteps], fractions allowed."""
         time = (timesteps / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1)).to(latents)
         return (1 - time) * latents + time * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
-        """What the model should predict, the same at all times: the way from the latents to the noise."""
+        """Return the training target (B, Z, h, w), the velocity noise - latents; it is the same at all timesteps."""
         return noise - latents
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """There is none: the density of `draw_timesteps` is the weighting. Always raises Mgp5Error."""
+        """Refuse: the density of `draw_timesteps` is the weighting of flow matching.
+
+        Raises:
+            Mgp5Error: always.
+        """
         raise Mgp5Error(
             f"min_snr is {gamma}, but this diffusion model is trained by flow matching, which has its own weighting",
             "leave min_snr out",
@@ -90,14 +103,18 @@ class FlowSchedule:
         )
 
     def euler_route(self, steps: int) -> Route:
-        """From t = 1; the smallest training time is shifted twice, as FlowMatchEulerDiscreteScheduler does."""
+        """Return the route of Euler's method, which starts at t = 1.
+
+        The smallest training time is shifted twice, as FlowMatchEulerDiscreteScheduler does.
+        """
         smallest = self._shifted(1 / self.num_train_timesteps)
         return self._route(np.linspace(1, smallest, steps))
 
     def dpm_route(self, steps: int) -> Route:
-        """The levels of DPMSolverMultistepScheduler with `use_flow_sigmas`: not from t = 1, where no SNR is left.
+        """Return the route of DPM-Solver++: the levels of DPMSolverMultistepScheduler with `use_flow_sigmas`.
 
-        Its timesteps are rounded down; ours are not, as the model was trained on fractions.
+        It starts below t = 1, where the SNR is zero. Timesteps are not rounded down as there, since the model was
+        trained on fractions.
         """
         return self._route(1 - np.linspace(1 / self.num_train_timesteps, 1, steps + 1)[:-1])
 

@@ -1,6 +1,6 @@
-"""What all frozen diffusion models share: the VAE, the loss, the sampling loop, and how their parts are loaded.
+"""The base class of frozen latent-diffusion models: VAE, loss, denoising, and how parts of a pipeline are loaded.
 
-Letters: B batch, H and W pixels, C, h and w of the latents, L length and D width of the condition.
+Letters: B batch, H and W pixels, Z latent channels, h and w latents, L condition length, C condition width.
 """
 
 from __future__ import annotations
@@ -16,81 +16,89 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import Contexts, DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
+from .denoising import DenoisingEngine, DenoisingState, JoinedInputs, PlainDenoiser, advance, begin, pick
 from .sampler import SamplerTable, Schedule, sampler_table
 
 if TYPE_CHECKING:
     from ..memory.offload import Placement
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-CLIP_LENGTH = 77  # CLIP's tokens for a model that comes without its text encoder
+CLIP_LENGTH = 77  # tokens of CLIP, for a model without its text encoder
 
 
 class LatentDiffusion(nn.Module):
-    """A frozen denoiser in the latent space of a VAE; subclasses add the denoiser, its condition and `predict`."""
+    """A frozen denoiser in the latent space of a VAE (Rombach et al., arXiv 2112.10752).
+
+    Subclasses add the denoiser, `condition_shape`, `encode_text` and `predict`.
+
+    Attributes:
+        vae: encodes pixels to latents and decodes latents to pixels.
+        schedule: noise schedule that the denoiser was trained with.
+        pooled_width: width of the pooled vector in the last row of a condition; 0 for a model without one.
+    """
 
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     pooled_width = 0
-    engine: DenoisingEngine | None = None  # what `draw` runs by, see `mgp5.engines`
+    engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
     placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
 
     def __init__(self) -> None:
         super().__init__()
-        self._contexts: Contexts = {}
+        self._joined: JoinedInputs = {}
 
     @property
     def denoiser(self) -> ModelMixin:
-        """The UNet or transformer."""
+        """Return the UNet or transformer."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, also while weights wait elsewhere."""
+        """Return the device of the computation, also while weights are offloaded."""
         return self.placement.device if self.placement else self.denoiser.device
 
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
-        """One call of the denoiser: what the schedule's `prediction_type` says, in float32.
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
+        """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.
 
         Args:
-            latents: (B, C, h, w), noisy.
-            timesteps: (B,) or (), in [0, T].
-            condition: (B, L, D).
+            latents: (B, Z, h, w), noisy.
+            timesteps: (B,) or (), in [0, num_train_timesteps].
+            condition: (B, L, C).
         """
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> LatentDiffusion:
-        """Stay in eval mode: the model is frozen, whatever the model around it does."""
+        """Stay in evaluation mode: this model is frozen, whatever mode the model around it has."""
         return super().train(False)
 
     def checkpointing(self, on: bool) -> None:
-        """Gradient checkpointing: the backward pass computes the denoiser's activations again instead of keeping them.
+        """Turn gradient checkpointing of the denoiser on or off.
 
-        It works on a frozen model in eval mode: diffusers asks only whether gradients are enabled.
+        It works on a frozen model in evaluation mode: diffusers checks only whether gradients are enabled.
         """
         (self.denoiser.enable_gradient_checkpointing if on else self.denoiser.disable_gradient_checkpointing)()
 
     @property
     def native_size(self) -> int:
-        """Height and width in pixels that the model was trained for."""
+        """Return the height and width in pixels that the model was trained for."""
         size = self.denoiser.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self._factor
 
     @property
     def _factor(self) -> int:
-        """Pixels per latent, along each side."""
+        """Return H / h, the pixels of one latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def _unit(self) -> int:
-        """Height and width of an image are multiples of this."""
+        """Return the number of pixels that H and W must be multiples of."""
         return self._factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image of height x width pixels.
+        """Return (Z, h, w) of the latents of an image of height x width pixels.
 
         Raises:
-            Mgp5Error: height or width is not a positive multiple of what the model works in.
+            Mgp5Error: height or width is not a positive multiple of the VAE's factor.
         """
         unit = self._unit
         if min(height, width) < unit or height % unit or width % unit:
@@ -101,35 +109,43 @@ class LatentDiffusion(nn.Module):
         return self.denoiser.config.in_channels, height // self._factor, width // self._factor
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:  # (B, 2C, h, w)
-        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the VAE's posterior, in float32.
+    def moments(self, pixels: Tensor) -> Tensor:  # (B, 2Z, h, w)
+        """Return mean and standard deviation of the VAE's posterior in float32, concatenated along the channels.
 
-        This is all that a cache needs to keep of a picture. AutoencoderTiny has no posterior: its deviation is zero.
+        A feature cache stores these of each image. AutoencoderTiny has no posterior: its deviation is zero.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
         """
         self._use_vae()
-        with self._own_precision():
+        with self._without_autocast():
             encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if isinstance(self.vae, AutoencoderTiny):
             moments = encoded.latents, torch.zeros_like(encoded.latents)
         else:
             moments = encoded.latent_dist.mean, encoded.latent_dist.std
-        # As a cache gives them back: convolutions round differently in another memory layout.
+        # The layout that a cache returns: convolutions round differently in another memory layout.
         return torch.cat(moments, dim=1).float().contiguous()
 
-    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, C, h, w)
-        """Float32 latents of about unit variance from `moments`: the mean, or a sample by a generator on the CPU."""
+    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, Z, h, w)
+        """Return float32 latents of about unit variance: a sample of the VAE's posterior, or its mean.
+
+        Args:
+            moments: (B, 2Z, h, w), from `moments`.
+            generator: on the CPU; None returns the mean.
+        """
         latents, deviation = moments.float().chunk(2, dim=1)
         if generator is not None:
             latents = latents + deviation * torch.randn(latents.shape, generator=generator).to(latents.device)
         return (latents - self._shift) * self.vae.config.scaling_factor
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, C, h, w)
-        """Pixels (B, 3, H, W) in [-1, 1] to float32 latents of about unit variance: `sample` of `moments`."""
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, Z, h, w)
+        """Encode pixels (B, 3, H, W) in [-1, 1] to float32 latents of about unit variance; see `sample`."""
         return self.sample(self.moments(pixels), generator)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # (B, 3, H, W)
-        """Latents (B, C, h, w) to float32 pixels in [-1, 1]."""
+        """Decode latents (B, Z, h, w) to float32 pixels in [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + self._shift
         if self.engine and self.engine.decode and not self.vae.use_tiling:
             return self.engine.decode(latents).float().clamp(-1, 1)
@@ -147,15 +163,16 @@ class LatentDiffusion(nn.Module):
     def loss(
         self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None
     ) -> Tensor:  # (B,)
-        """The denoising loss of each image, differentiable in the condition: the schedule's target, mean square.
+        """Return the denoising loss of each image, the mean squared error of the prediction.
 
-        Rombach et al., arXiv 2112.10752, eq. 3; with flow matching, Esser et al., arXiv 2403.03206, section 2.
+        It is differentiable in the condition. Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser
+        et al., arXiv 2403.03206, section 2.
 
         Args:
-            latents: (B, C, h, w), from `encode` or `sample`.
-            condition: (B, L, D).
+            latents: (B, Z, h, w), from `encode` or `sample`.
+            condition: (B, L, C).
             generator: on the CPU; draws timesteps and noise.
-            min_snr: gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); None leaves the loss plain.
+            min_snr: gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); None: no weights.
 
         Raises:
             Mgp5Error: min_snr with flow matching.
@@ -165,28 +182,29 @@ class LatentDiffusion(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
         target = self.schedule.target(latents.float(), noise, timesteps)
-        with self._own_precision():
+        with self._without_autocast():
             prediction = self.predict(noisy, timesteps.to(latents.device), condition)
         loss = (prediction - target).square().flatten(1).mean(1)
         return loss if weight is None else loss * weight.to(loss.device)
 
-    def _own_precision(self) -> AbstractContextManager[None]:
-        """Without autocast where the weights are half precision already: it would run every norm in float32 beside."""
+    def _without_autocast(self) -> AbstractContextManager[None]:
+        """Turn autocast off for weights in half precision, where it would only run every norm in float32."""
         if self.denoiser.dtype == torch.float32:
             return nullcontext()
         kind = self.denoiser.device.type
         return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
     def check(self, options: DiffusionOptions) -> SamplerTable:
-        """Return the sampler's table of an image with these options.
+        """Return the sampler's table for an image with these options.
 
         Raises:
-            Mgp5Error: a size, sampler or number of steps that cannot be, or `reuse` without an engine that can.
+            Mgp5Error: the model cannot draw this size, sampler or number of steps, or `reuse` is set without an engine
+                that supports it.
         """
         if options.reuse != 1 and not (self.engine and self.engine.model.deep):
-            found = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
-            found += f" {'by' if self.engine else 'without'} an engine"
-            raise Mgp5Error(f"{found}, expected a UNet with one", "take --reuse 1", usage=True)
+            case = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
+            case += f" {'by' if self.engine else 'without'} an engine"
+            raise Mgp5Error(f"{case}, expected a UNet with one", "take --reuse 1", usage=True)
         self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         return sampler_table(options.sampler, self.schedule, options.steps)
 
@@ -194,13 +212,13 @@ class LatentDiffusion(nn.Module):
     def begin(
         self, condition: Tensor, unconditional: Tensor | None, options: DiffusionOptions, rng: torch.Generator
     ) -> DenoisingState:
-        """Return an image before its first step.
+        """Return the state of an image before its first denoising step.
 
         Args:
-            condition: (1, L, D).
-            unconditional: (1, L, D); not needed with guidance 1.
-            options: with a guidance that is set.
-            rng: on the CPU, so that an image does not depend on the device; draws the noise.
+            condition: (1, L, C).
+            unconditional: (1, L, C); not needed with guidance 1.
+            options: image options; `guidance` must not be None.
+            rng: draws the noise; on the CPU, so that an image does not depend on the device.
 
         Raises:
             Mgp5Error: see `check`; or guidance without an unconditional condition.
@@ -220,10 +238,10 @@ class LatentDiffusion(nn.Module):
         return begin(model, noise, condition, unconditional, table, guidance, guided, options.reuse)
 
     def step(self, states: Sequence[DenoisingState]) -> None:
-        """Advance images with one `key` by one step each, in one call of the denoiser."""
+        """Advance images with equal `key` by one step each, in one call of the denoiser."""
         if self.placement:
             self.placement.enter("draw")
-        (self.engine.advance if self.engine else advance)(states, self._contexts)
+        (self.engine.advance if self.engine else advance)(states, self._joined)
 
     def draw(
         self,
@@ -233,16 +251,16 @@ class LatentDiffusion(nn.Module):
         generators: Sequence[torch.Generator],
         **options: Any,
     ) -> Iterator[Tensor]:
-        """Draw B images together: yield the float32 latents (B, C, h, w) after each step; `decode` takes the last.
+        """Denoise B images together; yield the float32 latents (B, Z, h, w) after each step.
 
         Args:
-            condition: (B, L, D).
-            unconditional: (1 or B, L, D); not needed with guidance 1.
+            condition: (B, L, C).
+            unconditional: (1 or B, L, C); not needed with guidance 1.
             generators: one for each image, see `begin`.
-            options: of DiffusionOptions; guidance is 7.5 where it is not given.
+            options: fields of DiffusionOptions; guidance defaults to 7.5.
 
         Raises:
-            Mgp5Error: see `begin`; at once, not at the first step.
+            Mgp5Error: see `begin`; before the first step is asked for.
         """
         if len(generators) != len(condition):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
@@ -259,7 +277,11 @@ class LatentDiffusion(nn.Module):
 
 
 def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:
-    """The VAE of a pipeline. Raises Mgp5Error when it is of a kind not known here."""
+    """Load the VAE of a pipeline; `options` are passed to `from_pretrained`.
+
+    Raises:
+        Mgp5Error: the VAE is missing, cannot be read, or its class is not supported.
+    """
     kind = load_part(AutoencoderKL.load_config, name, "vae", revision).get("_class_name")
     if kind not in AUTOENCODERS:
         raise Mgp5Error(f"vae is a {kind}, expected one of {', '.join(AUTOENCODERS)}", "choose another model")
@@ -273,27 +295,38 @@ def load_text_parts(
     revision: str | None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The text encoders and tokenizers of a pipeline, by their names; without those that it came without.
+    """Load the text encoders and tokenizers that a pipeline has; return them by name.
 
     Args:
+        name: a folder, or a hub id.
         index: the pipeline's model_index.json.
         classes: name of an encoder -> its class, name of its tokenizer, the tokenizer's class.
-        options: for the encoders.
+        revision: branch, tag or commit on the hub.
+        options: passed to `from_pretrained` of the encoders.
+
+    Raises:
+        Mgp5Error: a part cannot be read.
     """
     parts = {}
-    for encoder, (model, tokenizer, words) in classes.items():
+    for encoder, (model, tokenizer, tokenizer_class) in classes.items():
         listed = (index.get(encoder) or [None])[-1] is not None
         if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
             parts[encoder] = load_part(model.from_pretrained, name, encoder, revision, **options)
-            parts[tokenizer] = load_part(words.from_pretrained, name, tokenizer, revision)
+            parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, revision)
     return parts
 
 
 def load_part(load: Any, name: str, part: str, revision: str | None, **options: Any) -> Any:
-    """Call a `from_pretrained` or `load_config` on one folder of a pipeline.
+    """Load one part of a pipeline.
+
+    Args:
+        load: a `from_pretrained` or `load_config`; `options` are passed to it.
+        name: a folder, or a hub id.
+        part: subfolder of the pipeline.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        Mgp5Error: it is missing or cannot be read; the part is named.
+        Mgp5Error: the part is missing or cannot be read.
     """
     if Path(name).is_dir() and not (Path(name) / part).is_dir():
         raise Mgp5Error(f"{name} has no folder {part}, expected one for each part", "copy the whole model")
@@ -305,5 +338,5 @@ def load_part(load: Any, name: str, part: str, revision: str | None, **options: 
 
 
 def no_text_encoder() -> Mgp5Error:
-    """What `encode_text` raises of a model that came without."""
+    """Return the error of `encode_text` for a model without a text encoder."""
     return Mgp5Error("this diffusion model has no text encoder", "add its text_encoder and tokenizer folders")

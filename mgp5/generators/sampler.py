@@ -1,15 +1,15 @@
-"""Every deterministic sampler as a table of coefficients; denoising.py runs it.
+"""Deterministic samplers as tables of coefficients, which denoising.py applies.
 
-Letters: n model calls, K predictions kept, B batch, C, h and w of the latents x, L and D of the condition, p the guided
-prediction, alpha and sigma as in schedule.py.
+Letters: n model calls, M kept predictions, x latents (B, Z, h, w), p the guided prediction, alpha and sigma as in
+schedule.py.
 
-With a fixed schedule each sampler is linear: a step is
-    x' = c0 x + c1 p + c2 m1 + ... + c(K+1) mK        (coefficients, one row per step)
+With a fixed schedule each sampler is linear. One step is
+    x' = c0 x + c1 p + c2 m1 + ... + c(M+1) mM        (coefficients, one row per step)
     m  = d0 x + d1 p                                  (conversion; it is m1 in the next step)
-where m is whatever the multistep method keeps of a step (the clean latents for DPM-Solver++, the prediction for PNDM).
-All samplers run on the latents that the model is called with, Euler too: then no sampler needs to scale the model's
-input, and what comes out of any step can be previewed. Flow matching needs no samplers of its own: Euler and
-DPM-Solver++ see only levels (alpha, sigma) and what a prediction means there.
+where m is what a multistep method keeps of a step (the clean latents for DPM-Solver++, the prediction for PNDM).
+All samplers, Euler too, work on the latents that the model gets: no sampler has to scale the model's input, and the
+latents after any step can be previewed. Flow matching needs no samplers of its own: Euler and DPM-Solver++ depend only
+on the levels (alpha, sigma) and on the prediction type.
 """
 
 from __future__ import annotations
@@ -33,41 +33,48 @@ Schedule = NoiseSchedule | FlowSchedule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplerTable:
-    """All that a sampler does with a schedule in a number of steps; on the CPU, in float64.
+    """The coefficients of one sampler, schedule and number of steps, on the CPU in float64.
 
     Args:
-        name: which sampler.
-        timesteps: at which timestep the model is called; PNDM makes one call more than it has steps.
-        coefficients: of the latents, the prediction and K kept predictions, newest first; give the next latents.
-        conversion: of the latents and the prediction; give what is kept.
-        noise_scale: standard deviation of the noise to start from.
+        name: key of SAMPLERS.
+        timesteps: (n,), at which the model is called; PNDM makes one call more than it has steps.
+        coefficients: (n, 2 + M), of the latents, the prediction and M kept predictions, newest first; their weighted
+            sum is the next latents.
+        conversion: (n, 2), of the latents and the prediction; their weighted sum is the prediction to keep.
+        noise_scale: standard deviation of the initial noise.
     """
 
     name: str
-    timesteps: Tensor  # (n,)
-    coefficients: Tensor  # (n, 2 + K)
-    conversion: Tensor  # (n, 2)
+    timesteps: Tensor
+    coefficients: Tensor
+    conversion: Tensor
     noise_scale: float = 1.0
 
     def __len__(self) -> int:
-        """The number of model calls, which is the number of latents that `denoise` yields."""
+        """Return n, the number of model calls, which is how many latents `denoise` yields."""
         return len(self.timesteps)
 
     @property
     def history(self) -> int:
-        """K, how many predictions are kept."""
+        """Return M, how many predictions are kept."""
         return self.coefficients.shape[1] - 2
 
 
 def sampler_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
-    """The table of the sampler `name`, a key of SAMPLERS, for a schedule and a number of steps; cached.
+    """Return the table of a sampler for a schedule; tables are cached.
+
+    Args:
+        name: key of SAMPLERS.
+        schedule: of the diffusion model.
+        steps: number of denoising steps, 1 to `num_train_timesteps`.
 
     Raises:
-        Mgp5Error: the name is unknown, or the schedule cannot be sampled so.
+        Mgp5Error: the sampler is unknown, or cannot sample this schedule in so many steps.
     """
     if name not in schedule.samplers:
-        found = f"no sampler {name!r} for a model with {schedule.prediction_type}"
-        raise Mgp5Error(f"{found}, expected one of {', '.join(schedule.samplers)}", "choose one of these", usage=True)
+        names = ", ".join(schedule.samplers)
+        error = f"no sampler {name!r} for a model with {schedule.prediction_type}, expected one of {names}"
+        raise Mgp5Error(error, "choose one of these", usage=True)
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise Mgp5Error(f"{steps} steps, expected 1 to {schedule.num_train_timesteps}", "change --steps")
     return _cached_table(name, schedule, steps)
@@ -77,7 +84,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
 def _cached_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
     hint = "take fewer steps or another sampler"
     try:
-        # What cannot be shows up as inf or nan (a zero SNR with epsilon prediction, a timestep twice in DPM-Solver++).
+        # Impossible tables have inf or nan (a zero SNR with epsilon prediction, a timestep twice in DPM-Solver++).
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             table = SAMPLERS[name](schedule, steps)
     except IndexError as error:
@@ -88,7 +95,7 @@ def _cached_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
 
 
 def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """DDIM without noise (Song et al., arXiv 2010.02502, eq. 12)."""
+    """Return the table of deterministic DDIM (Song et al., arXiv 2010.02502, eq. 12 with eta 0)."""
     timesteps = schedule.spaced_timesteps(steps, default="leading")
     final = _final_alpha_bar(schedule, default=True)
     rows = []
@@ -99,11 +106,11 @@ def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 
 def euler(schedule: Schedule, steps: int) -> SamplerTable:
-    """Euler's method (Karras et al., arXiv 2206.00364), written for variance-preserving latents; and for flow matching.
+    """Return the table of Euler's method (Karras et al., arXiv 2206.00364) for variance-preserving latents.
 
-    Dividing its latents by sqrt(1 + s^2), s being its noise level sigma / alpha, makes it a first-order step like
-    DDIM's that ends without noise, and the scaled input of the model becomes the latents themselves. With flow matching
-    the same step is x' = x + (sigma' - sigma) p (Esser et al., arXiv 2403.03206).
+    With the latents divided by sqrt(1 + s^2), where s is the noise level sigma / alpha, it is a first-order step like
+    DDIM's that ends without noise, and the latents are the model's scaled input. With flow matching the same step is
+    x' = x + (sigma' - sigma) p (Esser et al., arXiv 2403.03206).
     """
     timesteps, levels, noise_scale = schedule.euler_route(steps)
     rows = [_first_order(schedule, source, target) for source, target in pairwise(levels)]
@@ -111,7 +118,10 @@ def euler(schedule: Schedule, steps: int) -> SamplerTable:
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
-    """DPM-Solver++ 2M, midpoint (Lu et al., arXiv 2211.01095, algorithm 2); first order in the first and last step."""
+    """Return the table of DPM-Solver++ 2M with the midpoint rule (Lu et al., arXiv 2211.01095, algorithm 2).
+
+    The first and the last step are of first order.
+    """
     timesteps, levels, _ = schedule.dpm_route(steps)
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in levels]
     rows, conversion = [], []
@@ -127,10 +137,13 @@ def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
 
 
 def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """PLMS, the form of PNDM (Liu et al., arXiv 2202.09778) that Stable Diffusion uses: no Runge-Kutta steps.
+    """Return the table of PLMS, the variant of PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778).
 
-    The second call repeats the first step with a better slope, so there are steps + 1 calls. It starts again from the
-    first latents x0; those are the present latents less what the first prediction did, so nothing more is kept.
+    The second call repeats the first step with a better slope, so there are steps + 1 calls. It starts from the first
+    latents x0 again, which are the current latents minus the first update, so nothing more has to be kept.
+
+    Raises:
+        Mgp5Error: the model predicts the clean latents ("sample").
     """
     if schedule.prediction_type == "sample":
         raise Mgp5Error("pndm cannot sample a model with prediction_type 'sample'", "choose another sampler")
@@ -141,7 +154,7 @@ def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     if steps > 1:
         timesteps = np.insert(timesteps, 1, timesteps[1])
         moves.insert(1, (timesteps[1] + stride, timesteps[1]))
-    # Adams-Bashforth weights in 24ths, newest first. The method forgets the repeated call: its place weighs zero.
+    # Adams-Bashforth weights in 24ths, newest first. The repeated call does not count later: its weight is zero.
     start = [[24], [12, 12], [36, 0, -12], [46, -32, 0, 10], [55, -59, 37, 0, -9]]
     rows = []
     for i, (t, target) in enumerate(moves):
@@ -160,14 +173,14 @@ SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
     "ddim": ddim,
     "euler": euler,
     "pndm": pndm,
-    "flow-euler": euler,  # what "euler" is with flow matching, for whoever wants to be refused without it
+    "flow-euler": euler,  # the same as "euler", but only models with flow matching accept it
 }
 
 
 def _table(
     name: str,
     timesteps: np.ndarray,  # (n,)
-    rows: Sequence[Sequence[float]],  # (n, 2 + K)
+    rows: Sequence[Sequence[float]],  # (n, 2 + M)
     conversion: Sequence[Sequence[float]] | None = None,  # (n, 2)
     noise_scale: float = 1.0,
 ) -> SamplerTable:
@@ -183,7 +196,7 @@ def _table(
 
 
 def _clean_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """The clean latents and the noise that a prediction means, each as coefficients of (x, p)."""
+    """Return the clean latents and the noise that a prediction stands for, each as two coefficients, of x and p."""
     if schedule.prediction_type == "epsilon":
         return np.array([1, -sigma]) / alpha, np.array([0.0, 1.0])
     if schedule.prediction_type == "v_prediction":
@@ -194,13 +207,13 @@ def _clean_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np
 
 
 def _first_order(schedule: Schedule, source: Level, target: Level) -> np.ndarray:  # (2,)
-    """Move the clean latents and the noise that the prediction means to another level (alpha, sigma)."""
+    """Return the coefficients of x and p of a first-order step from one level (alpha, sigma) to another."""
     clean, noise = _clean_and_noise(schedule, *source)
     return target[0] * clean + target[1] * noise
 
 
 def _level(schedule: NoiseSchedule, t: int, final_alpha_bar: float = 1.0) -> Level:
-    """(alpha, sigma) at a whole timestep; before the first it is the final level."""
+    """Return (alpha, sigma) at an integer timestep; below 0 it is the final level."""
     alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else final_alpha_bar
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 

@@ -1,6 +1,7 @@
-"""The noise schedule a diffusion model was trained with (T training timesteps, B batch).
+"""The noise schedule that a diffusion model was trained with.
 
-Letters: at timestep t, noisy latents are `alpha_t * latents + sigma_t * noise` with alpha^2 + sigma^2 = 1.
+Letters: B batch, n steps; at timestep t in [0, num_train_timesteps) noisy latents are
+`alpha_t * latents + sigma_t * noise` with alpha^2 + sigma^2 = 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 
-# Schedulers of diffusers that share one family of configs; ours takes the schedule from it, not the sampler.
+# Schedulers of diffusers with the same configuration fields; the schedule is read from these, the sampler is not.
 UNDERSTOOD = frozenset(
     f"{name}Scheduler"
     for name in (
@@ -33,7 +34,7 @@ UNDERSTOOD = frozenset(
         "UniPCMultistep",
     )
 )
-# Settings that change the samplers or the schedule: the values we do the right thing for.
+# Settings that change the samplers or the schedule, with the values that are implemented here.
 ACCEPTED = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -52,22 +53,28 @@ Level = tuple[float, float]  # (alpha, sigma)
 
 
 class Route(NamedTuple):
-    """Where a sampler of n steps calls the model, the levels it passes, and the scale of the noise it starts from."""
+    """The timesteps and noise levels of a sampler.
 
-    timesteps: np.ndarray  # (n,)
-    levels: list[Level]  # n + 1, the last is (1, 0)
+    Attributes:
+        timesteps: (n,), at which the model is called.
+        levels: n + 1 pairs (alpha, sigma) of the latents before each step and after the last, which is (1, 0).
+        noise_scale: standard deviation of the initial noise.
+    """
+
+    timesteps: np.ndarray
+    levels: list[Level]
     noise_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """Betas, what the model predicts, and which timesteps a sampler visits; the fields are those of diffusers' configs.
+    """A variance-preserving noise schedule; the fields are those of diffusers' scheduler configurations.
 
-    `timestep_spacing` and `set_alpha_to_one` may be None: then each sampler takes the default that the diffusers
-    scheduler of its name has, just as `Scheduler.from_config` does with a config that leaves them out.
+    `timestep_spacing` and `set_alpha_to_one` may be None: then each sampler uses the default of the diffusers scheduler
+    of its name, as `Scheduler.from_config` does.
 
     Raises:
-        Mgp5Error: a value that is not understood; all of them are named.
+        Mgp5Error: a value is not supported; the message names all of them.
     """
 
     num_train_timesteps: int = 1000
@@ -93,35 +100,41 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule in a diffusers `scheduler_config.json`, or in the `config` of a diffusers scheduler.
+        """Build the schedule from the configuration of a diffusers scheduler.
 
-        `clip_sample` is not used: StableDiffusionPipeline turns it off too, as latents are not in [-1, 1].
+        `clip_sample` is ignored: StableDiffusionPipeline turns it off too, as latents are not in [-1, 1].
+
+        Args:
+            config: contents of `scheduler_config.json`, or the scheduler's `config`.
 
         Raises:
-            Mgp5Error: the config is of another family (flow matching, say) or has settings we would get wrong.
+            Mgp5Error: the scheduler is of another kind (such as flow matching) or has settings that are not
+                implemented here.
         """
-        given = without_defaults(config)
-        problems = disagreements(given, ACCEPTED)
-        if given.get("_class_name", "DDIMScheduler") not in UNDERSTOOD:
-            problems.append(f"_class_name is {given['_class_name']}, expected one of {', '.join(sorted(UNDERSTOOD))}")
+        settings = without_defaults(config)
+        problems = disagreements(settings, ACCEPTED)
+        if settings.get("_class_name", "DDIMScheduler") not in UNDERSTOOD:
+            problems.append(
+                f"_class_name is {settings['_class_name']}, expected one of {', '.join(sorted(UNDERSTOOD))}"
+            )
         if problems:
             raise Mgp5Error("scheduler config: " + "; ".join(problems), "take a Stable Diffusion 1.x or 2.x config")
         known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in given.items() if name in known}
+        values = {name: value for name, value in settings.items() if name in known}
         if values.get("trained_betas") is not None:
             values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
         return cls(**values)
 
     @cached_property
-    def alphas_cumprod(self) -> np.ndarray:  # (T,)
-        """alpha_t^2 in float64, falling; exactly 0 at the end with `rescale_betas_zero_snr`."""
+    def alphas_cumprod(self) -> np.ndarray:  # (num_train_timesteps,)
+        """Return alpha_t^2 in float64, falling with t; the last is exactly 0 with `rescale_betas_zero_snr`."""
         alpha_bar = np.cumprod(1 - self._betas())
         if self.rescale_betas_zero_snr:  # Lin et al., arXiv 2305.08891, algorithm 1
             root = np.sqrt(alpha_bar)
             alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return alpha_bar
 
-    def _betas(self) -> np.ndarray:  # (T,)
+    def _betas(self) -> np.ndarray:  # (num_train_timesteps,)
         if self.trained_betas is not None:
             return np.asarray(self.trained_betas, dtype=np.float64)
         if self.beta_schedule == "linear":
@@ -134,16 +147,28 @@ class NoiseSchedule:
         return np.minimum(1 - level[1:] / level[:-1], 0.999)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:  # (B,)
-        """Timesteps to train on, uniform, int64 on the CPU."""
+        """Draw `count` timesteps to train on, uniform in [0, num_train_timesteps), int64 on the CPU."""
         return torch.randint(self.num_train_timesteps, (count,), generator=generator)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
-        """Noisy latents at `timesteps`, int64 in [0, T); timesteps on the CPU spare a wait for the device."""
+        """Return noisy latents (B, Z, h, w).
+
+        Args:
+            latents, noise: (B, Z, h, w).
+            timesteps: (B,) int64 in [0, num_train_timesteps); on the CPU they need no synchronization with the device.
+        """
         alpha, sigma = self._levels(timesteps, latents)
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
-        """What the model should predict: the noise, the velocity (Salimans and Ho, arXiv 2202.00512) or the latents."""
+        """Return the training target (B, Z, h, w): the noise, the velocity or the latents, by `prediction_type`.
+
+        The velocity is alpha * noise - sigma * latents (Salimans and Ho, arXiv 2202.00512).
+
+        Args:
+            latents, noise: (B, Z, h, w).
+            timesteps: (B,) int64.
+        """
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -152,26 +177,29 @@ class NoiseSchedule:
         return alpha * noise - sigma * latents
 
     def snr(self, timesteps: Tensor) -> Tensor:  # (B,) -> (B,)
-        """Signal-to-noise ratio alpha^2 / sigma^2 in float32, on the device of `timesteps`."""
+        """Return the signal-to-noise ratio alpha^2 / sigma^2 in float32, on the device of `timesteps`."""
         alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
         return (alpha_bar / (1 - alpha_bar)).to(timesteps.device, torch.float32)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # (B,) -> (B,)
-        """min(SNR, gamma), the weight of the clean latents, expressed for what the model predicts."""
+        """Return the min-SNR weights of the loss (Hang et al., arXiv 2303.09556, section 3.4).
+
+        They are min(SNR, gamma) for a loss on the clean latents, converted to the model's `prediction_type`.
+        """
         snr = self.snr(timesteps)
         if self.prediction_type == "epsilon":
             return (gamma / snr).clamp(max=1)
         return snr.clamp(max=gamma) / (snr + 1 if self.prediction_type == "v_prediction" else 1)
 
     def euler_route(self, steps: int) -> Route:
-        """The route of Euler's method, through fractions of timesteps."""
-        timesteps = self.spaced_timesteps(steps, default="linspace", whole=False)
+        """Return the route of Euler's method in a number of steps; its timesteps are not rounded."""
+        timesteps = self.spaced_timesteps(steps, default="linspace", rounded=False)
         levels = [self._ratio_level(t) for t in timesteps] + [(1.0, 0.0)]
         leading = (self.timestep_spacing or "linspace") == "leading"
         return Route(timesteps, levels, noise_scale=1.0 if leading else levels[0][1])
 
     def dpm_route(self, steps: int) -> Route:
-        """The route of DPM-Solver++, which leaves out the last timestep of one step more."""
+        """Return the route of DPM-Solver++: the timesteps of `steps` + 1 steps without the last."""
         spacing, total = self.timestep_spacing or "linspace", self.num_train_timesteps
         if spacing == "linspace":
             timesteps = np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
@@ -181,18 +209,24 @@ class NoiseSchedule:
             timesteps = self.spaced_timesteps(steps, default="trailing")
         return Route(timesteps, [self._ratio_level(t) for t in timesteps] + [(1.0, 0.0)])
 
-    def spaced_timesteps(self, steps: int, default: str, whole: bool = True) -> np.ndarray:  # (steps,)
-        """The timesteps of one spacing, falling (Lin et al., arXiv 2305.08891, table 2)."""
+    def spaced_timesteps(self, steps: int, default: str, rounded: bool = True) -> np.ndarray:  # (steps,)
+        """Return falling timesteps of the schedule's spacing (Lin et al., arXiv 2305.08891, table 2).
+
+        Args:
+            steps: n.
+            default: the spacing when the schedule names none.
+            rounded: round "linspace" to integers.
+        """
         spacing, total = self.timestep_spacing or default, self.num_train_timesteps
         if spacing == "linspace":
             timesteps = np.linspace(0, total - 1, steps)[::-1]
-            return timesteps.round().astype(np.int64) if whole else timesteps
+            return timesteps.round().astype(np.int64) if rounded else timesteps
         if spacing == "leading":
             return np.arange(steps)[::-1] * (total // steps) + self.steps_offset
         return (total - np.arange(steps) * (total / steps)).round().astype(np.int64) - 1
 
     def _ratio_level(self, t: float) -> Level:
-        """(alpha, sigma) at any timestep, by interpolation of the ratio sigma / alpha."""
+        """Return (alpha, sigma) at a fractional timestep, by interpolation of the ratio sigma / alpha."""
         alpha_bar = self.alphas_cumprod.copy()
         if self.rescale_betas_zero_snr:
             alpha_bar[-1] = 2.0**-24  # as diffusers: the ratio must stay finite
@@ -208,13 +242,13 @@ class NoiseSchedule:
 
 
 def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a scheduler config that somebody chose: diffusers lists those that it filled in."""
+    """Return a scheduler configuration without the values that diffusers lists as filled in by default."""
     filled_in = config.get("_use_default_values", [])
     return {name: value for name, value in config.items() if name not in filled_in}
 
 
 def disagreements(values: Mapping[str, Any], accepted: Mapping[str, tuple]) -> list[str]:
-    """Say which settings have a value that is not accepted."""
+    """Return a line of text for each setting whose value is not accepted."""
     return [
         f"{name} is {values[name]!r}, expected {' or '.join(str(choice) for choice in choices if choice is not None)}"
         for name, choices in accepted.items()

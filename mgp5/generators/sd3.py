@@ -1,7 +1,9 @@
-"""Stable Diffusion 3 and 3.5: a transformer in the latent space of a VAE, trained by flow matching (Esser et al., arXiv
-2403.03206), conditioned on the tokens of two CLIPs and a T5 and on a pooled vector.
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206), frozen.
 
-Letters: B batch, C, h and w of the latents, L length and D width of the condition, P width of the pooled vector.
+A transformer in the latent space of a VAE, trained by flow matching, with the tokens of two CLIPs and a T5 and a pooled
+vector as its condition.
+
+Letters: B batch, Z latent channels, h and w latents, L condition length, C condition width.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from . import read_index
 from .flow import FlowSchedule
 from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
 
-T5_LENGTH = 256  # tokens of T5, as StableDiffusion3Pipeline takes them by default, where its tokenizer allows as many
+T5_LENGTH = 256  # tokens for T5, the default of StableDiffusion3Pipeline, unless the tokenizer allows fewer
 TEXT_PARTS = {
     "text_encoder": (CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
     "text_encoder_2": (CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
@@ -26,12 +28,21 @@ TEXT_PARTS = {
 
 
 class StableDiffusion3(LatentDiffusion):
-    """A frozen Stable Diffusion 3 or 3.5.
+    """A frozen Stable Diffusion 3 or 3.5; it implements LatentDiffusion.
 
-    Its condition is one tensor (B, L, D): the rows of both CLIPs, side by side and padded with zeros to D, then those
-    of T5, and in the last row the pooled vector, padded too. Only `encode_text` and `predict` need to know.
+    Its condition is one tensor (B, L, C): the states of both CLIPs, concatenated along the width and padded with zeros
+    to C, then those of T5, and in the last row the pooled vector, padded too. Only `encode_text`, `predict` and the
+    feature mapper depend on this layout.
 
-    `transformer` may be replaced by anything that is called alike and has its `config`, `device` and `dtype`.
+    Args:
+        transformer: the denoiser; a module with the same call, `config`, `device` and `dtype` may replace it.
+        vae: encodes pixels to latents and decodes latents to pixels.
+        schedule: noise schedule.
+        text_encoder, tokenizer, text_encoder_2, tokenizer_2: the two CLIPs; None where the model has none.
+        text_encoder_3, tokenizer_3: T5; None: its rows of the condition are zeros.
+
+    Raises:
+        Mgp5Error: the pooled vector is wider than the condition.
     """
 
     def __init__(
@@ -55,17 +66,22 @@ class StableDiffusion3(LatentDiffusion):
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
         self.requires_grad_(False).train(False)
         if self.pooled_width > self.condition_shape[1]:
-            found = f"the pooled vector has {self.pooled_width} numbers and a row {self.condition_shape[1]}"
-            raise Mgp5Error(f"{found}, expected no more than in a row", "choose another diffusion model")
+            widths = f"the pooled vector has {self.pooled_width} numbers and a row {self.condition_shape[1]}"
+            raise Mgp5Error(f"{widths}, expected no more than in a row", "choose another diffusion model")
 
     @classmethod
     def load(cls, name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> StableDiffusion3:
-        """Load from a folder or a hub id in the layout of StableDiffusion3Pipeline; text encoders may be missing.
+        """Load a model in the layout of StableDiffusion3Pipeline; text encoders may be missing.
 
         Only safetensors files are read, as other formats can run code.
 
+        Args:
+            name: a folder, or a hub id.
+            dtype: dtype of the weights.
+            revision: branch, tag or commit on the hub.
+
         Raises:
-            Mgp5Error: a part is missing or cannot be read, or the scheduler config is not understood.
+            Mgp5Error: a part is missing or cannot be read, or the scheduler configuration is not supported.
         """
         weights = {"dtype": dtype, "use_safetensors": True}
         scheduler = load_part(FlowMatchEulerDiscreteScheduler.load_config, name, "scheduler", revision)
@@ -78,17 +94,17 @@ class StableDiffusion3(LatentDiffusion):
 
     @property
     def denoiser(self) -> SD3Transformer2DModel:
-        """The transformer."""
+        """Return the transformer."""
         return self.transformer
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """(L, D) of a condition: CLIP's rows, T5's, and one of the pooled vector; (334, 4096) for the real models."""
+        """Return (L, C) of a condition: rows of CLIP, of T5, and one of the pooled vector; published: (334, 4096)."""
         return self._clip_length + self._t5_length + 1, self.transformer.config.joint_attention_dim
 
     @property
     def pooled_width(self) -> int:
-        """P, how many numbers of a condition's last row are the pooled vector; 2048 for the real models."""
+        """Return the width of the pooled vector in the last row of a condition; 2048 for the published models."""
         return self.transformer.config.pooled_projection_dim
 
     @property
@@ -104,10 +120,11 @@ class StableDiffusion3(LatentDiffusion):
         return self._factor * self.transformer.config.patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image of height x width pixels.
+        """Return (Z, h, w) of the latents of an image of height x width pixels.
 
         Raises:
-            Mgp5Error: height or width is no positive multiple of 16 (for the real models), or too large.
+            Mgp5Error: height or width is not a positive multiple of 16 (for the published models), or is too large
+                for the transformer's position embeddings.
         """
         limit = self.transformer.config.pos_embed_max_size * self._unit
         if max(height, width) > limit:
@@ -116,11 +133,11 @@ class StableDiffusion3(LatentDiffusion):
         return super().latent_shape(height, width)
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, D)
-        """What StableDiffusion3Pipeline makes of texts, with the pooled vector as last row; zeros for a missing T5.
+    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+        """Encode B texts as StableDiffusion3Pipeline does, with the pooled vector as last row; zeros without a T5.
 
         Raises:
-            Mgp5Error: the model came without one of its CLIPs.
+            Mgp5Error: the model has no weights of a CLIP.
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise no_text_encoder()
@@ -130,17 +147,23 @@ class StableDiffusion3(LatentDiffusion):
             encoder(_ids(texts, tokenizer, self._clip_length).to(encoder.device), output_hidden_states=True)
             for encoder, tokenizer in clips
         ]
-        rows = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # (B, 77, D1 + D2)
-        pooled = torch.cat([state.text_embeds for state in states], dim=-1)[:, None]  # (B, 1, P)
+        rows = torch.cat([state.hidden_states[-2] for state in states], dim=-1)  # (B, 77, widths of both)
+        pooled = torch.cat([state.text_embeds for state in states], dim=-1)[:, None]  # (B, 1, pooled width)
         if self.text_encoder_3 is None:
             last = rows.new_zeros(len(texts), self._t5_length, width)
         else:
             ids = _ids(texts, self.tokenizer_3, self._t5_length).to(self.text_encoder_3.device)
-            last = self.text_encoder_3(ids).last_hidden_state  # (B, 256, D)
+            last = self.text_encoder_3(ids).last_hidden_state  # (B, 256, C)
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in (rows, last, pooled)], dim=1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
-        """One call of the transformer; see LatentDiffusion."""
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
+        """Predict the velocity with one call of the transformer, in float32.
+
+        Args:
+            latents: (B, Z, h, w), noisy.
+            timesteps: (B,) or (), in [0, 1000], fractions allowed.
+            condition: (B, L, C).
+        """
         condition = condition.to(self.transformer.dtype)
         outputs = self.transformer(
             latents.to(self.transformer.dtype),
@@ -153,5 +176,5 @@ class StableDiffusion3(LatentDiffusion):
 
 
 def _ids(texts: list[str], tokenizer: CLIPTokenizer | T5TokenizerFast, length: int) -> Tensor:  # (B, length)
-    """Token ids, padded or cut; as in StableDiffusion3Pipeline, no mask goes with them."""
+    """Return token ids, padded or truncated; StableDiffusion3Pipeline passes no attention mask either."""
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

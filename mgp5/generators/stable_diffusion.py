@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x and 2.x: a UNet in the latent space of a VAE, conditioned on a sequence of CLIP's width.
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), frozen: a UNet in the latent space of a VAE.
 
-Letters: B batch, C, h and w of the latents, L length and D width of the condition.
+Letters: B batch, Z latent channels, h and w latents, L condition length, C condition width.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ TEXT_PARTS = {"text_encoder": (CLIPTextModel, "tokenizer", CLIPTokenizer)}
 
 
 class StableDiffusion(LatentDiffusion):
-    """A frozen Stable Diffusion 1.x or 2.x, epsilon or v prediction.
+    """A frozen Stable Diffusion 1.x or 2.x with epsilon or v prediction; it implements LatentDiffusion.
 
-    `unet` may be replaced by anything that is called alike and has its `config`, `device` and `dtype`.
+    Its condition (B, L, C) are the last states of CLIP's text encoder: L is 77, C is 768 or 1024.
+
+    Args:
+        unet: the denoiser; a module with the same call, `config`, `device` and `dtype` may replace it.
+        vae: encodes pixels to latents and decodes latents to pixels.
+        schedule: noise schedule.
+        text_encoder, tokenizer: CLIP; None where the model has none.
     """
 
     def __init__(
@@ -41,12 +47,17 @@ class StableDiffusion(LatentDiffusion):
 
     @classmethod
     def load(cls, name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> StableDiffusion:
-        """Load from a folder or a hub id in the layout of StableDiffusionPipeline; the text encoder may be missing.
+        """Load a model in the layout of StableDiffusionPipeline; the text encoder may be missing.
 
         Only safetensors files are read, as other formats can run code.
 
+        Args:
+            name: a folder, or a hub id.
+            dtype: dtype of the weights.
+            revision: branch, tag or commit on the hub.
+
         Raises:
-            Mgp5Error: a part is missing or cannot be read, or the scheduler config is not understood.
+            Mgp5Error: a part is missing or cannot be read, or the scheduler configuration is not supported.
         """
         weights = {"dtype": dtype, "use_safetensors": True}
         return cls(
@@ -58,21 +69,21 @@ class StableDiffusion(LatentDiffusion):
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
-        """The UNet."""
+        """Return the UNet."""
         return self.unet
 
     @property
     def condition_shape(self) -> tuple[int, int]:
-        """(L, D) of a condition."""
+        """Return (L, C) of a condition, (77, 1024) for Stable Diffusion 2.1."""
         length = CLIP_LENGTH if self.text_encoder is None else self.text_encoder.config.max_position_embeddings
         return length, self.unet.config.cross_attention_dim
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, D)
-        """The text encoder's last states behind its final LayerNorm, padded or cut to L tokens.
+    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+        """Encode B texts, padded or truncated to L tokens: the text encoder's states after its final LayerNorm.
 
         Raises:
-            Mgp5Error: the model came without a text encoder.
+            Mgp5Error: the model has no text encoder.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise no_text_encoder()
@@ -81,12 +92,18 @@ class StableDiffusion(LatentDiffusion):
         # No attention mask: Stable Diffusion was trained on conditions that include the padding.
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
 
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, C, h, w)
-        """One call of the UNet; see LatentDiffusion."""
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
+        """Predict the noise or the velocity, by `schedule.prediction_type`, with one call of the UNet, in float32.
+
+        Args:
+            latents: (B, Z, h, w), noisy.
+            timesteps: (B,) or (), in [0, 1000).
+            condition: (B, L, C).
+        """
         dtype = self.unet.dtype
         outputs = self.unet(
             latents.to(dtype),
-            timesteps.to(torch.float32),  # one type always, so that a compiled or exported UNet has one signature
+            timesteps.to(torch.float32),  # always the same dtype, so that a compiled or exported UNet has one signature
             encoder_hidden_states=condition.to(dtype),
             return_dict=False,
         )

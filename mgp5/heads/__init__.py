@@ -3,8 +3,8 @@
 A head says how an image stands in the sequence, what the LLM has to do after the trigger token, what is trained, and
 how an image is drawn step by step. The scheduler serves what `Head.draw` asks for and never knows which head it has.
 
-Letters: B batch, T and k tokens, D width of the LLM, E width of embeddings, N context images, P target images, H and W
-pixels.
+Letters: B batch, T tokens, D LLM width, E embedding width, N context images, P target images, S slots of one image, H
+and W pixels, Z latent channels, h and w latents.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ HEADS: dict[str, tuple[str, str]] = {"minigpt5": ("mgp5.heads.minigpt5", "MiniGP
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """What a head is, in values.
+    """The constants of a head.
 
     Args:
         name: key of HEADS.
-        new_tokens: special tokens that it adds to the vocabulary; the first is the trigger, by which the LLM begins an
-            image.
-        positions: how many positions of the sequence one drawn image takes.
+        new_tokens: special tokens that it adds to the vocabulary; the first is the trigger, with which the LLM begins
+            an image.
+        positions: number of positions in the sequence that one drawn image takes.
         stages: names of the training stages, in order.
-        losses: names of its loss terms, beside "text".
-        image_options: class of the options that it draws with.
-        reads_prefix: whether it asks for `Prefix`; only then the states of all tokens are kept.
-        reads_side: whether layers of the LLM attend to what `Head.side` makes of the context images.
+        losses: names of its loss terms, without "text".
+        image_options: class of its image options.
+        reads_prefix: whether it yields `Prefix`; only then the states of all tokens are kept.
+        reads_side: whether layers of the LLM attend to `ImageContext.side` of the context images.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Part(NamedTuple):
     """A part of a model that is loaded, counted, moved or saved as one.
 
     Attributes:
-        module: with its weights.
-        phase: when it computes: "encode", "read", "draw" or "decode"; "" for what may stay where it was loaded.
+        module: module with the weights.
+        phase: when it computes: "encode", "read", "draw" or "decode"; "": it stays where it was loaded.
         saved: whether it is trained and stored in checkpoints; frozen parts are loaded from their own repository.
     """
 
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 class TrainRule(NamedTuple):
-    """What happens to the parameters whose names match.
+    """How the parameters whose names match a pattern are trained.
 
     Attributes:
         pattern: regular expression, searched in the parameter's name.
@@ -96,14 +96,14 @@ class Forced:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Sample `count` tokens one by one inside the decoding loop, beside the text of other replies (SEED: 32 codes).
+    """Sample `count` tokens one by one inside the decoding loop, batched with the text of other replies (SEED).
 
     Args:
-        count: how many.
-        allowed: for each of them, the ids that it may be.
-        temperature: 0 takes the most likely.
-        top_p: in (0, 1].
+        count: number of tokens (32 codes for SEED).
+        allowed: for each token, the ids that may be sampled.
         rng: on the CPU.
+        temperature: 0 takes the most likely token.
+        top_p: nucleus sampling, in (0, 1].
     """
 
     count: int
@@ -115,14 +115,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Embeds:
-    """Read these embeddings (1, k, E) in one forward (VARGPT: one scale of its decoder)."""
+    """Read these embeddings (1, T, E) in one forward (VARGPT: one scale of its decoder)."""
 
     embeds: Tensor
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Give the states of all tokens so far; nothing is read (MM-Interleaved: context of its image decoder)."""
+    """Return the states of all tokens so far; nothing is read (MM-Interleaved: context of its image decoder)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +130,8 @@ class Step:
     """Run `Head.step` on `inputs`, together with all Steps of other images that have the same key.
 
     Args:
-        key: what inputs must agree in to share a call: a name, shapes, a kind of step.
-        inputs: of one image; what `step` returns for it is the response's `output`.
+        key: inputs with equal keys share a call: a name, shapes, a kind of step.
+        inputs: inputs of one image; what `step` returns for it is the response's `output`.
     """
 
     key: Hashable
@@ -140,12 +140,12 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Tell how far the image is; no work is asked for.
+    """Report the progress of an image; the scheduler computes nothing.
 
     Args:
-        step: from 1 to total.
-        total: number of previews that will come.
-        latents: (1, C, h, w) of the image so far, or None.
+        step: 1 to total.
+        total: number of previews of this image.
+        latents: (1, Z, h, w), the image so far, or None.
     """
 
     step: int
@@ -158,14 +158,14 @@ Request = Forced | Sample | Embeds | Prefix | Step | Preview
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """What was done for a request.
+    """The scheduler's answer to a request.
 
     Attributes:
-        hidden: (1, k, D). Forced and Embeds: the state after each token. Sample: the state that predicted each. Prefix:
-            the state after each token so far.
+        hidden: (1, T, D). Forced and Embeds: the state after each of T tokens. Sample: the state that predicted each.
+            Prefix: the state after each token so far.
         ids: tokens that were read or sampled. The last sampled one has not been read yet: it goes before whatever is
             read next.
-        output: of a Step.
+        output: output of a Step.
     """
 
     hidden: Tensor | None = None
@@ -175,12 +175,12 @@ class Response:
 
 @dataclass(frozen=True)
 class DrawContext:
-    """What is known when an image begins.
+    """The inputs of `Head.draw`.
 
     Attributes:
-        state: (1, 1, D) the state that predicted the trigger. The trigger itself has not been read.
-        options: of the image.
-        rng: makes the generator (on the CPU) of one use of random numbers in this image: `rng("noise")`.
+        state: (1, 1, D), the state that predicted the trigger. The trigger itself has not been read.
+        options: image options.
+        rng: returns a generator on the CPU for one use of random numbers in this image: `rng("noise")`.
     """
 
     state: Tensor
@@ -189,11 +189,11 @@ class DrawContext:
 
 
 class ImageContext(NamedTuple):
-    """What the LLM gets of N context images.
+    """N context images as the LLM gets them.
 
     Attributes:
         tokens: N tensors (S, E), the embeddings in the S slots of each image.
-        side: (N, ...) what layers of the LLM attend to beside, or None.
+        side: (N, ...), features that layers of the LLM attend to besides the sequence, or None.
     """
 
     tokens: list[Tensor]
@@ -201,11 +201,11 @@ class ImageContext(NamedTuple):
 
 
 class Head(nn.Module):
-    """Base of all heads: the seam, with defaults where most heads agree.
+    """The base class of all heads, with defaults that fit most of them.
 
     Attributes:
-        spec: see HeadSpec.
-        ids: of `spec.new_tokens` in the LLM's vocabulary, once installed.
+        spec: constants of the head.
+        ids: token ids of `spec.new_tokens`, set by `install`.
     """
 
     spec: HeadSpec
@@ -216,8 +216,8 @@ class Head(nn.Module):
         """Build the head of a configuration: frozen parts from disk or the hub, trained parts fresh.
 
         Args:
-            config: `config.head_config` is the head's own.
-            dtype: of frozen weights.
+            config: configuration of the model; `config.head_config` is that of the head.
+            dtype: dtype of frozen weights.
 
         Raises:
             Mgp5Error: a part is missing or does not fit.
@@ -225,29 +225,29 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def install(self, backbone: Backbone) -> None:
-        """Add the new tokens, and whatever else the LLM needs (layer hooks); called once, before adapters."""
+        """Add the new tokens, and layer hooks where a head has them, to the LLM; called once, before adapters."""
         self.ids = tuple(backbone.add_tokens(list(self.spec.new_tokens)))
 
     @property
     def description(self) -> str:
-        """A short text by which a checkpoint is matched to the frozen parts that it was trained with."""
+        """Return a short text that identifies the frozen parts; a checkpoint is refused for other ones."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where images are drawn."""
+        """Return the device on which images are drawn."""
         return next(self.parameters()).device
 
     def parts(self) -> dict[str, Part]:
-        """Return the parts by name: what loading, memory estimates, offload and doctor read."""
+        """Return the parts by name; loading, memory estimates, offload and doctor read this table."""
         return {"head": Part(self, "draw", True)}
 
     def train_plan(self, config: TrainConfig) -> tuple[TrainRule, ...]:
-        """Return what a stage trains: the first rule that matches a parameter's name holds; others do not train."""
+        """Return what a stage trains: the first rule that matches a parameter's name applies; the rest is frozen."""
         raise NotImplementedError
 
     def prepare(self, config: TrainConfig) -> None:
-        """Get ready for a stage, before its plan is applied."""
+        """Prepare the head for a training stage; called before `train_plan` is applied."""
 
     # --- context images ---
 
@@ -262,7 +262,7 @@ class Head(nn.Module):
     # --- training ---
 
     def target(self, image: PIL.Image.Image) -> dict[str, Tensor]:
-        """Turn a target image into tensors, in the data worker, without weights; batches stack them by name."""
+        """Convert a target image to tensors, which batches stack by name; runs in data workers, without weights."""
         raise NotImplementedError
 
     def layout(self, target: dict[str, Tensor], config: TrainConfig | None = None) -> tuple[list[int], list[int]]:
@@ -270,11 +270,12 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def losses(self, hidden: Tensor, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
-        """Return the named, weighted image terms of a batch.
+        """Return the named, weighted loss terms of a batch's target images.
 
         Args:
-            hidden: (B, T, D) last states of the LLM.
-            batch: with P target images, at least one.
+            hidden: (B, T, D), last states of the LLM.
+            batch: has P >= 1 target images.
+            config: of the training stage.
             rng: on the CPU.
         """
         raise NotImplementedError
@@ -282,19 +283,19 @@ class Head(nn.Module):
     # --- inference ---
 
     def check(self, options: ImageOptions) -> None:
-        """Raise Mgp5Error for options with which no image can be drawn; called before anything is computed."""
+        """Raise Mgp5Error for options that the head cannot draw with; called before anything is computed."""
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
-        """Draw one image: yield requests, take their responses, return pixels (3, H, W) in [-1, 1]."""
+        """Draw one image: yield requests, receive their responses, return pixels (3, H, W) in [-1, 1]."""
         raise NotImplementedError
         yield
 
     def step(self, key: Hashable, inputs: list[Any]) -> list[Any]:
-        """Do all Steps of one key in one call; returns an output for each."""
+        """Run all Steps with equal keys in one call; return an output for each."""
         raise NotImplementedError(f"no step {key}")
 
     def commit(self, pixels: Tensor) -> Forced | Embeds | None:
-        """Return what the LLM has to read after an image: nothing, a closing token, or the image encoded again."""
+        """Return what the LLM reads after an image: nothing, a closing token, or embeddings of the image."""
         return None
 
 
@@ -307,13 +308,13 @@ def head_class(name: str) -> type[Head]:
 
 
 def rng(seed: int, image: int, use: str) -> torch.Generator:
-    """Return the generator of one use of random numbers in a reply, on the CPU; no two uses share their numbers.
+    """Return a random generator on the CPU for one use in a reply; no two uses share random numbers.
 
     Args:
-        seed: of the reply's text, or of its first image.
+        seed: seed of the reply's text, or of its first image.
         image: index of the image in the reply, from 0.
-        use: what the numbers are for. Text and noise take plain seeds, as image files note them and other programs
-            repeat them: "text" `seed`, "noise" `seed + image`. All other uses mix all three.
+        use: purpose of the numbers. Text and noise have plain seeds, which image files note so that other programs can
+            repeat them: "text" `seed`, "noise" `seed + image`. All other uses hash the three arguments.
     """
     if use in ("text", "noise"):
         return torch.Generator().manual_seed(seed + image)

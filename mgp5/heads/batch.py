@@ -1,4 +1,7 @@
-"""A batch of training samples as tensors. B samples, T tokens, N context images, P target images, S slots, E width."""
+"""A batch of training samples as tensors.
+
+Letters: B batch, T tokens, N context images, P target images, S slots of one image, E embedding width.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ class Batch:
         labels: (B, T) int64, IGNORE where there is no loss; not shifted.
         context_images: preprocessed context images of all samples in reading order, as the backbone's `preprocess`
             returns them; empty when there are none.
-        target_rows, target_starts: (P,) where each target image begins: its sample, and the position of its trigger.
-        targets: what the head's `target` made of each target image, stacked by name: (P, ...).
-        captions: P descriptions, "" where there is none.
-        features: of the context images, (S, E) each, where a cache had them; `context_images` then holds only grids.
-        skipped: what was left out: samples, but of kind "history cut" only the beginning of one.
+        target_rows, target_starts: (P,), the sample of each target image and the position of its trigger.
+        targets: tensors (P, ...) by name, stacked from `Head.target` of each target image.
+        captions: P captions of the target images, "" without one.
+        features: N tensors (S, E) of the context images from a cache; `context_images` then holds only grids.
+        skipped: samples that were left out; with the kind "history cut" only the beginning of one was.
     """
 
     ids: Tensor

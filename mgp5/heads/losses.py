@@ -1,4 +1,7 @@
-"""Loss terms by name, and the text loss that all heads share. B samples, T tokens, D width, V vocabulary, K labels."""
+"""Loss terms by name, and the text loss, which does not depend on the head.
+
+Letters: B batch, T tokens, D LLM width, V vocabulary, J labels.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from ..prompts import IGNORE
 
 @dataclass(frozen=True)
 class Losses:
-    """Unweighted terms and their weights; a term that does not apply to a batch is left out."""
+    """Unweighted loss terms (scalars) and their weights, by name; a term that does not apply to a batch is left out."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
-        """Return what is minimised: the weighted sum; 0 without any term."""
+        """Return the loss to minimize, the weighted sum of the terms; 0 without any term."""
         return sum((self.weights[name] * value for name, value in self.terms.items()), start=torch.zeros(()))
 
     def __or__(self, other: Losses) -> Losses:
@@ -28,7 +31,7 @@ class Losses:
 
 
 def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states (K, D) that predict a label, and these labels (K,).
+    """Return the states (J, D) that predict a label, and these labels (J,).
 
     Args:
         hidden: (B, T, D).
@@ -40,5 +43,5 @@ def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of the next token, mean over labels (MiniGPT-5, eq. 1); logits (K, V), targets (K,)."""
+    """Return the cross-entropy of the next token, mean over labels (MiniGPT-5, eq. 1); logits (J, V), targets (J,)."""
     return F.cross_entropy(logits.float(), targets)

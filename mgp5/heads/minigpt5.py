@@ -1,10 +1,10 @@
-"""The head of MiniGPT-5: n generative vokens, a feature mapper, a latent-diffusion model (arXiv 2310.02239).
+"""The head of MiniGPT-5: K generative vokens, a feature mapper, a latent-diffusion model (arXiv 2310.02239).
 
-An image is a run of special tokens [IMG0]..[IMGn-1]. The LLM predicts the first; the others are forced in one forward.
-The states that predict the run are mapped to the condition of a frozen diffusion model, which draws.
+An image is a run of special tokens [IMG0]..[IMGK-1]. The LLM predicts the first; the others are forced in one forward.
+The states that predict the run are mapped to the condition of a frozen diffusion model, which draws the image.
 
-Letters: B samples, T tokens, D width of the LLM, P target images, n vokens, W width of the mapper's transformer, L
-length and C width of a condition.
+Letters: B batch, T tokens, D LLM width, P target images, K vokens, L condition length, C condition width, H and W
+pixels, Z latent channels, h and w latents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_VOKENS = 16  # the paper's ablation goes from 1 to 16 (MiniGPT-5 2023, appen
 
 
 def voken_tokens(num_vokens: int) -> tuple[str, ...]:
-    """Return the special tokens [IMG0]..[IMGn-1]; the first is the trigger. Raises Mgp5Error for n out of range."""
+    """Return the special tokens [IMG0]..[IMGK-1]; the first is the trigger. Raises Mgp5Error for K out of range."""
     if not 1 <= num_vokens <= MAX_VOKENS:
         raise Mgp5Error(f"num_vokens is {num_vokens}, expected 1 to {MAX_VOKENS}", "the paper's number is 8")
     return tuple(f"[IMG{index}]" for index in range(num_vokens))
@@ -45,12 +45,11 @@ def predicting_states(
     rows: Sequence[int],  # (P,) batch row of each run of vokens
     starts: Sequence[int],  # (P,) position of the first voken of each run, at least 1
     num_vokens: int,
-) -> Tensor:  # (P, n, D)
-    """Return the states that predict the vokens: one position to the left of each (last text token, then all but the
-    last voken).
+) -> Tensor:  # (P, K, D)
+    """Return the states that predict the vokens, one position to the left of each.
 
-    The one place that picks them, for training and inference alike; taking the states *of* the vokens instead is the
-    most likely bug of this method.
+    These are the states of the last text token and of all vokens but the last. Training and inference both pick them
+    here: taking the states *of* the vokens instead is the most likely bug of this method.
     """
     return torch.stack(
         [hidden[row, start - 1 : start - 1 + num_vokens] for row, start in zip(rows, starts, strict=True)]
@@ -58,11 +57,11 @@ def predicting_states(
 
 
 class MiniGPT5Head(Head):
-    """Draws an image from the states that predict a run of vokens (MiniGPT-5, section 3.2).
+    """Draw an image from the states that predict a run of vokens (MiniGPT-5, section 3.2).
 
     Args:
-        generator: frozen.
-        config: number of vokens, shape of the mapper, and where the unconditional condition comes from.
+        generator: frozen latent-diffusion model.
+        config: number of vokens, shape of the mapper, and source of the unconditional condition.
     """
 
     def __init__(self, generator: LatentDiffusion, config: MiniGPT5Config) -> None:
@@ -83,27 +82,27 @@ class MiniGPT5Head(Head):
 
     @classmethod
     def load(cls, config: ModelConfig, dtype: torch.dtype) -> MiniGPT5Head:
-        """See Head: the generator from its pipeline, the mapper fresh."""
+        """Load the generator `config.diffusion`, build a fresh mapper. Raises Mgp5Error as `load_generator` does."""
         return cls(load_generator(config.diffusion, dtype), config.head_config)
 
     @property
     def num_vokens(self) -> int:
-        """n, how many vokens stand for one image."""
+        """Return K, the number of vokens of one image."""
         return self.config.num_vokens
 
     @property
     def description(self) -> str:
-        """Class, prediction type and condition shape of the generator."""
+        """Return class, prediction type and condition shape of the generator, as text."""
         length, width = self.generator.condition_shape
         return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
 
     @property
     def device(self) -> torch.device:
-        """Where the generator computes."""
+        """Return the device of the generator."""
         return self.generator.device
 
     def parts(self) -> dict[str, Part]:
-        """See Head."""
+        """Return the mapper, which is trained, and the frozen parts of the generator."""
         return {
             "mapper": Part(self.mapper, "", True),
             "denoiser": Part(self.generator.denoiser, "draw", False),
@@ -117,8 +116,11 @@ class MiniGPT5Head(Head):
     # --- training ---
 
     def train_plan(self, config: TrainConfig) -> tuple[TrainRule, ...]:
-        """See Head. pretrain: voken rows and the whole mapper. finetune: voken rows, LoRA or prefix, the mapper's
-        transformer; its MLP and queries stay as the first stage left them (section 4.1)."""
+        """Return what a stage trains (section 4.1).
+
+        "pretrain": voken rows of embedding and LM head, and the mapper. "finetune": voken rows, LoRA or prefix, and the
+        mapper's transformer; its MLP and queries keep the values of the first stage.
+        """
         frozen = TrainRule(r"^head\.mapper\.(mlp\.|queries$)", None)
         if config.stage == "pretrain":
             frozen = TrainRule(r"^head\.mapper\.queries$", None)
@@ -130,7 +132,8 @@ class MiniGPT5Head(Head):
         )
 
     def prepare(self, config: TrainConfig) -> None:
-        """See Head: without guidance dropout the mapper does not learn the unconditional condition."""
+        """Choose the source of the unconditional condition, and set gradient checkpointing of the generator."""
+        # Without guidance dropout the mapper does not learn it: the encoding of the empty text takes its place.
         self.empty_text = not config.guidance_dropout
         self.config = MiniGPT5Config(
             num_vokens=self.num_vokens, mapper=self.config.mapper, unconditional="text" if self.empty_text else "mapper"
@@ -138,24 +141,34 @@ class MiniGPT5Head(Head):
         self.generator.checkpointing(config.checkpointing)
 
     def target(self, image: pil.Image) -> dict[str, Tensor]:
-        """See Head: pixels (3, H, W) of the generator's native size."""
+        """Return {"pixels": (3, H, W) in [-1, 1]} of the generator's native size."""
         return {"pixels": to_pixels(image, (self.generator.native_size,) * 2)}
 
     def layout(self, target: dict[str, Tensor], config: TrainConfig | None = None) -> tuple[list[int], list[int]]:
-        """See Head. The paper's text loss is over all tokens (eq. 1), vokens too; since all but the first are forced at
-        inference, "first" leaves the others without a label, and "ends" all but the first and the last, as the release
-        does."""
-        ids, kept = list(self.ids), "all" if config is None else config.voken_labels
-        silent = {"all": (), "first": ids[1:], "ends": ids[1:-1]}[kept]
+        """Return K ids and labels of a target image; `config.voken_labels` says which vokens have a text loss.
+
+        "all": the loss is over all tokens (eq. 1). "first": the others are forced at inference and get no label.
+        "ends": the first and the last, as in the released code.
+        """
+        ids, labelled_ids = list(self.ids), "all" if config is None else config.voken_labels
+        silent = {"all": (), "first": ids[1:], "ends": ids[1:-1]}[labelled_ids]
         return ids, [IGNORE if token in silent else token for token in ids]
 
     def losses(self, hidden: Tensor, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
-        """See Head: 1 LDM + 0.1 caption in the first stage, 1 LDM in the second (section 3.3).
+        """Return the LDM loss and the caption loss of P target images (section 3.3), means over images.
 
-        Some images see zeros instead of states, which trains the unconditional condition. The zeros go in before the
-        MLP, as at inference, and their caption target is the empty text.
+        Their weights in the paper are 1 and 0.1 in the first stage, 1 and 0 in the second. With the probability
+        `config.guidance_dropout` the states of an image are replaced by zeros, which trains the unconditional
+        condition. This happens before the MLP, as at inference; the caption target is then the empty text.
+
+        Args:
+            hidden: (B, T, D), last states of the LLM.
+            batch: `targets` has "pixels" (P, 3, H, W), or from a cache "moments" (P, 2Z, h, w); "encodings" (P, L, C)
+                of the captions where a cache has them.
+            config: of the stage.
+            rng: on the CPU; draws dropout, timesteps and noise.
         """
-        states = predicting_states(hidden, batch.target_rows, batch.target_starts, self.num_vokens)  # (P, n, D)
+        states = predicting_states(hidden, batch.target_rows, batch.target_starts, self.num_vokens)  # (P, K, D)
         dropped = torch.rand(len(states), generator=rng) < config.guidance_dropout  # (P,)
         condition = self.mapper(states * ~dropped[:, None, None].to(states.device))
         terms = {}
@@ -183,31 +196,31 @@ class MiniGPT5Head(Head):
     # --- inference ---
 
     def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
-        """Return the unconditional condition of guidance, computed once and kept until the mapper trains again."""
-        kept = self._unconditional
-        if kept is None or kept.device != condition.device or self.training:
+        """Return the unconditional condition on device and in dtype of `condition`; kept until the mapper trains."""
+        cached = self._unconditional
+        if cached is None or cached.device != condition.device or self.training:
             zeros = self.mapper.unconditional
-            kept = self.generator.encode_text([""]) if self.empty_text else zeros(self.num_vokens)
-            self._unconditional = kept = kept.to(condition)
-        return kept
-
-    def forget_unconditional(self) -> None:
-        """Compute the unconditional condition again: the mapper has changed."""
-        self._unconditional = None
+            cached = self.generator.encode_text([""]) if self.empty_text else zeros(self.num_vokens)
+            self._unconditional = cached = cached.to(condition)
+        return cached
 
     def train(self, mode: bool = True) -> MiniGPT5Head:
-        """Switch the mode; training changes the mapper."""
-        self.forget_unconditional()
+        """Set the mode and drop the kept unconditional condition, which training changes."""
+        self._unconditional = None
         return super().train(mode)
 
     def check(self, options: DiffusionOptions) -> None:
-        """See Head."""
+        """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""
         self.generator.check(options)
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
-        """See Head: read the run in one forward, map the states that predict it, denoise step by step, decode."""
+        """Draw one image: read the run of vokens, map the states that predict it, denoise step by step, decode.
+
+        Yields a `Forced`, a `Step` and a `Preview` for each denoising step, and a `Step` for the VAE's decoder. Returns
+        pixels (3, H, W) in [-1, 1]. Raises Mgp5Error as `check` does.
+        """
         response = yield Forced(self.ids)
-        hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + n, D): the trigger stands at 1
+        hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + K, D): the trigger is at 1
         condition = self.mapper(predicting_states(hidden, [0], [1], self.num_vokens))  # (1, L, C)
         guided = context.options.guidance != 1.0
         unconditional = self.unconditional(condition) if guided else None
@@ -219,7 +232,13 @@ class MiniGPT5Head(Head):
         return response.output
 
     def step(self, key: Hashable, inputs: list[Any]) -> list[Any]:
-        """See Head: denoising states advance in place; latents (1, C, h, w) become pixels (3, H, W)."""
+        """Run one denoising step of several images, or decode their latents, in one call.
+
+        Args:
+            key: ("denoise", ...) or ("decode", ...).
+            inputs: a DenoisingState of each image, which advances in place and is returned; or latents (1, Z, h, w) of
+                each image, for which pixels (3, H, W) in [-1, 1] are returned.
+        """
         if key[0] == "denoise":
             self.generator.step(inputs)
             return inputs
@@ -227,14 +246,15 @@ class MiniGPT5Head(Head):
 
 
 class FeatureMapper(nn.Module):
-    """Map the states of the vokens to a condition: an MLP, then an encoder-decoder that L learned queries read from.
+    """Map the states that predict the vokens to a condition (MiniGPT-5, section 3.2).
 
-    There is no position on the vokens and no mask. For Stable Diffusion 1 and 2 the decoder's output is the condition.
-    Stable Diffusion 3 wants 333 rows of width 4096 and a pooled vector of 2048: a transformer so wide would have 16
-    times the parameters, so there W is 1024, as for 2.1, with a projection to C behind it, and one more query with a
-    projection of its own gives the pooled vector. (The paper has no recipe; examples/storyland/README.md tries it.)
+    An MLP, then an encoder-decoder transformer whose decoder inputs are L learned queries. The vokens have no position
+    embedding and no mask. For Stable Diffusion 1 and 2 the decoder's output is the condition. Stable Diffusion 3 needs
+    333 rows of width 4096 and a pooled vector of 2048. A transformer of that width would have 16 times the parameters,
+    so its width is 1024 (`config.inner`), as for 2.1, with a projection to C after it; one more query with another
+    projection gives the pooled vector. (The paper does not cover it; examples/storyland/README.md tries it.)
 
-    The parts are named `mlp`, `transformer` and `queries` because the stages train different ones of them.
+    The stages train different parts, which are named `mlp`, `transformer` and `queries`.
     """
 
     def __init__(self, config: MapperConfig) -> None:
@@ -252,17 +272,17 @@ class FeatureMapper(nn.Module):
         if config.pooled:
             self.pool = nn.Linear(width, config.pooled)
 
-    def forward(self, states: Tensor) -> Tensor:  # (P, n, D) -> (P, L, C)
-        """Map the states that predict the vokens to a condition, in the mapper's own dtype.
+    def forward(self, states: Tensor) -> Tensor:  # (P, K, D) -> (P, L, C)
+        """Map the states that predict the vokens to a condition, in the dtype of the mapper's weights.
 
-        Zero states give the unconditional branch of classifier-free guidance.
+        Zero states give the unconditional condition of classifier-free guidance.
         """
-        source = self.mlp(states.to(self.mlp[0].weight.dtype))  # (P, n, W)
+        source = self.mlp(states.to(self.mlp[0].weight.dtype))  # (P, K, transformer width)
         if self.config.kind == "decoder-only":
             mask = nn.Transformer.generate_square_subsequent_mask(source.shape[1], source.device, source.dtype)
             rows = self._project(self.transformer(source, mask=mask, is_causal=True))
             return F.pad(rows, (0, 0, 0, self.config.queries - rows.shape[1]))
-        rows = self.transformer(source, self.queries.expand(len(states), -1, -1))  # (P, L, W)
+        rows = self.transformer(source, self.queries.expand(len(states), -1, -1))  # (P, L, transformer width)
         if not self.config.pooled:
             return self._project(rows)
         pooled = F.pad(self.pool(rows[:, -1:]), (0, self.config.width - self.config.pooled))  # (P, 1, C)
@@ -281,33 +301,36 @@ def _encoder(config: MapperConfig, layers: int) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(
         width, config.heads, width * config.ffn_ratio, dropout=0.0, batch_first=True, norm_first=True
     )
-    # Nested tensors are of no use without padding, and pre-norm would only warn about them.
+    # Without padding nested tensors gain nothing, and with pre-norm they only cause a warning.
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
     for parameter in encoder.parameters():
         if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)  # as nn.Transformer does: the copied layers must not start alike
+            nn.init.xavier_uniform_(
+                parameter
+            )  # as nn.Transformer does: copied layers must not start with equal weights
     return encoder
 
 
 def _transformer(config: MapperConfig) -> nn.Transformer:
-    """A pre-norm encoder-decoder with ReLU, no dropout and a LayerNorm behind each half."""
+    """Build a pre-norm encoder-decoder with ReLU, without dropout, and with a LayerNorm after each half."""
     width = config.transformer_width
     layer = nn.TransformerDecoderLayer(
         width, config.heads, width * config.ffn_ratio, dropout=0.0, batch_first=True, norm_first=True
     )
     decoder = nn.TransformerDecoder(layer, config.decoder_layers, nn.LayerNorm(width))
     encoder = _encoder(config, config.encoder_layers)
-    # nn.Transformer draws every matrix anew, so the decoder's copied layers do not start alike either.
+    # nn.Transformer initializes every matrix again, so the decoder's copied layers do not start equal either.
     return nn.Transformer(width, config.heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
 
 
 def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
-    """Return the distance to the generator's own encoding of the caption (eq. 4), mean over images; both (P, L, C).
+    """Return the distance of the mapper's condition to the generator's encoding of the caption (eq. 4).
 
     Args:
-        pooled: length of the pooled vector in the last row, 0 where there is none. It is a term of its own beside the
-            rows: as one row among 334 it would hardly count, and it modulates every layer of the generator.
-        distance: "mse", or "l2": GILL's, the Euclidean length of a row's difference (arXiv 2305.17216).
+        condition, encoding: (P, L, C).
+        pooled: width of the pooled vector in the last row, 0 without one. It is a separate term: as one row among 334
+            it would hardly count, although it modulates every layer of the generator.
+        distance: "mse", or "l2", the mean Euclidean distance of rows of GILL (arXiv 2305.17216).
     """
     difference = condition.float() - encoding.float()
     rows = difference[:, :-1] if pooled else difference
@@ -318,7 +341,7 @@ def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance:
 
 
 def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)
-    """Turn an RGB image into a tensor in [-1, 1]: the largest centred part of the size's shape, resized."""
+    """Convert an RGB image to pixels in [-1, 1]: center-crop to the aspect ratio of `size` (H, W), then resize."""
     height, width = size
     image = ImageOps.fit(image, (width, height), pil.Resampling.LANCZOS)
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
