@@ -1,4 +1,4 @@
-"""Every family of backbones against its own transformers forward; prefix tuning; gradient checkpointing."""
+"""Each family of backbones against the forward of transformers; prefix tuning; gradient checkpointing; MiniGPT-4."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def backbone(folder):
 
 
 def batch_of(backbone, count=2):
-    """Samples of different lengths, the second without pictures."""
+    """Return a batch of samples of different lengths, the second without images."""
     samples = [TALK.add("assistant", "here"), Conversation().add("user", "hi").add("assistant", "oh no, not you again")]
     return Collator(backbone, TargetHead(backbone, ("[IMG0]",), (16, 16)), 1000)(samples[:count])
 
@@ -66,16 +66,16 @@ def test_logits_equal_those_of_the_transformers_model(backbone):
 
 
 @torch.no_grad()
-def test_pictures_read_with_a_cache_equal_pictures_read_at_once(backbone):
-    session, whole = Session(llm_only(backbone)), Session(llm_only(backbone))
+def test_images_read_with_a_cache_equal_images_read_at_once(backbone):
+    session, uncached = Session(llm_only(backbone)), Session(llm_only(backbone))
     first = Conversation(TALK.messages[:1]).add("user", Image(pixels=picture("red")), "then")
     session.read(first)
     kept = session.read(TALK)
-    torch.testing.assert_close(kept, whole.read(TALK), atol=1e-5, rtol=1e-4)
-    assert session.prefilled < whole.prefilled
+    torch.testing.assert_close(kept, uncached.read(TALK), atol=1e-5, rtol=1e-4)
+    assert session.prefilled < uncached.prefilled
 
 
-def test_only_the_language_model_trains_noisily(backbone):
+def test_only_the_language_model_is_in_training_mode(backbone):
     backbone.train()
     assert backbone.training and backbone.language.training
     inside = {id(module) for module in backbone.language.modules()}
@@ -151,7 +151,7 @@ def test_minigpt4_is_composed_of_its_parts(minigpt4_folder):
     torch.testing.assert_close(ours["language_projection.weight"], projection["llama_proj.weight"], atol=0, rtol=0)
 
 
-def test_minigpt4_writes_the_releases_prompts(minigpt4_folder):
+def test_minigpt4_has_the_prompts_of_the_released_code(minigpt4_folder):
     backbone = HFBackbone.load(minigpt4_folder)
     tokenizer, stop = backbone.tokenizer, backbone.tokenizer.convert_tokens_to_ids("▁###")
     asked = prompt(backbone, TALK)
@@ -178,7 +178,7 @@ def test_a_projection_of_another_llm_is_refused(minigpt4_folder, tmp_path):
 
 @pytest.mark.parametrize("adapter", [(LoraConfig(), None), (None, PrefixConfig(tokens=4, hidden=8))])
 @pytest.mark.parametrize("name", ["qwen3", "minigpt4"])  # tests/test_training.py has the others
-def test_what_was_trained_survives_the_disk(name, adapter, request, diffusion_folder, tmp_path):
+def test_trained_weights_are_saved_and_loaded(name, adapter, request, diffusion_folder, tmp_path):
     model = build(str(request.getfixturevalue(f"{name}_folder")), str(diffusion_folder))
     conversation = TALK.add("assistant", Image(pixels=picture()))
     batch = Collator(model.backbone, model.head, 1000)([conversation])

@@ -1,4 +1,4 @@
-"""Decoding: the static cache, rows of a batch, pieces, sampling, and batches of replies against single ones."""
+"""Decoding: the static cache, rows of a batch, synchronization, sampling, and batched replies against single ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def backbone(request):
 
 
 @pytest.fixture(scope="module")
-def whole(backbone, diffusion_folder):
+def model(backbone, diffusion_folder):
     torch.manual_seed(1)
     model = build(str(backbone.core.name_or_path), str(diffusion_folder), num_vokens=4, guidance=3.0)
     model.head.spec = replace(model.head.spec, reads_prefix=True)  # sessions keep all states, to be compared
@@ -51,11 +51,11 @@ def whole(backbone, diffusion_folder):
 
 
 def reference(backbone, session):
-    """The states of what a session has read, by one forward without a cache."""
+    """Return the states of all tokens of a session, by one forward without a cache."""
     ids = torch.tensor([[token for token, _ in session.keys]])
-    seen = list(session._encoded.values())
-    grids = torch.cat([s.grid for s in seen]) if seen and seen[0].grid is not None else None
-    return backbone(backbone.embed(ids, [s.tokens for s in seen]), backbone.positions(ids, grids))
+    images = list(session._encoded.values())
+    grids = torch.cat([s.grid for s in images]) if images and images[0].grid is not None else None
+    return backbone(backbone.embed(ids, [s.tokens for s in images]), backbone.positions(ids, grids))
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
 
 
 @torch.inference_mode()
-def test_what_is_cut_is_forgotten_and_growing_keeps_what_there_is(backbone):
+def test_removed_tokens_leave_no_trace_and_growing_keeps_the_others(backbone):
     session, fresh = Session(llm_only(backbone)), Session(llm_only(backbone))
     session.read(TALKS[1])
     for long in (False, True):
@@ -100,39 +100,39 @@ def finished(events):
     return next(event for event in events if isinstance(event, Finished))
 
 
-def assert_same(own, other):
-    assert (own.message.text, own.reason) == (other.message.text, other.reason)
-    assert [type(part) for part in own.message.content] == [type(part) for part in other.message.content]
-    assert own.meta["tokens"] == other.meta["tokens"]
-    for first, second in zip(own.message.images, other.message.images, strict=True):
+def assert_same(one, other):
+    assert (one.message.text, one.reason) == (other.message.text, other.reason)
+    assert [type(part) for part in one.message.content] == [type(part) for part in other.message.content]
+    assert one.meta["tokens"] == other.meta["tokens"]
+    for first, second in zip(one.message.images, other.message.images, strict=True):
         pixels = [torch.frombuffer(bytearray(image.load().tobytes()), dtype=torch.uint8) for image in (first, second)]
         assert (pixels[0].int() - pixels[1].int()).abs().max() <= 2  # of 255
         assert first.meta == second.meta
 
 
 @pytest.mark.parametrize("bucket", [1, 32])
-def test_a_batch_equals_single_replies(whole, bucket):
-    decoder = Decoder(whole.backbone, 5, tokens_per_sync=1 if bucket == 1 else 8, bucket=bucket)
-    sessions = [Session(whole, decoder=decoder, row=row) for row in range(5)]
-    batch = list(generate_batch(whole, TALKS, WAYS, sessions, images_at_once=2))
+def test_a_batch_equals_single_replies(model, bucket):
+    decoder = Decoder(model.backbone, 5, tokens_per_sync=1 if bucket == 1 else 8, bucket=bucket)
+    sessions = [Session(model, decoder=decoder, row=row) for row in range(5)]
+    batch = list(generate_batch(model, TALKS, WAYS, sessions, images_at_once=2))
     for row, (talk, options) in enumerate(zip(TALKS, WAYS, strict=True)):
         events = [event for index, event in batch if index == row]
-        alone = list(generate(whole, talk, options))
+        alone = list(generate(model, talk, options))
         assert_same(finished(events), finished(alone))
         assert [type(event) for event in events] == [type(event) for event in alone]
     together = [[index for index, event in batch if isinstance(event, ImageStep)].index(row) for row in (1, 2)]
     assert together == [0, 1]  # the first two pictures take turns, step by step
 
 
-def test_turns_of_a_batch_read_only_what_is_new(whole):
+def test_turns_of_a_batch_read_only_new_tokens(model):
     options = replace(WAYS[0], draw="never")
-    decoder = Decoder(whole.backbone, 2, tokens_per_sync=8, bucket=32)
-    sessions = [Session(whole, decoder=decoder, row=row) for row in range(2)]
+    decoder = Decoder(model.backbone, 2, tokens_per_sync=8, bucket=32)
+    sessions = [Session(model, decoder=decoder, row=row) for row in range(2)]
     talks, before = TALKS[1:3], [0, 0]
     for _ in range(2):
-        pairs = generate_batch(whole, talks, options, sessions)
+        pairs = generate_batch(model, talks, options, sessions)
         events = dict(pair for pair in pairs if isinstance(pair[1], Finished))
-        alone = [finished(generate(whole, talk, options)) for talk in talks]
+        alone = [finished(generate(model, talk, options)) for talk in talks]
         for row, other in enumerate(alone):
             assert_same(events[row], other)
             assert other.meta["prefilled"] - events[row].meta["prefilled"] >= before[row]
@@ -143,23 +143,23 @@ def test_turns_of_a_batch_read_only_what_is_new(whole):
         ]
 
 
-def test_a_piece_ends_where_the_text_does(whole):
-    """Tokens chosen beyond an image, a stop or the limit leave no trace, nor do the numbers drawn for them."""
+def test_tokens_decoded_beyond_the_end_leave_no_trace(model):
+    """Tokens that were sampled after an image, a stop or the limit are dropped, with their random numbers."""
     for options in (*WAYS, reply_options(seed=8, steps=1, max_tokens=30, max_images=2, temperature=2.0, top_p=1.0)):
-        sessions = [Session(whole, decoder=Decoder(whole.backbone, tokens_per_sync=n)) for n in (1, 8)]
-        replies = [finished(generate(whole, TALKS[1], options, session)) for session in sessions]
+        sessions = [Session(model, decoder=Decoder(model.backbone, tokens_per_sync=n)) for n in (1, 8)]
+        replies = [finished(generate(model, TALKS[1], options, session)) for session in sessions]
         assert_same(*replies)
         assert sessions[0].keys == sessions[1].keys
         torch.testing.assert_close(sessions[0].states, sessions[1].states, **CLOSE)
 
 
-def test_a_forced_run_is_one_forward_without_the_lm_head(whole):
+def test_a_forced_run_is_one_forward_without_the_lm_head(model):
     calls = []
     hooks = [
         part.register_forward_hook(lambda *_, name=name: calls.append(name))
-        for name, part in (("head", whole.backbone.lm_head), ("layer", whole.backbone.language.layers[0]))
+        for name, part in (("head", model.backbone.lm_head), ("layer", model.backbone.language.layers[0]))
     ]
-    events = list(generate(whole, TALKS[0], reply_options(steps=1, max_tokens=0, image="always")))
+    events = list(generate(model, TALKS[0], reply_options(steps=1, max_tokens=0, image="always")))
     for hook in hooks:
         hook.remove()
     assert any(isinstance(event, ImageDone) for event in events)
@@ -167,7 +167,7 @@ def test_a_forced_run_is_one_forward_without_the_lm_head(whole):
 
 
 @torch.inference_mode()
-def test_a_prefix_lies_before_every_row(backbone):
+def test_a_prefix_is_before_every_row(backbone):
     backbone.add_prefix(3, 8)
     try:
         decoder = Decoder(backbone, 2, tokens_per_sync=2, bucket=32)
@@ -185,7 +185,7 @@ def test_a_prefix_lies_before_every_row(backbone):
 
 @torch.inference_mode()
 def test_a_compiled_step_is_one_graph_for_all_conversations(backbone):
-    """Traced as for --backend compile, without its compilers; `fullgraph` raises where the trace breaks."""
+    """Trace as for --backend compile, without its compilers; `fullgraph` raises where the trace breaks."""
     compiled, states = torch.compile(backbone.forward, dynamic=False, fullgraph=True, backend="eager"), []
     for traced in (False, True, True):
         decoder = Decoder(backbone, tokens_per_sync=2, bucket=64)
@@ -219,13 +219,13 @@ def test_sampling_inverts_the_cumulative_distribution():
     assert SamplingParams(0, 0.9, 1.0, torch.Generator()).numbers(2) == [0.0, 0.0]
 
 
-def test_a_penalty_makes_said_tokens_less_likely():
+def test_a_penalty_makes_generated_tokens_less_likely():
     logits, said = torch.tensor([[2.0, 2.0, -2.0, -2.0]]), torch.tensor([[True, False, True, False]])
     assert penalise(logits, said, torch.tensor([[2.0]])).tolist() == [[1.0, 2.0, -4.0, -2.0]]
     assert torch.equal(penalise(logits, said, torch.tensor([[1.0]])), logits)
 
 
-def test_numbers_that_were_not_used_come_again():
+def test_unused_random_numbers_are_used_later():
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
     one, many = (SamplingParams(1.0, 1.0, 1.0, generator) for generator in draws)
     ahead, singly = many.numbers(8), []
@@ -237,9 +237,9 @@ def test_numbers_that_were_not_used_come_again():
     assert many.numbers(7) == ahead[1:]
 
 
-def test_sessions_of_several_decoders_and_sliding_layers_are_refused(llava_folder, whole):
+def test_sessions_of_several_decoders_and_sliding_layers_are_refused(llava_folder, model):
     with pytest.raises(Mgp5Error, match="several decoders"):
-        list(generate_batch(whole, TALKS[:2], None, [Session(whole), Session(whole)]))
+        list(generate_batch(model, TALKS[:2], None, [Session(model), Session(model)]))
     backbone = HFBackbone.load(llava_folder)
     text = backbone.core.config.get_text_config()
     text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 64

@@ -1,7 +1,7 @@
 """Golden losses: each term of both stages against a straight-line computation from the papers' equations.
 
 Nothing of mgp5 computes the expected values: only transformers and diffusers modules and torch, with the weights of the
-model under test. B samples, T tokens, P pictures, n vokens.
+model under test. B samples, T tokens, P target images, K vokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def ours(llava_folder, diffusion_folder):
 
 @pytest.fixture
 def llava(llava_folder):
-    """The same LLM by transformers alone: new rows are the mean of the old ones."""
+    """Return the same LLM loaded by transformers, with new rows that are the mean of the others."""
     model = LlavaForConditionalGeneration.from_pretrained(llava_folder)
     tokenizer = AutoTokenizer.from_pretrained(llava_folder)
     old = len(tokenizer)
@@ -47,15 +47,20 @@ def llava(llava_folder):
 
 
 def straight(llava, ours, folder, texts, inputs, captions, min_snr=None, dropout=0.1):
-    """Terms of one sample: `texts` is (prompt, answer), the answer ending in vokens; `inputs` are pixels in [-1, 1]."""
+    """Return the loss terms of one sample.
+
+    Args:
+        texts: prompt and answer, which ends in vokens.
+        inputs: pixels in [-1, 1] of context image and target image.
+    """
     model, tokenizer = llava
-    seen, drawn = inputs
+    context, target = inputs
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
     ids = torch.tensor([before + after])
     image = tokenizer.convert_tokens_to_ids("<image>")
     slots = 4  # 28 pixels in patches of 14
     ids = torch.tensor([[i for token in ids[0].tolist() for i in [token] * (slots if token == image else 1)]])
-    output = model.model(input_ids=ids, pixel_values=seen, attention_mask=torch.ones_like(ids))
+    output = model.model(input_ids=ids, pixel_values=context, attention_mask=torch.ones_like(ids))
     hidden = output.last_hidden_state  # (1, T, D)
     logits = model.lm_head(hidden)
     terms = {"text": F.cross_entropy(logits[0, -len(after) - 1 : -1], torch.tensor(after))}  # eq. 1: all of the answer
@@ -75,7 +80,7 @@ def straight(llava, ours, folder, texts, inputs, captions, min_snr=None, dropout
     vae = AutoencoderKL.from_pretrained(**load, subfolder="vae")
     unet = UNet2DConditionModel.from_pretrained(**load, subfolder="unet")
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    posterior = vae.encode(drawn).latent_dist
+    posterior = vae.encode(target).latent_dist
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
     latents = latents * vae.config.scaling_factor
     t = torch.randint(1000, (1,), generator=g)
@@ -113,8 +118,8 @@ def test_pretraining(ours, llava, diffusion_folder, dropout, min_snr):
     config = replace(preset("pretrain"), guidance_dropout=dropout, min_snr=min_snr)
     losses = ours(batch, config, torch.Generator().manual_seed(SEED))
     texts = ("USER: a fox ASSISTANT:", "".join(VOKENS) + "</s>")
-    drawn = (None, pixels("red", 16))
-    expected = straight(llava, ours, diffusion_folder, texts, drawn, "fox", min_snr, dropout)
+    inputs = (None, pixels("red", 16))
+    expected = straight(llava, ours, diffusion_folder, texts, inputs, "fox", min_snr, dropout)
     check(losses, expected, {"text": 0.01, "ldm": 1.0, "caption": 0.1})
 
 

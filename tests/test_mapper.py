@@ -1,4 +1,4 @@
-"""The feature mapper has the paper's size and does what its two callers need."""
+"""The feature mapper: size, shapes, gradients, and the unconditional condition."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_batch_equals_singles_and_training_equals_inference():
     torch.testing.assert_close(singles, trained, rtol=1e-5, atol=1e-5)
 
 
-def test_every_parameter_learns():
+def test_every_parameter_has_a_gradient():
     mapper = small_mapper()
     mapper(torch.randn(2, 8, 24)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in mapper.parameters())
@@ -91,7 +91,7 @@ def test_size_for_stable_diffusion_3():
     assert count(mapper) == 5_244_928 + 117_575_680 + 334 * 1024 + projections
 
 
-def test_the_pooled_vector_stands_in_the_last_row():
+def test_the_pooled_vector_is_in_the_last_row():
     torch.manual_seed(0)
     mapper = FeatureMapper(replace(SMALL, inner=8, pooled=6))
     states = torch.randn(3, 8, 24)

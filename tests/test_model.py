@@ -31,7 +31,7 @@ def last_message(events):
 
 
 def forced_states(model, conversation):
-    """The voken states of generation: read the prompt, then the run in one forward."""
+    """Return the states of generation: read the prompt, then the run of vokens in one forward."""
     session = Session(model)
     first = session.read(conversation)
     return torch.cat([first, session.feed(model.head.ids)], dim=1)  # (1, 1 + n, D)
@@ -51,7 +51,7 @@ def test_teacher_forced_states_equal_generated_states(model):
     torch.testing.assert_close(trained_states(model, conversation), generated, atol=1e-5, rtol=1e-4)
 
 
-def test_the_comparison_of_states_notices_being_off_by_one(model):
+def test_states_that_are_off_by_one_are_not_equal(model):
     conversation = ask()
     generated = predicting_states(forced_states(model, conversation), [0], [1], model.head.num_vokens)
     with pytest.raises(AssertionError):
@@ -66,7 +66,7 @@ def test_run_in_one_forward_equals_token_by_token(model):
     torch.testing.assert_close(together, torch.cat(states, dim=1), atol=1e-5, rtol=1e-4)
 
 
-def test_cached_turns_equal_uncached_turns_and_read_only_what_is_new(model):
+def test_cached_turns_equal_uncached_turns_and_read_only_new_tokens(model):
     options = reply_options(seed=3, max_tokens=12, steps=2, image="always")
     cached, fresh = Session(model), Session(model, reuse=False)
     talk, read_before = ask(), 0
@@ -149,7 +149,7 @@ def test_special_tokens_in_a_users_text_are_only_text(model):
 
 
 @pytest.mark.parametrize("context, shown", [("full", True), ("none", False)])
-def test_a_narration_sees_the_history_that_the_model_wants(model, monkeypatch, context, shown):
+def test_the_prompt_of_a_narration_has_the_history_of_the_models_configuration(model, monkeypatch, context, shown):
     asked = []
 
     def record(model, conversation, options, session):
@@ -176,7 +176,7 @@ def test_a_configuration_of_before_heads_had_names_is_read():
 
 
 def test_what_each_stage_trains_is_a_table(model):
-    """Section 3.3 and 4.1: rows at their own rate without decay, the mapper; then its MLP and queries rest."""
+    """Sections 3.3 and 4.1: rows without weight decay, and the mapper; in the second stage its MLP and queries rest."""
     plans = {stage: model.head.train_plan(preset(stage)) for stage in ("pretrain", "finetune")}
 
     def rule(stage, name):

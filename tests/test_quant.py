@@ -1,4 +1,4 @@
-"""Frozen LLMs in 4 and 8 bits: what is quantised, what trains, and that checkpoints fit both kinds of weights."""
+"""Frozen LLMs in 4 and 8 bits: quantized layers, trained weights, and checkpoints for both kinds of weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch_for(model):
 
 
 def update(model, stage):
-    """One update of a stage; returns the names of what changed."""
+    """Do one update of a stage; return the names of changed weights."""
     config = replace(preset(stage), guidance_dropout=0.0, lr=1e-2, rows_lr=1e-2)
     model.prepare(config)
     before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
@@ -60,15 +60,15 @@ def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):
 def test_only_the_decoders_layers_are_quantised(kind, mllm, request):
     pytest.importorskip("bitsandbytes")
     backbone = HFBackbone.load(request.getfixturevalue(f"{mllm}_folder"), quantize=kind)
-    found = {name for name, p in backbone.core.named_parameters() if p.dtype == TYPES[kind]}
+    quantized = {name for name, p in backbone.core.named_parameters() if p.dtype == TYPES[kind]}
     language = {id(m) for m in backbone.language.layers.modules()}
     linears = {
         f"{name}.weight"
         for name, m in backbone.core.named_modules()
         if "Linear" in type(m).__name__ and id(m) in language
     }
-    assert found == linears
-    assert len(found) == 7 * len(backbone.language.layers)
+    assert quantized == linears
+    assert len(quantized) == 7 * len(backbone.language.layers)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -88,16 +88,16 @@ def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
         any(part in name for part in ("lora_", "trainable_tokens_delta", "mapper.transformer")) for name in changed
     )
     save_checkpoint(model, tmp_path)
-    told = batch_for(model)
+    batch = batch_for(model)
     with torch.no_grad():
-        states = model.hidden(told)
+        states = model.hidden(batch)
         model.merge()
-        merged = model.hidden(told)
-        quantised = load(tmp_path, quantize=kind).hidden(told)
-        plain = load(tmp_path).hidden(told)
+        merged = model.hidden(batch)
+        quantised = load(tmp_path, quantize=kind).hidden(batch)
+        plain = load(tmp_path).hidden(batch)
     assert torch.equal(states, merged)  # LoRA stays beside the quantised layers
     assert torch.equal(quantised, merged)
-    close = torch.nn.functional.cosine_similarity(plain, quantised, dim=-1)[told.mask.bool()]
+    close = torch.nn.functional.cosine_similarity(plain, quantised, dim=-1)[batch.mask.bool()]
     assert 0.9 < close.mean() < 1 - 1e-7  # the same model, but for rounding
     events = generate(
         load(tmp_path, quantize=kind),

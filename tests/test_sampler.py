@@ -1,4 +1,4 @@
-"""Samplers as tables give what the diffusers schedulers of the same names give."""
+"""Sampler tables against the diffusers schedulers of the same names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ NOISE = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
 
 
 class Double:
-    """A module whose float32 is float64: diffusers' schedulers compute in float64 when they see torch and numpy so."""
+    """Replace float32 of a module by float64; diffusers' schedulers then compute in float64."""
 
     def __init__(self, module: object) -> None:
         self._module = module
@@ -80,20 +80,20 @@ def diffusers_in_float64(monkeypatch):
 
 
 def toy(latents, timestep, condition):
-    """A model that is smooth but neither linear in the latents nor in time."""
+    """Return the prediction of a smooth model that is linear neither in the latents nor in time."""
     bias = condition.to(latents).mean((1, 2)).view(-1, 1, 1, 1)
     return torch.tanh(0.6 * latents + 0.3 * latents.roll(1, -1) + torch.sin(timestep / 200) + bias)
 
 
 def guide(latents, timestep, guidance):
-    """Guided prediction as StableDiffusionPipeline computes it."""
+    """Return the guided prediction as StableDiffusionPipeline computes it."""
     condition = torch.cat([UNCONDITIONAL.expand_as(CONDITION), CONDITION])
-    without, given = toy(torch.cat([latents] * 2), timestep, condition).chunk(2)
-    return without + guidance * (given - without)
+    unconditional, conditional = toy(torch.cat([latents] * 2), timestep, condition).chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def reference(name, config, steps, dtype, guidance=3.0):
-    """All latents of a run of the diffusers scheduler, Euler's made variance-preserving, with its timesteps."""
+    """Return timesteps and all latents of a diffusers scheduler, those of Euler made variance-preserving."""
     scheduler = REFERENCE[name].from_config(config, clip_sample=False, skip_prk_steps=True)
     scheduler.set_timesteps(steps)
     latents, all_latents = NOISE.to(dtype) * scheduler.init_noise_sigma, []
@@ -107,7 +107,7 @@ def reference(name, config, steps, dtype, guidance=3.0):
 
 
 def flow_reference(name, shift, steps, dtype, guidance=3.0):
-    """All latents of a run of the diffusers scheduler of a flow model, with the times as fractions for both."""
+    """Return timesteps and all latents of a diffusers scheduler for flow matching, whose timesteps are not rounded."""
     if name == "dpm++":
         flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
         scheduler = DPMSolverMultistepScheduler(**flow)
@@ -124,7 +124,7 @@ def flow_reference(name, shift, steps, dtype, guidance=3.0):
 
 
 def run_table(table, guidance=3.0):
-    """What `denoise` does, in float64."""
+    """Return all latents of a table, as `denoise` computes them, in float64."""
     latents, history, all_latents = NOISE.double() * table.noise_scale, [], []
     for t, row, conversion in zip(table.timesteps, table.coefficients.tolist(), table.conversion.tolist(), strict=True):
         latents, kept = linear_update(latents, guide(latents, t, guidance), history, row, conversion, 1.0)
@@ -133,9 +133,9 @@ def run_table(table, guidance=3.0):
     return torch.stack(all_latents)
 
 
-def difference(found, expected):
-    """Greatest difference of each step, relative to the greatest value of that step; then the worst step."""
-    return ((found - expected).abs().flatten(1).amax(1) / expected.abs().flatten(1).amax(1)).max().item()
+def difference(actual, expected):
+    """Return the largest difference of a step, relative to the largest value of that step, over all steps."""
+    return ((actual - expected).abs().flatten(1).amax(1) / expected.abs().flatten(1).amax(1)).max().item()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
@@ -181,10 +181,10 @@ def test_zero_terminal_snr_in_float64(name, diffusers_in_float64):
 def test_denoise_in_float32(name, prediction, steps):
     config = SD21 | {"prediction_type": prediction}
     table = sampler_table(name, NoiseSchedule.from_config(config), steps)
-    found = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
+    actual = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
     expected, _ = reference(name, config, steps, torch.float32)
-    assert found.dtype == torch.float32
-    assert difference(found, expected) < 1e-5
+    assert actual.dtype == torch.float32
+    assert difference(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -193,8 +193,8 @@ def test_flow_matching_in_float64(name, shift, diffusers_in_float64):
     for steps in (1, 2, 5, 14, 20, 50):
         table = sampler_table(name, FlowSchedule(shift=shift), steps)
         expected, timesteps = flow_reference(name, shift, steps, torch.float64)
-        found = table.timesteps.floor() if name == "dpm++" else table.timesteps
-        torch.testing.assert_close(found, timesteps.double(), rtol=1e-12, atol=0)
+        actual = table.timesteps.floor() if name == "dpm++" else table.timesteps
+        torch.testing.assert_close(actual, timesteps.double(), rtol=1e-12, atol=0)
         assert difference(run_table(table), expected) < 1e-11
 
 
@@ -202,19 +202,19 @@ def test_flow_matching_in_float64(name, shift, diffusers_in_float64):
 def test_flow_matching_with_denoise_in_float32(name):
     for steps in range(1, 51):
         table = sampler_table(name, FlowSchedule.from_config({"shift": 3.0}), steps)
-        found = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
+        actual = torch.stack(list(denoise(toy, NOISE, CONDITION, UNCONDITIONAL, table, 3.0)))
         expected, _ = flow_reference(name, 3.0, steps, torch.float32)
-        assert difference(found, expected) < 1e-5
+        assert difference(actual, expected) < 1e-5
 
 
 def test_config_of_a_scheduler_is_read_as_from_config_reads_it():
-    """A default that another class filled in is not a choice of the model's."""
+    """Defaults that another scheduler class filled in do not count as settings of the model."""
     schedule = NoiseSchedule.from_config(PNDMScheduler.from_config(SD21).config)
     assert schedule.timestep_spacing is None
     assert schedule == NoiseSchedule.from_config(SD21)
 
 
-def test_guidance_one_runs_no_unconditional_half():
+def test_guidance_one_runs_the_conditional_row_only():
     batches = []
 
     def predict(latents, timestep, condition):
@@ -252,7 +252,7 @@ def test_training_targets_agree_with_diffusers():
 
 
 def test_flow_targets_and_times():
-    """Noisy latents as diffusers' scheduler makes them; times logit-normal before the shift of sampling."""
+    """Noisy latents are those of diffusers' scheduler; timesteps are logit-normal before the shift."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     schedule = FlowSchedule.from_config(scheduler.config)
     timesteps = scheduler.timesteps[[3, 700]]
@@ -260,13 +260,13 @@ def test_flow_targets_and_times():
     torch.testing.assert_close(noisy, scheduler.scale_noise(NOISE.flip(0), timesteps, NOISE))
     clean = noisy - (timesteps / 1000).view(2, 1, 1, 1) * schedule.target(NOISE.flip(0), NOISE, timesteps)
     torch.testing.assert_close(clean, NOISE.flip(0))
-    drawn = schedule.draw_timesteps(20000, torch.Generator().manual_seed(0)) / 1000
-    normal = (drawn / (3 - 2 * drawn)).logit()
+    times = schedule.draw_timesteps(20000, torch.Generator().manual_seed(0)) / 1000
+    normal = (times / (3 - 2 * times)).logit()
     assert abs(normal.mean()) < 0.02
     assert abs(normal.std() - 1) < 0.02
 
 
-def test_tables_are_made_once():
+def test_tables_are_cached():
     config = NoiseSchedule.from_config(SD21)
     assert sampler_table("ddim", config, 7) is sampler_table("ddim", NoiseSchedule.from_config(SD21), 7)
 

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion of the real classes loads, draws as diffusers' pipeline does, and trains its condition."""
+"""Stable Diffusion 1 and 2 on tiny models of the real classes, against diffusers' pipeline and the paper's loss."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_same_images_as_the_pipeline(model, folder, sampler):
     ).images
     generators = [seeded(seed) for seed in range(3)]
     steps = model.draw(condition, unconditional, steps=6, guidance=4.0, sampler=sampler, generators=generators)
-    found = (model.decode(last(steps)) + 1) / 2
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    actual = (model.decode(last(steps)) + 1) / 2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.01
 
 
@@ -133,9 +133,9 @@ def test_text_is_encoded_as_the_pipeline_does(model, folder):
     texts = ["a red fox", "", "a very long text that goes on and on beyond the end"]
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     expected, _ = pipeline.encode_prompt(texts, "cpu", 1, False)
-    found = model.encode_text(texts)
-    assert found.shape == (3, *model.condition_shape)
-    torch.testing.assert_close(found, expected)
+    actual = model.encode_text(texts)
+    assert actual.shape == (3, *model.condition_shape)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_pixels_to_latents_and_back(epsilon_folder):
@@ -175,9 +175,9 @@ def test_autoencoder_tiny_in_bfloat16_without_text_encoder(epsilon_folder, tmp_p
     assert torch.equal(latents, model.encode(pixels))
     assert model.decode(latents).shape == pixels.shape
     condition = conditions()[0][:1]
-    drawn = last(model.draw(condition, steps=2, guidance=1.0, generators=[seeded(0)]))
-    assert drawn.dtype == torch.float32
-    assert drawn.isfinite().all()
+    latents = last(model.draw(condition, steps=2, guidance=1.0, generators=[seeded(0)]))
+    assert latents.dtype == torch.float32
+    assert latents.isfinite().all()
     with pytest.raises(Mgp5Error, match="no text encoder"):
         model.encode_text(["a fox"])
 

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 3 of the real classes loads, draws as diffusers' pipeline does, and trains its condition."""
+"""Stable Diffusion 3 on tiny models of the real classes, against diffusers' pipeline and the paper's loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(folder):
 
 
 class Unrounded(DPMSolverMultistepScheduler):
-    """The scheduler rounds flow's timesteps down; we do not."""
+    """The scheduler without rounding timesteps of flow matching down, which ours does not do either."""
 
     def set_timesteps(self, *args, **kwargs):
         super().set_timesteps(*args, **kwargs)
@@ -98,11 +98,11 @@ def test_text_is_encoded_as_the_pipeline_does(sd3_folder):
     model = StableDiffusion3.load(str(sd3_folder))
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     rows, _, pooled, _ = pipeline.encode_prompt(TEXTS, None, None, "cpu", 1, False)
-    found = model.encode_text(TEXTS)
-    assert found.shape == (3, *model.condition_shape) == (3, ROWS + 1, WIDTH)
+    actual = model.encode_text(TEXTS)
+    assert actual.shape == (3, *model.condition_shape) == (3, ROWS + 1, WIDTH)
     assert model.pooled_width == POOLED
-    torch.testing.assert_close(found, packed(rows, pooled))
-    assert not torch.equal(found[0, LENGTH], found[1, LENGTH])  # T5 reads
+    torch.testing.assert_close(actual, packed(rows, pooled))
+    assert not torch.equal(actual[0, LENGTH], actual[1, LENGTH])  # T5 reads
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -182,9 +182,9 @@ def test_bfloat16_without_text_encoders(sd3_folder, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.condition_shape == (77 + 256 + 1, WIDTH)
     assert model.native_size == 2 * SIZE
-    drawn = last(model.draw(packed(*embeds(1, 1)), steps=2, guidance=1.0, generators=[seeded(0)]))
-    assert drawn.dtype == torch.float32
-    assert drawn.isfinite().all()
+    latents = last(model.draw(packed(*embeds(1, 1)), steps=2, guidance=1.0, generators=[seeded(0)]))
+    assert latents.dtype == torch.float32
+    assert latents.isfinite().all()
     with pytest.raises(Mgp5Error, match="no text encoder"):
         model.encode_text(["a fox"])
 

@@ -1,4 +1,4 @@
-"""The two stages on tiny models: what trains, what does not, the losses."""
+"""The two stages on tiny models: trained and frozen weights, and the losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mgp5.config import LoraConfig, PrefixConfig, preset
 from mgp5.heads.losses import Losses
 from mgp5.model import InterleavedModel
 from mgp5.prompts import IGNORE
-from mgp5.training.distributed import Step
+from mgp5.training.distributed import LossModule
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -30,7 +30,7 @@ def weights(model: InterleavedModel) -> dict[str, torch.Tensor]:
 
 
 def changed(model: InterleavedModel, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the weights that are not bit for bit what they were, adapters folded in."""
+    """Return the names of weights that changed, with adapters merged."""
     model.merge()
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -38,7 +38,7 @@ def changed(model: InterleavedModel, before: dict[str, torch.Tensor]) -> set[str
 
 
 def check_rows(model: InterleavedModel, before: dict[str, torch.Tensor]) -> None:
-    """The voken rows of embedding and LM head have changed, and no other row, although weight decay is on."""
+    """Check that only voken rows of embedding and LM head have changed, although weight decay is on."""
     ids, core = list(model.head.ids), model.backbone.core
     old = fresh_rows(before)
     for name, weight in (("embed", core.get_input_embeddings().weight), ("head", core.lm_head.weight)):
@@ -109,7 +109,7 @@ def test_all_other_tensors_are_the_same_after_training(stage, adapter, trained, 
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_what_trains_stays_in_float32_beside_a_half_precision_llm(
+def test_trained_weights_stay_in_float32_with_a_half_precision_llm(
     stage, llava_folder, diffusion_folder, tales, tmp_path
 ):
     model = fresh(llava_folder, diffusion_folder, dtype=torch.bfloat16)
@@ -121,7 +121,7 @@ def test_what_trains_stays_in_float32_beside_a_half_precision_llm(
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
-def test_what_cannot_be_had_here_is_told(llava, pairs, tmp_path):
+def test_missing_hardware_and_packages_are_reported(llava, pairs, tmp_path):
     for values, words in (
         ({"precision": "fp16"}, "precision is fp16, but a CPU cannot"),
         ({"optimizer": "adamw8bit"}, "optimizer is adamw8bit"),
@@ -133,7 +133,7 @@ def test_what_cannot_be_had_here_is_told(llava, pairs, tmp_path):
 
 def test_every_weight_has_a_gradient_whatever_a_batch_holds(llava, tales):
     llava.prepare(config("finetune"))
-    step = Step(llava.train())
+    step = LossModule(llava.train())
     empty = batch_of(llava)
     for batch in (empty, batch_of(llava, Conversation().add("user", "hi").add("assistant", "hello"))):
         loss, terms = step(batch, config("finetune"), torch.Generator().manual_seed(0))
@@ -186,40 +186,40 @@ def test_weights_of_the_losses_are_the_papers(llava, pairs):
 
 
 @pytest.fixture
-def spied(llava, monkeypatch):
-    """A model that notes what its mapper reads and which captions are the target."""
-    seen, real = {}, llava.head.generator.encode_text
+def recorder(llava, monkeypatch):
+    """Return a model, and a record of the mapper's inputs and the captions that are targets."""
+    recorded, real = {}, llava.head.generator.encode_text
 
     def encode_text(texts: list[str]) -> torch.Tensor:
-        seen["texts"] = texts
+        recorded["texts"] = texts
         return real(texts)
 
     monkeypatch.setattr(llava.head.generator, "encode_text", encode_text)
-    llava.head.mapper.mlp.register_forward_pre_hook(lambda _, args: seen.update(states=args[0]))
-    return llava, seen
+    llava.head.mapper.mlp.register_forward_pre_hook(lambda _, args: recorded.update(states=args[0]))
+    return llava, recorded
 
 
-def told(*captions: str) -> list[Conversation]:
+def samples(*captions: str) -> list[Conversation]:
     return [Conversation().add("user", "draw").add("assistant", Image(pixels=picture(), caption=c)) for c in captions]
 
 
-def test_guidance_dropout_puts_zeros_before_the_mlp_and_takes_the_empty_caption(spied):
-    model, seen = spied
-    batch = batch_of(model, *told(*"abcdefgh"))
+def test_guidance_dropout_puts_zeros_before_the_mlp_and_takes_the_empty_caption(recorder):
+    model, recorded = recorder
+    batch = batch_of(model, *samples(*"abcdefgh"))
     model(batch, config("pretrain", guidance_dropout=0.5), torch.Generator().manual_seed(0))
-    dropped = [not states.any() for states in seen["states"]]
+    dropped = [not states.any() for states in recorded["states"]]
     assert True in dropped and False in dropped
-    assert seen["texts"] == ["" if zero else caption for zero, caption in zip(dropped, "abcdefgh", strict=True)]
+    assert recorded["texts"] == ["" if zero else caption for zero, caption in zip(dropped, "abcdefgh", strict=True)]
     model(batch, config("pretrain", guidance_dropout=0.0), torch.Generator().manual_seed(0))
-    assert seen["states"].flatten(1).any(dim=1).all()
+    assert recorded["states"].flatten(1).any(dim=1).all()
 
 
-def test_caption_loss_only_where_there_are_captions(spied):
-    model, seen = spied
+def test_caption_loss_only_where_there_are_captions(recorder):
+    model, recorded = recorder
     plain = config("pretrain", guidance_dropout=0.0)
-    model(batch_of(model, *told("a fox", "", "a hen")), plain, torch.Generator().manual_seed(0))
-    assert seen["texts"] == ["a fox", "a hen"]
-    losses = model(batch_of(model, *told("", "")), plain, torch.Generator().manual_seed(0))
+    model(batch_of(model, *samples("a fox", "", "a hen")), plain, torch.Generator().manual_seed(0))
+    assert recorded["texts"] == ["a fox", "a hen"]
+    losses = model(batch_of(model, *samples("", "")), plain, torch.Generator().manual_seed(0))
     assert "caption" not in losses.terms and "ldm" in losses.terms
 
 
@@ -236,6 +236,6 @@ def test_only_the_first_voken_of_a_run_has_a_label(model, tales):
     assert (batch.labels[batch.mask == 0] == IGNORE).all()
 
 
-def test_a_batch_without_pictures_has_a_text_loss_only(llava):
+def test_a_batch_without_images_has_a_text_loss_only(llava):
     batch = batch_of(llava, Conversation().add("user", "hi").add("assistant", "hello"))
     assert llava(batch, config("finetune"), torch.Generator()).terms.keys() == {"text"}

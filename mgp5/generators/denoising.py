@@ -65,7 +65,7 @@ class DenoisingEngine(Protocol):
         """Return the denoiser for the steps of an image with this `reuse`."""
         ...
 
-    def advance(self, states: Sequence[Any], joined: dict[Any, list[Tensor]]) -> None:
+    def advance(self, states: Sequence[Any], contexts: dict[Any, list[Tensor]]) -> None:
         """Advance images with equal `key` by one step each; see the function `advance`."""
         ...
 
@@ -195,19 +195,19 @@ def begin(
 
 Members = tuple[tuple[DenoisingState, int], ...]  # the images of one call, and how many rows each has
 # Concatenated cross-attention inputs of a call, kept as long as the same images share their calls.
-JoinedInputs = dict[Members, list[Tensor]]
+Contexts = dict[Members, list[Tensor]]
 
 
 @torch.no_grad()
-def advance(states: Sequence[DenoisingState], joined: JoinedInputs | None = None) -> None:
+def advance(states: Sequence[DenoisingState], contexts: Contexts | None = None) -> None:
     """Advance images with equal `key` by one step each, in one model call.
 
     Args:
         states: the images; they may be at different steps.
-        joined: cache of concatenated cross-attention inputs between calls; entries of finished images are dropped.
+        contexts: cache of concatenated cross-attention inputs between calls; entries of finished images are dropped.
     """
     first, rows = states[0], [state.rows for state in states]
-    cross_attention = _join(states, {} if joined is None else joined)
+    cross_attention = _join(states, {} if contexts is None else contexts)
     latents = torch.cat([state.latents.expand(state.rows, -1, -1, -1) for state in states])
     if first.time_embeddings.shape[1] == 1 and all((s.table, s.step) == (first.table, first.step) for s in states):
         embedding = first.time_embeddings[first.step]
@@ -224,15 +224,15 @@ def advance(states: Sequence[DenoisingState], joined: JoinedInputs | None = None
         state.advance(part)
 
 
-def _join(states: Sequence[DenoisingState], joined: JoinedInputs) -> list[Tensor]:
+def _join(states: Sequence[DenoisingState], contexts: Contexts) -> list[Tensor]:
     """Return the cross-attention inputs (R, ...) of a call, from the cache where these images shared the last call."""
     members = tuple((state, state.rows) for state in states)
-    if members not in joined:
-        for old in [key for key in joined if any(state.done for state, _ in key)]:
-            joined.pop(old, None)
+    if members not in contexts:
+        for old in [key for key in contexts if any(state.done for state, _ in key)]:
+            contexts.pop(old, None)
         parts = zip(*([part[-state.rows :] for part in state.cross_attention] for state in states), strict=True)
-        joined[members] = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
-    return joined[members]
+        contexts[members] = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+    return contexts[members]
 
 
 def denoise(
@@ -263,9 +263,9 @@ def denoise(
 
 def run(states: Sequence[DenoisingState]) -> Iterator[Tensor]:
     """Yield the latents (B, Z, h, w) of B images after each step; all of them begin and end together."""
-    joined: JoinedInputs = {}
+    contexts: Contexts = {}
     while not states[0].done:
-        advance(states, joined)
+        advance(states, contexts)
         yield torch.cat([state.latents for state in states])
 
 

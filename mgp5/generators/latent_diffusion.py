@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import DenoisingEngine, DenoisingState, JoinedInputs, PlainDenoiser, advance, begin, pick
+from .denoising import Contexts, DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
 from .sampler import SamplerTable, Schedule, sampler_table
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._joined: JoinedInputs = {}
+        self._contexts: Contexts = {}
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -241,7 +241,7 @@ class LatentDiffusion(nn.Module):
         """Advance images with equal `key` by one step each, in one call of the denoiser."""
         if self.placement:
             self.placement.enter("draw")
-        (self.engine.advance if self.engine else advance)(states, self._joined)
+        (self.engine.advance if self.engine else advance)(states, self._contexts)
 
     def draw(
         self,

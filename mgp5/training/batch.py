@@ -1,4 +1,7 @@
-"""Training samples -> a batch of tensors. B samples, T tokens, N context images, P target images, S slots."""
+"""The collator, which turns training samples into a batch of tensors.
+
+Letters: B batch, T tokens, N context images, P target images, S slots of one image.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Unusable(Exception):
-    """A sample that has to be left out, and why."""
+    """The reason why a sample is left out."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -33,28 +36,35 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """A sample on its own."""
+    """One sample of T tokens, N context images and P target images, before padding.
 
-    ids: list[int]  # (T,)
-    labels: list[int]  # (T,)
-    inputs: list[dict[str, Tensor]]  # of each context image; from a cache "features" for "pixel_values"
-    targets: list[dict[str, Tensor]]  # of each target image
+    Attributes:
+        ids, labels: (T,).
+        inputs: N dictionaries of preprocessed tensors; from a cache they have "features" instead of "pixel_values".
+        targets: P dictionaries of tensors, see `Head.target`.
+        captions: P texts.
+        truncated: why history was removed, "" if it was not.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    inputs: list[dict[str, Tensor]]
+    targets: list[dict[str, Tensor]]
     captions: list[str]
-    cut: str  # why history was cut, "" if it was not
+    truncated: str
 
 
 class Collator:
-    """Turns conversations into a Batch; runs in data workers, which share the model's memory and use no weights.
+    """Turn conversations into a Batch; runs in data workers, which share the model's memory and use no weights.
 
-    A sample that cannot be used is left out and listed in `Batch.skipped`; none is ever replaced by another.
+    A sample that cannot be used is left out and listed in `Batch.skipped`, not replaced by another.
 
     Args:
-        backbone: for its tokenizer, template and preprocessing.
-        head: lays out target images and turns them into tensors.
-        max_length: tokens of a sample; of longer ones, history is cut from the left.
-        config: of the stage; see `Head.layout`.
-        caches: what need not be computed. A batch takes of a kind what it needs from them, or, when they miss
-            anything of it, nothing.
+        backbone: its tokenizer, chat template and preprocessing are used.
+        head: lays out target images and converts them to tensors.
+        max_length: maximum of tokens; longer samples lose history from the left.
+        config: of the stage, see `Head.layout`.
+        caches: stored outputs of frozen parts. A kind of output is used if the caches have it for the whole batch.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class Collator:
         self.trigger = head.spec.new_tokens[0]
 
     def __call__(self, samples: Sequence[tuple[str, Conversation] | Conversation | Skipped]) -> Batch:
-        """Return a batch of what can be used, in order; conversations come with keys, which `skipped` then names."""
+        """Return a batch of the usable samples, in order; `skipped` names the others by their keys."""
         rows, skipped = [], []
         usable = [sample for sample in samples if not isinstance(sample, Skipped)]
         latents, features = self._cached([s if isinstance(s, Conversation) else s[1] for s in usable])
@@ -85,11 +95,11 @@ class Collator:
                 skipped.append(Skipped(reason.kind, f"{key} ({reason})"))
                 continue
             rows.append(row)
-            skipped += [Skipped("history cut", f"{key} ({row.cut})")] if row.cut else []
+            skipped += [Skipped("history cut", f"{key} ({row.truncated})")] if row.truncated else []
         return self._batch(rows, tuple(skipped))
 
     def _cached(self, conversations: Sequence[Conversation]) -> tuple[dict[int, Item], dict[int, Item]]:
-        """Return latents of target images and features of context images by their `id()`; {} of what misses."""
+        """Return stored latents of target images and features of context images by `id(image)`; {} if one misses."""
         if self.caches is None:
             return {}, {}
         targets = [image for conversation in conversations for image in conversation.messages[-1].images]
@@ -97,7 +107,7 @@ class Collator:
         return self.caches.pictures("latents", targets), self.caches.pictures("features", context)
 
     def _row(self, conversation: Conversation, latents: dict[int, Item], features: dict[int, Item]) -> _Row:
-        """Turn a sample into tensors. Raises _Unusable."""
+        """Convert a sample to tensors. Raises _Unusable."""
         *context, target = conversation.messages
         images = [image for message in context for image in message.images]
         if features:
@@ -109,20 +119,22 @@ class Collator:
         slots = [len(i["features"]) if features else self.head.context_slots(self.backbone, i)[0] for i in inputs]
         captions = [image.caption for image in target.images]
         try:
-            "".join([*captions, *(message.text for message in conversation.messages)]).encode()  # no half characters
-            sample, cut = self._fit(
+            "".join(
+                [*captions, *(message.text for message in conversation.messages)]
+            ).encode()  # fails on lone surrogates
+            sample, truncated = self._truncate_to_fit(
                 conversation, slots, [self.head.layout(tensors, self.config) for tensors in targets]
             )
         except (TemplateError, UnicodeError) as error:
             raise _Unusable("unfit text", str(error)) from None
-        first = len(inputs) - len(sample.images)  # images are cut from the left too
+        first = len(inputs) - len(sample.images)  # truncation removes images from the left too
         ids, labels = expand_labels(sample, self.backbone.image_token_id, slots[first:])
-        return _Row(ids, labels, inputs[first:], targets, captions, cut)
+        return _Row(ids, labels, inputs[first:], targets, captions, truncated)
 
-    def _fit(
+    def _truncate_to_fit(
         self, conversation: Conversation, slots: list[int], layouts: list[tuple[list[int], list[int]]]
     ) -> tuple[Example, str]:
-        """Return the sample, with as little of its history cut as possible, and why if any was. Raises _Unusable."""
+        """Return the sample without as much history as needed, and why history was removed. Raises _Unusable."""
 
         def build(conversation: Conversation) -> Example:
             return example(self.backbone, conversation, self.trigger, layouts)
@@ -132,14 +144,14 @@ class Collator:
             return len(sample.ids) - images + sum(slots[len(slots) - images :])
 
         sample = build(conversation)
-        if (whole := length(sample)) <= self.max_length:
+        if (tokens := length(sample)) <= self.max_length:
             return sample, ""
-        reason = f"{whole} tokens, {self.max_length} fit"
-        cuts = history_truncations(conversation)
-        least = bisect_left(cuts, True, key=lambda cut: length(build(cut)) <= self.max_length)
-        if least == len(cuts):
+        reason = f"{tokens} tokens, {self.max_length} fit"
+        shorter = history_truncations(conversation)
+        least = bisect_left(shorter, True, key=lambda candidate: length(build(candidate)) <= self.max_length)
+        if least == len(shorter):
             raise _Unusable("too long", reason)
-        return build(cuts[least]), reason
+        return build(shorter[least]), reason
 
     def _preprocess(self, image: Image) -> dict[str, Tensor]:
         """Preprocess a context image for the backbone. Raises _Unusable."""
@@ -149,29 +161,30 @@ class Collator:
             raise _Unusable("broken image", str(error)) from None
 
     def _target(self, image: Image) -> dict[str, Tensor]:
-        """Turn a target image into the head's tensors. Raises _Unusable."""
+        """Convert a target image to the head's tensors. Raises _Unusable."""
         try:
             return self.head.target(image.load())
         except Mgp5Error as error:
             raise _Unusable("broken image", str(error)) from None
 
     def _batch(self, rows: list[_Row], skipped: tuple[Skipped, ...]) -> Batch:
+        """Pad and stack B samples."""
         inputs = [tensors for row in rows for tensors in row.inputs]
         features = tuple(tensors.pop("features") for tensors in inputs if "features" in tensors)
         each = [tensors for row in rows for tensors in row.targets]
         targets = {name: torch.stack([tensors[name] for tensors in each]) for name in (each[0] if each else {})}
         captions = tuple(caption for row in rows for caption in row.captions)
         encodings = self.caches.encodings(captions) if self.caches else None
-        # A run is one target: context never holds the trigger, since its spelling is removed from what users write.
+        # Each trigger is a target image: none is in the context, as its text is removed from what users write.
         trigger = self.head.ids[0]
-        runs = [(i, at) for i, row in enumerate(rows) for at, token in enumerate(row.ids) if token == trigger]
+        starts = [(i, start) for i, row in enumerate(rows) for start, token in enumerate(row.ids) if token == trigger]
         return Batch(
             ids=_pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id or 0),
             mask=_pad([[1] * len(row.ids) for row in rows], 0),
             labels=_pad([row.labels for row in rows], IGNORE),
             context_images={key: torch.cat([i[key] for i in inputs]) for key in (inputs[0] if inputs else {})},
-            target_rows=tuple(i for i, _ in runs),
-            target_starts=tuple(at for _, at in runs),
+            target_rows=tuple(i for i, _ in starts),
+            target_starts=tuple(start for _, start in starts),
             targets=targets if encodings is None else targets | {"encodings": encodings},
             captions=captions,
             features=features,

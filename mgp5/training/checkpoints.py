@@ -1,8 +1,8 @@
-"""The folder of a run, in which a checkpoint is whole or not there, at whatever moment the run is killed.
+"""The folder of a run and its checkpoints. A checkpoint is complete or absent, whenever the run is killed.
 
-config.json  log.jsonl  report.json  samples/      settings, losses, what was left out, pages of pictures
-checkpoints/step-000500/mgp5/                      weights to use: `--model RUN/checkpoints/step-000500`
-checkpoints/step-000500/state/                     what --resume needs besides
+config.json  log.jsonl  report.json  samples/      settings, losses, samples that were left out, pages of sample images
+checkpoints/step-000500/mgp5/                      weights for use: `--model RUN/checkpoints/step-000500`
+checkpoints/step-000500/state/                     optimizer and counters for --resume
 mgp5 -> checkpoints/step-000500/mgp5               the newest weights: `--model RUN`
 """
 
@@ -21,23 +21,24 @@ from ..config import TrainConfig
 from ..errors import Mgp5Error
 from ..files import read_json, remove_folder, remove_leftovers, replacing, write_json, write_text
 
-SETTINGS, LOG, REPORT, FACTS = "config.json", "log.jsonl", "report.json", "state/state.json"
-# What may change between the pieces of a run; of accumulation, only how it is split between processes and steps.
+SETTINGS, LOG, REPORT, METADATA = "config.json", "log.jsonl", "report.json", "state/state.json"
+# Settings that may change when a run is resumed; of accumulation, only its product with the number of processes stays.
 FREE = {"accumulation", "checkpointing", "epochs", "keep", "log_every", "sample_every", "save_every", "steps"}
 FREE |= {"trackers", "workers"}
 BROKEN = "start the run again with another --out"
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest last."""
-    found = (path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name))
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """Return the folders of a run's checkpoints, the newest last."""
+    folders = (path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def check(out: Path, config: TrainConfig, resume: bool) -> None:
-    """See that a run can begin in a folder, or go on there. One that ended before it saved anything leaves it free.
+    """Check that a run can begin in a folder, or continue there. A run that ended before it saved is overwritten.
 
-    Raises Mgp5Error: the folder holds a run already, or with `resume` none, or one of other settings.
+    Raises:
+        Mgp5Error: the folder holds a run already; or, with `resume`, no run, or one with other settings.
     """
     if not resume:
         if checkpoints(out) or (out / "mgp5").exists() or ((out / SETTINGS).exists() and not (out / LOG).exists()):
@@ -48,26 +49,34 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
         raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
     old, new = read_json(out / SETTINGS, BROKEN), json.loads(json.dumps(asdict(config)))
     if changed := [name for name in new if name not in FREE and old.get(name) != new[name]]:
-        other = f"--out {out} is a run with another {', '.join(changed)}"
-        raise Mgp5Error(other, "resume it with the same settings", usage=True)
+        problem = f"--out {out} is a run with another {', '.join(changed)}"
+        raise Mgp5Error(problem, "resume it with the same settings", usage=True)
 
 
 def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stream: bool = False) -> Path | None:
-    """Begin or go on with a run: clean up behind one that was killed. Returns the checkpoint to go on from.
+    """Begin or continue a run in a folder, and remove the leftovers of one that was killed.
 
     Args:
-        stream: the data is dealt to processes and their workers, whose numbers then have to stay.
+        out: folder of the run.
+        config: of the stage.
+        resume: continue the run.
+        processes: number of processes.
+        stream: the data is a stream, which is divided among processes and workers: their numbers must not change.
 
-    Raises Mgp5Error: as `check`, the folder cannot be written, or the data would go on in another order.
+    Returns:
+        The checkpoint to continue from, or None.
+
+    Raises:
+        Mgp5Error: see `check`; or the folder cannot be written, or the order of the data would change.
     """
     check(out, config, resume)
     newest = checkpoints(out)[-1] if resume else None
     if newest:
-        old = read_json(newest / FACTS, BROKEN)
+        old = read_json(newest / METADATA, BROKEN)
         new = {"accumulation": config.accumulation, "processes": processes, "workers": config.workers}
         same = ("processes", "workers") if stream else ()
         if any(old[name] != new[name] for name in same) or _microbatches(old) != _microbatches(new):
-            was, now = (", ".join(f"{name} {facts[name]}" for name in new) for facts in (old, new))
+            was, now = (", ".join(f"{name} {values[name]}" for name in new) for values in (old, new))
             hint = "resume it with the same" if stream else "keep accumulation x processes"
             raise Mgp5Error(f"--out {out} is a run with {was}, not {now}", hint, usage=True)
     try:
@@ -84,13 +93,19 @@ def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stre
 
 
 def save(out: Path, step: int, keep: int, fill: Callable[[Path], None]) -> None:
-    """Add a checkpoint, whose files `fill` writes into a folder; then remove all but the newest `keep`.
+    """Add a checkpoint, then remove all but the newest `keep`.
 
-    Raises Mgp5Error when the disk is full, say; the checkpoints before it stay as they are.
+    Args:
+        out: folder of the run.
+        step: updates done.
+        keep: number of checkpoints to keep.
+        fill: writes the files into the folder that it gets.
+
+    Raises:
+        Mgp5Error: the checkpoint cannot be written (a full disk); earlier ones stay.
     """
-    place = out / f"checkpoints/step-{step:06d}"
     try:
-        with replacing(place, durable=True) as part:
+        with replacing(out / f"checkpoints/step-{step:06d}", durable=True) as part:
             part.mkdir(parents=True)
             fill(part)
         _link(out)
@@ -101,13 +116,13 @@ def save(out: Path, step: int, keep: int, fill: Callable[[Path], None]) -> None:
         raise Mgp5Error(f"step {step} cannot be saved in {out} ({error})", hint) from None
 
 
-def _microbatches(facts: dict[str, Any]) -> int:
-    """Of an update."""
-    return facts["accumulation"] * facts["processes"]
+def _microbatches(metadata: dict[str, Any]) -> int:
+    """Return the number of microbatches of an update."""
+    return metadata["accumulation"] * metadata["processes"]
 
 
 def _step_of(line: str) -> float:
-    """Step of a row of the log; infinity for one that was cut off."""
+    """Return the step of a row of the log; infinity for an incomplete row."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -115,5 +130,6 @@ def _step_of(line: str) -> float:
 
 
 def _link(out: Path) -> None:
+    """Point RUN/mgp5 to the newest checkpoint."""
     with replacing(out / "mgp5") as link:
         link.symlink_to((checkpoints(out)[-1] / "mgp5").relative_to(out))

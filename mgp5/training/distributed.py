@@ -1,6 +1,6 @@
-"""One process or many: what Accelerate is told about devices, precision, DDP and FSDP, and what all processes agree on.
+"""Set up Accelerate for one or more processes: device, precision, DDP and FSDP.
 
-FSDP is version 2 of PyTorch's (`fully_shard`), whichever `accelerate launch` was asked for.
+FSDP is always version 2 of PyTorch (`fully_shard`), whichever version `accelerate launch` was asked for.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ T = TypeVar("T")
 
 
 def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = ".") -> Accelerator:
-    """The Accelerator of this process, which may be one of many under `torchrun` or `accelerate launch`.
+    """Return the Accelerator of this process, which `torchrun` or `accelerate launch` may have started with others.
 
     Args:
-        device: of a single process; under a launcher each takes its own GPU.
-        out: the run's folder; trackers write below it.
+        config: precision and trackers.
+        device: device of a single process; under a launcher each process takes its own GPU.
+        out: folder of the run; trackers write to its subfolder `trackers`.
 
     Raises:
-        Mgp5Error: a device, precision or tracker that is not to be had here.
+        Mgp5Error: the device, precision or a tracker is not available.
     """
     launched = "LOCAL_RANK" in os.environ
     if launched and device not in ("auto", "cpu"):
         raise Mgp5Error(f"--device {device} under a launcher", "leave it out: every process takes a GPU", usage=True)
-    chosen, _ = pick_device(device)
-    if chosen.type == "cpu" and config.precision == "fp16":
+    torch_device, _ = pick_device(device)
+    if torch_device.type == "cpu" and config.precision == "fp16":
         raise Mgp5Error("precision is fp16, but a CPU cannot train in it", "set precision=bf16 or fp32", usage=True)
-    here = sorted(LoggerType(tracker).value for tracker in get_available_trackers())
-    if missing := sorted(set(config.trackers) - set(here)):
-        hint = f"pip install 'mgp5[track]'; here are: {', '.join(here) or 'none'}"
+    available = sorted(LoggerType(tracker).value for tracker in get_available_trackers())
+    if missing := sorted(set(config.trackers) - set(available)):
+        hint = f"pip install 'mgp5[track]'; here are: {', '.join(available) or 'none'}"
         raise Mgp5Error(f"no tracker {', '.join(missing)}", hint, usage=True)
-    plugin = _sharding(config) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
-    with patch_environment(**({} if launched else {"accelerate_torch_device": str(chosen)})):
+    plugin = _fsdp_plugin(config) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    with patch_environment(**({} if launched else {"accelerate_torch_device": str(torch_device)})):
         accelerator = Accelerator(
-            cpu=chosen.type == "cpu",
+            cpu=torch_device.type == "cpu",
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates itself
             fsdp_plugin=plugin,
@@ -69,18 +70,18 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
             project_dir=os.path.join(out, "trackers") if config.trackers else None,
         )
     if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate offers FSDP on GPUs only; PyTorch has it on CPUs too, where our tests run it.
+        # Accelerate supports FSDP on GPUs only; PyTorch also on CPUs, where the tests run it.
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
         for state in (PartialState, AcceleratorState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
 
 
-def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin:
-    """FSDP by layers of the LLM; everything else is one more unit, so that any part of the model may be called.
+def _fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin:
+    """Return the settings of FSDP: each layer of the LLM is a unit, and everything else is one more.
 
-    What `accelerate launch` would choose otherwise: sums of gradients stay in float32, every process reads the weights
-    itself, and activations are recomputed by `checkpointing` only.
+    They replace those of `accelerate launch`: gradients are summed in float32, every process reads the weights itself,
+    and activations are recomputed only by `config.checkpointing`.
     """
     low = None if config.precision == "fp32" else DTYPES[config.precision]
     return FullyShardedDataParallelPlugin(
@@ -93,12 +94,12 @@ def _sharding(config: TrainConfig) -> FullyShardedDataParallelPlugin:
 
 
 def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of the weights that do not train: the precision's on a GPU, float32 on a CPU."""
+    """Return the dtype of frozen weights: that of `config.precision` on a GPU, float32 on a CPU."""
     return torch.float32 if device.type == "cpu" else DTYPES[config.precision]
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do something on the first process only; its result, or its Mgp5Error, becomes that of all."""
+    """Call `work` in the first process only; return its result, or raise its Mgp5Error, in all of them."""
     box: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -111,24 +112,25 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
-class Step(nn.Module):
-    """The module that DDP and FSDP wrap: it gives what they can look into, a loss and plain terms.
+class LossModule(nn.Module):
+    """The module that DDP and FSDP wrap; its outputs are plain tensors, as they require.
 
-    Processes have to do the same number of passes through the same layers, and every weight that trains has to get a
-    gradient in each, or they wait for each other for ever: a batch without pictures does not touch the mapper, an empty
-    one does not touch anything. So each takes a zero from every weight (the sum of an empty slice), and for an empty
-    batch two tokens go through the LLM.
+    All processes must run the same layers, and every trained weight must get a gradient in each of them, or they wait
+    for each other forever. But a batch without target images does not use the head, and an empty batch no layer. So a
+    zero (the sum of an empty slice) of every weight is added to the loss, and for an empty batch the LLM reads two
+    tokens.
     """
 
     def __init__(self, model: InterleavedModel) -> None:
         super().__init__()
         self.model = model
-        # Layers that FSDP unshards one by one; those of vision towers and generators are not run for every batch.
+        # FSDP unshards these layers one by one; vision towers and generators do not run for every batch.
         self._no_split_modules = sorted({type(layer).__name__ for layer in model.backbone.language.layers})
 
     def forward(
         self, batch: Batch, config: TrainConfig, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the total loss and the detached loss terms of a batch; `generator` is on the CPU."""
         losses = self.model(batch, config, generator)
         total = losses.total
         if not len(batch.ids):
@@ -139,13 +141,13 @@ class Step(nn.Module):
 
 
 @contextmanager
-def whole(step: nn.Module) -> Iterator[None]:
-    """Under FSDP: all of the weights outside the LLM's layers are here, so that parts of the model can be called."""
-    if not isinstance(step, FSDPModule):
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Gather the weights outside the LLM's layers within a `with` block, so that FSDP lets parts be called."""
+    if not isinstance(module, FSDPModule):
         yield
         return
-    step.unshard()
+    module.unshard()
     try:
         yield
     finally:
-        step.reshard()
+        module.reshard()

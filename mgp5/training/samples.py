@@ -1,4 +1,4 @@
-"""What a model in training replies to a few fixed samples of its data, as a page."""
+"""A page with the replies of a model in training to a few fixed samples of its data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COUNT, STEPS, TOKENS = 4, 12, 64  # samples, denoising steps, tokens of text
 
 
 def fixed_samples(data: Any, seed: int) -> list[Conversation]:
-    """The same samples whenever it is called: spread over the data, or the first of a stream."""
+    """Return the same samples in every call: evenly spaced in the data, or the first of a stream."""
     if hasattr(data, "stream"):
         items = islice(data.stream(rank=0, world=1, batch=1, first=0, seed=seed), COUNT)
     else:
         items = (data[number] for number in range(0, len(data), -(-len(data) // COUNT)))
     samples = (item if isinstance(item, Conversation) else item[1] for item in items)
-    return [s for s in samples if isinstance(s, Conversation) and _readable(s)]  # a stream tells what it skips
+    return [s for s in samples if isinstance(s, Conversation) and _readable(s)]  # a stream also yields `Skipped`
 
 
 def _readable(sample: Conversation) -> bool:
@@ -35,7 +35,11 @@ def _readable(sample: Conversation) -> bool:
 
 
 def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
-    """The model's own last message of a sample, with a picture where the data has one. Raises Mgp5Error."""
+    """Return the model's reply in place of a sample's last message, with an image if that has one.
+
+    Raises:
+        Mgp5Error: an image cannot be read, or the sample is too long.
+    """
     *context, target = sample.messages
     kind = model.head.spec.image_options
     options = Options(
@@ -49,18 +53,18 @@ def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
 
 
 def sample_page(model: InterleavedModel, samples: list[Conversation], step: int, path: Path | None) -> None:
-    """Write a page of samples, each with the model's reply and then the data's; without a path, only reply.
+    """Write a page of samples, each with the model's reply and then that of the data; without a path, only reply.
 
-    Nothing of the training's randomness is touched. A sample that cannot be read or is too long is left out.
+    The random numbers of the training do not change. A sample that cannot be read or is too long is left out.
     """
-    shown = Conversation()
+    page = Conversation()
     for sample in samples:
         try:
             reply = reply_to(model, sample)
         except Mgp5Error:
             continue
-        told = Message("system", (Text("In the data:"), *sample.messages[-1].content))
-        shown = Conversation((*shown.messages, *sample.messages[:-1], reply, told))
+        target = Message("system", (Text("In the data:"), *sample.messages[-1].content))
+        page = Conversation((*page.messages, *sample.messages[:-1], reply, target))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_html(shown, {"title": f"Step {step}", "options": {"steps": STEPS}}, path, kind="chat")
+        write_html(page, {"title": f"Step {step}", "options": {"steps": STEPS}}, path, kind="chat")

@@ -1,4 +1,4 @@
-"""What one process holds of a training run: model, optimizer and moving average; an update, a checkpoint and back."""
+"""Model, optimizer and moving average of a training run in one process: updates, checkpoints and restoring them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..hub import Parts
 from ..loading import WEIGHTS, full, load_trained_tensors, read_weights, trained_tensors, write_tensors, write_weights
 from ..messages import Conversation
 from ..model import InterleavedModel
-from . import checkpoints as runs
+from . import checkpoints
 from .batch import Batch
-from .distributed import Step, on_main, whole
+from .distributed import LossModule, on_main, unsharded
 from .samples import sample_page
 
 STATE = "state/tensors.safetensors"
@@ -32,24 +32,34 @@ STATE = "state/tensors.safetensors"
 
 @dataclass(frozen=True)
 class Counts:
-    """An update in numbers, of all processes."""
+    """The results of one update over all processes.
 
-    losses: dict[str, float]  # mean over the microbatches that have the term
+    Attributes:
+        losses: mean of each term over the microbatches that have it.
+        samples: number of samples.
+        images: number of target images.
+        stop: number of processes that were asked to stop.
+    """
+
+    losses: dict[str, float]
     samples: float
-    images: float  # to be drawn
-    problems: float  # samples that were left out or cut
-    stop: float  # processes that want to stop
+    images: float
+    stop: float
 
 
 class Trainer:
-    """Prepares a model for its stage, from the start or from a checkpoint, and trains it.
+    """Prepare a model for a stage, fresh or from a checkpoint, and train it.
 
     Args:
-        checkpoint: of `runs`, to go on from.
+        model: changed in place.
+        config: of the stage.
+        accelerator: from `launch`.
+        checkpoint: folder of a checkpoint to continue from, see checkpoints.py.
 
     Attributes:
-        step: updates so far.
-        num_problems: samples so far that were left out or cut.
+        step: updates done.
+        lr: current learning rate of the head.
+        num_problems: samples of the run that were left out or truncated.
     """
 
     def __init__(
@@ -58,30 +68,36 @@ class Trainer:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.terms = ("text", *model.head.spec.losses)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.step = self.num_problems = 0
+        self.step, self.num_problems, self.lr = 0, 0, config.lr
         self.problems = Problems()  # of this process
-        torch.manual_seed(config.seed)  # LoRA's first values take the global generator
+        torch.manual_seed(config.seed)  # LoRA is initialized by the global generator
         model.prepare(config)
         if checkpoint:
             load_trained_tensors(
                 model, read_weights(checkpoint / "mgp5" / WEIGHTS), Parts(str(checkpoint), "", "", checkpoint)
             )
-        self.wrapped, self.optimizer = accelerator.prepare(Step(model), make_optimizer(model, config))
+        self.wrapped, self.optimizer = accelerator.prepare(LossModule(model), make_optimizer(model, config))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = [p.detach().clone() for p in self.trained.values()] if config.ema else []
         if checkpoint:
             self._restore(checkpoint)
 
-    def set_rate(self, share: float) -> float:
-        """Set the learning rates to a share of their peaks; returns that of the mapper."""
+    def set_rate(self, factor: float) -> None:
+        """Set the learning rates to their peaks times a factor in [0, 1]."""
+        self.lr = self.config.lr * factor
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * share
-        return self.config.lr * share
+            group["lr"] = peak * factor
 
     def update(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> Counts:
-        """One update over `accumulation` microbatches of every process."""
+        """Do one update over `accumulation` microbatches in every process.
+
+        Args:
+            batches: of this process.
+            stop: returns whether this process was asked to stop.
+        """
         config = self.config
+        # Sum and number of each loss term, then samples, images, problems and stops: reduced in one call.
         sums = torch.zeros(2 * len(self.terms) + 4, device=self.accelerator.device)
         for part in range(config.accumulation):
             batch = next(batches)
@@ -90,10 +106,10 @@ class Trainer:
             last = part + 1 == config.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._backward(batch, part)
-            for at, name in enumerate(self.terms):
+            for i, name in enumerate(self.terms):
                 if name in terms:
-                    sums[2 * at] += terms[name]
-                    sums[2 * at + 1] += 1
+                    sums[2 * i] += terms[name]
+                    sums[2 * i + 1] += 1
             sums[-4:-1] += torch.tensor([len(batch.ids), batch.num_targets, len(batch.skipped)], device=sums.device)
         if config.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), config.clip)
@@ -105,13 +121,14 @@ class Trainer:
         sums[-1] = stop()
         *pairs, samples, images, problems, stops = self.accelerator.reduce(sums, "sum").tolist()
         self.num_problems += int(problems)
-        means = zip(self.terms, pairs[::2], pairs[1::2], strict=True)
-        return Counts({n: round(v / times, 5) for n, v, times in means if times}, samples, images, problems, stops)
+        terms = zip(self.terms, pairs[::2], pairs[1::2], strict=True)
+        return Counts({name: round(total / n, 5) for name, total, n in terms if n}, samples, images, stops)
 
     def _backward(self, batch: Batch, part: int) -> dict[str, Tensor]:
+        """Add the gradients of one microbatch; return its loss terms."""
         microbatch = (self.step * self.config.accumulation + part) * self.world + self.rank
         seed = (self.config.seed * 1_000_003 + microbatch) % 2**32
-        torch.manual_seed(seed)  # LoRA's dropout takes the global generator
+        torch.manual_seed(seed)  # LoRA's dropout uses the global generator
         batch = batch.to(self.accelerator.device)
         loss, terms = self.wrapped(batch, self.config, torch.Generator().manual_seed(seed))
         self.accelerator.backward(loss / self.config.accumulation)
@@ -119,7 +136,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with the moving average for its weights, where there is one."""
+        """Replace the trained weights by their moving average within a `with` block, if there is one."""
         self._swap()
         try:
             yield
@@ -129,21 +146,26 @@ class Trainer:
     @torch.no_grad()
     def _swap(self) -> None:
         for value, average in zip(self.trained.values(), self.average, strict=False):
-            kept = value.clone()
+            copy = value.clone()
             value.copy_(average)
-            average.copy_(kept)
+            average.copy_(copy)
 
-    def show(self, samples: list[Conversation], path: Path) -> None:
-        """Write a page of replies by the model as it is."""
+    def write_samples(self, samples: list[Conversation], path: Path) -> None:
+        """Write a page with the model's current replies to samples."""
         main = self.accelerator.is_main_process
-        if main or self.accelerator.is_fsdp2:  # which shares the weights: the others have to reply too
-            with self.averaged(), whole(self.wrapped):
+        if main or self.accelerator.is_fsdp2:  # with sharded weights all processes have to compute the replies
+            with self.averaged(), unsharded(self.wrapped):
                 self.model.eval()
                 sample_page(self.model, samples, self.step, path if main else None)
                 self.model.train()
 
-    def save(self, out: Path, loaded: Problems) -> None:
-        """Add a checkpoint to a run, and its report of what was left out, with what was `loaded` without."""
+    def save(self, out: Path, loading: Problems) -> None:
+        """Add a checkpoint to a run and write its report of samples that were left out.
+
+        Args:
+            out: folder of the run.
+            loading: problems of the data that were found when it was loaded.
+        """
         values = {
             f"{kind}.{name}": value
             for name, p in self.trained.items()
@@ -153,15 +175,15 @@ class Trainer:
         if self.average:
             tensors |= {f"weight.{name}": full(p.detach()).cpu().clone() for name, p in self.trained.items()}
         problems = Problems()
-        for own in gather_object([self.problems]):
-            problems.merge(own)
-        facts = {
+        for gathered in gather_object([self.problems]):
+            problems.merge(gathered)
+        metadata = {
             "step": self.step,
             "processes": self.world,
             "workers": self.config.workers,
             "accumulation": self.config.accumulation,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "problems": _told(problems),
+            "problems": _examples(problems),
             "numbers": {name: value for name, value in values.items() if not isinstance(value, Tensor)},
         }
         with self.averaged():
@@ -171,51 +193,55 @@ class Trainer:
                 write_weights(weights, self.model.config, folder / "mgp5")
                 (folder / STATE).parent.mkdir()
                 write_tensors(tensors, folder / STATE)
-                write_json(folder / runs.FACTS, facts)
+                write_json(folder / checkpoints.METADATA, metadata)
 
-            on_main(self.accelerator, lambda: runs.save(out, self.step, self.config.keep, fill))
-        problems.merge(loaded)
+            on_main(self.accelerator, lambda: checkpoints.save(out, self.step, self.config.keep, fill))
+        problems.merge(loading)
         if self.accelerator.is_main_process:
-            write_json(out / runs.REPORT, {"step": self.step, "problems": _told(problems)})
+            write_json(out / checkpoints.REPORT, {"step": self.step, "problems": _examples(problems)})
 
     @torch.no_grad()
     def _restore(self, checkpoint: Path) -> None:
-        """What a checkpoint holds besides the usable weights, which the model has by now."""
-        facts, tensors = read_json(checkpoint / runs.FACTS), read_weights(checkpoint / STATE)
-        for full_name, value in (tensors | facts["numbers"]).items():
+        """Restore optimizer, counters and, with a moving average, the trained weights themselves."""
+        metadata, tensors = read_json(checkpoint / checkpoints.METADATA), read_weights(checkpoint / STATE)
+        for full_name, value in (tensors | metadata["numbers"]).items():
             kind, _, name = full_name.partition(".")
             weight = self.trained[name]
-            own = _as_is(value, weight) if isinstance(value, Tensor) else value
+            value = _like(value, weight) if isinstance(value, Tensor) else value
             if kind == "weight":
-                weight.copy_(own)
+                weight.copy_(value)
             else:
-                self.optimizer.optimizer.state[weight][kind] = own
+                self.optimizer.optimizer.state[weight][kind] = value
         if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
-        self.step = facts["step"]
-        self.num_problems = sum(number for number, _ in facts["problems"].values())
+            self.accelerator.scaler.load_state_dict(metadata["scaler"])
+        self.step = metadata["step"]
+        self.num_problems = sum(number for number, _ in metadata["problems"].values())
         if self.accelerator.is_main_process:
-            for kind, (number, place) in facts["problems"].items():
-                self.problems[kind], self.problems.first[kind] = number, place
+            for kind, (number, first) in metadata["problems"].items():
+                self.problems[kind], self.problems.first[kind] = number, first
 
 
 def make_optimizer(model: InterleavedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW on what trains. Raises Mgp5Error where its 8-bit form is not to be had."""
+    """Return AdamW for the trained parameters (Loshchilov & Hutter, arXiv 1711.05101).
+
+    Raises:
+        Mgp5Error: its 8-bit form is asked for, but bitsandbytes or a GPU is missing.
+    """
     groups, options = model.parameter_groups(config), {"lr": config.lr, "betas": (0.9, 0.999)}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        found = "optimizer is adamw8bit, but bitsandbytes is not installed"
-        raise Mgp5Error(found, "pip install 'mgp5[quant]', or set optimizer=adamw", usage=True) from None
+        problem = "optimizer is adamw8bit, but bitsandbytes is not installed"
+        raise Mgp5Error(problem, "pip install 'mgp5[quant]', or set optimizer=adamw", usage=True) from None
     if not torch.cuda.is_available():
         raise Mgp5Error("optimizer is adamw8bit, which needs a GPU", "set optimizer=adamw", usage=True)
     return AdamW8bit(groups, **options)
 
 
-def _as_is(value: Tensor, weight: Tensor) -> Tensor:
-    """A tensor of a checkpoint where and as its weight is: on its device, and sharded alike. Step counts stay."""
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor of a checkpoint on the device and with the sharding of its weight; step counts stay scalars."""
     if not value.dim():
         return value
     value = value.to(weight.device)
@@ -224,5 +250,6 @@ def _as_is(value: Tensor, weight: Tensor) -> Tensor:
     return value
 
 
-def _told(problems: Problems) -> dict[str, tuple[int, str]]:
+def _examples(problems: Problems) -> dict[str, tuple[int, str]]:
+    """Return for each kind of problem its number and the first sample that has it."""
     return {kind: (number, problems.first[kind]) for kind, number in problems.items()}
