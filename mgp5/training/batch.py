@@ -6,7 +6,7 @@ Letters: B batch, T tokens, N context images, P target images, S slots of one im
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from ..messages import Conversation, Image, Skipped
 from ..prompts import IGNORE, Example, example, expand_labels, history_truncations
 
 if TYPE_CHECKING:
+    from PIL import Image as pil
+
     from ..backbones import Backbone
     from ..heads import Head
     from .feature_cache import Caches, Item
@@ -36,22 +38,14 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample of T tokens, N context images and P target images, before padding.
+    """One sample of T tokens, N context images and P target images, before padding."""
 
-    Attributes:
-        ids, labels: (T,).
-        inputs: N dictionaries of preprocessed tensors; from a cache they have "features" instead of "pixel_values".
-        targets: P dictionaries of tensors, see `Head.target`.
-        captions: P texts.
-        truncated: why history was removed, "" if it was not.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    inputs: list[dict[str, Tensor]]
-    targets: list[dict[str, Tensor]]
-    captions: list[str]
-    truncated: str
+    ids: list[int]  # (T,)
+    labels: list[int]  # (T,)
+    inputs: list[dict[str, Tensor]]  # N, preprocessed; from a cache with "features" instead of "pixel_values"
+    targets: list[dict[str, Tensor]]  # P, see `Head.target`
+    captions: list[str]  # P
+    truncated: str  # why history was removed, "" if it was not
 
 
 class Collator:
@@ -114,8 +108,11 @@ class Collator:
             cached = [features[id(image)] for image in images]
             inputs = [{"features": value} | {k: v[None] for k, v in others.items()} for value, others in cached]
         else:
-            inputs = [self._preprocess(image) for image in images]
-        targets = [{"moments": latents[id(i)][0]} if latents else self._target(i) for i in target.images]
+            inputs = [_tensors(lambda pixels: self.backbone.preprocess([pixels]), image) for image in images]
+        targets = [
+            {"moments": latents[id(image)][0]} if latents else _tensors(self.head.target, image)
+            for image in target.images
+        ]
         slots = [len(i["features"]) if features else self.head.context_slots(self.backbone, i)[0] for i in inputs]
         captions = [image.caption for image in target.images]
         try:
@@ -153,20 +150,6 @@ class Collator:
             raise _Unusable("too long", reason)
         return build(shorter[least]), reason
 
-    def _preprocess(self, image: Image) -> dict[str, Tensor]:
-        """Preprocess a context image for the backbone. Raises _Unusable."""
-        try:
-            return self.backbone.preprocess([image.load()])
-        except (Mgp5Error, ValueError) as error:  # processors refuse extreme shapes
-            raise _Unusable("broken image", str(error)) from None
-
-    def _target(self, image: Image) -> dict[str, Tensor]:
-        """Convert a target image to the head's tensors. Raises _Unusable."""
-        try:
-            return self.head.target(image.load())
-        except Mgp5Error as error:
-            raise _Unusable("broken image", str(error)) from None
-
     def _batch(self, rows: list[_Row], skipped: tuple[Skipped, ...]) -> Batch:
         """Pad and stack B samples."""
         inputs = [tensors for row in rows for tensors in row.inputs]
@@ -192,7 +175,16 @@ class Collator:
         )
 
 
+def _tensors(convert: Callable[[pil.Image], dict[str, Tensor]], image: Image) -> dict[str, Tensor]:
+    """Read an image and convert it to tensors. Raises _Unusable."""
+    try:
+        return convert(image.load())
+    except (Mgp5Error, ValueError) as error:  # image processors refuse extreme shapes
+        raise _Unusable("broken image", str(error)) from None
+
+
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:  # (B, T)
+    """Pad rows to the same length on the right."""
     length = max(map(len, rows), default=0)
     padded = [[*row, *[value] * (length - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.int64).view(len(rows), length)

@@ -32,19 +32,12 @@ STATE = "state/tensors.safetensors"
 
 @dataclass(frozen=True)
 class Counts:
-    """The results of one update over all processes.
+    """The results of one update over all processes."""
 
-    Attributes:
-        losses: mean of each term over the microbatches that have it.
-        samples: number of samples.
-        images: number of target images.
-        stop: number of processes that were asked to stop.
-    """
-
-    losses: dict[str, float]
+    losses: dict[str, float]  # mean of each term over the microbatches that have it
     samples: float
-    images: float
-    stop: float
+    images: float  # target images
+    stop: float  # processes that were asked to stop
 
 
 class Trainer:
@@ -137,18 +130,15 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Replace the trained weights by their moving average within a `with` block, if there is one."""
-        self._swap()
+        weights = [p.detach() for p in self.trained.values()] if self.average else []
+        originals = [weight.clone() for weight in weights]
+        for weight, average in zip(weights, self.average, strict=True):
+            weight.copy_(average)
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for value, average in zip(self.trained.values(), self.average, strict=False):
-            copy = value.clone()
-            value.copy_(average)
-            average.copy_(copy)
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
 
     def write_samples(self, samples: list[Conversation], path: Path) -> None:
         """Write a page with the model's current replies to samples."""
