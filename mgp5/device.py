@@ -79,28 +79,28 @@ def limit_threads_for_small_models(model: torch.nn.Module) -> None:
 
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory in GiB, and the GPU if there is one."""
-    found: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
-    found |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
+    result: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
+    result |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
     if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
-        found["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
+        result["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
     if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
-        found["driver"] = driver
+        result["driver"] = driver
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        found |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
-        found["gpu_gib"] = round(card.total_memory / GiB, 1)
-    return found
+        result |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}
+        result["gpu_gib"] = round(card.total_memory / GiB, 1)
+    return result
 
 
 def versions() -> dict[str, str | None]:
     """Return the version of each library; None for an optional one that is not installed."""
-    found: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     for name in PACKAGES + OPTIONAL_PACKAGES:
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            result[name] = None
+    return result
 
 
 def _field(path: str, pattern: str) -> str | None:
