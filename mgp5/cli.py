@@ -1,4 +1,4 @@
-"""The command line: its group of commands, and how errors are told. The commands are in the folder commands."""
+"""The command line: the group of all commands, which are in commands/, and how errors are printed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import click
 
 from . import __version__
-from .commands import bench, data, evaluate, export, models, serve, tell, train
+from .commands import bench, chat, data, evaluate, export, models, serve, story, train
 from .errors import Mgp5Error
 
 
 class Commands(click.Group):
-    """A group that turns our errors into one line, and an interruption into exit code 130."""
+    """A group that prints an error as one line, and ends with exit code 130 after an interruption."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit codes are 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
         try:
             return super().invoke(ctx)
         except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort):
@@ -29,7 +30,7 @@ class Commands(click.Group):
             click.echo("mgp5: interrupted", err=True)
             ctx.exit(130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout any more
             ctx.exit(1)
         except Exception as error:
             if os.environ.get("MGP5_DEBUG") == "1":
@@ -67,7 +68,7 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    *(tell.story, tell.chat, tell.recall),
+    *(story.story, chat.chat, story.recall),
     *(train.train, train.convert, data.data),
     *(evaluate.eval_command, bench.bench),
     *(models.models, models.pull, models.rm, models.doctor),

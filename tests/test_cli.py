@@ -49,7 +49,8 @@ def demo(llava_folder, diffusion_folder, tmp_path_factory) -> Path:
 def edit(folder: Path, **values) -> Path:
     """Change the configuration of a model folder."""
     path = folder / "mgp5/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {k: raw[k] | v if isinstance(v, dict) else v for k, v in values.items()}))
     return folder
 
 
@@ -176,7 +177,7 @@ def test_a_seed_that_was_not_given_is_told_and_kept(mgp5, pictures, tmp_path, de
 
 
 def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch):
-    from mgp5.inference import reply as generation
+    from mgp5.inference import request as generation
 
     real, calls = generation.to_picture, []
 
@@ -348,7 +349,7 @@ def real_load(monkeypatch):
 def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures, tmp_path, case):
     monkeypatch.setattr("mgp5.apps.open_model.load", real_load)
     values, words = {
-        "vokens": ({"num_vokens": 3}, ("3 vokens", "hold 4")),
+        "vokens": ({"head_config": {"num_vokens": 3}}, ("3 tokens of its head",)),
         "diffusion": ({"diffusion": str(tmp_path / "epsilon")}, ("v_prediction", "epsilon")),
         "llm": ({"mllm_kind": "llava 32x4096 with 32064 tokens"}, ("trained for llava 32x4096", "is llava 2x32")),
         "field": ({"colour": "red"}, ("config.json", "colour")),

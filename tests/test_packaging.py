@@ -124,10 +124,10 @@ def test_every_package_is_listed():
 
 def test_the_public_names_exist():
     import mgp5
-    from mgp5 import model
+    from mgp5.apps import open_model
     from mgp5.inference import reply as generation
 
-    assert mgp5.generate is generation.generate and mgp5.Options is generation.Options and mgp5.load is model.load
+    assert mgp5.generate is generation.generate and mgp5.Options is generation.Options and mgp5.load is open_model.load
     assert all(hasattr(mgp5, name) for name in mgp5.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         mgp5.nothing  # noqa: B018

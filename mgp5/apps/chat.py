@@ -12,7 +12,8 @@ from ..events import Event
 from ..messages import Conversation, Image, Message, Part, Text
 from ..options import ModelRequest, Options
 from ..prompts import CHAT_SYSTEM
-from ..views.files import StoryFolder
+from ..views.files import STORY, StoryFolder, keep_images
+from ..views.html import write_html
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder
 from .story import SEEDS, recorded_options
@@ -56,7 +57,7 @@ class Chat:
     Attributes:
         conversation: all messages so far, the system text first.
         pending: images that go with the next message.
-        folder: where the conversation is to be kept, None for nowhere; whoever shows the events saves it.
+        folder: where it is saved after every reply, None for nowhere.
         record: what story.json keeps beside the conversation.
     """
 
@@ -100,12 +101,20 @@ class Chat:
         last = self._last_user()
         text = self.conversation.messages[last].text
         self.conversation = Conversation(self.conversation.messages[:last])
+        self.save()
         return text
 
     def seed(self, seed: int) -> None:
         """Set the seed of the next reply; those of the replies after it count up."""
         self.options = replace(self.options, seed=seed, image_seed=None)
         self._number = 0
+
+    def save(self) -> None:
+        """Write images, story.json and the page into the folder, if there is one and ever was something to save."""
+        begun = any(message.role != "system" for message in self.conversation.messages)
+        if self.folder and (begun or (self.folder.path / STORY).exists()):
+            self.folder.save(self.conversation, seed=self.options.seed, **self.record)
+            write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
 
     def _last_user(self) -> int:
         """Return the index of the user's last message."""
@@ -128,7 +137,8 @@ class Chat:
         options = replace(self.options, seed=self.options.seed + shift, image_seed=image_seed)
         recorder = Recorder()
         try:
-            for event in generate(self.model, asked, options, self._session):
+            events = generate(self.model, asked, options, self._session)
+            for event in keep_images(events, self.folder) if self.folder else events:
                 recorder(event)
                 yield event
         except Mgp5Error:
@@ -140,6 +150,7 @@ class Chat:
         finally:
             if recorder.parts:
                 self.conversation = Conversation((*self.conversation.messages, recorder.message))
+            self.save()
 
 
 def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:

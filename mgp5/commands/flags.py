@@ -21,84 +21,85 @@ Command = Callable[..., Any]
 SEED = click.IntRange(0, 2**62)  # what torch takes, with room to count up
 
 
+GENERATION = (
+    click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model."),
+    click.option("--seed", type=SEED, help="Seed of text and images; random, and told, if not given."),
+    click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
+    click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
+    click.option(
+        "--guidance-until",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        metavar="FRACTION",
+        help="Guide this share of the steps only: faster, another picture.",
+    ),
+    click.option(
+        "--reuse",
+        type=click.IntRange(1),
+        default=1,
+        metavar="N",
+        help="Run the whole UNet in one of N steps only: faster, another picture.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "eager", "compile", "triton", "onnx", "trt"]),
+        default="auto",
+        show_default=True,
+        help="What draws: auto takes the fastest that works here.",
+    ),
+    click.option(
+        "--exported",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Made by export, for --backend onnx or trt.  [onnx on a CPU: made when needed, and kept]",
+    ),
+    click.option(
+        "--memory",
+        type=click.Choice(["auto", "low", "full"]),
+        default="auto",
+        show_default=True,
+        help="On a GPU: auto saves what it must, low all it can. See doctor.",
+    ),
+    click.option(
+        "--quantize",
+        type=click.Choice(["none", "4bit", "8bit"]),
+        default="none",
+        show_default=True,
+        help="Bits of the LLM's layers.",
+    ),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
+    click.option(
+        "--show",
+        type=click.Choice(["auto", "blocks", "off"]),
+        default="auto",
+        show_default=True,
+        help="Images in the terminal (never when piped).",
+    ),
+)
+
+
 def generation_options(command: Command) -> Command:
-    """Flags that mean the same in every command that generates."""
-    for option in reversed(
-        (
-            click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model."),
-            click.option("--seed", type=SEED, help="Seed of text and images; random, and told, if not given."),
-            click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
-            click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
-            click.option(
-                "--guidance-until",
-                type=click.FloatRange(0, 1),
-                default=1.0,
-                metavar="FRACTION",
-                help="Guide this share of the steps only: faster, another picture.",
-            ),
-            click.option(
-                "--reuse",
-                type=click.IntRange(1),
-                default=1,
-                metavar="N",
-                help="Run the whole UNet in one of N steps only: faster, another picture.",
-            ),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-            click.option(
-                "--backend",
-                type=click.Choice(["auto", "eager", "compile", "triton", "onnx", "trt"]),
-                default="auto",
-                show_default=True,
-                help="What draws: auto takes the fastest that works here.",
-            ),
-            click.option(
-                "--exported",
-                type=click.Path(path_type=Path),
-                metavar="DIR",
-                help="Made by export, for --backend onnx or trt.  [onnx on a CPU: made when needed, and kept]",
-            ),
-            click.option(
-                "--memory",
-                type=click.Choice(["auto", "low", "full"]),
-                default="auto",
-                show_default=True,
-                help="On a GPU: auto saves what it must, low all it can. See doctor.",
-            ),
-            click.option(
-                "--quantize",
-                type=click.Choice(["none", "4bit", "8bit"]),
-                default="none",
-                show_default=True,
-                help="Bits of the LLM's layers.",
-            ),
-            click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
-            click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
-            click.option(
-                "--show",
-                type=click.Choice(["auto", "blocks", "off"]),
-                default="auto",
-                show_default=True,
-                help="Images in the terminal (never when piped).",
-            ),
-        )
-    ):
+    """Add the flags that mean the same in every command that generates."""
+    for option in reversed(GENERATION):
         command = option(command)
     return command
 
 
-def ray_option(told: str) -> Callable[[Command], Command]:
-    """--ray, with an address or without."""
-    return click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]", help=told)
+def ray_option(text: str) -> Callable[[Command], Command]:
+    """Return the option --ray, with an address or without."""
+    return click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]", help=text)
 
 
 def without(*names: str) -> Callable[[Command], Command]:
-    """Take flags off again that a command has no use for, or has its own of."""
+    """Remove flags from a command that has no use for them, or has its own."""
 
-    def take_off(command: Command) -> Command:
+    def remove(command: Command) -> Command:
         command.__click_params__ = [flag for flag in command.__click_params__ if flag.name not in names]
         return command
 
-    return take_off
+    return remove
 
 
 def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:

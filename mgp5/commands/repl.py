@@ -12,8 +12,7 @@ import click
 from ..apps.chat import Chat
 from ..errors import Mgp5Error
 from ..events import Event
-from ..views.files import STORY, StoryFolder, free_folder, keep_images
-from ..views.html import write_html
+from ..views.files import StoryFolder, free_folder
 
 HELP = """\
 /image FILE   show a picture with your next message
@@ -79,7 +78,6 @@ class Repl:
             click.echo(f"{rest} goes with your next message", err=True)
         elif word == "/undo":
             click.echo(f"took back: {self.chat.undo()}", err=True)
-            self._save()
         elif word == "/retry":
             self._show(self.chat.retry())
         elif word == "/seed" and rest.isascii() and rest.isdigit() and len(rest) < 19:
@@ -87,31 +85,19 @@ class Repl:
             click.echo(f"the next reply takes seed {rest}", err=True)
         elif word == "/save" and rest:
             self.chat.folder = StoryFolder.create(Path(rest).expanduser())
-            self._save()
+            self.chat.save()
             click.echo(f"saved in {rest}", err=True)
         else:
             raise Mgp5Error(f"{line!r} is no command", "see /help")
 
     def _show(self, events: Iterator[Event]) -> None:
-        """Show the events of a reply and save the conversation, after an interruption too."""
+        """Show the events of a reply; afterwards, or after an interruption, see that its images have a folder."""
         try:
-            with self._make_view() as view, contextlib.closing(self._kept(events)) as kept:
-                for event in kept:
+            with self._make_view() as view, contextlib.closing(events):
+                for event in events:
                     view(event)
         finally:
-            self._save()
-
-    def _kept(self, events: Iterator[Event]) -> Iterator[Event]:
-        return keep_images(events, self.chat.folder) if self.chat.folder else events
-
-    def _save(self) -> None:
-        """Write story.json and the page, unless there is neither a folder nor an image to make one for."""
-        chat = self.chat
-        if chat.folder is None and chat.conversation.images:
-            chat.folder = StoryFolder.create(free_folder("chat"))
-            click.echo(f"pictures and conversation are kept in {chat.folder.path}", err=True)
-        begun = any(message.role != "system" for message in chat.conversation.messages)
-        if chat.folder is None or not (begun or (chat.folder.path / STORY).exists()):
-            return
-        chat.folder.save(chat.conversation, seed=chat.options.seed, **chat.record)
-        write_html(*chat.folder.load(), chat.folder.path / "story.html", kind="chat")
+            if self.chat.folder is None and self.chat.conversation.images:
+                self.chat.folder = StoryFolder.create(free_folder("chat"))
+                self.chat.save()
+                click.echo(f"pictures and conversation are kept in {self.chat.folder.path}", err=True)

@@ -1,4 +1,4 @@
-"""mgp5 story, chat and recall: what people make with a model."""
+"""mgp5 story and recall: tell stories, one or many, and draw an image of them again."""
 
 from __future__ import annotations
 
@@ -117,37 +117,6 @@ def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> t
         raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
     say(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
     return stack.enter_context(spread(count, needs, absolute(request.model))), count
-
-
-@click.command()
-@click.option(
-    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture for the first message."
-)
-@click.option("--message", "messages", multiple=True, help="Say this and exit; may be given several times.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the conversation.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the conversation in this folder.")
-@generation_options
-def chat(
-    images: tuple[Path, ...], messages: tuple[str, ...], out: Path | None, resume: Path | None, **flags: Any
-) -> None:
-    """Talk with the model; it answers in text and images."""
-    from ..apps.chat import ChatRequest, open_chat
-    from .repl import Repl
-
-    model, options = requests_of(flags)
-    say = notes(flags)
-    chat = open_chat(ChatRequest(images=images, out=out, resume=resume, model=model, options=options), say)
-    if flags["seed"] is None:
-        say(f"seed {options.seed}")
-    repl = Repl(chat, lambda: view_of(flags))
-    if messages:
-        repl.say_all(messages)
-    elif sys.stdin.isatty():
-        repl.run()
-    else:
-        repl.say_all(line for line in map(str.strip, sys.stdin) if line)
-    if chat.folder:
-        say(f"The conversation is in {chat.folder.path}")
 
 
 @click.command()
