@@ -25,7 +25,6 @@ from mgp5.events import ImageDone
 from mgp5.views.files import StoryFolder, read_png_metadata
 from mgp5.views.terminal import TerminalView
 
-REAL = Path(__file__).parents[2] / "shared/data/real/VIST/val_images"
 QUICK = ("--steps", "2", "--set", "max_tokens=6", "--seed", "1")
 
 
@@ -199,14 +198,6 @@ def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch)
     assert (tmp_path / "out/story.html").is_file()
 
 
-def test_real_photos(mgp5, tmp_path):
-    if not REAL.is_dir():
-        pytest.skip("the real VIST pictures are not here (../shared)")
-    result = mgp5("story", "--images", REAL, "--scenes", 1, "--out", "out")
-    assert result.exit_code == 0, result.stderr
-    assert len(parts(tmp_path / "out")) == 2 * len(list(REAL.glob("*.jpg"))) + 2
-
-
 # Pictures of all kinds
 
 
@@ -251,29 +242,23 @@ def header_only_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100)))
 
 
-def broken(tmp_path: Path, name: str) -> tuple[str, bytes]:
-    picture(size=(400, 300)).save(tmp_path / "whole.jpg")
-    return {
-        "text": ("cat.jpg", b"this is no picture"),
-        "empty": ("cat.png", b""),
-        "truncated": ("cat.jpg", (tmp_path / "whole.jpg").read_bytes()[:700]),
-        "bomb": ("cat.png", header_only_png(50_000)),
-        "small bomb": ("cat.png", header_only_png(11_000)),
-    }[name]
-
-
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "bomb", "small bomb"])
 @pytest.mark.parametrize("command", ["story", "chat"])
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-def test_broken_pictures(mgp5, tmp_path, command, kind):
-    (tmp_path / "in").mkdir()
-    name, data = broken(tmp_path, kind)
-    (tmp_path / "in" / name).write_bytes(data)
-    if command == "story":
-        result = mgp5("story", "--images", "in", "--out", "out")
-    else:
-        result = mgp5("chat", "--image", f"in/{name}", "--message", "hi", "--out", "out")
-    fails(result, f"in/{name}", "larger than" if kind == "bomb" else "more than" if kind == "small bomb" else "")
+def test_broken_pictures(mgp5, tmp_path, command):
+    picture(size=(400, 300)).save(tmp_path / "whole.jpg")
+    broken = {
+        "text.jpg": (b"this is no picture", "is not an image"),
+        "empty.png": (b"", "is not an image"),
+        "truncated.jpg": ((tmp_path / "whole.jpg").read_bytes()[:700], "cannot be read"),
+        "bomb.png": (header_only_png(50_000), "larger than"),
+        "small_bomb.png": (header_only_png(11_000), "more than"),
+    }
+    for name, (contents, words) in broken.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(contents)
+        flags = ("--images", folder) if command == "story" else ("--image", folder / name, "--message", "hi")
+        fails(mgp5(command, *flags, "--out", "out"), folder / name, words)
     assert not (tmp_path / "out").exists()
 
 
@@ -315,11 +300,6 @@ def test_models_that_do_not_exist(mgp5, pictures, tmp_path):
         fails(mgp5(*command, "--model", "nope", "--out", "out"), "'nope'", "here without a network", code=2)
         fails(mgp5(*command, "--model", "empty", "--out", "out"), "empty is not a model", code=2)
     assert not (tmp_path / "out").exists()
-
-
-def test_unknown_model_lists_the_names_that_exist_here(mgp5, pictures, monkeypatch):
-    monkeypatch.setattr("mgp5.hub.local_names", lambda: ["demo", "mine"])
-    fails(mgp5("story", "--images", "pictures", "--model", "nope"), "demo, mine", code=2)
 
 
 @pytest.fixture
@@ -370,13 +350,6 @@ def test_models_that_do_not_fit(real_load, mgp5, monkeypatch, changed, pictures,
     result = mgp5("story", "--images", "pictures", "--model", tmp_path / "changed", "--out", "out")
     fails(result, *words)
     assert not (tmp_path / "out/story.json").exists()
-
-
-def test_the_tiny_model_loads_by_its_folder(real_load, mgp5, monkeypatch, pictures):
-    monkeypatch.setattr("mgp5.apps.open_model.load", real_load)
-    result = mgp5("story", "--images", "pictures", "--scenes", 0)
-    assert result.exit_code == 0
-    assert "warning" not in result.stderr.lower()
 
 
 def test_a_prompt_longer_than_the_context(mgp5, tmp_path):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from tiny import picture
 
+from mgp5 import Image, Message, Options, Text
+from mgp5.apps.batch import Batch, BatchRequest
 from mgp5.cli import main
 from mgp5.views.files import StoryFolder, read_png_metadata
 
@@ -40,14 +40,14 @@ def batch(small_folder, tmp_path, monkeypatch):
     return run
 
 
-def rows(out: str = "out") -> dict[int, dict]:
+def rows(out: str | Path = "out") -> dict[int, dict]:
     """Of results.jsonl, by line; no line is there twice."""
     found = [json.loads(line) for line in Path(out, "results.jsonl").read_text().splitlines()]
     assert len({row["line"] for row in found}) == len(found)
     return {row["line"]: row for row in found}
 
 
-def told(out: str, line: int) -> tuple:
+def told(out: str | Path, line: int) -> tuple:
     """Messages of a line without what depends on rounding, and the bytes of its pictures."""
     conversation, facts = StoryFolder.open(Path(out) / f"{line:06d}").load()
     return (
@@ -82,30 +82,30 @@ def test_conversations_and_stories_as_if_each_were_alone(batch, small_folder):
     assert [(m.role, m.text) for m in StoryFolder.open(Path("story")).load()[0].messages] == told("out", 2)[0]
 
 
-def test_a_killed_batch_goes_on_and_does_every_line_once(batch, small_folder):
-    lines = [chat(f"number {n}", options={"image": "always"}) for n in range(24)]
-    Path("b.jsonl").write_text("\n".join(lines))
-    command = [str(Path(sys.executable).with_name("mgp5")), "story", "--batch", "b.jsonl", "--out", "out", *QUICK]
-    command += ["--model", str(small_folder), "--at-once", "1", "--seed", "3"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    results = Path("out/results.jsonl")
-    while process.poll() is None and not (results.exists() and results.read_bytes()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = len(rows())
-    assert 0 < done < len(lines)
-    results.write_bytes(results.read_bytes() + b'{"line": 24, "key": "')  # cut off in the middle of a row
-    left = Path("out") / f"{done + 1:06d}"  # killed between the folder and its row
-    left.mkdir(exist_ok=True)
-    (left / "old.txt").write_text("old")
-    batch(*lines)
-    assert sorted(rows()) == list(range(1, 25)) and not (left / "old.txt").exists()
-    assert not list(Path("out").glob(".*"))
-    batch(*lines, out="whole")
-    assert all(told("out", line) == told("whole", line) for line in range(1, 25))
+def test_a_killed_batch_goes_on_and_does_every_line_once(tmp_path):
+    def answer(asks):
+        return [Message("assistant", (Text(f"reply {options.seed}"), Image(pixels=picture()))) for _, options in asks]
+
+    def run(out: str) -> Iterator[dict]:
+        request = BatchRequest(file=tmp_path / "b.jsonl", out=tmp_path / out, at_once=2, options=Options(seed=3))
+        return Batch(request).run(answer)
+
+    (tmp_path / "b.jsonl").write_text("\n".join([*(chat(f"number {n}") for n in range(5)), STORY]))
+    picture("red").save(tmp_path / "a.png")
+    first = run("out")
+    assert [next(first)["line"] for _ in range(3)] == [1, 2, 3]
+    results, left = tmp_path / "out/results.jsonl", tmp_path / "out/000004"
     before = results.read_bytes()
-    assert not batch(*lines).stdout and results.read_bytes() == before
+    results.write_bytes(before + b'{"line": 4, "key": "')  # killed in the middle of a row
+    left.mkdir()  # and between the folder and its row
+    (left / "old.txt").write_text("old")
+    assert [row["line"] for row in run("out")] == [4, 5, 6]
+    assert results.read_bytes().startswith(before) and not (left / "old.txt").exists()
+    assert not list((tmp_path / "out").glob(".*"))
+    list(run("whole"))
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole") and len(rows(tmp_path / "out")) == 6
+    assert all(told(tmp_path / "out", line) == told(tmp_path / "whole", line) for line in range(1, 7))
+    assert list(run("out")) == []
 
 
 WRONG = {
@@ -142,9 +142,7 @@ def test_another_batch_in_the_same_folder_is_refused(batch, small_folder):
     batch(chat("one"), flags=())  # a seed that was not given is kept
     batch(chat("one"), chat("two"), flags=("--json",))
     assert rows()[2]["seed"] == rows()[1]["seed"] + 10_000
-    code = (
-        "import fcntl; f = open('out/results.jsonl', 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    )
+    code = "from mgp5 import files; f = files.lock(files.Path('out/results.jsonl')); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert "another process is at work" in batch(chat("one"), code=1, flags=()).stderr

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from mgp5.apps.recall import recall
 from mgp5.cli import main
 from mgp5.views.files import StoryFolder
 
-BIN = Path(sys.executable).parent
-
 
 def run(*args: str):
     result = CliRunner().invoke(main, args)
@@ -27,18 +23,16 @@ def run(*args: str):
     return result
 
 
-def again(path: Path, here: Path | None = None) -> tuple[bytes, bytes]:
-    """Pixels of a picture, and of the one that its command makes; with `here` the shell only hands the command over."""
-    told = run("recall", str(path))
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    stub = f"mgp5() {{ cat > {here}/stdin; pwd > {here}/pwd; printf '%s\n' \"$@\" > {here}/args; }}\n" if here else ""
-    subprocess.run(["sh", "-c", stub + told.stdout], env=env, check=True, capture_output=True, cwd="/")
-    if here:
-        with chdir((here / "pwd").read_text().strip()):
-            args = (here / "args").read_text().splitlines()
-            assert CliRunner().invoke(main, args, input=(here / "stdin").read_bytes()).exit_code == 0
-    place = Path(told.stderr.splitlines()[0].removeprefix("it will be "))
-    return pil.open(path).tobytes(), pil.open(place).tobytes()
+def again(path: Path, here: Path) -> tuple[bytes, bytes]:
+    """Pixels of an image, and of the one that its command makes; the shell hands the command over to this process."""
+    recalled = run("recall", str(path))
+    stub = f"mgp5() {{ cat > {here}/stdin; pwd > {here}/pwd; printf '%s\\n' \"$@\" > {here}/args; }}\n"
+    subprocess.run(["sh", "-c", stub + recalled.stdout], check=True, cwd="/")
+    with chdir((here / "pwd").read_text().strip()):
+        args = (here / "args").read_text().splitlines()
+        assert CliRunner().invoke(main, args, input=(here / "stdin").read_bytes()).exit_code == 0
+    made = Path(recalled.stderr.splitlines()[0].removeprefix("it will be "))
+    return pil.open(path).tobytes(), pil.open(made).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +47,9 @@ def story(tmp_path_factory):
     return out
 
 
-def test_the_last_picture_of_a_story(story):
+def test_the_last_picture_of_a_story(story, tmp_path):
     paths = [image.path for image in StoryFolder.open(story).load()[0].images]
-    before, after = again(paths[-1])
+    before, after = again(paths[-1], tmp_path)
     assert before == after
     command, notes = recall(paths[-3])
     assert '"max_tokens": 0' in command and "a `red` fox sleeps" in command and len(notes) == 1
@@ -63,18 +57,8 @@ def test_the_last_picture_of_a_story(story):
 
 
 def test_the_second_picture_of_a_chat(small_folder, tmp_path):
-    flags = [
-        "--model",
-        str(small_folder),
-        "--steps",
-        "1",
-        "--set",
-        "max_tokens=4",
-        "--set",
-        "image=always",
-        "--seed",
-        "3",
-    ]
+    flags = ["--model", str(small_folder), "--steps", "1", "--seed", "3", "--set", "max_tokens=4"]
+    flags += ["--set", "image=always"]
     run("chat", *flags, "--backend", "eager", "--message", "one", "--message", "two", "--out", str(tmp_path / "talk"))
     before, after = again(StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path, tmp_path)
     assert before == after
@@ -101,5 +85,4 @@ def test_completion_is_the_shells_own_code(shell):
     assert f"_MGP5_COMPLETE={shell}_complete" in run("completion", shell).stdout
     if shell == "bash":
         words = {"_MGP5_COMPLETE": "bash_complete", "COMP_WORDS": "mgp5 rec", "COMP_CWORD": "1"}
-        done = subprocess.run([str(BIN / "mgp5")], env=os.environ | words, capture_output=True, text=True, check=True)
-        assert done.stdout == "plain,recall\n"
+        assert CliRunner().invoke(main, [], env=words, prog_name="mgp5").stdout == "plain,recall\n"
