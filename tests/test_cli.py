@@ -278,22 +278,6 @@ def test_folders_without_pictures(mgp5, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "blank.txt", "latin.txt"}
 
 
-def test_out_that_cannot_be_written(mgp5, pictures, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for out in ("file", "file/below"):
-        fails(mgp5("story", "--images", "pictures", "--out", out), f"--out {out}")
-        fails(mgp5("chat", "--message", "hi", "--out", out), f"--out {out}")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_story_is_never_overwritten(mgp5, pictures, tmp_path):
-    mgp5("story", "--images", "pictures", "--scenes", 0, "--out", "out")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    fails(mgp5("story", "--images", "pictures", "--out", "out"), "--out out", "already holds a story")
-    fails(mgp5("chat", "--message", "hi", "--out", "out"), "--out out", "already holds a story")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
 def test_models_that_do_not_exist(mgp5, pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     for command in (("story", "--images", "pictures"), ("chat", "--message", "hi")):
@@ -437,9 +421,10 @@ def test_an_error_nobody_foresaw_is_one_line_too(mgp5, monkeypatch, pictures):
 def test_help_is_quick_because_it_imports_nothing_heavy():
     code = (
         "import sys; from click.testing import CliRunner; from mgp5.cli import main\n"
+        "import mgp5.views.files, mgp5.views.html, mgp5.views.inline, mgp5.views.terminal\n"
         "for args in ([], ['story'], ['chat'], ['train'], ['data', 'storyland']):\n"
         "    assert CliRunner().invoke(main, [*args, '--help']).exit_code == 0\n"
-        "print(*({'torch', 'rich', 'transformers', 'diffusers', 'PIL', 'numpy'} & sys.modules.keys()))"
+        "print(*({'torch', 'rich', 'transformers', 'diffusers', 'PIL', 'numpy', 'textual_image'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "\n"
@@ -570,15 +555,6 @@ def test_a_stopped_reply_is_kept_and_its_picture_is_not_sent_twice(talk, tmp_pat
     assert "what was said is kept" in capfd.readouterr().err
     assert [len(message.images) for message in messages if message.role == "user"] == [1, 0]
     assert not talk.chat.pending
-
-
-def test_a_chat_draws_several_pictures_in_one_folder(talk, tmp_path):
-    from dataclasses import replace
-
-    talk.chat.options = replace(talk.chat.options, draw="always")
-    talk.type("one", "two")
-    names = paths(tmp_path / "chat-1")
-    assert len(names) >= 2 and len(set(names)) == len(names)
 
 
 def test_a_story_is_told_without_the_command_line(loaded, pictures):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
@@ -300,9 +298,3 @@ def test_progress_is_shown_on_a_terminal_only_and_cleared_when_interrupted() -> 
         raise KeyboardInterrupt
     assert out.getvalue() == "The fox\n"
     assert "1/20" in err.getvalue()
-
-
-def test_importing_the_views_is_cheap(tmp_path: Path) -> None:
-    code = "import sys, mgp5.views.terminal, mgp5.views.html, mgp5.views.files; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert not {"torch", "rich", "PIL", "textual_image", "transformers"} & set(done.stdout.split())

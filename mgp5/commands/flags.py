@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..model import InterleavedModel
     from ..options import ModelRequest, Options
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
@@ -126,13 +125,6 @@ def model_request(flags: dict[str, Any]) -> ModelRequest:
     from ..options import ModelRequest
 
     return ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)})
-
-
-def model_of(flags: dict[str, Any]) -> InterleavedModel:
-    """Load the model that the flags ask for."""
-    from ..apps.open_model import open_model
-
-    return open_model(model_request(flags), notes(flags))
 
 
 def view_of(flags: dict[str, Any]) -> JsonEvents | TerminalView:

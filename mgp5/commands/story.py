@@ -50,7 +50,8 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
         raise Mgp5Error("--ray spreads the lines of a --batch", "give --batch FILE", usage=True)
     if flags["batch"]:
         if images or text or title or not out:
-            raise Mgp5Error("--batch goes with --out, and without --images, --text, --title", "", usage=True)
+            found = "--batch goes with --out, and without --images, --text, --title"
+            raise Mgp5Error(found, "the lines of the batch say these", usage=True)
         return _batch(out, scenes, flags)
     from ..apps.story import StoryRequest, tell_story
     from ..views.files import free_folder
@@ -66,6 +67,7 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
 
 
 def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
+    """Answer the lines of --batch, with a progress bar. Raises Mgp5Error when lines have failed."""
     from contextlib import ExitStack
 
     from rich.console import Console
