@@ -6,35 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from test_data import roles, shape, story, write_vist
 
 from mgp5.data import vist
 from mgp5.errors import Mgp5Error
-from mgp5.messages import Conversation, Image, Text
+from mgp5.messages import Image, Text
 from mgp5.prompts import STORY_SYSTEM, TASK_PROMPTS, continue_, illustrate, narrate
-
-
-def write_vist(folder: Path, stories: dict, mapping: dict | None = None) -> Path:
-    (folder / "images").mkdir()
-    for number in range(5):
-        (folder / f"images/{number}.jpg").touch()
-    mapping = mapping or {str(number): f"images/{number}.jpg" for number in range(5)}
-    (folder / "train_cleaned.json").write_text(json.dumps(stories))
-    (folder / "train_image_mapping.json").write_text(json.dumps(mapping))
-    return folder
-
-
-def story(length: int = 5) -> list[dict]:
-    steps = [{"caption": f"step {n}", "image_id": str(n), "sequence_index": n} for n in range(length)]
-    return steps[::-1]  # the order in the file does not count
-
-
-def roles(conversation: Conversation) -> list[str]:
-    return [message.role for message in conversation.messages]
-
-
-def shape(conversation: Conversation) -> list[str]:
-    """Parts of the last two messages: t = text, i = image."""
-    return ["".join("ti"[isinstance(part, Image)] for part in m.content) for m in conversation.messages[-2:]]
 
 
 def test_vist_has_the_three_tasks_of_the_paper(tmp_path: Path) -> None:
