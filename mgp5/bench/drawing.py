@@ -109,7 +109,7 @@ def draw_rows(
     name = Path(parts.name.partition("+")[2] or parts.name).name
     size = f"{name}, {pixels or scene.model.native_size} px, batch {2 * images}"
     weights = sum(p.nbytes for part in (scene.model.denoiser, scene.model.vae) for p in part.parameters())
-    for way, timing in interleave(bench, size, _ways(scene, bench.backends, compiled), weights).items():
+    for way, timing in interleave(bench, size, _ways(scene, bench, compiled), weights).items():
         row = {"name": "guided step", "size": size, "provider": way} | timing.row(0, len(scene.table))
         if not timing.skipped:
             rate = flops / row["median"] / 1e9
@@ -159,19 +159,19 @@ def _denoiser(model: LatentDiffusion, denoiser: Any) -> dict[str, Any]:
     return {name: denoiser for name, part in model.named_children() if part is model.denoiser}
 
 
-def _ways(scene: Scene, backends: tuple[Backend, ...], compiled: bool) -> dict[str, Callable[[], Phases]]:
+def _ways(scene: Scene, bench: Bench, compiled: bool) -> dict[str, Callable[[], Phases]]:
     """Return the ways to draw: diffusers as it is, our engines, and diffusers compiled."""
     ways = {"diffusers": lambda: _theirs(scene, "diffusers", pipeline(scene.model))}
-    ways |= {backend: partial(_ours, scene, backend) for backend in backends}
+    ways |= {backend: partial(_ours, scene, backend, bench.exported) for backend in bench.backends}
     if compiled:
         ways["diffusers compiled"] = lambda: _theirs(scene, "diffusers compiled", compiled_pipeline(scene))
     return ways
 
 
-def _ours(scene: Scene, backend: Backend) -> Phases:
+def _ours(scene: Scene, backend: Backend, exported: Path | None) -> Phases:
     """Prepare an engine; its phases are the sampling loop and the VAE."""
     model = copy.deepcopy(scene.model)
-    apply(model, backend)
+    apply(model, backend, exported if backend == "onnx" else None)
 
     @torch.inference_mode()
     def steps() -> None:

@@ -47,6 +47,7 @@ class BenchRequest:
         batch: samples of an update, >= 1.
         minutes: rows that have not begun by then are left out, >= 0.
         backends: engines of ours to time.
+        exported: the folder of `mgp5 export` that the backend onnx runs.
 
     Raises:
         Mgp5Error: all that is wrong, in one line.
@@ -60,6 +61,7 @@ class BenchRequest:
     batch: int | None = None
     minutes: float | None = None
     backends: tuple[str, ...] = ()
+    exported: Path | None = None
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -71,6 +73,8 @@ class BenchRequest:
         problems += [f"--suite {self.suite} takes no --{name}" for name in unknown]
         low = [name for name in ("steps", "batch") if options[name] is not None and options[name] < 1]
         problems += [f"--{name} {options[name]}, expected 1 or more" for name in low]
+        if ("onnx" in self.backends) != bool(self.exported):
+            problems.append("--backend onnx and --exported DIR belong together: mgp5 export --onnx --split makes one")
         if problems:
             raise Mgp5Error("; ".join(problems), "leave out or change what is named", usage=True)
         if self.model:
@@ -79,7 +83,7 @@ class BenchRequest:
     def bench(self, tell: Callable[[str], None]) -> Bench:
         """Return what the rows share, with the defaults of the suite."""
         device, dtype = pick_device(self.device)
-        given = {"steps": self.steps, "minutes": self.minutes, "backends": self.backends}
+        given = {"steps": self.steps, "minutes": self.minutes, "backends": self.backends, "exported": self.exported}
         options = SUITES[self.suite][1] | {name: value for name, value in given.items() if value not in (None, ())}
         return Bench(device=device, dtype=dtype, tell=tell, **options)
 

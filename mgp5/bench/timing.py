@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Bench:
     Args:
         steps: images, replies or updates that are timed for each row.
         backends: engines of ours that are timed.
+        exported: the folder that `onnx` runs.
         minutes: rows that have not begun by then are left out.
         startup: seconds that a way is expected to take until its first run is done; `interleave` corrects it.
         tell: is called with each thing that is measured.
@@ -38,6 +40,7 @@ class Bench:
     dtype: torch.dtype
     steps: int = 1
     backends: tuple[str, ...] = ()
+    exported: Path | None = None
     minutes: float = float("inf")
     startup: dict[str, float] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda text: None

@@ -24,6 +24,7 @@ import click
     multiple=True,
     help="Of ours; repeatable.  [cpu: eager; gpu: all]",
 )
+@click.option("--exported", type=click.Path(path_type=Path), help="Folder of mgp5 export that onnx runs.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file for the report.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row on stdout.")
