@@ -214,7 +214,7 @@ def attach_mapper(head: Any, folder: Path, backend: str) -> None:
     if "mapper" in manifest["components"]:
         load = sessions(folder, manifest, backend, next(mapper.parameters()).device)
         head.mapper = ExportedMapper(load("mapper"), mapper)
-        head.forget_unconditional()
+        head.train(head.training)  # drops the unconditional condition of the old mapper
 
 
 def sessions(folder: Path, manifest: Mapping[str, Any], backend: str, device: torch.device) -> Load:
