@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .commands import bench, chat, data, evaluate, export, models, serve, story, train
+from .commands import bench, chat, data, doctor, evaluate, export, models, serve, story, train
 from .errors import Mgp5Error
 
 
@@ -71,7 +71,7 @@ for command in (
     *(story.story, chat.chat, story.recall),
     *(train.train, train.convert, data.data),
     *(evaluate.eval_command, bench.bench),
-    *(models.models, models.pull, models.rm, models.doctor),
+    *(models.models, models.pull, models.rm, doctor.doctor),
     *(export.export, serve.serve),
 ):
     main.add_command(command)

@@ -1,8 +1,8 @@
-"""The release's published checkpoints -> a model folder of ours (V vocabulary, D width of the LLM).
+"""Convert the checkpoints that MiniGPT-5's authors published to a model folder of mgp5.
 
 Their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine of them
-belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; ours are the
-LLM's own, and `Converted.shrunk` tells the difference.
+belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; mgp5 keeps
+those of the LLM, and `Converted.shrunk` has the difference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .backbones.minigpt4 import compose, read_state
 from .config import LoraConfig
 from .errors import Mgp5Error
-from .hub import Parts, explain, place, resolve
+from .hub import Parts, explain, find_part, resolve
 from .loading import build, load_trained_tensors, save_checkpoint, trained_tensors
 from .model import InterleavedModel
 
@@ -31,12 +31,12 @@ VOKENS, ADDED = 8, 9
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of the checkpoints.
+    """Result of a conversion.
 
     Attributes:
-        stage: which one they were of; None: only a MiniGPT-4 was put together.
-        shrunk: largest difference of a row that is no voken's to the LLM's own, in embedding and LM head.
-        unused: names of tensors that have no place here.
+        stage: of the checkpoints; None: only a MiniGPT-4 was put together.
+        shrunk: largest difference of any other row to the LLM's own, in embedding and LM head.
+        unused: names of tensors that mgp5 does not need.
     """
 
     stage: str | None
@@ -49,7 +49,7 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
 
     Args:
         checkpoints: later ones win; also MiniGPT-4's prerained_minigpt4_7b.pth if the model is to be put together.
-        model: "MINIGPT4+GENERATOR" as everywhere, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first.
+        model: "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first.
         out: a folder without a model.
         dtype: in which the frozen parts are loaded.
 
@@ -62,25 +62,25 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
     projections = [path for path, state in states.items() if "llama_proj.weight" in state.get("model", state)]
     trained = [state for path, state in states.items() if path not in projections]
     released = _released(trained) if trained or model.count("+") != 2 else {}
-    model, own = _base(model, out, projections)
-    if own and not released:
+    model, composed = _base(model, out, projections)
+    if composed and not released:
         return Converted(None, {}, ())
     parts = resolve(model)
     minigpt5 = build(parts.mllm, parts.diffusion, num_vokens=VOKENS, dtype=dtype)
     shrunk = _check_rows(minigpt5, released)
     unused = _fill(minigpt5, released, parts)
-    places = ("mllm" if own else _absolute(parts.mllm)), _absolute(parts.diffusion)
-    minigpt5.config = replace(minigpt5.config, mllm=places[0], diffusion=places[1])
+    mllm = "mllm" if composed else _absolute(parts.mllm)
+    minigpt5.config = replace(minigpt5.config, mllm=mllm, diffusion=_absolute(parts.diffusion))
     save_checkpoint(minigpt5, out)
     return Converted(minigpt5.config.stage, shrunk, unused)
 
 
 def _base(model: str, out: Path, projections: list[Path]) -> tuple[str, bool]:
-    """The model's parts as `resolve` takes them, and whether its MiniGPT-4 was put together in `out/mllm`."""
+    """Return the model's parts as `resolve` takes them, and whether its MiniGPT-4 was composed in `out/mllm`."""
     names = model.split("+")
     if len(names) != 3:
         return model, False
-    blip2, llm = (place(name, "part") for name in names[:2])
+    blip2, llm = (find_part(name, "part") for name in names[:2])
     if not (blip2 and llm and len(projections) == 1):
         raise Mgp5Error(
             f"{model} is to be put together of BLIP2+LLM+GENERATOR, with {len(projections)} projections",
@@ -95,7 +95,7 @@ def _base(model: str, out: Path, projections: list[Path]) -> tuple[str, bool]:
 
 
 def _released(states: list[dict]) -> dict[str, Tensor]:
-    """All tensors under names that ours can be given too."""
+    """Return all tensors, under names that those of mgp5 can be given too. Raises Mgp5Error when some are missing."""
     tensors = {}
     for state in states:
         for name, value in state.get("state_dict", {}).items():
@@ -110,7 +110,7 @@ def _released(states: list[dict]) -> dict[str, Tensor]:
 
 
 def _common(name: str) -> str:
-    """One name for what is the same in the release and here, where peft has put prefixes of its own."""
+    """Return one name for what is the same in the release and in mgp5, where peft adds prefixes of its own."""
     if lora := LORA.search(name):
         return lora[0]
     for rows in ROWS:
@@ -121,7 +121,7 @@ def _common(name: str) -> str:
 
 
 def _check_rows(model: InterleavedModel, released: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of the LLM's rows. Raises Mgp5Error when they are of another vocabulary or width."""
+    """Return the largest difference of the LLM's rows. Raises Mgp5Error when vocabulary or width differ."""
     weights = model.backbone.core.get_input_embeddings().weight, model.backbone.lm_head.weight
     known = len(model.backbone.tokenizer) - ADDED
     shrunk = {}
@@ -137,7 +137,7 @@ def _check_rows(model: InterleavedModel, released: dict[str, Tensor]) -> dict[st
 
 
 def _fill(model: InterleavedModel, released: dict[str, Tensor], parts: Parts) -> tuple[str, ...]:
-    """Put what was released into the model; returns the names that were of no use."""
+    """Load the released tensors into the model; return the names of those that are not needed."""
     ranks = [len(value) for name, value in released.items() if name.endswith("lora_A")]
     model.adapt(LoraConfig(rank=ranks[0], alpha=2 * ranks[0]) if ranks else None, None)
     model.config = replace(model.config, stage="finetune" if ranks else "pretrain")

@@ -1,4 +1,4 @@
-"""Names of models -> where their parts are; offline errors that say what to do."""
+"""Find the parts of a model by its name: the table of known repositories on the hub, mirrors, folders."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ class Repo:
     """One repository on the hub.
 
     Attributes:
-        id: where it is.
-        kind: what it is to us; a "part" goes into a MiniGPT-4 folder, see `backbones.minigpt4.compose`.
-        licence: as its card says; "gated" ones have to be accepted there first.
-        size: download in GB.
-        revision: the commit that is read, as public code names it (the hub itself could not be asked); None, where none
-            was found, reads the newest.
+        id: "owner/name" on the hub.
+        kind: a multimodal LLM, a generator, or a "part" of MiniGPT-4, see `backbones.minigpt4.compose`.
+        licence: as its card says; a gated one has to be accepted there first.
+        size: of the download in GB of 1e9 bytes, as the hub shows it.
+        revision: the commit that is read; None reads the newest.
         mirrors: other ids with the same weights, tried (newest commit) when the first is gone.
     """
 
@@ -111,14 +110,14 @@ REPOS = {
 
 
 def bases() -> list[str]:
-    """Names of combinations to train from: every multimodal LLM with every generator. None has a trained mapper yet."""
+    """Return the names of models to train from: every multimodal LLM with every generator."""
     kinds = {kind: [name for name, repo in REPOS.items() if repo.kind == kind] for kind in ("mllm", "generator")}
     return [f"{mllm}+{generator}" for mllm in kinds["mllm"] for generator in kinds["generator"]]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the parts of a model are: folders or hub ids, and the folder of what mgp5 trained (None: nothing yet)."""
+    """Where the parts of a model are: folders or hub ids, and the folder of what mgp5 trained, None if nothing is."""
 
     name: str
     mllm: str
@@ -127,12 +126,15 @@ class Parts:
 
 
 def local_names() -> list[str]:
-    """Names that work without a network."""
+    """Return the names of models inside the package, which need no network."""
     return ["demo"] if (DEMO / "mgp5" / "config.json").is_file() else []
 
 
 def resolve(name: str) -> Parts:
-    """A model's name or folder, or "MLLM+GENERATOR" of names, folders or hub ids -> its parts.
+    """Return the parts of a model.
+
+    Args:
+        name: a name or a folder, or "MLLM+GENERATOR" of names, folders or hub ids.
 
     Raises:
         Mgp5Error: no such model; the message lists what exists here.
@@ -141,9 +143,9 @@ def resolve(name: str) -> Parts:
     if folder.is_dir():
         return _from_folder(name, folder)
     parts = name.split("+")
-    places = [place(part, kind) for part, kind in zip(parts, ("mllm", "generator"), strict=False)]
-    if len(parts) == 2 and all(places):
-        return Parts(name, *places, None)
+    found = [find_part(part, kind) for part, kind in zip(parts, ("mllm", "generator"), strict=False)]
+    if len(parts) == 2 and all(found):
+        return Parts(name, *found, None)
     raise Mgp5Error(
         f"no model {name!r}",
         f"here without a network: {', '.join(local_names()) or 'none'}; or a folder of a trained model; or to train "
@@ -152,8 +154,8 @@ def resolve(name: str) -> Parts:
     )
 
 
-def place(part: str, kind: str) -> str | None:
-    """Where a part is: a name of this kind in the table, a folder, or a hub id ("owner/name"); None: none of these."""
+def find_part(part: str, kind: str) -> str | None:
+    """Return the folder or hub id of a name of this kind in the table, a folder or a hub id; None for other texts."""
     if part in REPOS:
         return REPOS[part].id if REPOS[part].kind == kind else None
     if part and (folder := Path(part).expanduser()).is_dir():
@@ -162,7 +164,7 @@ def place(part: str, kind: str) -> str | None:
 
 
 def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
-    """Call `load(id, revision)`, and again for each mirror while a repository is gone or out of reach; stderr says so.
+    """Return `load(id, revision)`; while a repository is gone or out of reach, try its mirrors, and say so on stderr.
 
     A folder, or an id that is not in the table, is tried as it is, with its newest commit.
 
@@ -171,7 +173,7 @@ def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
     """
     repo = repo_of(name)
     tries = [(repo.id, repo.revision), *((mirror, None) for mirror in repo.mirrors)]
-    tries.sort(key=lambda place: place[0] != name)  # a mirror that was asked for by its name comes first
+    tries.sort(key=lambda each: each[0] != name)  # a mirror that was asked for by its name comes first
     while True:
         tried, revision = tries.pop(0)
         try:
@@ -186,13 +188,13 @@ def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
             sys.stderr.write(f"{tried} is gone or out of reach, trying {tries[0][0]}\n")
 
 
-def repo_of(place: str) -> Repo:
-    """What the table says of an id, a mirror's too; of others nothing is known."""
-    return next((r for r in REPOS.values() if place in (r.id, *r.mirrors)), Repo(place, "part", "", 0.0))
+def repo_of(repo_id: str) -> Repo:
+    """Return the entry of the table for an id, or for that of a mirror; one without facts for other ids."""
+    return next((r for r in REPOS.values() if repo_id in (r.id, *r.mirrors)), Repo(repo_id, "part", "", 0.0))
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what is behind it: transformers and diffusers wrap those of the hub."""
+    """Return an error and its causes: transformers and diffusers wrap errors of the hub."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
@@ -207,7 +209,7 @@ def _from_folder(name: str, folder: Path) -> Parts:
     config = folder / "mgp5" / "config.json"
     if config.is_file():
         raw = read_config(config)
-        return Parts(name, _place(folder, raw, "mllm"), _place(folder, raw, "diffusion"), folder / "mgp5")
+        return Parts(name, _part_of(folder, raw, "mllm"), _part_of(folder, raw, "diffusion"), folder / "mgp5")
     if (folder / "mllm").is_dir() and (folder / "diffusion").is_dir():
         return Parts(name, str(folder / "mllm"), str(folder / "diffusion"), None)
     raise Mgp5Error(
@@ -218,20 +220,20 @@ def _from_folder(name: str, folder: Path) -> Parts:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The raw configuration of a trained model. Raises Mgp5Error when it is not JSON."""
+    """Return the raw configuration of a trained model. Raises Mgp5Error when it cannot be read, or names no parts."""
     raw = read_json(path, "train or copy the model again")
     if not {"mllm", "diffusion"} <= raw.keys():
         raise Mgp5Error(f"{path} names no mllm and diffusion", "train or copy the model again")
     return raw
 
 
-def _place(folder: Path, raw: dict[str, Any], part: str) -> str:
+def _part_of(folder: Path, raw: dict[str, Any], part: str) -> str:
     value = str(raw[part])
     return str(folder / value) if (folder / value).is_dir() else value
 
 
 def explain(error: Exception, name: str) -> Mgp5Error:
-    """A loading error of transformers, diffusers or the hub as one line."""
+    """Return a loading error of transformers, diffusers or the hub as one line."""
     reason = str(error).strip().partition("\n")[0]
     hint = f"check the folder; without a network only local models load: {', '.join(local_names())}"
     return Mgp5Error(f"cannot load {name} ({reason})", hint)

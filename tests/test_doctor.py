@@ -39,7 +39,7 @@ def test_json_is_one_object_with_all_there_is():
     assert all(m["get"] if m["path"] is None else Path(m["path"]).exists() for m in found["metrics"])
     memory = found["memory"]
     assert memory["modes"][0]["name"] == "full"
-    assert all(m["total"] == max(m[p] for p in ("see", "read", "draw", "decode")) for m in memory["modes"])
+    assert all(m["total"] == max(m[p] for p in ("encode", "read", "draw", "decode")) for m in memory["modes"])
     assert {p["name"] for p in memory["parts"]} >= {"LLM", "mapper", "denoiser", "VAE"}
 
 

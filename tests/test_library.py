@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_double import Hub, running
 
-from mgp5.apps.library import wanted, whole
+from mgp5.apps.library import is_complete, needed_files
 from mgp5.generators import load_generator
 from mgp5.hub import REPOS
 
@@ -100,9 +100,9 @@ def test_a_killed_pull_goes_on_with_what_is_missing(mgp5, hub):
 @pytest.mark.parametrize("missing", ["unet", "vae/config.json", "scheduler", "tokenizer", "model_index.json"])
 def test_what_a_download_may_not_have_got_yet_is_missed(diffusion_folder, tmp_path, missing):
     folder = Path(shutil.copytree(diffusion_folder, tmp_path / "snapshot"))
-    assert whole(folder)
+    assert is_complete(folder)
     (folder / missing).rename(tmp_path / "elsewhere")
-    assert not whole(folder)
+    assert not is_complete(folder)
 
 
 def test_a_damaged_file_is_refused_and_not_kept(mgp5, hub):
@@ -144,5 +144,5 @@ def test_rm_deletes_nothing_outside_the_cache(mgp5, hub, tmp_path):
 
 def test_of_a_language_model_the_files_at_the_top_are_read():
     files = ["config.json", "a.safetensors", "a.bin", "onnx/a.safetensors", "a.pth", "tokenizer.model", "README.md"]
-    assert wanted(files) == ["config.json", "a.safetensors", "tokenizer.model"]
-    assert wanted(["config.json", "a.bin"]) == ["config.json", "a.bin"]
+    assert needed_files(files) == ["config.json", "a.safetensors", "tokenizer.model"]
+    assert needed_files(["config.json", "a.bin"]) == ["config.json", "a.bin"]

@@ -24,7 +24,7 @@ from mgp5.hub import DEMO, resolve
 from mgp5.inference.reply import generate
 from mgp5.loading import build
 from mgp5.memory.generation import footprint
-from mgp5.memory.offload import Placement, Plan, first_plan_that_fits, memory_plans, place, select_memory_plan
+from mgp5.memory.offload import Offload, Plan, first_plan_that_fits, memory_plans, place, select_memory_plan
 from mgp5.options import reply_options
 
 CPU = torch.device("cpu")
@@ -160,18 +160,18 @@ def assert_told_alike(one, other):
 
 
 @contextmanager
-def watched(placement):
+def watched(offload):
     """Fails when a module runs whose weights wait; collects the phases in which modules ran."""
     phases = []
 
     def look(module, _):
         ours = type(module).__module__.startswith("mgp5.engines")  # reads weights of diffusers' modules
         for tensor in (*module.parameters(recurse=ours), *module.buffers(recurse=ours)):
-            waits = placement._kept.get(id(tensor))
+            waits = offload._kept.get(id(tensor))
             if waits is not None and waits.numel():
-                assert tensor.data_ptr() != waits.data_ptr(), f"{type(module)} in {placement.phase}"
-                if phases[-1:] != [placement.phase]:
-                    phases.append(placement.phase)
+                assert tensor.data_ptr() != waits.data_ptr(), f"{type(module)} in {offload.phase}"
+                if phases[-1:] != [offload.phase]:
+                    phases.append(offload.phase)
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:
@@ -191,25 +191,25 @@ def test_parts_are_there_when_they_compute_and_only_then(mllm_folder, diffusion_
         return build(str(mllm_folder), str(folder), num_vokens=4, guidance=3.0)
 
     plain, moved = make(), make()
-    placement = Placement(moved, CPU)
+    offload = Offload(moved, CPU)
     for model in (plain, moved):
         if backend:
             engines.apply(model.head.generator, backend)
-    assert moved.device is placement.device and moved.head.generator.device is placement.device
-    with watched(placement) as phases:
+    assert moved.device is offload.device and moved.head.generator.device is offload.device
+    with watched(offload) as phases:
         assert_told_alike(moved, plain)
-    assert phases == ["see", "read", "draw", "decode", "read"] * 2  # behind a picture the reply may go on
-    for name, part in placement.parts.items():
-        where = {t.data_ptr() == placement._kept[key].data_ptr() for key, t in part.items() if t.numel()}
+    assert phases == ["encode", "read", "draw", "decode", "read"] * 2  # behind a picture the reply may go on
+    for name, part in offload.parts.items():
+        where = {t.data_ptr() == offload._kept[id(t)].data_ptr() for t in part if t.numel()}
         assert where == {name != "read"}
     assert not any(t.is_inference() for t in (*moved.parameters(), *moved.buffers()))
 
 
 def test_others_may_compute_between_two_steps(model):
-    placement = Placement(model, CPU)
+    offload = Offload(model, CPU)
     condition = torch.zeros(1, *model.head.generator.condition_shape)
     steps = model.head.generator.draw(condition, condition, steps=3, generators=[torch.Generator()])
-    with watched(placement) as phases:
+    with watched(offload) as phases:
         for _ in steps:
             model.backbone.logits(torch.zeros(1, model.backbone.width))
     assert phases == ["draw", "read"] * 3
@@ -223,8 +223,8 @@ def test_an_llm_of_few_bits_moves_too_and_8_bits_stay(llava_folder, diffusion_fo
             torch.manual_seed(1)
             models.append(build(str(llava_folder), str(diffusion_folder), num_vokens=4, quantize=kind))
         plan = Plan(quantize=kind, offload=True)
-        place(models[1], plan, CPU)
-        assert ("read" in models[1].backbone.placement.parts) == (kind == "4bit")
+        offload = place(models[1], plan, CPU)
+        assert ("read" in offload.parts) == (kind == "4bit")
         assert_told_alike(*models)
 
 

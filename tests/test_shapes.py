@@ -9,8 +9,9 @@ from tiny import LENGTH, WIDTH
 from mgp5.config import preset
 from mgp5.hub import REPOS
 from mgp5.loading import assemble, build
-from mgp5.memory.skeletons import GENERATORS, MLLMS, backbone_shape, generator_shape, skeleton
+from mgp5.memory.skeletons import backbone_shape, generator_shape, known_models, skeleton
 
+MLLMS, GENERATORS = known_models("mllm"), known_models("generator")
 # Parameters as the hub shows them, width, of one adapted layer (q and v, rank 8), layers, tied embeddings.
 PUBLISHED = {
     "llava-1.5-7b": (7_063_427_072, 4096, 8 * (2 * 4096 + 2 * 4096), 32, False),

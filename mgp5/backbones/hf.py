@@ -31,7 +31,6 @@ from .quantization import Quantize, is_quantized, keep_layout, quantization
 if TYPE_CHECKING:
     import PIL.Image
 
-    from ..memory.offload import Placement
 
 # Image token of a tokenizer, repeated once per slot -> text of an image in a prompt; others are that text themselves.
 IMAGE_MARKS = {
@@ -53,7 +52,7 @@ class HFBackbone(nn.Module):
 
     compiled = False
     side: SideInputs | None = None  # of the current forward
-    placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
+    compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         super().__init__()
@@ -121,12 +120,7 @@ class HFBackbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the computation, also while weights are offloaded."""
-        return self.placement.device if self.placement else self.lm_head.weight.device
-
-    def use(self, phase: str = "read") -> None:
-        """Load offloaded weights of a phase; each method that computes calls it first."""
-        if self.placement:
-            self.placement.enter(phase)
+        return self.compute_device or self.lm_head.weight.device
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
         """Convert N images to the tensors that `encode_images` takes; runs in data workers, without weights.
@@ -150,7 +144,6 @@ class HFBackbone(nn.Module):
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Encode N preprocessed images by the vision tower and its projector to one tensor (S, E) each."""
-        self.use("see")
         tensors = {key: value.to(self.device) for key, value in inputs.items()}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.core.dtype)
         output = self.core.get_image_features(**tensors)
@@ -170,7 +163,6 @@ class HFBackbone(nn.Module):
         Raises:
             ValueError: the number of slots in `ids` is not that of the features.
         """
-        self.use()
         embeds = self.language.get_input_embeddings()(ids)
         if features:
             slots = ids == self.image_token_id  # (B, T)
@@ -241,7 +233,6 @@ class HFBackbone(nn.Module):
             cache: keys and values that the tokens attend to, and that theirs are written to.
             side: inputs of a head's layer hooks, which read them from `self.side`.
         """
-        self.use()
         if side is not None or self.side is not None:
             self.side = side
         embeds, deep = embeds[..., : self.width], embeds[..., self.width :]
@@ -260,7 +251,6 @@ class HFBackbone(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D)."""
-        self.use()
         return self.lm_head(hidden)
 
     def new_cache(self, rows: int = 1) -> KVCache:
@@ -269,7 +259,6 @@ class HFBackbone(nn.Module):
         Raises:
             Mgp5Error: the LLM has sliding-window or linear attention.
         """
-        self.use()
         text = self.core.config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
         if kinds and (getattr(text, "sliding_window", None) or 0) < self.context_length:
@@ -283,7 +272,7 @@ class HFBackbone(nn.Module):
     def capturable(self) -> bool:
         """Return whether the forward of one token can be a CUDA graph: nothing is offloaded or read by the host."""
         rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
-        return not (self.placement or is_quantized(self.core) or "dynamic" in str(rotary))
+        return not (self.compute_device or is_quantized(self.core) or "dynamic" in str(rotary))
 
     def add_prefix(self, num_tokens: int, hidden: int) -> None:
         """Add a trainable prefix in float32 (Li & Liang, arXiv 2101.00190); positions of the tokens do not shift.

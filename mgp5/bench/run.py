@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import doctor
-from ..device import pick_device
+from ..device import machine as hardware
+from ..device import pick_device, versions
 from ..errors import Mgp5Error
 from ..files import write_json
 from ..hub import Parts, resolve
@@ -189,4 +189,4 @@ def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: No
 def machine() -> dict[str, Any]:
     """Return the machine and the versions that were measured on."""
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
-    return now | doctor.machine() | doctor.versions()
+    return now | hardware() | versions()

@@ -1,4 +1,4 @@
-"""mgp5 models, pull, rm and doctor: what is on this machine."""
+"""mgp5 models, pull and rm: named models on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def models(as_json: bool) -> None:
 
     A multimodal LLM and a diffusion model make a model to train: LLM+MODEL, for instance llava-1.5-7b+sd-2.1-base.
     """
-    from ..apps.library import catalogue, here
+    from ..apps.library import catalogue, on_disk
     from ..views.tables import show, table
 
     rows = catalogue()
@@ -25,7 +25,9 @@ def models(as_json: bool) -> None:
         for row in rows:
             click.echo(json.dumps(row))
         return
-    cells = [[r["name"], r["made_of"], f"{r['size']:.2f}", here(r), r["licence"], ", ".join(r["from"])] for r in rows]
+    cells = [
+        [r["name"], r["made_of"], f"{r['size']:.2f}", on_disk(r), r["licence"], ", ".join(r["from"])] for r in rows
+    ]
     show(table("named models", ["name", "what", "GB", "on this disk", "licence", "from, mirrors"], cells))
 
 
@@ -61,18 +63,3 @@ def rm(name: str, yes: bool) -> None:
         click.echo(f"{place} {revision.commit_hash[:8]}: {revision.size_on_disk / GB:.2f} GB", err=True)
     if yes or click.confirm("Delete?", abort=True, err=True):
         free([revision for _, revision in found])
-
-
-@click.command()
-@click.option("--model", help="Tell how much GPU memory it takes in each memory mode; no weights are loaded.")
-@click.option("--all", "every", is_flag=True, help="Tell the GPU memory of each named model; takes a minute or two.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def doctor(model: str | None, every: bool, as_json: bool) -> None:
-    """Tell what this machine has, which weights are here, which engine and kernels are chosen, and why."""
-    from ..doctor import report
-
-    if model or every:  # nothing else imports them, which takes seconds
-        from ..device import quiet_libraries
-
-        quiet_libraries()
-    report(model, every, as_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
@@ -18,9 +18,6 @@ from ..errors import Mgp5Error
 from ..options import DiffusionOptions
 from .denoising import Contexts, DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
 from .sampler import SamplerTable, Schedule, sampler_table
-
-if TYPE_CHECKING:
-    from ..memory.offload import Placement
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CLIP_LENGTH = 77  # tokens of CLIP, for a model without its text encoder
@@ -41,7 +38,7 @@ class LatentDiffusion(nn.Module):
     schedule: Schedule
     pooled_width = 0
     engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
-    placement: Placement | None = None  # what moves weights, see `mgp5.memory.offload`
+    compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +52,7 @@ class LatentDiffusion(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the computation, also while weights are offloaded."""
-        return self.placement.device if self.placement else self.denoiser.device
+        return self.compute_device or self.denoiser.device
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
         """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.
@@ -117,7 +114,6 @@ class LatentDiffusion(nn.Module):
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
         """
-        self._use_vae()
         with self._without_autocast():
             encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         if isinstance(self.vae, AutoencoderTiny):
@@ -149,12 +145,7 @@ class LatentDiffusion(nn.Module):
         latents = latents / self.vae.config.scaling_factor + self._shift
         if self.engine and self.engine.decode and not self.vae.use_tiling:
             return self.engine.decode(latents).float().clamp(-1, 1)
-        self._use_vae()
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float().clamp(-1, 1)
-
-    def _use_vae(self) -> None:
-        if self.placement:
-            self.placement.enter("decode")
 
     @property
     def _shift(self) -> float:
@@ -230,8 +221,6 @@ class LatentDiffusion(nn.Module):
         table = self.check(options)
         shape = self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         noise = torch.randn(shape, generator=rng)[None].to(self.device)
-        if self.placement:
-            self.placement.enter("draw")
         guided = round(options.guidance_until * len(table))
         guidance = options.guidance if guided else 1.0
         model = self.engine.model_for(options.reuse) if self.engine else PlainDenoiser(self.predict)
@@ -239,8 +228,6 @@ class LatentDiffusion(nn.Module):
 
     def step(self, states: Sequence[DenoisingState]) -> None:
         """Advance images with equal `key` by one step each, in one call of the denoiser."""
-        if self.placement:
-            self.placement.enter("draw")
         (self.engine.advance if self.engine else advance)(states, self._contexts)
 
     def draw(

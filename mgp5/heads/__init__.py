@@ -9,7 +9,6 @@ and W pixels, Z latent channels, h and w latents.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
+from ..files import digest
 from ..options import ImageOptions
 from .losses import Losses
 
@@ -318,5 +318,5 @@ def rng(seed: int, image: int, use: str) -> torch.Generator:
     """
     if use in ("text", "noise"):
         return torch.Generator().manual_seed(seed + image)
-    mixed = int.from_bytes(hashlib.blake2b(f"{seed} {image} {use}".encode(), digest_size=8).digest(), "big")
+    mixed = int(digest(f"{seed} {image} {use}", size=8), 16)
     return torch.Generator().manual_seed(mixed >> 1)

@@ -5,13 +5,13 @@ T tokens, k new tokens, S slots of one image, D width of the LLM, E of embedding
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..files import digest
 from ..messages import Conversation, Image
 from ..prompts import check_length, prompt
 from .decoder import Decoder
@@ -154,7 +154,7 @@ class Session:
                 picture = image.load()
                 inputs = self.backbone.preprocess([picture])
                 context = self.head.encode_images(self.backbone, inputs)
-                key = hashlib.sha1(picture.tobytes() + repr(picture.size).encode()).hexdigest()
+                key = digest(picture.tobytes() + repr(picture.size).encode())
                 grid = inputs.get("image_grid_thw")
                 self._encoded[id(image)] = EncodedImage(image, key, context.tokens[0], grid, context.side)
         return [self._encoded[id(image)] for image in images]

@@ -1,82 +1,47 @@
-"""Memory modes: which plan fits the GPU, and where the parts of a model are while it generates.
+"""Memory plans: which fits the GPU, and where the parts of a model wait while others compute.
 
-Generation has four phases: "see" (vision tower), "read" (LLM), "draw" (denoiser) and "decode" (VAE). With a plan that
-offloads, the weights of a phase are on the GPU only while it lasts; the mapper, small, stays there.
+Generation has four phases: "encode" (vision tower), "read" (LLM), "draw" (denoiser) and "decode" (VAE). With a plan
+that offloads, the weights of a phase are on the GPU only while it lasts. Neither backbones nor generators know of it:
+`Offload` wraps their methods from outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, product
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones.quantization import Quantize
 from ..errors import Mgp5Error
 from ..files import GiB
 from ..hub import Parts
-from ..options import Backend
+from ..options import Memory
 from .generation import Footprint, footprint
+from .parts import memory_parts
+from .plan import Plan, memory_plans, tile_vae
 
 if TYPE_CHECKING:
-    from ..generators.latent_diffusion import LatentDiffusion
     from ..model import InterleavedModel
 
-Memory = Literal["auto", "low", "full"]
-T = TypeVar("T")
 CPU = torch.device("cpu")
-TILE = 64  # latents along a side: in smaller tiles what is normalised over a tile is seen
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a model is held.
-
-    Args:
-        quantize: bits of the LLM's layers.
-        offload: parts wait in the computer's memory until their phase.
-        tiling: the VAE decodes pictures above 64 latents (512 pixels of Stable Diffusion) in tiles, which changes them
-            a little, as each is normalised on its own.
-        why: one line for the user, or "".
-    """
-
-    quantize: Quantize = "none"
-    offload: bool = False
-    tiling: bool = False
-    why: str = ""
-
-    @property
-    def moves_llm(self) -> bool:
-        """Layers of 8 bits keep tensors that bitsandbytes does not move before 0.48: they stay where they are."""
-        return self.offload and self.quantize != "8bit"
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        bits = [] if self.quantize == "none" else [f"LLM in {self.quantize[0]} bits"]
-        return ", ".join(bits + ["offload"] * self.offload + ["VAE tiling"] * self.tiling) or "full"
-
-    def engine(self, backend: Backend | None) -> Backend | None:
-        """The engine that goes with it. Raises Mgp5Error for one that needs weights to stay where they are."""
-        if self.offload and backend not in (None, "auto", "eager"):
-            raise Mgp5Error(
-                f"--backend {backend} needs weights that stay on the GPU, and this memory mode moves them",
-                "take --backend eager, or --memory full",
-                usage=True,
-            )
-        return "eager" if self.offload and backend == "auto" else backend
+# Methods of a backbone and of a generator, by the phase in which they compute.
+BACKBONE_METHODS = {"encode": ("encode_images",), "read": ("embed", "forward", "logits", "new_cache")}
+GENERATOR_METHODS = {"draw": ("draw", "predict", "begin", "step"), "decode": ("decode", "moments")}
 
 
 def select_memory_plan(
     memory: Memory, parts: Parts, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
 ) -> Plan:
-    """The plan of a memory mode: `full` keeps everything on the GPU, `low` is all that saves, `auto` the mildest that
-    fits what is free.
+    """Return the plan of a memory mode: `full` keeps everything on the GPU, `low` saves all it can, `auto` takes the
+    first of `memory_plans` that fits what is free.
 
     Args:
+        parts: where the model is; only its configurations are read.
+        dtype: of the LLM and the generator.
         quantize: what the user wants at least.
 
     Raises:
@@ -89,7 +54,7 @@ def select_memory_plan(
     if memory == "auto":
         try:
             needs = footprint(parts, dtype)
-        except (RuntimeError, NotImplementedError) as error:  # its code looks into values, which nothing has yet
+        except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
             raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
         return first_plan_that_fits(needs, torch.cuda.mem_get_info(device)[0], quantize, parts.name)
     if device.type == "cpu":
@@ -99,15 +64,8 @@ def select_memory_plan(
     return replace(least, why=f"memory low: {least.name}")
 
 
-def memory_plans(quantize: Quantize = "none") -> list[Plan]:
-    """All plans, the mildest first."""
-    bits: list[Quantize] = ["none", "4bit"] if quantize == "none" else [quantize]
-    choices = product(bits, (False, True), (False, True))
-    return [Plan(quantize=kind, offload=offload, tiling=tiling) for kind, offload, tiling in choices]
-
-
 def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none", name: str = "the model") -> Plan:
-    """The mildest plan that fits `free` bytes; why tells the numbers. Raises Mgp5Error when none does."""
+    """Return the first plan that fits `free` bytes; its `why` has the numbers. Raises Mgp5Error when none does."""
     plans = memory_plans(quantize)
     sizes = [needs.total(plan) / GiB for plan in plans]
     have = f"{free / GiB:.1f} GiB are free"
@@ -119,61 +77,67 @@ def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none
     raise Mgp5Error(least, "free some, draw with --device cpu, or take a smaller model")
 
 
-def place(model: InterleavedModel, plan: Plan, device: torch.device) -> None:
-    """Put a loaded model where the plan wants it. Text encoders stay on the CPU: at most they run once."""
+def place(model: InterleavedModel, plan: Plan, device: torch.device) -> Offload | None:
+    """Put a loaded model where the plan wants it; text encoders stay where they are."""
     if plan.tiling:
-        tile(model.head.generator)
-    model.head.mapper.to(device)
+        tile_vae(model.head.generator)
     if plan.offload:
-        Placement(model, device, llm=plan.moves_llm)
-    else:
-        for part in (model.backbone, model.head.generator.denoiser, model.head.generator.vae):
-            part.to(device)
+        return Offload(model, device, llm=plan.moves_llm)
+    for part in memory_parts(model).values():
+        for module in part.modules if part.phase != "never" else ():
+            module.to(device)
+    return None
 
 
-def tile(diffusion: LatentDiffusion) -> None:
-    """Let the VAE decode large pictures in tiles, which overlap."""
-    vae, size = diffusion.vae, diffusion.native_size
-    vae.enable_tiling()
-    vae.tile_sample_min_size = TILE * (size // diffusion.latent_shape(size, size)[1])
-    vae.tile_latent_min_size = TILE
+class Offload:
+    """Moves the weights of a model between two devices as phases begin.
 
-
-class Placement:
-    """Moves a model's parts between two devices as phases begin; they begin by `enter`, which is cheap in a phase.
-
-    Only the tensors' data moves: every module that shares them sees it. The waiting copy is kept, as nothing trains
-    here: leaving a phase copies nothing.
+    Methods that compute begin their phase, which costs nothing while it lasts. Only the data of tensors moves, so all
+    modules that share them see it. The waiting copy is kept, as nothing trains here: leaving a phase copies nothing.
 
     Args:
         model: loaded and merged, on any device.
         device: where it computes.
         waiting: where parts wait.
         llm: whether the LLM moves, or stays on `device`.
+
+    Attributes:
+        parts: phase -> the tensors that move.
+        phase: the one that lasts, "" before the first.
     """
 
     def __init__(
         self, model: InterleavedModel, device: torch.device, waiting: torch.device = CPU, *, llm: bool = True
     ) -> None:
-        backbone, diffusion = model.backbone, model.head.generator
-        self.device, self.waiting = device, waiting
+        self.device, self.waiting, self.phase = device, waiting, ""
         if not llm:
-            backbone.to(device)
-        adapter = [backbone.prefix] if backbone.prefix else []
-        read = _tensors(backbone.language, backbone.lm_head, *adapter)
-        see = {key: tensor for key, tensor in _tensors(backbone).items() if key not in read}
-        self.parts = {"see": see, "draw": _tensors(diffusion.denoiser), "decode": _tensors(diffusion.vae)}
-        if llm:
-            self.parts["read"] = read
+            model.backbone.to(device)
+        parts = memory_parts(model).values()
+        for module in (module for part in parts if part.phase == "always" for module in part.modules):
+            module.to(device)
+        self.parts: dict[str, list[Tensor]] = {}
+        for part in parts:
+            if part.phase not in ("always", "never") and (llm or part.phase != "read"):
+                self.parts.setdefault(part.phase, []).extend(part.tensors)
         self._kept: dict[int, Tensor] = {}
-        self.phase = ""
-        for part in self.parts.values():
-            self._leave(part)
-        backbone.placement = diffusion.placement = self
+        for tensors in self.parts.values():
+            self._leave(tensors)
+        for part in model.head.parts().values():
+            if part.phase:
+                part.module.register_forward_pre_hook(lambda *_, phase=part.phase: self.enter(phase))
+        owners = [(model.backbone, BACKBONE_METHODS)]
+        if (generator := getattr(model.head, "generator", None)) is not None:  # an engine does not call the denoiser
+            owners.append((generator, GENERATOR_METHODS))
+        for owner, methods in owners:
+            owner.compute_device = device
+            for phase, names in methods.items():
+                for name in names:
+                    if hasattr(owner, name):
+                        setattr(owner, name, self._beginning(phase, getattr(owner, name)))
         self.enter("draw")  # engines look at where the denoiser is
 
     def enter(self, phase: str) -> None:
-        """Begin a phase: its weights come to `device`, and those of the others make room before."""
+        """Begin a phase: its weights come to `device`, after those of the phase before have made room."""
         if phase == self.phase:
             return
         if self.phase in self.parts:
@@ -181,40 +145,44 @@ class Placement:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the next weights are of other sizes
         self.phase = phase
-        if phase in self.parts:
-            self._bring(self.parts[phase])
+        for tensor in self.parts.get(phase, ()):
+            self._bring(tensor)
 
-    def during(self, phase: str, steps: Iterator[T]) -> Iterator[T]:
-        """The items of an iterator, each made in `phase`: others may begin and end between them."""
-        while True:
+    def _beginning(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method that begins its phase, and does so before each item that it yields."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.enter(phase)
+            result = method(*args, **kwargs)
+            return self._during(phase, result) if isinstance(result, Iterator) else result
+
+        return call
+
+    def _during(self, phase: str, items: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            self.enter(phase)  # others may have computed since the item before
             try:
-                step = next(steps)
+                item = next(items)
             except StopIteration:
                 return
-            yield step
+            yield item
 
     @torch.inference_mode(False)
-    def _bring(self, part: dict[int, Tensor]) -> None:
-        for tensor in part.values():
-            tensor.data = self._kept[id(tensor)].to(self.device, copy=True)
-            _move_scales(tensor, self.device)
+    def _bring(self, tensor: Tensor) -> None:
+        tensor.data = self._kept[id(tensor)].to(self.device, copy=True)
+        _move_scales(tensor, self.device)
 
     @torch.inference_mode(False)
-    def _leave(self, part: dict[int, Tensor]) -> None:
-        for key, tensor in part.items():
-            if key not in self._kept:
-                self._kept[key] = tensor.detach().as_subclass(Tensor).to(self.waiting)
+    def _leave(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) not in self._kept:
+                self._kept[id(tensor)] = tensor.detach().as_subclass(Tensor).to(self.waiting)
             _move_scales(tensor, self.waiting)
-            tensor.data = self._kept[key]
+            tensor.data = self._kept[id(tensor)]
 
 
 def _move_scales(tensor: Tensor, device: torch.device) -> None:
-    """Layers of 4 bits have their scales beside, in a state of bitsandbytes, and all modules share it."""
+    """Move what layers of 4 bits have beside: their scales, in a state of bitsandbytes that all modules share."""
     if (state := getattr(tensor, "quant_state", None)) is not None:
         state.to(device)
-
-
-def _tensors(*modules: nn.Module) -> dict[int, Tensor]:
-    """Parameters and buffers, each once."""
-    return {id(tensor): tensor for module in modules for tensor in chain(module.parameters(), module.buffers())}
