@@ -1,6 +1,6 @@
 """Find the fastest engine that is right on this GPU: a few steps by each, compared with the first, once per machine.
 
-Letters: B images, C, h and w of the latents.
+Letters: B images, Z latent channels, h and w latents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fastest(candidates: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
     """Return the name of the fastest candidate whose result equals that of the first, and why it was chosen.
 
     Args:
-        candidates: each draws the same latents (B, C, h, w) and is called twice, as the first call compiles and
+        candidates: each draws the same latents (B, Z, h, w) and is called twice, as the first call compiles and
             records CUDA graphs. The first one is the reference: what it raises passes.
     """
     baseline = next(iter(candidates))
@@ -78,7 +78,7 @@ def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[
     return name, why
 
 
-def _draw(generator: LatentDiffusion, name: str) -> Tensor:  # (1, C, h, w)
+def _draw(generator: LatentDiffusion, name: str) -> Tensor:  # (1, Z, h, w)
     if generator.engine is None or generator.engine.name != name:
         remove(generator)
         generator.engine = Engine(name, generator.denoiser)

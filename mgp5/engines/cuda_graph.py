@@ -1,7 +1,7 @@
 """A whole step of guided denoising on buffers with fixed addresses, so that it can be one CUDA graph.
 
-Letters: n steps, K kept predictions, B images, R rows of the guidance batch (B or 2B), C, h and w of the latents, S
-columns of a step's row.
+Letters: n steps, M kept predictions, B images, R guidance rows (B or 2B), Z latent channels, h and w latents, S width
+of a step's time embedding.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Inputs:
     """All that the denoising of B images begins with.
 
     Args:
-        latents: (B, C, h, w), float32.
-        times: (n, 1 or R, S), see `Denoiser.constants`.
-        context: tensors (R, ...), all unconditional rows first.
-        rows: (n, 5 + K), see `kernels.guided_step.step_rows`; float32.
+        latents: (B, Z, h, w), float32.
+        time_embeddings: (n, 1 or R, S), see `Denoiser.constants`.
+        cross_attention: tensors (R, ...), all unconditional rows first.
+        rows: (n, 5 + M), see `kernels.guided_step.step_rows`; float32.
     """
 
     latents: Tensor
-    times: Tensor
-    context: list[Tensor]
+    time_embeddings: Tensor
+    cross_attention: list[Tensor]
     rows: Tensor
 
     @classmethod
@@ -42,20 +42,29 @@ class Inputs:
         """Join the states of images that begin together."""
         first = states[0]
         halves = range(first.cross_attention[0].shape[0])  # unconditional and conditional, or the latter alone
-        context = [
+        cross_attention = [
             torch.cat([state.cross_attention[i][half : half + 1] for half in halves for state in states])
             for i in range(len(first.cross_attention))
         ]
-        times = first.time_embeddings  # (n, 1, S) is one row for all images
-        if times.shape[1] > 1:
-            parts = [state.time_embeddings[:, half : half + 1] for half in range(times.shape[1]) for state in states]
-            times = torch.cat(parts, dim=1)
+        time_embeddings = first.time_embeddings  # (n, 1, S) is the same for all images
+        if time_embeddings.shape[1] > 1:
+            parts = [
+                state.time_embeddings[:, half : half + 1]
+                for half in range(time_embeddings.shape[1])
+                for state in states
+            ]
+            time_embeddings = torch.cat(parts, dim=1)
         rows = step_rows(first.table, first.guidance).to(first.latents.device, torch.float32)
-        return cls(latents=torch.cat([s.latents for s in states]), times=times, context=context, rows=rows)
+        return cls(
+            latents=torch.cat([s.latents for s in states]),
+            time_embeddings=time_embeddings,
+            cross_attention=cross_attention,
+            rows=rows,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Return all of them, in one order."""
-        return [self.latents, self.times, self.rows, *self.context]
+        return [self.latents, self.time_embeddings, self.rows, *self.cross_attention]
 
     def key(self) -> tuple:
         """Return what buffers must agree in."""
@@ -63,8 +72,8 @@ class Inputs:
 
     def empty(self) -> Inputs:
         """Return buffers for such tensors, of zeros."""
-        latents, times, rows, *context = (torch.zeros_like(tensor) for tensor in self.tensors())
-        return Inputs(latents=latents, times=times, rows=rows, context=context)
+        latents, time_embeddings, rows, *cross_attention = (torch.zeros_like(tensor) for tensor in self.tensors())
+        return Inputs(latents=latents, time_embeddings=time_embeddings, rows=rows, cross_attention=cross_attention)
 
 
 class Kind(NamedTuple):
@@ -95,7 +104,7 @@ class GraphedStep:
 
     def __init__(self, model: PrecomputedDenoiser, update: Callable[..., None], like: Inputs) -> None:
         self.model, self.update = model, update
-        rows, kept, shape = len(like.context[0]), like.rows.shape[1] - 5, like.latents.shape[1:]
+        rows, kept, shape = len(like.cross_attention[0]), like.rows.shape[1] - 5, like.latents.shape[1:]
         with torch.inference_mode(False):  # else the buffers could be written to in inference mode only
             self.inputs = like.empty()
             self.history = like.latents.new_zeros(kept, *like.latents.shape)
@@ -134,9 +143,9 @@ class GraphedStep:
 
     def _advance(self, kind: Kind) -> None:
         inputs, last = self.inputs, slice(-kind.rows, None)  # without guidance, the conditional half
-        row = inputs.times.index_select(0, self.step[:1])[0, last]
-        batch, context = self.batch[last], [part[last] for part in inputs.context]
-        prediction, deep = self.model(batch, row, context, self.deep[last] if kind.takes else None)
+        time_embedding = inputs.time_embeddings.index_select(0, self.step[:1])[0, last]
+        batch, cross_attention = self.batch[last], [part[last] for part in inputs.cross_attention]
+        prediction, deep = self.model(batch, time_embedding, cross_attention, self.deep[last] if kind.takes else None)
         if kind.keeps:
             self.deep[last].copy_(deep)
         self.update(inputs.latents, self.history, self.step, batch, prediction, inputs.rows)

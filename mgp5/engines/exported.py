@@ -1,7 +1,7 @@
 """Run exported components in place of a model's parts: read their manifest, check the files, attach them.
 
-Letters: n steps, B images, R rows of the guidance batch (2B), N vokens, C, h and w of the latents, L and D of the
-condition, S columns of a step's row.
+Letters: n steps, B images, R guidance rows (2B), K vokens, Z latent channels, h and w latents, L condition
+length, C condition width, S width of a step's time embedding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ExportedDenoiser:
         session: runs the file.
         model: the module that was exported, for its configuration and dtype.
         constants: the module in two parts, where the file is the component `denoiser`, which takes their constants.
-            None for a whole `unet` or `transformer`: its row is a timestep (S = 1), its context the condition.
+            None for a whole `unet` or `transformer`: it takes timesteps (S = 1) and the condition.
     """
 
     layout = torch.contiguous_format
@@ -58,21 +58,21 @@ class ExportedDenoiser:
         self.deep = constants.deep if constants else 0  # steps that reuse features run by `ExportedEngine.fallback`
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the table (n, R, S) and the context, as `PrecomputedDenoiser.constants`."""
-        table, context = timesteps[:, None, None], [condition]
+        """Return time embeddings (n, R, S) and inputs of cross-attention, see `PrecomputedDenoiser.constants`."""
+        embeddings, cross_attention = timesteps[:, None, None], [condition]
         if self.parts is not None:
-            table, context = self.parts.constants(timesteps, condition)
-        return table.expand(-1, len(condition), -1), [part.contiguous() for part in context]
+            embeddings, cross_attention = self.parts.constants(timesteps, condition)
+        return embeddings.expand(-1, len(condition), -1), [part.contiguous() for part in cross_attention]
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Return the prediction (R, C, h, w) for latents (R, C, h, w), a row (R, S) and context tensors (R, ...)."""
-        row = row.expand(len(latents), -1)
+        """Return the prediction (R, Z, h, w); see `PrecomputedDenoiser`."""
+        time_embedding = time_embedding.expand(len(latents), -1)
         if self.parts is not None:
-            named = {f"context_{i}": part for i, part in enumerate(context)}
-            return self.session(sample=latents, row=row, **named)["out_sample"], None
-        (condition,), times = context, row[:, 0]
+            named = {f"context_{i}": part for i, part in enumerate(cross_attention)}
+            return self.session(sample=latents, row=time_embedding, **named)["out_sample"], None
+        (condition,), times = cross_attention, time_embedding[:, 0]
         if pooled := self.model.config.get("pooled_projection_dim"):
             rows = {"encoder_hidden_states": condition[:, :-1], "pooled_projections": condition[:, -1, :pooled]}
             return self.session(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
@@ -110,7 +110,7 @@ class ExportedEngine(Engine):
 
 
 class ExportedMapper(nn.Module):
-    """An exported feature mapper with the interface of the module: states (B, N, D) -> condition (B, L, C).
+    """An exported feature mapper with the interface of the module: states (B, K, D) -> condition (B, L, C).
 
     Args:
         session: runs the file.

@@ -2,7 +2,7 @@
 them.
 
 Letters: R rows of the guidance batch (2B), C channels, h and w of a map, T tokens (h w), D width, H heads, E width of a
-head, L length of the condition, S columns of a step's row.
+head, L length of the condition, S width of a step's time embedding.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Resnet(nn.Module):
 
     Args:
         block: of diffusers.
-        columns: of a step's row that hold this bias.
+        columns: of a step's time embedding that hold this bias.
         ops: operations with fused kernels.
     """
 
@@ -136,10 +136,10 @@ class Resnet(nn.Module):
         active = embedding if block.skip_time_act else block.nonlinearity(embedding)
         return block.time_emb_proj(active) + block.conv1.bias
 
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
-        """Run the block; with R rows in `row` each of x has its own bias."""
-        hidden, bias = _normed(self.ops, self.norm1, x), row[:, self.columns]
-        if len(row) == 1:
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
+        """Run the block; with R rows in `time_embedding` each row of x has its own bias."""
+        hidden, bias = _normed(self.ops, self.norm1, x), time_embedding[:, self.columns]
+        if len(time_embedding) == 1:
             hidden = self.conv1(hidden, bias[0])
         else:  # images at different steps; in an exported file too, where ONNX Runtime fuses constant biases only
             hidden = self.conv1.convolve(hidden, None) + bias[:, :, None, None]

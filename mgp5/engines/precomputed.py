@@ -1,8 +1,8 @@
 """Denoisers whose constant work is done before the first step: UNets of Stable Diffusion 1.x and 2.x, and SD 3's
 transformer.
 
-Letters: n steps, R rows of the guidance batch (2B), C, h and w of the latents, L and D of the condition, S columns of a
-step's row: the time embeddings of all layers, projected and concatenated.
+Letters: n steps, R guidance rows (2B), Z latent channels, h and w latents, L condition length, C condition width, S
+width of a step's time embedding: those of all layers, projected and concatenated.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ class PrecomputedDenoiser(Protocol):
 
         Args:
             timesteps: (n,).
-            condition: (R, L, D).
+            condition: (R, L, C).
 
         Returns:
-            A table (n, 1 or R, S) with a row for each timestep, and the context, tensors (R, ...).
+            Time embeddings (n, 1 or R, S), and the inputs of cross-attention, tensors (R, ...).
         """
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run one step; return the prediction (R, C, h, w) and the deep feature (R, `deep`, h, w) in `dtype`.
+        """Run one step; return the prediction (R, Z, h, w) and the deep feature (R, `deep`, h, w) in `dtype`.
 
         Args:
-            latents: (R, C, h, w), of any float dtype.
-            row: (1 or R, S), of the table; R rows where images are at different steps.
-            context: of `constants`.
+            latents: (R, Z, h, w), of any float dtype.
+            time_embedding: (1 or R, S), from `constants`; R rows where images are at different steps.
+            cross_attention: tensors (R, ...), from `constants`.
             deep: feature of an earlier step; the layers that compute it are then left out.
         """
 
@@ -82,8 +82,8 @@ class PrecomputedDenoiser(Protocol):
 
 
 class PrecomputedUNet:
-    """A UNet; see `PrecomputedDenoiser`. The table is (n, 1, S), the context the keys and values of each
-    cross-attention, (R, H, L, E) for H heads of width E.
+    """A UNet; see `PrecomputedDenoiser`. Time embeddings are (n, 1, S), the inputs of cross-attention are its keys and
+    values, (R, H, L, E) for H heads of width E.
 
     Args:
         unet: of Stable Diffusion 1.x or 2.x.
@@ -103,7 +103,7 @@ class PrecomputedUNet:
         self.resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
         self.blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
         model = _share_weights(unet)
-        # The row is passed as the timestep, and reaches the ResNet blocks unchanged.
+        # The time embedding is passed as the timestep, and reaches the ResNet blocks unchanged.
         model.get_time_embed = lambda sample, timestep: timestep
         model.time_embedding = Passthrough()
         self._replace_layers(model, ops, *((PackedConv, PackedLinear) if packed else (Conv, Linear)))
@@ -137,14 +137,16 @@ class PrecomputedUNet:
         """Return the biases of the ResNet blocks at each step (n, 1, S), and keys and values of cross-attention."""
         unet, condition = self.source, condition.to(self.dtype)
         embedding = unet.time_embedding(unet.time_proj(timesteps).to(self.dtype))  # (n, 4C)
-        table = torch.cat([Resnet.bias(block, embedding) for block in self.resnets], dim=1)
-        return table[:, None], [part for block in self.blocks for part in keys_and_values(block.attn2, condition)]
+        embeddings = torch.cat([Resnet.bias(block, embedding) for block in self.resnets], dim=1)
+        return embeddings[:, None], [part for block in self.blocks for part in keys_and_values(block.attn2, condition)]
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run one step: prediction (R, C, h, w) and deep feature (R, `deep`, h, w)."""
-        return self.model(latents.to(self.dtype).contiguous(memory_format=self.layout), row, context, deep)
+        """Run one step: prediction (R, Z, h, w) and deep feature (R, `deep`, h, w)."""
+        return self.model(
+            latents.to(self.dtype).contiguous(memory_format=self.layout), time_embedding, cross_attention, deep
+        )
 
     def restore(self) -> None:
         """Give the weights of convolutions their usual layout again."""
@@ -174,21 +176,21 @@ class DeepCacheUNet(nn.Module):
         self.inner = unet
 
     def forward(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the prediction (R, C, h, w) and the deep feature (R, `deep`, h, w), computed where none is given."""
+        """Return the prediction (R, Z, h, w) and the deep feature (R, `deep`, h, w), computed where none is given."""
         outer = self.conv_in(latents)
         if deep is None:
-            deep = self.inner(outer, row, context, return_dict=False)[0]
-        x = self.resnet(torch.cat([deep, outer], dim=1), row)
+            deep = self.inner(outer, time_embedding, cross_attention, return_dict=False)[0]
+        x = self.resnet(torch.cat([deep, outer], dim=1), time_embedding)
         if self.attention is not None:
-            (x,) = self.attention(x, encoder_hidden_states=context)
+            (x,) = self.attention(x, encoder_hidden_states=cross_attention)
         return self.conv_out(self.act(self.norm(x))), deep
 
 
 class PrecomputedTransformer:
-    """SD 3's transformer; see `PrecomputedDenoiser`. The table (n, R, S) holds all modulations, for which alone a third
-    of the weights are there. The context is the blocks' first input: it changes from block to block, so that its keys
+    """SD 3's transformer; see `PrecomputedDenoiser`. The time embeddings (n, R, S) are all modulations, which a third
+    of the weights compute. The input of cross-attention is the embedded condition: each block changes it, so that its keys
     and values are not constant.
 
     Args:
@@ -213,27 +215,28 @@ class PrecomputedTransformer:
 
     @torch.no_grad()
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the modulations at each step (n, R, S) and the embedded context.
+        """Return the modulations at each step (n, R, S) and the embedded condition.
 
         Args:
             timesteps: (n,).
-            condition: (R, L, D), with the pooled vector in its last row as in `StableDiffusion3`.
+            condition: (R, L, C), with the pooled vector in its last row as in `StableDiffusion3`.
         """
         source, condition = self.source, condition.to(self.dtype)
         embed = source.time_text_embed
         times = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))  # (n, D)
         texts = embed.text_embedder(condition[:, -1, : source.config.pooled_projection_dim])  # (R, D)
         active = nn.functional.silu(times[:, None] + texts)  # (n, R, D)
-        table = active.new_empty(*active.shape[:2], self.columns[-1].stop)
+        embeddings = active.new_empty(*active.shape[:2], self.columns[-1].stop)
         for norm, columns in zip(self.norms, self.columns, strict=True):
-            table[..., columns] = norm.linear(active)
-        return table, [source.context_embedder(condition[:, :-1])]
+            embeddings[..., columns] = norm.linear(active)
+        return embeddings, [source.context_embedder(condition[:, :-1])]
 
     def __call__(
-        self, latents: Tensor, row: Tensor, context: list[Tensor], deep: Tensor | None = None
+        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Run one step with a row (R, S): prediction (R, C, h, w), and no deep feature."""
-        return self.model(latents.to(self.dtype), context[0], timestep=row, return_dict=False)[0], None
+        """Run one step with a time embedding (R, S): prediction (R, Z, h, w), and no deep feature."""
+        latents, (condition,) = latents.to(self.dtype), cross_attention
+        return self.model(latents, condition, timestep=time_embedding, return_dict=False)[0], None
 
     def restore(self) -> None:
         """Do nothing: the weights are as they were."""

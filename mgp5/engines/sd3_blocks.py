@@ -1,7 +1,7 @@
-"""Blocks of SD 3's transformer that take their modulations, made of time and pooled text, as columns of a step's row.
+"""Blocks of SD 3's transformer that take their modulations as columns of a step's time embedding.
 
 Letters: R rows of the guidance batch (2B), T tokens of the image, L of the condition, D width, H heads, E width of a
-head, S columns of a row.
+head, S width of a time embedding.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class ModulatedNorm(nn.Module):
         require((isinstance(norm, nn.LayerNorm) and norm.weight is None, "adaptive norms with weights"))
         self.eps, self.columns, self.ops = norm.eps, columns, ops
 
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:  # (R, T, D), (R, S)
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, T, D), (R, S)
         """Normalize and modulate x."""
-        scale, shift = row[:, self.columns].chunk(2, dim=1)
+        scale, shift = time_embedding[:, self.columns].chunk(2, dim=1)
         return self.ops.adaln(x, scale, shift, self.eps)
 
 
@@ -36,7 +36,7 @@ class JointBlock(nn.Module):
 
     Args:
         block: of diffusers.
-        columns: of a step's row with the modulations of the image, and of the context.
+        columns: of a step's time embedding with the modulations of the image, and of the context.
         ops: operations with fused kernels.
     """
 
@@ -54,7 +54,7 @@ class JointBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
     ) -> tuple[Tensor | None, Tensor]:
-        """Return context (R, L, D), None in the last block, and image (R, T, D), modulated by a row `temb` (R, S)."""
+        """Return context (R, L, D), None in the last block, and image (R, T, D), modulated by `temb` (R, S)."""
         hidden, context = hidden_states, encoder_hidden_states
         shift, scale, gate, *mlp = temb[:, self.image].chunk(6 if self.attn2 is None else 9, dim=1)
         x = self.ops.adaln(hidden, scale, shift, self.eps)

@@ -1,7 +1,7 @@
 """Guided denoising: the state of one image, and one model call for several images at different steps.
 
 Letters: B images, n steps, R guidance rows of a call (an image has two at a guided step, else one), M kept predictions,
-Z latent channels, h and w latents, L condition length, C condition width, E width of a step's time embedding.
+Z latent channels, h and w latents, L condition length, C condition width, S width of a step's time embedding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Denoiser(Protocol):
             condition: (R, L, C).
 
         Returns:
-            Time embeddings (n, 1 or R, E), and the inputs of cross-attention, tensors (R, ...).
+            Time embeddings (n, 1 or R, S), and the inputs of cross-attention, tensors (R, ...).
         """
         ...
 
@@ -43,7 +43,7 @@ class Denoiser(Protocol):
 
         Args:
             latents: (R, Z, h, w), any float dtype.
-            time_embedding: (1 or R, E), rows of what `constants` returned.
+            time_embedding: (1 or R, S), rows of what `constants` returned.
             cross_attention: tensors (R, ...), from `constants`.
             deep: (R, `deep`, h, w), the deep feature of an earlier step; the layers that compute it are then skipped.
         """
@@ -82,7 +82,7 @@ class PlainDenoiser:
     deep: ClassVar[int] = 0
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return timesteps (n,) as (n, 1, 1), so that E is 1, and the condition (R, L, C) as it is."""
+        """Return timesteps (n,) as (n, 1, 1), so that S is 1, and the condition (R, L, C) as it is."""
         return timesteps[:, None, None], [condition]
 
     def __call__(
@@ -106,7 +106,7 @@ class DenoisingState:
     Attributes:
         latents: (1, Z, h, w), float32.
         table: the sampler's coefficients, n steps.
-        time_embeddings: (n, 1 or r, E), see `Denoiser.constants`; r is 2 with guidance, else 1.
+        time_embeddings: (n, 1 or r, S), see `Denoiser.constants`; r is 2 with guidance, else 1.
         cross_attention: tensors (r, ...), the unconditional row first.
         guidance: scale of classifier-free guidance.
         guided: number of steps that are guided, counted from the first.
