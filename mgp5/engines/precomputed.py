@@ -190,8 +190,8 @@ class DeepCacheUNet(nn.Module):
 
 class PrecomputedTransformer:
     """SD 3's transformer; see `PrecomputedDenoiser`. The time embeddings (n, R, S) are all modulations, which a third
-    of the weights compute. The input of cross-attention is the embedded condition: each block changes it, so that its keys
-    and values are not constant.
+    of the weights compute. The input of cross-attention is the embedded condition: each block changes it, so its
+    keys and values are not constant.
 
     Args:
         transformer: of Stable Diffusion 3 or 3.5.
