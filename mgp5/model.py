@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .backbones.adapters import adapt, merge
 from .backbones.hf import HFBackbone
 from .config import LoraConfig, ModelConfig, PrefixConfig, TrainConfig
+from .errors import Mgp5Error
 from .heads import Head, ImageContext, TrainRule
 from .heads.batch import Batch
 from .heads.losses import Losses, labelled, text_loss
@@ -60,6 +61,9 @@ class InterleavedModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
         """Return the LLM's last hidden states on whole samples."""
+        if batch.features and self.head.spec.reads_side:
+            case = f"cached features of context images, without those that the head {self.head.spec.name} attends to"
+            raise Mgp5Error(case, "leave the features out of the cache")
         context = ImageContext(list(batch.features))
         if not batch.features and batch.context_images:
             with torch.no_grad():
@@ -76,7 +80,8 @@ class InterleavedModel(nn.Module):
         finetune = config.stage == "finetune"
         self.adapt(config.lora if finetune else None, config.prefix if finetune else None)
         self.head.prepare(config)
-        self.config = replace(self.config, stage=config.stage, head_config=getattr(self.head, "config", None))
+        head_config = getattr(self.head, "config", self.config.head_config)
+        self.config = replace(self.config, stage=config.stage, head_config=head_config)
         for parameter, rule in self._planned(config):
             parameter.requires_grad_(rule is not None and rule.lr is not None)
         self.backbone.checkpointing(config.checkpointing)

@@ -102,6 +102,7 @@ CALLS = [
     {"seed": 2},  # another condition
     {"seed": 1, "count": 2, "sampler": "dpm++", "steps": 4},
     {"seed": 1, "guidance": 1.0},
+    {"seed": 5, "guidance": 1.0, "count": 2},
     {"seed": 3, "height": 8, "width": 16},
     {"seed": 1},
 ]

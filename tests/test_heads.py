@@ -227,6 +227,15 @@ def test_side_inputs_reach_a_layer_in_training_as_in_inference(llava_folder):
     assert not torch.allclose(plain[0, first + 1], hidden[0, first + 1], atol=1e-4)
 
 
+def test_cached_features_without_side_inputs_are_refused(llava_folder):
+    model = with_head(llava_folder, SideHead(32))
+    two = Conversation().add("user", "a", Image(pixels=picture("red"))).add("assistant", "yes")
+    batch = Collator(model.backbone, model.head, 1000)([two])
+    features = model.head.encode_images(model.backbone, batch.context_images).tokens
+    with pytest.raises(Mgp5Error, match="cached features"):
+        model.hidden(replace(batch, features=tuple(features)))
+
+
 def test_side_inputs_of_a_batch_are_those_of_each_reply(llava_folder):
     torch.manual_seed(0)
     model = with_head(llava_folder, SideHead(32))

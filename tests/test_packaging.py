@@ -37,9 +37,9 @@ def __getattr__(name):
     return lambda *_, **__: lambda decorated: decorated
 """
 WHERE = """
-import mgp5, mgp5.kernels.registry, mgp5.export.manifest
+import mgp5, mgp5.kernels.registry, mgp5.export.components
 model = mgp5.load("demo", backend=None)
-print(mgp5.__file__, mgp5.kernels.registry.__file__, mgp5.export.manifest.__file__, sep="\\n")
+print(mgp5.__file__, mgp5.kernels.registry.__file__, mgp5.export.components.__file__, sep="\\n")
 """
 OURS = """
 import kernels, transformers.integrations.hub_kernels
@@ -65,7 +65,7 @@ def test_the_checkouts_root_shadows_no_package(tmp_path):
     metadata = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
-    ours = [str(ROOT / path) for path in ("mgp5/__init__.py", "kernels/registry.py", "export/manifest.py")]
+    ours = [str(ROOT / path) for path in ("mgp5/__init__.py", "kernels/registry.py", "export/components.py")]
     *places, found = run(WHERE + OURS, ROOT, tmp_path)
     assert places == ours and found == f"True {fake / '__init__.py'}"
 
@@ -100,7 +100,7 @@ def test_wheels_hold_all_folders_and_work_in_any(tmp_path):
         with zipfile.ZipFile(wheel) as archive:
             assert {name.split("/")[0] for name in archive.namelist()} <= {"mgp5", f"mgp5-{version}.dist-info"}
             archive.extractall(site)
-        files = [str(site / "mgp5" / path) for path in ("__init__.py", "kernels/registry.py", "export/manifest.py")]
+        files = [str(site / "mgp5" / path) for path in ("__init__.py", "kernels/registry.py", "export/components.py")]
         for folder in tmp_path, ROOT:
             assert run(WHERE, folder, site, safe=True) == files
 

@@ -15,8 +15,10 @@ from mgp5 import engines
 from mgp5.apps.open_model import load
 from mgp5.engines.exported import engine_of
 from mgp5.engines.onnx import OnnxSession
+from mgp5.errors import Mgp5Error
 from mgp5.events import Event, Finished, ImageDone, ImageStep, TextChunk
 from mgp5.inference.reply import generate
+from mgp5.inference.scheduler import Scheduler
 from mgp5.loading import build
 from mgp5.messages import Conversation, Image
 from mgp5.options import Options, reply_options
@@ -174,7 +176,7 @@ def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(s
         found = [finished(one.events()) for one in (first, second)]
     finally:
         engine.stop()
-    assert calls == [2] * 3 + [4] * 5 + [2]
+    assert calls == [2] * 4 + [4] * 5
     for one, other in zip(found, alone, strict=True):
         assert_same(one, other)
 
@@ -252,6 +254,20 @@ def test_an_error_of_the_model_fails_what_runs_and_no_more(whole, serving):
     hook.remove()
     assert refused.value.status == 500 and refused.value.message == "the reply failed (RuntimeError)"
     assert finished_alone(engine)
+
+
+def test_a_reply_given_up_while_it_waits_never_begins(whole):
+    scheduler = Scheduler(whole, 3)
+    bad = scheduler.submit(Conversation().add("user", "x" * 3000), WAYS[0])
+    given_up, other = (scheduler.submit(TALKS[0], WAYS[1]) for _ in range(2))
+    said = []
+    while scheduler.busy:
+        for request, event in scheduler.step():
+            said.append((request, event))
+            if request is bad:
+                scheduler.cancel(given_up)
+    assert isinstance(said[0][1], Mgp5Error)
+    assert {request for request, _ in said} == {bad, other} and isinstance(said[-1][1], Finished)
 
 
 def finished_alone(engine: ServingLoop) -> bool:

@@ -46,8 +46,8 @@ class Inputs:
             torch.cat([state.cross_attention[i][half : half + 1] for half in halves for state in states])
             for i in range(len(first.cross_attention))
         ]
-        time_embeddings = first.time_embeddings  # (n, 1, S) is the same for all images
-        if time_embeddings.shape[1] > 1:
+        time_embeddings = first.time_embeddings  # (n, 1, S) is the same for all images, except per_image
+        if time_embeddings.shape[1] > 1 or first.model.per_image:
             parts = [
                 state.time_embeddings[:, half : half + 1]
                 for half in range(time_embeddings.shape[1])
@@ -199,12 +199,16 @@ class StepGraphs:
             self._release(group)
         while len(self.busy) > GRAPHS:  # of images that were given up
             self._release(next(iter(self.busy)))
+        self._bound()
         return True
 
     def _release(self, group: tuple[DenoisingState, ...]) -> None:
         key, step = self.busy.pop(group)
         self.idle[key] = step
-        while len(self.idle) > GRAPHS:
+        self._bound()
+
+    def _bound(self) -> None:
+        while self.idle and len(self.idle) + len(self.busy) > GRAPHS:
             self.idle.pop(next(iter(self.idle)))
 
 

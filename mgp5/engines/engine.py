@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import SMALL, user_cache
-from ..generators.denoising import Contexts, DenoisingState, advance
+from ..generators.denoising import DenoisingState, advance
 from ..kernels import registry as kernels
 
 if TYPE_CHECKING:  # they import diffusers, which takes seconds
@@ -63,10 +63,10 @@ class Engine:
         """Return the model that runs the steps of an image with this `reuse`."""
         return self.model
 
-    def advance(self, states: Sequence[DenoisingState], contexts: Contexts) -> None:
+    def advance(self, states: Sequence[DenoisingState]) -> None:
         """Advance images by one step each, see `generators.denoising.advance`; where possible, by one CUDA graph."""
         if not (self.graphed and states[0].model is self.model and self.graphs.advance(states)):
-            advance(states, contexts)
+            advance(states)
 
 
 def remove(generator: LatentDiffusion) -> None:

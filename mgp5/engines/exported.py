@@ -56,6 +56,7 @@ class ExportedDenoiser:
     def __init__(self, session: Session, model: ModelMixin, constants: PrecomputedDenoiser | None) -> None:
         self.session, self.parts, self.model, self.dtype = session, constants, model, model.dtype
         self.deep = constants.deep if constants else 0  # steps that reuse features run by `ExportedEngine.fallback`
+        self.per_image = constants is not None and constants.per_image
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return time embeddings (n, R, S) and inputs of cross-attention, see `PrecomputedDenoiser.constants`."""

@@ -47,12 +47,14 @@ class PrecomputedDenoiser(Protocol):
         dtype: of its weights.
         layout: memory format of its feature maps.
         deep: channels of the feature that a step can take from an earlier one, see `DeepCacheUNet`; 0 where it cannot.
+        per_image: whether a time embedding holds something of the image.
     """
 
     model: nn.Module
     dtype: torch.dtype
     layout: torch.memory_format
     deep: int
+    per_image: bool
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Compute once per image what does not change from step to step.
@@ -94,6 +96,8 @@ class PrecomputedUNet:
     Raises:
         Mgp5Error: the UNet has a part that engines do not know.
     """
+
+    per_image = False
 
     def __init__(self, unet: UNet2DConditionModel, ops: Ops, packed: bool, layout: torch.memory_format) -> None:
         unusual = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
@@ -200,6 +204,7 @@ class PrecomputedTransformer:
 
     layout = torch.contiguous_format
     deep = 0
+    per_image = True  # the pooled text is in the modulations
 
     def __init__(self, transformer: SD3Transformer2DModel, ops: Ops) -> None:
         self.source, self.dtype = transformer, transformer.dtype

@@ -6,6 +6,7 @@ Z latent channels, h and w latents, L condition length, C condition width, S wid
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -23,6 +24,7 @@ class Denoiser(Protocol):
     """A denoising model in two parts: what is computed once for an image, and one step."""
 
     deep: int  # channels of the deep feature (DeepCache) that a step can reuse; 0 for a model without it
+    per_image: bool  # whether a time embedding holds something of the image, as SD 3's holds its pooled text
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Compute everything that does not depend on the latents.
@@ -65,7 +67,7 @@ class DenoisingEngine(Protocol):
         """Return the denoiser for the steps of an image with this `reuse`."""
         ...
 
-    def advance(self, states: Sequence[Any], contexts: dict[Any, list[Tensor]]) -> None:
+    def advance(self, states: Sequence[DenoisingState]) -> None:
         """Advance images with equal `key` by one step each; see the function `advance`."""
         ...
 
@@ -80,6 +82,7 @@ class PlainDenoiser:
 
     predict: Predict
     deep: ClassVar[int] = 0
+    per_image: ClassVar[bool] = False
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return timesteps (n,) as (n, 1, 1), so that S is 1, and the condition (R, L, C) as it is."""
@@ -115,6 +118,8 @@ class DenoisingState:
         step: number of steps done.
         history: at most M kept predictions (1, Z, h, w), newest first.
         deep: (r, channels, h, w), deep feature of the last full step.
+        joined: the images of the last call that this one was the first of, their rows, and their concatenated inputs
+            of cross-attention; kept as long as the same images share their calls.
     """
 
     latents: Tensor
@@ -128,6 +133,7 @@ class DenoisingState:
     step: int = 0
     history: list[Tensor] = field(default_factory=list)
     deep: Tensor | None = None
+    joined: tuple[list[tuple[weakref.ref[DenoisingState], int]], list[Tensor]] | None = None
 
     @property
     def rows(self) -> int:
@@ -193,23 +199,14 @@ def begin(
     return DenoisingState(noise.float() * table.noise_scale, table, embeddings, inputs, guidance, guided, reuse, model)
 
 
-Members = tuple[tuple[DenoisingState, int], ...]  # the images of one call, and how many rows each has
-# Concatenated cross-attention inputs of a call, kept as long as the same images share their calls.
-Contexts = dict[Members, list[Tensor]]
-
-
 @torch.no_grad()
-def advance(states: Sequence[DenoisingState], contexts: Contexts | None = None) -> None:
-    """Advance images with equal `key` by one step each, in one model call.
-
-    Args:
-        states: the images; they may be at different steps.
-        contexts: cache of concatenated cross-attention inputs between calls; entries of finished images are dropped.
-    """
+def advance(states: Sequence[DenoisingState]) -> None:
+    """Advance images with equal `key` by one step each, in one model call; they may be at different steps."""
     first, rows = states[0], [state.rows for state in states]
-    cross_attention = _join(states, {} if contexts is None else contexts)
+    cross_attention = _join(states)
     latents = torch.cat([state.latents.expand(state.rows, -1, -1, -1) for state in states])
-    if first.time_embeddings.shape[1] == 1 and all((s.table, s.step) == (first.table, first.step) for s in states):
+    same = all((s.table, s.step, s.time_embeddings.shape[1]) == (first.table, first.step, 1) for s in states)
+    if same and not first.model.per_image:
         embedding = first.time_embeddings[first.step]
     else:
         embedding = torch.cat(
@@ -224,15 +221,16 @@ def advance(states: Sequence[DenoisingState], contexts: Contexts | None = None) 
         state.advance(part)
 
 
-def _join(states: Sequence[DenoisingState], contexts: Contexts) -> list[Tensor]:
-    """Return the cross-attention inputs (R, ...) of a call, from the cache where these images shared the last call."""
-    members = tuple((state, state.rows) for state in states)
-    if members not in contexts:
-        for old in [key for key in contexts if any(state.done for state, _ in key)]:
-            contexts.pop(old, None)
+def _join(states: Sequence[DenoisingState]) -> list[Tensor]:
+    """Return the inputs of cross-attention (R, ...) of a call; kept where these images shared the last call."""
+    first, *others = states
+    members = [(weakref.ref(state), state.rows) for state in states]
+    if first.joined is None or first.joined[0] != members:
         parts = zip(*([part[-state.rows :] for part in state.cross_attention] for state in states), strict=True)
-        contexts[members] = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
-    return contexts[members]
+        first.joined = members, [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+    for state in others:
+        state.joined = None
+    return first.joined[1]
 
 
 def denoise(
@@ -263,9 +261,8 @@ def denoise(
 
 def run(states: Sequence[DenoisingState]) -> Iterator[Tensor]:
     """Yield the latents (B, Z, h, w) of B images after each step; all of them begin and end together."""
-    contexts: Contexts = {}
     while not states[0].done:
-        advance(states, contexts)
+        advance(states)
         yield torch.cat([state.latents for state in states])
 
 

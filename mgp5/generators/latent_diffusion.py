@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import Contexts, DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
+from .denoising import DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
 from .sampler import SamplerTable, Schedule, sampler_table
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -39,10 +39,6 @@ class LatentDiffusion(nn.Module):
     pooled_width = 0
     engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
     compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._contexts: Contexts = {}
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -228,7 +224,7 @@ class LatentDiffusion(nn.Module):
 
     def step(self, states: Sequence[DenoisingState]) -> None:
         """Advance images with equal `key` by one step each, in one call of the denoiser."""
-        (self.engine.advance if self.engine else advance)(states, self._contexts)
+        (self.engine.advance if self.engine else advance)(states)
 
     def draw(
         self,
@@ -244,14 +240,14 @@ class LatentDiffusion(nn.Module):
             condition: (B, L, C).
             unconditional: (1 or B, L, C); not needed with guidance 1.
             generators: one for each image, see `begin`.
-            options: fields of DiffusionOptions; guidance defaults to 7.5.
+            options: fields of DiffusionOptions; guidance defaults to 7.5, steps to 25.
 
         Raises:
             Mgp5Error: see `begin`; before the first step is asked for.
         """
         if len(generators) != len(condition):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
-        each = DiffusionOptions(**{"guidance": 7.5, **options})
+        each = DiffusionOptions(**{"guidance": 7.5, "steps": 25, **options})
         states = [
             self.begin(condition[i : i + 1], pick(unconditional, i), each, rng) for i, rng in enumerate(generators)
         ]

@@ -9,7 +9,7 @@ and W pixels, Z latent channels, h and w latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,11 +130,11 @@ class Step:
     """Run `Head.step` on `inputs`, together with all Steps of other images that have the same key.
 
     Args:
-        key: inputs with equal keys share a call: a name, shapes, a kind of step.
+        key: name of the step, then whatever must agree for inputs to share a call, such as shapes.
         inputs: inputs of one image; what `step` returns for it is the response's `output`.
     """
 
-    key: Hashable
+    key: tuple[Any, ...]
     inputs: Any
 
 
@@ -290,7 +290,7 @@ class Head(nn.Module):
         raise NotImplementedError
         yield
 
-    def step(self, key: Hashable, inputs: list[Any]) -> list[Any]:
+    def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
         """Run all Steps with equal keys in one call; return an output for each."""
         raise NotImplementedError(f"no step {key}")
 

@@ -9,7 +9,7 @@ pixels, Z latent channels, h and w latents.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from . import DrawContext, Forced, Head, HeadSpec, Part, Preview, Request, Respo
 from .losses import Losses
 
 if TYPE_CHECKING:
+    from ..generators.denoising import DenoisingState
     from .batch import Batch
 
 MAX_VOKENS = 16  # the paper's ablation goes from 1 to 16 (MiniGPT-5 2023, appendix C.2)
@@ -216,33 +217,38 @@ class MiniGPT5Head(Head):
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image: read the run of vokens, map the states that predict it, denoise step by step, decode.
 
-        Yields a `Forced`, a `Step` and a `Preview` for each denoising step, and a `Step` for the VAE's decoder. Returns
-        pixels (3, H, W) in [-1, 1]. Raises Mgp5Error as `check` does.
+        Yields a `Forced`, a `Step` to begin, a `Step` and a `Preview` for each denoising step, and a `Step` for the
+        VAE's decoder. Returns pixels (3, H, W) in [-1, 1]. Raises Mgp5Error as `check` does.
         """
         response = yield Forced(self.ids)
         hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + K, D): the trigger is at 1
         condition = self.mapper(predicting_states(hidden, [0], [1], self.num_vokens))  # (1, L, C)
-        guided = context.options.guidance != 1.0
-        unconditional = self.unconditional(condition) if guided else None
-        state = self.generator.begin(condition, unconditional, context.options, context.rng("noise"))
+        state = (yield Step(("begin",), (condition, context))).output  # a Step: it needs the generator's weights
         while not state.done:
-            yield Step(("denoise", *state.key), state)
+            yield Step(("denoising", *state.key), state)
             yield Preview(state.step, len(state.table), state.latents)
         response = yield Step(("decode", tuple(state.latents.shape)), state.latents)
         return response.output
 
-    def step(self, key: Hashable, inputs: list[Any]) -> list[Any]:
-        """Run one denoising step of several images, or decode their latents, in one call.
+    def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
+        """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
 
         Args:
-            key: ("denoise", ...) or ("decode", ...).
-            inputs: a DenoisingState of each image, which advances in place and is returned; or latents (1, Z, h, w) of
-                each image, for which pixels (3, H, W) in [-1, 1] are returned.
+            key: ("begin",), ("denoising", ...) or ("decode", ...).
+            inputs: of each image. "begin": its condition (1, L, C) and DrawContext; returns its DenoisingState.
+                "denoising": that state, which advances in place and is returned. "decode": latents (1, Z, h, w);
+                returns pixels (3, H, W) in [-1, 1].
         """
-        if key[0] == "denoise":
+        if key[0] == "begin":
+            return [self._begin(condition, context) for condition, context in inputs]
+        if key[0] == "denoising":
             self.generator.step(inputs)
             return inputs
-        return list(self.generator.decode(torch.cat(inputs)))
+        return [self.generator.decode(latents)[0] for latents in inputs]  # the decoder takes the most memory
+
+    def _begin(self, condition: Tensor, context: DrawContext) -> DenoisingState:
+        unconditional = None if context.options.guidance == 1.0 else self.unconditional(condition)
+        return self.generator.begin(condition, unconditional, context.options, context.rng("noise"))
 
 
 class FeatureMapper(nn.Module):

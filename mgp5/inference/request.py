@@ -128,7 +128,7 @@ class ActiveRequest:
     def start(self, session: Session) -> Iterator[Event]:
         """Read the conversation, and begin with the text."""
         self.session, self.started = session, time.monotonic()
-        if self.options.draw != "never":
+        if self.options.draw != "never" and self.options.max_images > 0:
             self.head.check(self.options.image)
         session.read(self.conversation, reply=self.head.spec.positions)
         options = self.options

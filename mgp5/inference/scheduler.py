@@ -124,6 +124,8 @@ class Scheduler:
     def _join(self) -> Iterator[Said]:
         """Give free rows to the replies that have waited longest, and read their conversations."""
         for request in list(self.queue):
+            if request.closed:  # by whoever got an event of another
+                continue
             free = [row for row in range(self.rows) if row not in self.active]
             row = request.session.row if request.session else next(iter(free), None)
             if row is None or row in self.active:
@@ -190,15 +192,17 @@ class Scheduler:
                 made = output.result() if self._pool else output()
             except Exception as error:  # whatever a head or a driver raises ends these replies, not the others
                 made = [error] * len(call)
-            self.counts["denoising_calls"] += 1
+            name = call[0].need.key[0]
+            self.counts[f"{name}_calls"] += 1
             for request, one in zip(call, made, strict=True):
                 if self.active.get(request.row) is request:
-                    self.counts["denoising_steps"] += 1
+                    self.counts[f"{name}_steps"] += 1
                     yield from self._go_on(request, lambda r=request, o=one: r.take_output(o))
 
     def _shared(self, group: list[ActiveRequest], shares: int) -> list[list[ActiveRequest]]:
         shares = max(min(shares, len(group)), -(-len(group) // self.images_at_once))
-        return [group[i::shares] for i in range(shares)]
+        size = -(-len(group) // shares)
+        return [group[start : start + size] for start in range(0, len(group), size)]
 
     def _start(self, call: Sequence[ActiveRequest]) -> Future | Callable[[], list[Any]]:
         key, inputs = call[0].need.key, [request.need.inputs for request in call]

@@ -146,7 +146,9 @@ class ServingLoop:
 
     def _reset(self) -> None:
         with torch.inference_mode():
-            self.scheduler = Scheduler(self.model, self.rows, text_steps=TEXT_STEPS, workers=self.workers)
+            self.scheduler = Scheduler(
+                self.model, self.rows, text_steps=TEXT_STEPS, images_at_once=self.rows, workers=self.workers
+            )
         self.scheduler.counts = self.counts
 
     def _cycle(self) -> None:

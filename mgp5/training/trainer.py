@@ -130,15 +130,19 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Replace the trained weights by their moving average within a `with` block, if there is one."""
-        weights = [p.detach() for p in self.trained.values()] if self.average else []
-        originals = [weight.clone() for weight in weights]
-        for weight, average in zip(weights, self.average, strict=True):
-            weight.copy_(average)
+        self._swap_average()
         try:
             yield
         finally:
-            for weight, original in zip(weights, originals, strict=True):
-                weight.copy_(original)
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        """Exchange trained weights and their average one by one, so that only one copy of one weight is made."""
+        for parameter, average in zip(self.trained.values() if self.average else (), self.average, strict=True):
+            weight = parameter.detach()
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def write_samples(self, samples: list[Conversation], path: Path) -> None:
         """Write a page with the model's current replies to samples."""
