@@ -200,9 +200,8 @@ class MiniGPT5Head(Head):
         """Return the unconditional condition on device and in dtype of `condition`; kept until the mapper trains."""
         cached = self._unconditional
         if cached is None or cached.device != condition.device or self.training:
-            zeros = self.mapper.unconditional
-            cached = self.generator.encode_text([""]) if self.empty_text else zeros(self.num_vokens)
-            self._unconditional = cached = cached.to(condition)
+            new = self.generator.encode_text([""]) if self.empty_text else self.mapper.unconditional(self.num_vokens)
+            self._unconditional = cached = new.to(condition)
         return cached
 
     def train(self, mode: bool = True) -> MiniGPT5Head:
@@ -217,8 +216,8 @@ class MiniGPT5Head(Head):
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image: read the run of vokens, map the states that predict it, denoise step by step, decode.
 
-        Yields a `Forced`, a `Step` to begin, a `Step` and a `Preview` for each denoising step, and a `Step` for the
-        VAE's decoder. Returns pixels (3, H, W) in [-1, 1]. Raises Mgp5Error as `check` does.
+        Yields a `Forced`, a `Step` to begin, to denoise (each with a `Preview`) and to decode. Returns pixels (3, H, W)
+        in [-1, 1]. Raises Mgp5Error as `check` does.
         """
         response = yield Forced(self.ids)
         hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + K, D): the trigger is at 1
@@ -234,10 +233,9 @@ class MiniGPT5Head(Head):
         """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
 
         Args:
-            key: ("begin",), ("denoising", ...) or ("decode", ...).
-            inputs: of each image. "begin": its condition (1, L, C) and DrawContext; returns its DenoisingState.
-                "denoising": that state, which advances in place and is returned. "decode": latents (1, Z, h, w);
-                returns pixels (3, H, W) in [-1, 1].
+            key: its first item says what is done.
+            inputs: of each image. "begin": its condition (1, L, C) and DrawContext, for its DenoisingState.
+                "denoising": that state, which advances. "decode": latents (1, Z, h, w), for pixels as from `draw`.
         """
         if key[0] == "begin":
             return [self._begin(condition, context) for condition, context in inputs]
@@ -311,9 +309,7 @@ def _encoder(config: MapperConfig, layers: int) -> nn.TransformerEncoder:
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
     for parameter in encoder.parameters():
         if parameter.dim() > 1:
-            nn.init.xavier_uniform_(
-                parameter
-            )  # as nn.Transformer does: copied layers must not start with equal weights
+            nn.init.xavier_uniform_(parameter)  # as nn.Transformer does: copied layers must not start equal
     return encoder
 
 
