@@ -39,6 +39,7 @@ def drawn(parts, steps):
     return list(drawing.draw_rows(on_cpu(backends=("eager",)), parts, None, 1, **options))
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_measures_every_way_and_reports_it(tmp_path, llava_folder, diffusion_folder, monkeypatch):
     monkeypatch.setattr(decoding, "REPLY", 16)
     out = tmp_path / "report.json"
@@ -204,6 +205,7 @@ def test_the_first_image_of_two_processes(diffusion_folder, llava_folder):
     assert all(row["median"] == pytest.approx(1000 * row["first_s"], abs=10) > 0 for row in rows), rows
 
 
+@pytest.mark.slow
 def test_the_train_suite_measures_every_way_and_reports_it(tmp_path, llava_folder, diffusion_folder):
     out = tmp_path / "report.json"
     options = ["--model", f"{llava_folder}+{diffusion_folder}", "--steps", "1", "--batch", "4", "--json"]

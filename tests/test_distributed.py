@@ -92,6 +92,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(usual, one, tmp_
     assert json.loads((one / "report.json").read_text())["problems"].keys() == {"broken image"}
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones(usual, one, tmp_path):
     """Processes forked with the environment of `accelerate launch --use_fsdp`: starting anew takes longer than this."""
     two = [*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from mgp5.export.parity import psnr
 
@@ -17,6 +18,7 @@ def draw(generator, **options):
     return generator.decode(latents) / 2 + 0.5
 
 
+@pytest.mark.slow
 def test_auto_draws_the_demo_by_onnx_runtime():
     generator = mgp5.load("demo").head.generator
     assert isinstance(generator.engine, ExportedEngine)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image as pil
-from tiny import picture
+from tiny import picture, same_pixels
 
 from mgp5.apps.recall import recall
 from mgp5.cli import main
@@ -23,8 +22,8 @@ def run(*args: str):
     return result
 
 
-def again(path: Path, here: Path) -> tuple[bytes, bytes]:
-    """Pixels of an image, and of the one that its command makes; the shell hands the command over to this process."""
+def drawn_again(path: Path, here: Path) -> bool:
+    """Whether the command of an image makes the same one; the shell hands the command over to this process."""
     recalled = run("recall", str(path))
     stub = f"mgp5() {{ cat > {here}/stdin; pwd > {here}/pwd; printf '%s\\n' \"$@\" > {here}/args; }}\n"
     subprocess.run(["sh", "-c", stub + recalled.stdout], check=True, cwd="/")
@@ -32,7 +31,7 @@ def again(path: Path, here: Path) -> tuple[bytes, bytes]:
         args = (here / "args").read_text().splitlines()
         assert CliRunner().invoke(main, args, input=(here / "stdin").read_bytes()).exit_code == 0
     made = Path(recalled.stderr.splitlines()[0].removeprefix("it will be "))
-    return pil.open(path).tobytes(), pil.open(made).tobytes()
+    return same_pixels(path, made)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,7 @@ def story(tmp_path_factory):
 
 def test_the_last_picture_of_a_story(story, tmp_path):
     paths = [image.path for image in StoryFolder.open(story).load()[0].images]
-    before, after = again(paths[-1], tmp_path)
-    assert before == after
+    assert drawn_again(paths[-1], tmp_path)
     command, notes = recall(paths[-3])
     assert '"max_tokens": 0' in command and "a `red` fox sleeps" in command and len(notes) == 1
     assert "--backend eager" in command
@@ -60,8 +58,7 @@ def test_the_second_picture_of_a_chat(small_folder, tmp_path):
     flags = ["--model", str(small_folder), "--steps", "1", "--seed", "3", "--set", "max_tokens=4"]
     flags += ["--set", "image=always"]
     run("chat", *flags, "--backend", "eager", "--message", "one", "--message", "two", "--out", str(tmp_path / "talk"))
-    before, after = again(StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path, tmp_path)
-    assert before == after
+    assert drawn_again(StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path, tmp_path)
 
 
 def test_what_is_missing_is_said_in_one_line(story, tmp_path):

@@ -192,11 +192,11 @@ def conditions_of(diffusion, seed: int, count: int) -> torch.Tensor:  # (count, 
     return drawn.to(parameter.device, parameter.dtype)
 
 
-def assert_alike(images, others) -> None:
-    """Images of one size whose values differ by at most 2 of 255, as CPUs of several makers may round."""
-    for one, other in zip(images, others, strict=True):
-        assert one.size == other.size
-        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 2
+def same_pixels(one: Path | pil.Image, other: Path | pil.Image) -> bool:
+    """Whether two images, or files of them, differ by at most 2 of 255, as CPUs of several makers may round."""
+    first, second = (pil.open(image) if isinstance(image, Path) else image for image in (one, other))
+    extremes = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getextrema()
+    return first.size == second.size and max(high for _, high in extremes) <= 2
 
 
 def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> pil.Image:
