@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 
 class Mgp5Error(Exception):
     """A failure the user can act on.
@@ -20,3 +23,15 @@ class Mgp5Error(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+def raise_all(problems: Iterable[str], checks: Iterable[Callable[[], Any]]) -> None:
+    """Run all checks; raise one Mgp5Error (wrong usage) with the problems given and those that checks raise, if any."""
+    found = list(problems)
+    for check in checks:
+        try:
+            check()
+        except Mgp5Error as error:
+            found.append(str(error))
+    if found:
+        raise Mgp5Error("; ".join(found), usage=True)

@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
+from ..generators.denoising import Denoiser
 from .layers import (
     Conv,
     Linear,
@@ -39,45 +40,18 @@ from .sd3_blocks import JointBlock, ModulatedNorm
 ADAPTIVE = (AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX)
 
 
-class PrecomputedDenoiser(Protocol):
-    """A `generators.denoising.Denoiser` made of modules that share the weights of the original, which stays usable.
+class PrecomputedDenoiser(Denoiser, Protocol):
+    """A denoiser made of modules that share the weights of the original, which stays usable.
 
     Attributes:
         model: the module that runs a step.
         dtype: of its weights.
         layout: memory format of its feature maps.
-        deep: channels of the feature that a step can take from an earlier one, see `DeepCacheUNet`; 0 where it cannot.
-        per_image: whether a time embedding holds something of the image.
     """
 
     model: nn.Module
     dtype: torch.dtype
     layout: torch.memory_format
-    deep: int
-    per_image: bool
-
-    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Compute once per image what does not change from step to step.
-
-        Args:
-            timesteps: (n,).
-            condition: (R, L, C).
-
-        Returns:
-            Time embeddings (n, 1 or R, S), and the inputs of cross-attention, tensors (R, ...).
-        """
-
-    def __call__(
-        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run one step; return the prediction (R, Z, h, w) and the deep feature (R, `deep`, h, w) in `dtype`.
-
-        Args:
-            latents: (R, Z, h, w), of any float dtype.
-            time_embedding: (1 or R, S), from `constants`; R rows where images are at different steps.
-            cross_attention: tensors (R, ...), from `constants`.
-            deep: feature of an earlier step; the layers that compute it are then left out.
-        """
 
     def restore(self) -> None:
         """Undo changes to the memory layout of the weights."""

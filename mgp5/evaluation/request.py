@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device import pick_device
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, raise_all
 from ..hub import Parts, resolve
 from ..options import ModelRequest, Options
 from . import tasks
@@ -76,13 +76,7 @@ class EvaluateRequest:
             lambda: trained(self.model.model),
         ]
         checks += [] if problems else [lambda: self.left_out]
-        for check in checks:
-            try:
-                check()
-            except Mgp5Error as error:
-                problems.append(str(error))
-        if problems:
-            raise Mgp5Error("; ".join(problems), usage=True)
+        raise_all(problems, checks)
 
     @cached_property
     def systems(self) -> list[Entry]:

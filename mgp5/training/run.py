@@ -18,7 +18,7 @@ from ..config import Stage, TrainConfig, model_config_from, preset
 from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, pick_device, quiet_libraries
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, raise_all
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..memory.estimate import Estimate, estimate
@@ -84,13 +84,7 @@ class TrainRequest:
         problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
         checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
         checks += [lambda: self.config] if self.dry_run else [lambda: runs.check(self.out, self.config, self.resume)]
-        for check in checks:
-            try:
-                check()
-            except Mgp5Error as error:
-                problems.append(str(error))
-        if problems:
-            raise Mgp5Error("; ".join(problems), usage=True)
+        raise_all(problems, checks)
 
     @cached_property
     def config(self) -> TrainConfig:
