@@ -25,7 +25,7 @@ class Mgp5Error(Exception):
         return f"{self.message}: {self.hint}" if self.hint else self.message
 
 
-def raise_all(problems: Iterable[str], checks: Iterable[Callable[[], Any]]) -> None:
+def raise_all(problems: Iterable[str], checks: Iterable[Callable[[], Any]] = ()) -> None:
     """Run all checks; raise one Mgp5Error (wrong usage) with the problems given and those that checks raise, if any."""
     found = list(problems)
     for check in checks:

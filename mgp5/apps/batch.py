@@ -13,23 +13,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, raise_all
 from ..events import Finished
 from ..messages import Message
 from ..options import ModelRequest, Options
 from ..views.files import StoryFolder
 from ..views.html import write_html
-from .batch_lines import Ask, ChatLine, StoryLine, read_line
+from .batch_lines import Line, read_line
 from .open_model import Tell, narrate_from, open_model, silent
-from .story import recorded_options
+from .story import Ask, recorded_options
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -43,19 +43,15 @@ Answer = Callable[[Sequence[Ask]], Sequence[Reply]]  # one reply for each ask, i
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """Lines to answer, see `batch_lines`.
+    """Lines to answer, see `batch_lines`. Raises Mgp5Error with all that is wrong.
 
     Args:
         file: one JSON object per line; - for stdin.
         out: folder of the batch, new or to go on with.
         scenes: how many a story gets whose line does not say.
         at_once: lines that each model works on together.
-        model: which model answers.
         options: of all lines; the seed of line n is SEEDS * (n - 1) higher, where the line has no other.
         keep_seed: a batch that goes on takes the seed with which it was begun, instead of that of the options.
-
-    Raises:
-        Mgp5Error: all that is wrong with the request.
     """
 
     file: Path
@@ -67,19 +63,9 @@ class BatchRequest:
     keep_seed: bool = False
 
     def __post_init__(self) -> None:
-        problems = [f"scenes is {self.scenes}, expected 0 or more"] if self.scenes < 0 else []
-        problems += [f"at_once is {self.at_once}, expected 1 or more"] if self.at_once < 1 else []
-        if problems:
-            raise Mgp5Error("; ".join(problems), usage=True)
-
-
-@dataclass
-class Job:
-    """A line at work: its number, from 1, and its hash; `line` is None until it is read."""
-
-    number: int
-    key: str
-    line: ChatLine | StoryLine | None = None
+        least = {"scenes": 0, "at_once": 1}
+        values = {name: getattr(self, name) for name in least}
+        raise_all(f"{name} is {n}, expected {least[name]} or more" for name, n in values.items() if n < least[name])
 
 
 class Batch:
@@ -92,13 +78,13 @@ class Batch:
     """
 
     def __init__(self, request: BatchRequest) -> None:
-        """Read the lines and lock the folder. Raises Mgp5Error if that is not possible, or it holds something else."""
+        """Read the lines and lock the folder. Raises Mgp5Error if that fails, or the folder holds something else."""
         from ..hub import resolve
 
         resolve(request.model.model)  # a wrong name is reported before a folder is made
+        self.failures: dict[int, str] = {}
         self._lines, self._root = _read_lines(request.file)
-        self.total, self.failures = sum(bool(line.strip()) for line in self._lines), dict[int, str]()
-        out = request.out
+        self.total, out = sum(map(bool, self._lines)), request.out
         others = {path.name for path in out.glob("*")} - {RESULTS, f".{SETTINGS}.part"}
         if others and SETTINGS not in others:
             raise Mgp5Error(f"--out {out} is not empty and holds no batch", "choose another --out", usage=True)
@@ -112,11 +98,7 @@ class Batch:
             found = f"--out {out} is a batch with another {', '.join(changed)}"
             raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
         files.write_json(out / SETTINGS, settings)
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))  # a kill has cut off the last row
-        self.done = {row["line"]: row["key"] for row in map(json.loads, whole.splitlines())}
+        self.done = self._read_done()
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -125,71 +107,66 @@ class Batch:
     def run(self, answer: Answer, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Work on all lines that are not done, in rounds: each line at work asks, all are answered, replies recorded.
 
+        Yields the row of each line that is done, as in results.jsonl.
+
         Args:
             answer: `local_answer(request)`, or one that shares the asks of a round among workers.
             workers: how many models `answer` has.
-
-        Yields:
-            The row of each line that is done, as in results.jsonl.
-
-        Raises:
-            Mgp5Error: a line that is done has changed.
         """
-        jobs = deque(self._todo())
+        todo, at_work = self._todo(), list[Line]()
         try:
-            while jobs:
-                asking: list[tuple[Job, Ask]] = []
-                while jobs and len(asking) < self.request.at_once * workers:
-                    job = jobs.popleft()
-                    try:
-                        asked = self._next_ask(job)
-                    except Mgp5Error as error:
-                        self.failures[job.number] = str(error)
-                        continue
-                    if asked:
-                        asking.append((job, asked))
-                    else:
-                        yield self._write(job)
-                replies = answer([asked for _, asked in asking]) if asking else ()
-                for (job, _), reply in zip(asking, replies, strict=True):
+            while at_work := [*at_work, *islice(todo, self.request.at_once * workers - len(at_work))]:
+                asking = [line for line in at_work if line.ask]
+                replies = answer([line.ask for line in asking]) if asking else ()
+                for line, reply in zip(asking, replies, strict=True):
                     if isinstance(reply, Mgp5Error):
-                        self.failures[job.number] = str(reply)
+                        self.failures[line.number] = str(reply)
+                        at_work.remove(line)
                     else:
-                        job.line.record(reply)
-                jobs.extendleft(job for job, _ in reversed(asking) if job.number not in self.failures)
+                        line.record(reply)
+                yield from (self._write(line) for line in at_work if not line.ask)
+                at_work = [line for line in at_work if line.ask]
         finally:
             rows = [json.dumps({"line": n, "error": self.failures[n]}) + "\n" for n in sorted(self.failures)]
             files.write_text(self.request.out / FAILURES, "".join(rows))
 
-    def _todo(self) -> Iterator[Job]:
-        """Yield the lines that are not done."""
+    def _read_done(self) -> dict[int, str]:
+        """Return the hash of each line that is done. Raises Mgp5Error if such a line has changed."""
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))  # a kill has cut off the last row
+        done = {row["line"]: row["key"] for row in map(json.loads, whole.splitlines())}
         for number, line in enumerate(self._lines, 1):
-            key = files.digest(line.strip(), 8)
-            if self.done.get(number, key) != key:
+            if done.get(number, _key(line)) != _key(line):
                 raise Mgp5Error(f"line {number} has changed since it was done", "choose another --out", usage=True)
-            if line.strip() and number not in self.done:
-                yield Job(number, key)
+        return done
 
-    def _next_ask(self, job: Job) -> Ask | None:
-        """Return what a line asks next, read first if it is new; None when it is done. Raises Mgp5Error."""
-        if job.line is None:
-            request, seed = self.request, self.request.options.seed + SEEDS * (job.number - 1)
-            options, context = replace(request.options, seed=seed), narrate_from(request.model)
-            job.line = read_line(self._lines[job.number - 1], self._root, options, request.scenes, context)
-        return job.line.next_ask()
+    def _todo(self) -> Iterator[Line]:
+        """Yield the lines that are not done; note why one cannot be read."""
+        request, context = self.request, narrate_from(self.request.model)
+        for number, text in enumerate(self._lines, 1):
+            if text and number not in self.done:
+                options = replace(request.options, seed=request.options.seed + SEEDS * (number - 1))
+                try:
+                    line = read_line(number, text, self._root, options, request.scenes, context)
+                except Mgp5Error as error:
+                    self.failures[number] = str(error)
+                else:
+                    yield line
 
-    def _write(self, job: Job) -> dict[str, Any]:
+    def _write(self, line: Line) -> dict[str, Any]:
         """Write what a line has become, then its row; return the row."""
-        name, line, model = f"{job.number:06d}", job.line, self.request.model
-        options, seed = recorded_options(model, line.options), line.options.seed
+        name, model, seed = f"{line.number:06d}", self.request.model, line.options.seed
         with contextlib.suppress(FileNotFoundError):
             files.remove_folder(self.request.out / name)  # of a run that was killed before the row was written
         with files.replacing(self.request.out / name) as part:
-            folder = StoryFolder.create(part)
+            folder, options = StoryFolder.create(part), recorded_options(model, line.options)
             folder.save(line.conversation, model=model.model, seed=seed, options=options, title=line.title)
             write_html(*folder.load(), part / "story.html")
         text = " ".join(m.text for m in line.conversation.messages if m.role == "assistant" and m.text)
-        row = {"line": job.number, "key": job.key, "folder": name, "seed": seed, "text": text}
+        key = _key(self._lines[line.number - 1])
+        row = {"line": line.number, "key": key, "folder": name, "seed": seed, "text": text}
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         return row
@@ -216,10 +193,13 @@ def answer(model: InterleavedModel, asks: Sequence[Ask]) -> list[Reply]:
 
 
 def _read_lines(file: Path) -> tuple[list[bytes], Path]:
-    """Return the lines of a file, - for stdin, and the folder that their paths are relative to. Raises Mgp5Error."""
-    if str(file) == "-":
-        return sys.stdin.buffer.read().splitlines(), Path()
+    """Return the lines of a file, - for stdin, and the folder that their paths are relative to."""
     try:
-        return file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), file.parent
+        contents, root = (sys.stdin.buffer.read(), Path()) if str(file) == "-" else (file.read_bytes(), file.parent)
     except OSError as error:
         raise Mgp5Error(f"--batch {file} cannot be read ({error.strerror})", "check the path", usage=True) from None
+    return [line.strip() for line in contents.removeprefix(b"\xef\xbb\xbf").splitlines()], root
+
+
+def _key(line: bytes) -> str:
+    return files.digest(line, 8)

@@ -21,77 +21,80 @@ from ..messages import Conversation, Image, Message, inside
 from ..options import Options
 from ..prompts import CHAT_SYSTEM, Context
 from .recorder import StoryScene, story_conversation
-from .story import SceneInput, finished_scene, scene_request
+from .story import Ask, SceneInput, finished_scene, scene_request
 
 EXPECTED = 'expected {"messages": [...]} or {"story": [...]}, with scenes, title, options'
 TYPES = {"messages": list, "story": list, "scenes": int, "title": str, "options": dict}
-Ask = tuple[Conversation, Options]  # a prompt, and how to reply to it
 
 
-@dataclass
+@dataclass(eq=False)
 class ChatLine:
-    """A conversation that gets one reply."""
+    """A conversation that gets one reply; `ask` is what the model is asked next, None when the line is done."""
 
+    number: int
     title: str
     options: Options
     conversation: Conversation
-    replied: bool = False
 
-    def next_ask(self) -> Ask | None:
-        """Return what the model is asked next; None when the line is done."""
-        return None if self.replied else (self.conversation, self.options)
+    def __post_init__(self) -> None:
+        self.ask: Ask | None = (self.conversation, self.options)
 
     def record(self, reply: Message) -> None:
         """Add the reply to what was asked."""
-        self.conversation, self.replied = Conversation((*self.conversation.messages, reply)), True
+        self.conversation, self.ask = Conversation((*self.conversation.messages, reply)), None
 
 
-@dataclass
+@dataclass(eq=False)
 class StoryLine:
-    """A story that is told scene by scene, as by `story.tell_story`."""
+    """A story that is told scene by scene, as by `story.tell_story`; `ask` is that of a ChatLine."""
 
+    number: int
     title: str
     options: Options
-    inputs: list[SceneInput | None]  # of all scenes, None for those of the model
+    inputs: list[SceneInput]  # of all scenes
     narrate_from: Context
     scenes: list[StoryScene] = field(default_factory=list)
 
-    def next_ask(self) -> Ask | None:
-        """Return what the model is asked next; None when the line is done."""
-        for part in self.inputs[len(self.scenes) :]:
-            if asked := scene_request(self.scenes, part, self.options, self.narrate_from):
-                return asked
-            self.record(part.message)
-        return None
+    def __post_init__(self) -> None:
+        self._next()
 
     def record(self, reply: Message) -> None:
         """Add the reply to what was asked."""
         self.scenes.append(finished_scene(self.inputs[len(self.scenes)], reply))
+        self._next()
 
     @property
     def conversation(self) -> Conversation:
         """The story so far."""
         return story_conversation(self.scenes)
 
+    def _next(self) -> None:
+        """Go on to the next scene that the user did not give whole."""
+        self.ask: Ask | None = None
+        while not self.ask and len(self.scenes) < len(self.inputs):
+            part = self.inputs[len(self.scenes)]
+            self.ask = scene_request(self.scenes, part, self.options, self.narrate_from)
+            if not self.ask:
+                self.scenes.append(finished_scene(part))
 
-def read_line(line: bytes, root: Path, options: Options, scenes: int, narrate_from: Context) -> ChatLine | StoryLine:
-    """Read one line and the images that it names.
+
+Line = ChatLine | StoryLine
+
+
+def read_line(number: int, line: bytes, root: Path, options: Options, scenes: int, narrate_from: Context) -> Line:
+    """Read one line and the images that it names. Raises Mgp5Error if anything is wrong with them.
 
     Args:
-        line: the JSON object.
         root: folder that paths are relative to.
-        options: of the line, where it has no others.
-        scenes: how many a story gets whose line does not say.
+        options, scenes: of the line, where it has no others.
         narrate_from: see `story.scene_request`.
-
-    Raises:
-        Mgp5Error: what is wrong with the line, or an image that cannot be read.
     """
     row = _checked(line)
     title, options = row.get("title", ""), options.updated(row.get("options", {}))
     if "story" in row:
         inputs = [_scene_input(part, root) for part in row["story"]]
-        return StoryLine(title, options, inputs + [None] * row.get("scenes", scenes), narrate_from)
+        inputs += [SceneInput()] * row.get("scenes", scenes)
+        return StoryLine(number, title, options, inputs, narrate_from)
     conversation = Conversation.from_chat(row["messages"], root)
     if conversation.messages[-1].role != "user":
         raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
@@ -99,11 +102,11 @@ def read_line(line: bytes, root: Path, options: Options, scenes: int, narrate_fr
         image.load()
     if conversation.messages[0].role != "system":  # as a chat begins
         conversation = Conversation((*Conversation().add("system", CHAT_SYSTEM).messages, *conversation.messages))
-    return ChatLine(title, options, conversation)
+    return ChatLine(number, title, options, conversation)
 
 
 def _checked(line: bytes) -> dict[str, Any]:
-    """Return the object of a line, with fields of the right types. Raises Mgp5Error."""
+    """Return the object of a line, with fields of the right types."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -117,7 +120,7 @@ def _checked(line: bytes) -> dict[str, Any]:
 
 
 def _scene_input(part: Any, root: Path) -> SceneInput:
-    """Return what the user gives of a scene, its image read. Raises Mgp5Error."""
+    """Return what the user gives of a scene, its image read."""
     fields = part if isinstance(part, dict) else {}
     texts = all(name in ("path", "text") and isinstance(value, str) for name, value in fields.items())
     if not texts or not any(map(str.strip, fields.values())):

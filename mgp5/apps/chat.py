@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error
 from ..events import Event
-from ..messages import Conversation, Image, Message, Part, Text
+from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options
 from ..prompts import CHAT_SYSTEM
 from ..views.files import STORY, StoryFolder, keep_images
 from ..views.html import write_html
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder
-from .story import SEEDS, recorded_options
+from .story import recorded_options, with_seeds
 
 if TYPE_CHECKING:
     from ..inference.session import Session
@@ -25,17 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A conversation to begin, or to go on with.
+    """A conversation to begin, or to go on with. Raises Mgp5Error if both folders are given.
 
     Args:
         images: files of images for the first message.
         out: new folder for the conversation.
         resume: folder of an earlier conversation, which goes on there.
-        model: which model replies.
-        options: of every reply; seeds count up by SEEDS from reply to reply.
-
-    Raises:
-        Mgp5Error: both folders are given.
+        options: of every reply; seeds count up by `story.SEEDS` from reply to reply.
     """
 
     images: tuple[Path, ...] = ()
@@ -80,29 +76,24 @@ class Chat:
     def say(self, text: str) -> Iterator[Event]:
         """Send a message with the pending images; yields the events of the reply.
 
-        A message that cannot be answered (it does not fit the context, say) is taken back and nothing is lost; of a
-        reply that is interrupted, what there is of it is kept.
-
-        Raises:
-            Mgp5Error: the message is empty or cannot be answered.
+        A message that cannot be answered (it does not fit the context, say) is taken back with an Mgp5Error, and
+        nothing is lost; of a reply that is interrupted, what there is of it is kept.
         """
-        content: list[Part] = [*self.pending, *([Text(text)] if text else [])]
+        content = (*self.pending, *([Text(text)] if text else []))
         if not content:
             raise Mgp5Error("the message is empty", "write something, or attach an image with /image FILE")
-        yield from self._reply(Conversation((*self.conversation.messages, Message("user", tuple(content)))), [])
+        yield from self._reply(Conversation((*self.conversation.messages, Message("user", content))), [])
 
     def retry(self) -> Iterator[Event]:
-        """Replace the last reply by another one; it stays when there cannot be another. Raises Mgp5Error."""
-        last = self._last_user()
-        yield from self._reply(Conversation(self.conversation.messages[: last + 1]), self.pending)
+        """Replace the last reply by another one; it stays when there cannot be another (Mgp5Error)."""
+        yield from self._reply(Conversation(self.conversation.messages[: self._last_user() + 1]), self.pending)
 
     def undo(self) -> str:
         """Remove the last message of the user and its reply; return its text. Raises Mgp5Error when there is none."""
-        last = self._last_user()
-        text = self.conversation.messages[last].text
-        self.conversation = Conversation(self.conversation.messages[:last])
+        messages, last = self.conversation.messages, self._last_user()
+        self.conversation = Conversation(messages[:last])
         self.save()
-        return text
+        return messages[last].text
 
     def seed(self, seed: int) -> None:
         """Set the seed of the next reply; those of the replies after it count up."""
@@ -118,10 +109,10 @@ class Chat:
 
     def _last_user(self) -> int:
         """Return the index of the user's last message."""
-        roles = [message.role for message in self.conversation.messages]
-        if "user" not in roles:
+        users = [index for index, message in enumerate(self.conversation.messages) if message.role == "user"]
+        if not users:
             raise Mgp5Error("the conversation has no message of yours, expected one", "write a message first")
-        return len(roles) - 1 - roles[::-1].index("user")
+        return users[-1]
 
     def _reply(self, asked: Conversation, pending: list[Image]) -> Iterator[Event]:
         """Reply to `asked`, which becomes the conversation, with `pending` left for the next message."""
@@ -131,10 +122,8 @@ class Chat:
         before = self.conversation, self.pending
         self.conversation, self.pending = asked, pending
         self._session = self._session or Session(self.model)
-        shift = SEEDS * self._number
+        options = with_seeds(self.options, self._number)
         self._number += 1
-        image_seed = None if self.options.image_seed is None else self.options.image_seed + shift
-        options = replace(self.options, seed=self.options.seed + shift, image_seed=image_seed)
         recorder = Recorder()
         try:
             events = generate(self.model, asked, options, self._session)
@@ -154,15 +143,10 @@ class Chat:
 
 
 def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
-    """Open the model and the folder of a chat.
+    """Open the model and the folder of a chat; `tell` is that of `open_model`.
 
-    Args:
-        request: what to begin or to go on with.
-        tell: see `open_model`.
-
-    Raises:
-        Mgp5Error: an image or conversation that cannot be read, a folder that is taken, or a model that cannot be
-            opened; an empty folder is removed then.
+    Raises Mgp5Error if an image or conversation cannot be read, a folder is taken, or the model cannot be opened; an
+    empty folder is removed then.
     """
     from ..hub import resolve
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error
 
@@ -36,6 +36,8 @@ def load(
 ) -> InterleavedModel:
     """Load a trained model, ready to generate.
 
+    Raises Mgp5Error if there is no such model, its parts do not fit together, or something cannot run here.
+
     Args:
         name: "demo" or a folder that `mgp5 train` has written.
         dtype: of frozen parts, float32 when None; what was trained stays in float32.
@@ -44,9 +46,6 @@ def load(
         backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone. With compile, and on a
             GPU with triton, the LLM's tokens are decoded by compiled code too.
         memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `memory.offload`.
-
-    Raises:
-        Mgp5Error: no such model, nothing trained in it, parts that do not fit together, or what cannot run here.
     """
     import torch
 
@@ -82,18 +81,11 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
 
 
 def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
-    """Load a trained model, ready to generate.
+    """Load the trained model of a request, ready to generate, with libraries silenced and threads limited.
 
-    Progress bars and advice of transformers, diffusers and the hub are turned off, and a small model on a CPU is
-    limited to one thread.
-
-    Args:
-        request: which model, and how to hold and run it.
-        tell: is given a line for each choice that was made for the user: the memory mode, and the engine.
-
-    Raises:
-        Mgp5Error: no such model or device, nothing trained in it, parts that do not fit together, a backend that
-            cannot run here (found before any weights are read), or too little memory.
+    `tell` is given a line for each choice that was made for the user: the memory mode, and the engine. Raises
+    Mgp5Error as `load` does, and for too little memory; a backend that cannot run here is found before weights are
+    read.
     """
     from ..device import limit_threads_for_small_models, pick_device, quiet_libraries
 
@@ -121,16 +113,10 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
 
 
 def image_options(request: ModelRequest) -> type[ImageOptions]:
-    """Return the class of the options that the model's head draws with, of its configuration alone.
-
-    Raises:
-        Mgp5Error: no such model, a configuration that cannot be read, or an unknown head.
-    """
-    from ..hub import read_config, resolve
+    """Return the class of the options that the model's head draws with. Raises Mgp5Error for an unknown head."""
     from ..options import IMAGE_OPTIONS
 
-    trained = resolve(request.model).trained
-    head = "minigpt5" if trained is None else read_config(trained / "config.json").get("head", "minigpt5")
+    head = _configuration(request).get("head", "minigpt5")
     if head not in IMAGE_OPTIONS:
         known = ", ".join(IMAGE_OPTIONS)
         raise Mgp5Error(f"{request.model} has the head {head!r}, expected one of {known}", "update mgp5")
@@ -138,12 +124,13 @@ def image_options(request: ModelRequest) -> type[ImageOptions]:
 
 
 def narrate_from(request: ModelRequest) -> Context:
-    """Return how much of a story's history a prompt for a text shows, of the model's configuration alone.
+    """Return how much of a story's history a prompt for a text shows."""
+    return _configuration(request).get("narrate_from", "full")
 
-    Raises:
-        Mgp5Error: no such model, or a configuration that cannot be read.
-    """
+
+def _configuration(request: ModelRequest) -> dict[str, Any]:
+    """Return what config.json says of a model; nothing of one that is not trained."""
     from ..hub import read_config, resolve
 
     trained = resolve(request.model).trained
-    return "full" if trained is None else read_config(trained / "config.json").get("narrate_from", "full")
+    return {} if trained is None else read_config(trained / "config.json")

@@ -25,8 +25,7 @@ ENGINE = ("backend", "exported", "quantize")  # options of a story.json that hav
 def recall(path: Path) -> tuple[str, list[str]]:
     """Return the command (several lines of shell), and notes: where the image will be, and why it may differ.
 
-    Raises:
-        Mgp5Error: what the image or its folder lacks.
+    Raises Mgp5Error that says what the image or its folder lacks.
     """
     metadata, folder = read_png_metadata(path), path.parent
     if not {"seed", "text_seed"} <= metadata.keys():
@@ -72,8 +71,8 @@ def _prompt(
         limits = {name: options[name] for name in ("max_images",) if name in options}
         return Conversation(messages[:number]), drawn[number].index(path.resolve()), limits
     line = messages[number - 1] if number and messages[number - 1].role == "user" else None
-    part = SceneInput(text=line.text) if line and not line.images else None
-    past = scenes(Conversation(messages[: number - 1 if part else number]))
+    part = SceneInput(text=line.text) if line and not line.images else SceneInput()
+    past = scenes(Conversation(messages[: number - 1 if part.text else number]))
     return scene_prompt([(scene.text, scene.image) for scene in past if scene.image], part), 0, {"max_images": 1}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, raise_all
 from ..events import Event, Finished, ImageDone, SceneKind, SceneStart, TextChunk
 from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options
@@ -26,23 +26,29 @@ WINDOW = 4  # scenes of history that a prompt shows: models are trained on stori
 SEEDS = 100  # between the seeds of two scenes, or of two replies of a chat; images of one reply count up by one
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+Ask = tuple[Conversation, Options]  # a prompt, and how to reply to it
+
 
 @dataclass(frozen=True)
 class SceneInput:
-    """What the user gives of a scene: an image with or without its text, or a text without an image."""
+    """What the user gives of a scene: image, text, both, or nothing, where the model continues."""
 
     image: Image | None = None
     text: str = ""
 
     @property
-    def message(self) -> Message:
-        """The same as a message of the user."""
-        return Message("user", tuple(part for part in (self.image, self.text and Text(self.text)) if part))
+    def kind(self) -> SceneKind:
+        """Which parts are given."""
+        if self.image:
+            return "given" if self.text else "narrated"
+        return "illustrated" if self.text else "continued"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryRequest:
-    """A story to tell: first the scenes of `images`, then those of `text` and `inputs`, then the model's own.
+    """A story to tell: the scenes of `images`, of `text` and of `inputs`, then the model's own.
+
+    Raises Mgp5Error with all that is wrong.
 
     Args:
         images: folder of images, each with a .txt file of the same stem or without.
@@ -51,11 +57,7 @@ class StoryRequest:
         scenes: how many scenes the model adds.
         out: new folder for the story, saved after every scene; None writes nothing.
         title: heading of the page.
-        model: which model tells it.
         options: of every reply; seeds count up by SEEDS from scene to scene.
-
-    Raises:
-        Mgp5Error: all that is wrong with the request.
     """
 
     images: Path | None = None
@@ -77,13 +79,12 @@ class StoryRequest:
             problems.append(f"no text file at {self.text}: check the path")
         if self.scenes < 0:
             problems.append(f"scenes is {self.scenes}, expected 0 or more")
-        if problems:
-            raise Mgp5Error("; ".join(problems), usage=True)
+        raise_all(problems)
 
     def read_inputs(self) -> list[SceneInput]:
-        """Read what the user gives of the first scenes. Raises Mgp5Error for a file that cannot be read."""
-        given = read_folder(self.images) if self.images else []
-        return [*given, *(read_lines(self.text) if self.text else ()), *self.inputs]
+        """Read what the user gives of each scene. Raises Mgp5Error for a file that cannot be read."""
+        given = [*(read_folder(self.images) if self.images else ()), *(read_lines(self.text) if self.text else ())]
+        return [*given, *self.inputs, *[SceneInput()] * self.scenes]
 
     def record(self) -> dict[str, Any]:
         """Return what story.json keeps of the request."""
@@ -98,12 +99,9 @@ def recorded_options(model: ModelRequest, options: Options) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> list[SceneInput]:
-    """Return the images of a folder in natural order (2 before 10), each with the text of the same stem, if any.
+    """Return the images of a folder in natural order, each with the text of the same stem, if any.
 
     Every image is opened here, so that a broken one is reported before any work is done.
-
-    Raises:
-        Mgp5Error: the folder cannot be read or holds no image, or one cannot be read.
     """
     try:
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
@@ -120,7 +118,7 @@ def read_folder(folder: Path) -> list[SceneInput]:
 
 
 def read_lines(path: Path) -> list[SceneInput]:
-    """Return each line of a text file that is not blank as a scene to illustrate. Raises Mgp5Error."""
+    """Return each line of a text file that is not blank as a scene to illustrate."""
     lines = [SceneInput(text=line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise Mgp5Error(f"--text {path} is empty", "write one scene per line", usage=True)
@@ -146,14 +144,11 @@ def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tel
 
     With `request.out`, the folder gets every image at once, story.json after every scene, and the page at the end. What
     was made is kept on an error or interruption too; close the generator (`contextlib.closing`) to have that done.
+    Raises Mgp5Error for an input that cannot be read, a wrong model or a folder that is taken, before anything is made.
 
     Args:
-        request: what to tell.
         model: an open model; None opens `request.model`.
         tell: is given lines for the user, see `open_model`, and at last where the story is.
-
-    Raises:
-        Mgp5Error: an input that cannot be read, no such model, or a folder that is taken; nothing has been made then.
     """
     from ..hub import resolve
 
@@ -163,7 +158,7 @@ def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tel
     folder = StoryFolder.create(request.out) if request.out else None
     recorder, complete = Recorder(), False
     try:
-        events = _events(model or open_model(request.model, tell), inputs, request)
+        events = _events(model or open_model(request.model, tell), inputs, request.options)
         with closing(keep_images(events, folder) if folder else events) as events:
             for event in events:
                 recorder(event)
@@ -180,33 +175,34 @@ def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tel
             folder.discard()
 
 
-def _events(model: InterleavedModel, inputs: Sequence[SceneInput], request: StoryRequest) -> Iterator[Event]:
+def _events(model: InterleavedModel, inputs: Sequence[SceneInput], options: Options) -> Iterator[Event]:
     """Yield the events of all scenes: for each SceneStart, what the user gave of it, then the model's reply."""
     from ..inference.reply import generate
     from ..inference.session import Session
 
     scenes: list[StoryScene] = []
-    total = len(inputs) + request.scenes
     # One session for all scenes: images are encoded once. It reads each prompt anew, so that a scene does not depend
     # on the calls before.
     session = Session(model, reuse=False)
-    for number in range(total):
-        part = inputs[number] if number < len(inputs) else None
-        yield SceneStart(number, scene_kind(part), total)
-        if part and part.image:
+    for number, part in enumerate(inputs):
+        yield SceneStart(number, part.kind, len(inputs))
+        if part.image:
             yield ImageDone(0, part.image)
-        if part and part.text:
+        if part.text:
             yield TextChunk(part.text)
-        asked = scene_request(scenes, part, request.options, model.config.narrate_from)
-        for event in generate(model, *asked, session) if asked else (Finished(part.message, "stop"),):
-            if isinstance(event, Finished):
-                scenes.append(finished_scene(part, event.message))
-            yield event
+        if asked := scene_request(scenes, part, options, model.config.narrate_from):
+            for event in generate(model, *asked, session):
+                if isinstance(event, Finished):
+                    scenes.append(finished_scene(part, event.message))
+                yield event
+        else:
+            scenes.append(finished_scene(part))
+            yield Finished(Message("user", (part.image, Text(part.text))), "stop")
 
 
 def scene_request(
-    before: Sequence[StoryScene], part: SceneInput | None, options: Options, narrate_from: Context = "full"
-) -> tuple[Conversation, Options] | None:
+    before: Sequence[StoryScene], part: SceneInput, options: Options, narrate_from: Context = "full"
+) -> Ask | None:
     """Return the prompt and the options of the reply that completes a scene; None where nothing is missing.
 
     Every scene has seeds of its own, derived from those of the story and its number, so that it does not depend on how
@@ -214,48 +210,43 @@ def scene_request(
 
     Args:
         before: all scenes before this one.
-        part: what the user gave of it; None for a scene that the model continues with.
         options: of the story.
         narrate_from: how much of the history a prompt for a text shows: the model's `config.narrate_from`.
     """
-    history = [(scene.text, scene.image) for scene in before if scene.image]
-    if (prompt := scene_prompt(history, part, narrate_from)) is None:
+    prompt = scene_prompt([(scene.text, scene.image) for scene in before if scene.image], part, narrate_from)
+    if prompt is None:
         return None
-    image_seed = options.seed if options.image_seed is None else options.image_seed
-    shift = SEEDS * len(before)
-    options = replace(options, seed=options.seed + shift, image_seed=image_seed + shift)
-    if part and part.image:
+    options = with_seeds(options, len(before))
+    if part.image:
         return prompt, replace(options, draw="never")
-    return prompt, replace(options, draw="always", max_images=1, max_tokens=0 if part else options.max_tokens)
+    max_tokens = 0 if part.text else options.max_tokens
+    return prompt, replace(options, draw="always", max_images=1, max_tokens=max_tokens)
 
 
-def scene_prompt(
-    history: Sequence[Scene], part: SceneInput | None, narrate_from: Context = "full"
-) -> Conversation | None:
+def with_seeds(options: Options, number: int) -> Options:
+    """Return options with the seeds of scene or reply `number`, from 0."""
+    shift = SEEDS * number
+    image_seed = None if options.image_seed is None else options.image_seed + shift
+    return replace(options, seed=options.seed + shift, image_seed=image_seed)
+
+
+def scene_prompt(history: Sequence[Scene], part: SceneInput, narrate_from: Context = "full") -> Conversation | None:
     """Return the prompt for what is missing of a scene: text, image or both; None where nothing is missing.
 
-    Args:
-        history: text and image of the scenes before that have an image; the last WINDOW of them are shown.
-        part, narrate_from: see `scene_request`.
+    `history` is text and image of the scenes before that have an image; the last WINDOW of them are shown.
     """
     past = history[-WINDOW:]
-    if part is None:
-        return continue_(past)
-    if part.image is None:
-        return illustrate(past, part.text)
-    return None if part.text else narrate(past, part.image, context=narrate_from)
+    match part.kind:
+        case "continued":
+            return continue_(past)
+        case "illustrated":
+            return illustrate(past, part.text)
+        case "narrated":
+            return narrate(past, part.image, context=narrate_from)
+    return None
 
 
-def scene_kind(part: SceneInput | None) -> SceneKind:
-    """Return the kind of a scene by what the user gave of it, None for nothing."""
-    if part is None:
-        return "continued"
-    if part.image is None:
-        return "illustrated"
-    return "given" if part.text else "narrated"
-
-
-def finished_scene(part: SceneInput | None, reply: Message) -> StoryScene:
+def finished_scene(part: SceneInput, reply: Message | None = None) -> StoryScene:
     """Return the scene of what the user gave of it and what the model replied."""
-    text, image = (part.text, part.image) if part else ("", None)
-    return StoryScene(scene_kind(part), text or reply.text, image or next(iter(reply.images), None))
+    reply = reply or Message("assistant", ())
+    return StoryScene(part.kind, part.text or reply.text, part.image or next(iter(reply.images), None))

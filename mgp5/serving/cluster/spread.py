@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from ...apps.batch import Answer, Reply, answer
-from ...apps.batch_lines import Ask
 from ...apps.open_model import open_model
+from ...apps.story import Ask
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part
 

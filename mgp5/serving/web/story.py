@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HINT = "Drop pictures in or write scenes; then let the story go on."
 CARDS = 24  # the longest story that the page shows
-Plan = list[tuple[int, SceneInput | None]]  # index of a scene, and what there is of it; None: the model's own
+Plan = list[tuple[int, SceneInput]]  # index of a scene, and what there is of it
 Planner = Callable[["PageSession", str, int], Plan]  # given the lines to draw and the number of scenes to go on with
 View = list[Any]  # values of `StoryTab.view`
 
@@ -118,12 +118,12 @@ class StoryTab:
         yield [gr.skip(), *self._view(session, progress_line(said))]
 
     async def _scene(
-        self, session: PageSession, number: int, part: SceneInput | None, options: Options
+        self, session: PageSession, number: int, part: SceneInput, options: Options
     ) -> AsyncIterator[Recorder]:
         """Yield one scene as it grows; it replaces the one with its number."""
         scenes, before = session.scenes, session.scenes[number : number + 1]
         asked = scene_request(scenes[:number], part, options, self.state.loop.model.config.narrate_from)
-        scenes[number:] = [finished_scene(part, Recorder().message), *scenes[number + 1 :]]
+        scenes[number:] = [finished_scene(part), *scenes[number + 1 :]]
         done = False
         try:
             yield Recorder()
@@ -200,7 +200,7 @@ def _draw(session: PageSession, lines: str, count: int) -> Plan:
 
 def _go_on(session: PageSession, lines: str, count: int) -> Plan:
     """Continue with scenes of the model's own."""
-    return [(len(session.scenes) + number, None) for number in range(int(count))]
+    return [(len(session.scenes) + number, SceneInput()) for number in range(int(count))]
 
 
 def _card(number: int) -> tuple[gr.Group, gr.Image, gr.Textbox, gr.Button]:
