@@ -51,14 +51,15 @@ def load(
 
     from ..hub import resolve
     from ..loading import load_model
-    from ..memory import offload
+    from ..memory.generation import select_memory_plan
+    from ..memory.offload import Plan, place
 
     target, dtype = torch.device(device), dtype or torch.float32
-    if not isinstance(memory, offload.Plan):
-        memory = offload.select_memory_plan(memory, resolve(str(name)), target, dtype, quantize)
+    if not isinstance(memory, Plan):
+        memory = select_memory_plan(memory, resolve(str(name)), target, dtype, quantize)
     backend = memory.engine(backend)
     model = load_model(name, dtype=dtype, quantize=memory.quantize)
-    offload.place(model, memory, target)
+    place(model, memory, target)
     if backend:
         set_backend(model, backend)
     return model
@@ -92,11 +93,11 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
     quiet_libraries()  # before transformers and diffusers are imported: they warn while they are
     from .. import engines
     from ..hub import resolve
-    from ..memory import offload
+    from ..memory.generation import select_memory_plan
 
     device, dtype = pick_device(request.device)
     engines.select_backend(request.backend, device, dtype)
-    plan = offload.select_memory_plan(request.memory, resolve(request.model), device, dtype, request.quantize)
+    plan = select_memory_plan(request.memory, resolve(request.model), device, dtype, request.quantize)
     backend = plan.engine(request.backend)
     if plan.why:
         tell(plan.why)

@@ -20,7 +20,7 @@ from ..heads.batch import Batch
 from ..heads.losses import Losses, text_loss
 from ..views import tables
 from .meter import MemoryMeter, fused_attention
-from .parts import memory_parts
+from .offload import memory_parts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,13 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes on one device.
-
-    Attributes:
-        rows: memory, part by part.
-        flops: operations of an update.
-        length: T that was planned for.
-    """
+    """What a run takes on one device: memory by part, operations of an update, and the T that was planned for."""
 
     rows: list[Row]
     flops: int
@@ -85,86 +79,15 @@ def estimate(model: InterleavedModel, config: TrainConfig, length: int | None = 
         cached: latents are not computed.
     """
     length = length or usual_length(model.backbone, config)
-    quantised = _quantised(model, config)
+    quantised = set()  # matrices of the LLM
+    if config.quantize != "none":
+        linears = [item for item in model.backbone.language.named_modules() if isinstance(item[1], nn.Linear)]
+        quantised = {module.weight for name, module in linears if "lora_" not in name}
     rows = [_row(part, parameters, quantised, config) for part, parameters in _parameters(model).items()]
     peak, flops = dry_run_step(model, config, length, cached)
-    peak += max((p.numel() * 2 for p in quantised), default=0)  # the largest matrix, unpacked when it is used
+    peak += max((p.numel() * 2 for p in quantised), default=0)  # the largest one, unpacked when it is used
     rows += Row("activations", other=peak), Row("context", other=CONTEXT + FRAGMENTS * peak)
     return Estimate(rows, flops * config.accumulation, length)
-
-
-def dry_run_step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool = False) -> tuple[int, int]:
-    """Run a step of `config.batch` samples of `length` tokens on the meta device, with fused attention.
-
-    Returns:
-        bytes at its peak, weights and their gradients apart, and operations.
-    """
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    model.train()
-    with fused_attention(), MemoryMeter() as meter:
-        step(model, config, length, cached).total.backward()
-    return meter.peak, meter.flops
-
-
-def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool = False) -> Losses:
-    """Return the losses of a made-up batch by the model's own parts; no value is looked into.
-
-    Each of the `config.batch` samples draws an image, whose latents may be `cached`; context images are encoded
-    already.
-    """
-    count, device = config.batch, model.backbone.device
-    ids = torch.zeros(count, length, dtype=torch.long, device=device)
-    embeds = model.backbone.embed(ids, [])
-    positions = torch.arange(length, device=device).expand(ids.shape)
-    if hasattr(getattr(model.backbone.core, "model", None), "get_rope_index"):
-        positions = positions.expand(3, *ids.shape)
-    mask = torch.ones(count, 1, length, length, dtype=torch.bool, device=device)  # as padding makes one
-    hidden = model.backbone(embeds, positions, mask)
-    states = hidden[:, -min(REPLY, length) :].flatten(0, 1)
-    text = text_loss(model.backbone.logits(states), states.new_zeros(len(states), dtype=torch.long))
-    return Losses({"text": text}, {"text": config.text_weight}) | _image_losses(model, hidden, config, cached)
-
-
-def _image_losses(model: InterleavedModel, hidden: Tensor, config: TrainConfig, cached: bool) -> Losses:
-    (count, length, _), device = hidden.shape, hidden.device
-    target = model.head.target(pil.new("RGB", (64, 64)))
-    shapes = {name: value.shape for name, value in target.items()}
-    if (generator := getattr(model.head, "generator", None)) is not None:  # what a cache can have of it
-        channels, *latents = generator.latent_shape(*(generator.native_size,) * 2)
-        shapes = {"moments": (2 * channels, *latents)} if cached else shapes
-        shapes["encodings"] = generator.condition_shape
-    ids = torch.zeros(count, length, dtype=torch.long, device=device)
-    batch = Batch(
-        *(ids, ids, ids),
-        target_rows=tuple(range(count)),
-        target_starts=(length - len(model.head.layout(target, config)[0]) - 1,) * count,
-        targets={name: torch.zeros(count, *shape, device=device) for name, shape in shapes.items()},
-        captions=("a",) * count,
-    )
-    return model.head.losses(hidden, batch, replace(config, guidance_dropout=0.0), torch.Generator())
-
-
-def table(estimate: Estimate) -> Table:
-    """Return an estimate for the terminal; the last row is the total."""
-    rows = []
-    for row in (*estimate.rows, estimate.total):
-        counts = (f"{n / 1e6:,.2f}" if n else "" for n in (row.parameters, row.trained))
-        sizes = (f"{n / GiB:.2f}" if n else "" for n in (row.weights, row.gradients, row.optimizer, row.total))
-        rows.append([row.part, *counts, *sizes])
-    names = ["part", "parameters (M)", "trained (M)", "weights", "gradients", "optimizer", "GiB"]
-    return tables.table("", names, rows)
-
-
-def usual_length(backbone: HFBackbone, config: TrainConfig) -> int:
-    """Return T of the samples that are planned for."""
-    return CAPTION if config.stage == "pretrain" else story_length(backbone)
-
-
-def story_length(backbone: HFBackbone) -> int:
-    """Return T of a story with five images of 640 x 480 pixels, at most the LLM's whole context."""
-    (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", (640, 480))]))
-    return min(STORY + IMAGES * slots, backbone.context_length)
 
 
 def _parameters(model: InterleavedModel) -> dict[str, list[nn.Parameter]]:
@@ -192,9 +115,72 @@ def _row(part: str, parameters: list[nn.Parameter], quantised: set[nn.Parameter]
     )
 
 
-def _quantised(model: InterleavedModel, config: TrainConfig) -> set[nn.Parameter]:
-    """Return the LLM's matrices that are held in few bits."""
-    if config.quantize == "none":
-        return set()
-    modules = model.backbone.language.named_modules()
-    return {m.weight for name, m in modules if isinstance(m, nn.Linear) and "lora_" not in name}
+def dry_run_step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool = False) -> tuple[int, int]:
+    """Run a step of B = `config.batch` samples of T tokens on the meta device, with fused attention; return its
+    operations and, before them, the bytes at its peak, weights and their gradients apart."""
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    model.train()
+    with fused_attention(), MemoryMeter() as meter:
+        step(model, config, length, cached).total.backward()
+    return meter.peak, meter.flops
+
+
+def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool = False) -> Losses:
+    """Return the losses of a made-up batch by the model's own parts; no value is looked into.
+
+    Each sample draws an image, whose latents may be `cached`; context images are encoded already.
+    """
+    count, device = config.batch, model.backbone.device
+    ids = torch.zeros(count, length, dtype=torch.long, device=device)
+    embeds = model.backbone.embed(ids, [])
+    positions = torch.arange(length, device=device).expand(ids.shape)
+    if hasattr(getattr(model.backbone.core, "model", None), "get_rope_index"):
+        positions = positions.expand(3, *ids.shape)
+    mask = torch.ones(count, 1, length, length, dtype=torch.bool, device=device)  # as padding makes one
+    hidden = model.backbone(embeds, positions, mask)
+    states = hidden[:, -min(REPLY, length) :].flatten(0, 1)
+    text = text_loss(model.backbone.logits(states), states.new_zeros(len(states), dtype=torch.long))
+    batch = _batch(model, ids, config, cached)
+    image = model.head.losses(hidden, batch, replace(config, guidance_dropout=0.0), torch.Generator())
+    return Losses({"text": text}, {"text": config.text_weight}) | image
+
+
+def _batch(model: InterleavedModel, ids: Tensor, config: TrainConfig, cached: bool) -> Batch:
+    """Return a batch with a target image at the end of each row of ids (B, T)."""
+    count, length = ids.shape
+    target = model.head.target(pil.new("RGB", (64, 64)))
+    shapes = {name: value.shape for name, value in target.items()}
+    if (generator := getattr(model.head, "generator", None)) is not None:  # what a cache can have of it
+        channels, *latents = generator.latent_shape(*(generator.native_size,) * 2)
+        shapes = {"moments": (2 * channels, *latents)} if cached else shapes
+        shapes["encodings"] = generator.condition_shape
+    return Batch(
+        *(ids, ids, ids),
+        target_rows=tuple(range(count)),
+        target_starts=(length - len(model.head.layout(target, config)[0]) - 1,) * count,
+        targets={name: torch.zeros(count, *shape, device=ids.device) for name, shape in shapes.items()},
+        captions=("a",) * count,
+    )
+
+
+def table(estimate: Estimate) -> Table:
+    """Return an estimate for the terminal; the last row is the total."""
+    rows = []
+    for row in (*estimate.rows, estimate.total):
+        counts = (f"{n / 1e6:,.2f}" if n else "" for n in (row.parameters, row.trained))
+        sizes = (f"{n / GiB:.2f}" if n else "" for n in (row.weights, row.gradients, row.optimizer, row.total))
+        rows.append([row.part, *counts, *sizes])
+    names = ["part", "parameters (M)", "trained (M)", "weights", "gradients", "optimizer", "GiB"]
+    return tables.table("", names, rows)
+
+
+def usual_length(backbone: HFBackbone, config: TrainConfig) -> int:
+    """Return T of the samples that are planned for."""
+    return CAPTION if config.stage == "pretrain" else story_length(backbone)
+
+
+def story_length(backbone: HFBackbone) -> int:
+    """Return T of a story with five images of 640 x 480 pixels, at most the LLM's whole context."""
+    (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", (640, 480))]))
+    return min(STORY + IMAGES * slots, backbone.context_length)

@@ -1,4 +1,4 @@
-"""How much GPU memory generation takes, part by part and phase by phase, estimated before weights are loaded.
+"""How much GPU memory generation takes, part by part and phase by phase, and the first plan that fits.
 
 Weights are counted from configurations. The LLM's cache and the activations are measured while the model's own code
 runs on the meta device. T tokens, H and W pixels of an image.
@@ -6,21 +6,22 @@ runs on the meta device. T tokens, H and W pixels of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.quantization import Quantize
-from ..heads import DrawContext, Embeds, Forced, Request, Response, Sample, Step
+from ..errors import Mgp5Error
+from ..files import GiB
+from ..heads import DrawContext, Embeds, Forced, Head, Request, Response, Sample, Step
 from ..hub import Parts
+from ..options import Memory
 from .estimate import BITS, CONTEXT, FRAGMENTS, story_length
 from .meter import peak_bytes
-from .parts import PHASES, memory_parts
-from .plan import Plan, tile_vae
+from .offload import PHASES, Plan, memory_parts, memory_plans, tile_vae
 from .skeletons import generating_skeleton
 
 if TYPE_CHECKING:
@@ -29,26 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a model takes, in bytes.
+    """What a model takes, in bytes, of T tokens and an image of (H, W) pixels."""
 
-    Attributes:
-        parameters: number of parameters and buffers of each part.
-        weights: bytes of each part. The mapper is in float32.
-        phases_of: when each part computes: a phase, "always" or "never".
-        quantized: bytes of the LLM in 4 and in 8 bits.
-        unpacked: bytes of the largest quantised matrix, which is unpacked when it is used.
-        cache: the LLM's keys and values, with room for T tokens.
-        activations: at the peak of "read" (a prefill of T tokens; no less is taken for "encode", as those of a vision
-            tower are fewer and narrower), of "draw" (a guided step), of "decode" (the VAE) and of "tiles" (a tile).
-        tokens, size: T, and (H, W).
-    """
-
-    parameters: dict[str, int]
-    weights: dict[str, int]
-    phases_of: dict[str, str]
-    quantized: dict[Quantize, float]
-    unpacked: int
-    cache: int
+    parameters: dict[str, int]  # number of parameters and buffers of each part
+    weights: dict[str, int]  # bytes of each part; the mapper is in float32
+    phases_of: dict[str, str]  # phase of each part, "always" or "never"
+    quantized: dict[Quantize, float]  # the LLM in 4 and in 8 bits
+    unpacked: int  # the largest quantised matrix, which is unpacked when it is used
+    cache: int  # the LLM's keys and values, with room for T tokens
+    # At the peak of "read" (a prefill of T tokens; no less is taken for "encode", as those of a vision tower are fewer
+    # and narrower), of "draw" (a guided step), of "decode" (the VAE) and of "tiles" (a tile of it).
     activations: dict[str, int]
     tokens: int
     size: tuple[int, int]
@@ -74,50 +65,32 @@ class Footprint:
         return max(self.phases(plan).values())
 
 
-def footprint(
-    parts: Parts,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    tokens: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> Footprint:
-    """Estimate what a model takes for one conversation; configurations are read, no weights.
+def footprint(parts: Parts, dtype: torch.dtype = torch.bfloat16, *, tokens: int | None = None) -> Footprint:
+    """Estimate what a model takes for one conversation and an image of native size, by its configurations alone.
 
-    Args:
-        parts: of `hub.resolve`.
-        dtype: of the LLM and the generator.
-        tokens: T; None is a story with five images, or the model's whole context where that is shorter.
-        height, width: in pixels; the native size when None.
-
-    Raises:
-        Mgp5Error: a configuration that is missing, or not known here.
+    T is that of a story with five images by default. Raises Mgp5Error for a configuration that is missing or unknown.
     """
     model = generating_skeleton(parts, dtype)
     backbone, generator = model.backbone, model.head.generator
     tokens = tokens or story_length(backbone)
-    size = height or generator.native_size, width or generator.native_size
     cache, read = _measure_prefill(model, tokens)
+    size = generator.native_size, generator.native_size
     draw, decode = _measure_drawing(model, size)
-    decoding = peak_bytes(decode)
+    activations = {"read": read, "draw": draw, "decode": peak_bytes(decode)}
     tile_vae(generator)
-    tensors = {name: part.tensors for name, part in memory_parts(model).items()}
-    weights = {name: sum(tensor.nbytes for tensor in own) for name, own in tensors.items()}
+    activations["tiles"] = peak_bytes(decode)
+    held = memory_parts(model)
+    weights = {name: sum(tensor.nbytes for tensor in part.tensors) for name, part in held.items()}
     linears = [m.weight.numel() for m in backbone.language.modules() if isinstance(m, nn.Linear)]
     kept = weights["LLM"] - sum(linears) * dtype.itemsize
     return Footprint(
-        parameters={name: sum(tensor.numel() for tensor in own) for name, own in tensors.items()},
+        parameters={name: sum(tensor.numel() for tensor in part.tensors) for name, part in held.items()},
         weights=weights,
-        phases_of={name: part.phase for name, part in memory_parts(model).items()},
+        phases_of={name: part.phase for name, part in held.items()},
         quantized={kind: kept + sum(linears) * bits / 8 for kind, bits in BITS.items()},
         unpacked=max(linears) * 2,
         cache=cache,
-        activations={
-            "read": read,
-            "draw": draw,
-            "decode": decoding,
-            "tiles": peak_bytes(decode),
-        },
+        activations=activations,
         tokens=tokens,
         size=size,
     )
@@ -143,43 +116,73 @@ def _measure_prefill(model: InterleavedModel, tokens: int) -> tuple[int, int]:
 
 
 def _measure_drawing(model: InterleavedModel, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
-    """Return the bytes of drawing an image of (H, W) pixels at their peak, and what decodes it."""
-    next(request for request in _drawing(model, size) if isinstance(request, Step))  # computes what all images share
-    requests, decoding = _drawing(model, size), []
-    peak = peak_bytes(lambda: decoding.extend(islice(filter(_decodes, requests), 1)))
-    return peak, lambda: [model.head.step(request.key, [request.inputs]) for request in decoding]
-
-
-def _decodes(request: Request) -> bool:
-    return isinstance(request, Step) and request.key[0] == "decode"
-
-
-def _drawing(model: InterleavedModel, size: tuple[int, int]) -> Iterator[Request]:
-    """Draw an image on the meta device in two steps; yield each request of the head, and then answer it."""
-    head = model.head
+    """Return the bytes of drawing an image of (H, W) pixels in two steps, at their peak, and what decodes it."""
+    head, width = model.head, model.backbone.width
     known = {"steps": 2, "guidance": 7.5, "height": size[0], "width": size[1]}
     names = {field.name for field in fields(head.spec.image_options)}
     options = head.spec.image_options(**{name: value for name, value in known.items() if name in names})
+    context = DrawContext(torch.zeros(1, 1, width, device="meta"), options, lambda use: torch.Generator())
+    decoding = []
 
-    def states(count: int) -> Tensor:
-        return torch.zeros(1, count, model.backbone.width, device="meta")
+    def draw() -> None:
+        drawing, response = head.draw(context), None
+        while not (isinstance(request := drawing.send(response), Step) and request.key[0] == "decode"):
+            response = _answer(request, head, width)
+        decoding.append(request)
 
-    drawing = head.draw(DrawContext(states(1), options, lambda use: torch.Generator()))
-    response = None
-    while True:
+    peak = peak_bytes(draw)
+    return peak, lambda: _answer(decoding[0], head, width)
+
+
+def _answer(request: Request, head: Head, width: int) -> Response:
+    """Answer a head with states of the LLM's width that hold nothing, or by its own step."""
+    match request:
+        case Step(key=key, inputs=inputs):
+            return Response(output=head.step(key, [inputs])[0])
+        case Forced(ids=ids):
+            pass
+        case Sample(allowed=allowed):
+            ids = tuple(choices[0] for choices in allowed)
+        case Embeds(embeds=embeds):
+            ids = (0,) * embeds.shape[1]
+        case _:
+            ids = (0,)
+    return Response(torch.zeros(1, len(ids), width, device="meta"), ids)
+
+
+def select_memory_plan(
+    memory: Memory, parts: Parts, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
+) -> Plan:
+    """Return the plan of a memory mode, with at most the bits of `quantize`.
+
+    `full` keeps everything on the GPU, `low` saves all it can, `auto` takes the first of `memory_plans` that fits what
+    is free. Only configurations are read. Raises Mgp5Error for an unknown mode, or when nothing fits.
+    """
+    if memory not in get_args(Memory):
+        raise Mgp5Error(f"no memory mode {memory!r}, expected {', '.join(get_args(Memory))}", "choose one", usage=True)
+    if memory == "full" or (memory == "auto" and device.type == "cpu"):
+        return Plan(quantize=quantize)
+    if memory == "auto":
         try:
-            request = drawing.send(response)
-        except StopIteration:
-            return
-        yield request
-        match request:
-            case Forced(ids=ids):
-                response = Response(states(len(ids)), ids)
-            case Sample(count=count, allowed=allowed):
-                response = Response(states(count), tuple(ids[0] for ids in allowed))
-            case Embeds(embeds=embeds):
-                response = Response(states(embeds.shape[1]))
-            case Step(key=key, inputs=inputs):
-                response = Response(output=head.step(key, [inputs])[0])
-            case _:
-                response = Response(states(1))
+            needs = footprint(parts, dtype)
+        except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
+            raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
+        return first_plan_that_fits(needs, torch.cuda.mem_get_info(device)[0], quantize, parts.name)
+    if device.type == "cpu":
+        why = "memory low: VAE tiling only, as on a CPU there is nowhere to move parts to"
+        return Plan(quantize=quantize, tiling=True, why=why)
+    least = memory_plans(quantize)[-1]
+    return replace(least, why=f"memory low: {least.name}")
+
+
+def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none", name: str = "the model") -> Plan:
+    """Return the first plan that fits `free` bytes; its `why` has the numbers. Raises Mgp5Error when none does."""
+    plans = memory_plans(quantize)
+    sizes = [needs.total(plan) / GiB for plan in plans]
+    have = f"{free / GiB:.1f} GiB are free"
+    for plan, size in zip(plans, sizes, strict=True):
+        if size * GiB <= free:
+            more = "" if plan is plans[0] else f"; {plans[0].name} would take {sizes[0]:.1f}"
+            return replace(plan, why=f"memory auto: {plan.name}, about {size:.1f} GiB, and {have}{more}")
+    least = f"{name} takes about {sizes[-1]:.1f} GiB of the GPU at least ({plans[-1].name}), and {have}"
+    raise Mgp5Error(least, "free some, draw with --device cpu, or take a smaller model")

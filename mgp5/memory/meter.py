@@ -39,10 +39,11 @@ class MemoryMeter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # of storages, by their id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        output = func(*args, **(kwargs or {}))
+        output = func(*args, **kwargs)
         if formula := flop_registry.get(func.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+            self.flops += formula(*args, **kwargs, out_val=output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in inputs:
                 self._add(tensor.untyped_storage())

@@ -1,4 +1,4 @@
-"""Memory plans: which fits the GPU, and where the parts of a model wait while others compute.
+"""How a model is held in memory: its parts, plans for them, and weights that wait on the CPU while others compute.
 
 Generation has four phases: "encode" (vision tower), "read" (LLM), "draw" (denoiser) and "decode" (VAE). With a plan
 that offloads, the weights of a phase are on the GPU only while it lasts. Neither backbones nor generators know of it:
@@ -7,74 +7,105 @@ that offloads, the weights of a phase are on the GPU only while it lasts. Neithe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, get_args
+from itertools import chain, product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones.quantization import Quantize
 from ..errors import Mgp5Error
-from ..files import GiB
-from ..hub import Parts
-from ..options import Memory
-from .generation import Footprint, footprint
-from .parts import memory_parts
-from .plan import Plan, memory_plans, tile_vae
+from ..options import Backend
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
 
-CPU = torch.device("cpu")
+PHASES = ("encode", "read", "draw", "decode")
 # Methods of a backbone and of a generator, by the phase in which they compute.
 BACKBONE_METHODS = {"encode": ("encode_images",), "read": ("embed", "forward", "logits", "new_cache")}
-GENERATOR_METHODS = {"draw": ("draw", "predict", "begin", "step"), "decode": ("decode", "moments")}
+GENERATOR_METHODS = {"draw": ("predict", "begin", "step"), "decode": ("decode", "moments")}
+CPU = torch.device("cpu")
+TILE = 64  # latents along a side: in smaller tiles it shows that each is normalised on its own
 
 
-def select_memory_plan(
-    memory: Memory, parts: Parts, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
-) -> Plan:
-    """Return the plan of a memory mode: `full` keeps everything on the GPU, `low` saves all it can, `auto` takes the
-    first of `memory_plans` that fits what is free.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model is held in memory: bits of the LLM's layers, whether parts wait on the CPU until their phase, and
+    whether the VAE decodes images above 64 x 64 latents in tiles, which changes them a little."""
 
-    Args:
-        parts: where the model is; only its configurations are read.
-        dtype: of the LLM and the generator.
-        quantize: what the user wants at least.
+    quantize: Quantize = "none"
+    offload: bool = False
+    tiling: bool = False
+    why: str = ""  # one line for the user
 
-    Raises:
-        Mgp5Error: an unknown mode, or nothing fits.
-    """
-    if memory not in get_args(Memory):
-        raise Mgp5Error(f"no memory mode {memory!r}, expected {', '.join(get_args(Memory))}", "choose one", usage=True)
-    if memory == "full" or (memory == "auto" and device.type == "cpu"):
-        return Plan(quantize=quantize)
-    if memory == "auto":
-        try:
-            needs = footprint(parts, dtype)
-        except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
-            raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
-        return first_plan_that_fits(needs, torch.cuda.mem_get_info(device)[0], quantize, parts.name)
-    if device.type == "cpu":
-        why = "memory low: VAE tiling only, as on a CPU there is nowhere to move parts to"
-        return Plan(quantize=quantize, tiling=True, why=why)
-    least = memory_plans(quantize)[-1]
-    return replace(least, why=f"memory low: {least.name}")
+    @property
+    def moves_llm(self) -> bool:
+        """Whether the LLM waits too. Layers of 8 bits keep tensors that bitsandbytes does not move before 0.48."""
+        return self.offload and self.quantize != "8bit"
+
+    @property
+    def name(self) -> str:
+        """The plan in words."""
+        bits = [] if self.quantize == "none" else [f"LLM in {self.quantize[0]} bits"]
+        return ", ".join(bits + ["offload"] * self.offload + ["VAE tiling"] * self.tiling) or "full"
+
+    def engine(self, backend: Backend | None) -> Backend | None:
+        """Return the engine that goes with the plan. Raises Mgp5Error if `backend` needs weights to stay."""
+        if self.offload and backend not in (None, "auto", "eager"):
+            raise Mgp5Error(
+                f"--backend {backend} needs weights that stay on the GPU, and this memory mode moves them",
+                "take --backend eager, or --memory full",
+                usage=True,
+            )
+        return "eager" if self.offload and backend == "auto" else backend
 
 
-def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none", name: str = "the model") -> Plan:
-    """Return the first plan that fits `free` bytes; its `why` has the numbers. Raises Mgp5Error when none does."""
-    plans = memory_plans(quantize)
-    sizes = [needs.total(plan) / GiB for plan in plans]
-    have = f"{free / GiB:.1f} GiB are free"
-    for plan, size in zip(plans, sizes, strict=True):
-        if size * GiB <= free:
-            more = "" if plan is plans[0] else f"; {plans[0].name} would take {sizes[0]:.1f}"
-            return replace(plan, why=f"memory auto: {plan.name}, about {size:.1f} GiB, and {have}{more}")
-    least = f"{name} takes about {sizes[-1]:.1f} GiB of the GPU at least ({plans[-1].name}), and {have}"
-    raise Mgp5Error(least, "free some, draw with --device cpu, or take a smaller model")
+def memory_plans(quantize: Quantize = "none") -> list[Plan]:
+    """Return all plans, from the one that takes most memory and least time."""
+    bits: list[Quantize] = ["none", "4bit"] if quantize == "none" else [quantize]
+    choices = product(bits, (False, True), (False, True))
+    return [Plan(quantize=kind, offload=offload, tiling=tiling) for kind, offload, tiling in choices]
+
+
+class MemoryPart(NamedTuple):
+    """A part of a model: when it computes, its modules, and their parameters and buffers without those of earlier
+    parts. It computes in one of PHASES, or it is on the GPU "always" or "never"."""
+
+    phase: str
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+
+
+def memory_parts(model: InterleavedModel) -> dict[str, MemoryPart]:
+    """Return the parts of a model by name: LLM, vision tower, and those that its head lists."""
+    backbone = model.backbone
+    language = [m for m in (backbone.language, backbone.lm_head, backbone.prefix) if m is not None]
+    rows = [*(("LLM", "read", module) for module in language), ("vision tower", "encode", backbone)]
+    for name, part in model.head.parts().items():
+        if part.phase or part.saved:
+            rows.append((name, part.phase or "always", part.module))
+        else:  # at most they encode the empty text, once
+            rows.append(("text encoders", "never", part.module))
+    parts: dict[str, MemoryPart] = {}
+    taken: set[int] = set()
+    for name, phase, module in rows:
+        part = parts.setdefault(name, MemoryPart(phase, [], []))
+        part.modules.append(module)
+        new = {id(t): t for t in chain(module.parameters(), module.buffers()) if id(t) not in taken}
+        part.tensors.extend(new.values())
+        taken |= new.keys()
+    return parts
+
+
+def tile_vae(generator: Any) -> None:
+    """Let the VAE decode large images in overlapping tiles."""
+    vae, size = generator.vae, generator.native_size
+    vae.enable_tiling()
+    vae.tile_sample_min_size = TILE * (size // generator.latent_shape(size, size)[1])
+    vae.tile_latent_min_size = TILE
 
 
 def place(model: InterleavedModel, plan: Plan, device: torch.device) -> Offload | None:
@@ -90,38 +121,35 @@ def place(model: InterleavedModel, plan: Plan, device: torch.device) -> Offload 
 
 
 class Offload:
-    """Moves the weights of a model between two devices as phases begin.
+    """Moves the weights of a merged model between the CPU and `device` as phases begin.
 
     Methods that compute begin their phase, which costs nothing while it lasts. Only the data of tensors moves, so all
     modules that share them see it. The waiting copy is kept, as nothing trains here: leaving a phase copies nothing.
 
-    Args:
-        model: loaded and merged, on any device.
-        device: where it computes.
-        waiting: where parts wait.
-        llm: whether the LLM moves, or stays on `device`.
-
     Attributes:
-        parts: phase -> the tensors that move.
-        phase: the one that lasts, "" before the first.
+        parts: phase -> the tensors that move; without those of the LLM where `llm` is False.
+        phase: the one that lasts.
     """
 
-    def __init__(
-        self, model: InterleavedModel, device: torch.device, waiting: torch.device = CPU, *, llm: bool = True
-    ) -> None:
-        self.device, self.waiting, self.phase = device, waiting, ""
+    def __init__(self, model: InterleavedModel, device: torch.device, *, llm: bool = True) -> None:
+        self.device, self.phase = device, ""
+        self.parts: dict[str, list[Tensor]] = {}
+        self._waiting: dict[int, Tensor] = {}
         if not llm:
             model.backbone.to(device)
-        parts = memory_parts(model).values()
-        for module in (module for part in parts if part.phase == "always" for module in part.modules):
-            module.to(device)
-        self.parts: dict[str, list[Tensor]] = {}
-        for part in parts:
-            if part.phase not in ("always", "never") and (llm or part.phase != "read"):
+        for part in memory_parts(model).values():
+            if part.phase == "always":
+                for module in part.modules:
+                    module.to(device)
+            elif part.phase != "never" and (llm or part.phase != "read"):
                 self.parts.setdefault(part.phase, []).extend(part.tensors)
-        self._kept: dict[int, Tensor] = {}
-        for tensors in self.parts.values():
-            self._leave(tensors)
+        for phase in self.parts:
+            self._leave(phase)
+        self._wrap(model)
+        self.enter("draw")  # engines look at where the denoiser is
+
+    def _wrap(self, model: InterleavedModel) -> None:
+        """Let the methods of backbone and generator, and the modules of the head's parts, begin their phases."""
         for part in model.head.parts().values():
             if part.phase:
                 part.module.register_forward_pre_hook(lambda *_, phase=part.phase: self.enter(phase))
@@ -129,57 +157,40 @@ class Offload:
         if (generator := getattr(model.head, "generator", None)) is not None:  # an engine does not call the denoiser
             owners.append((generator, GENERATOR_METHODS))
         for owner, methods in owners:
-            owner.compute_device = device
+            owner.compute_device = self.device
             for phase, names in methods.items():
                 for name in names:
                     if hasattr(owner, name):
                         setattr(owner, name, self._beginning(phase, getattr(owner, name)))
-        self.enter("draw")  # engines look at where the denoiser is
 
+    def _beginning(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter(phase)
+            return method(*args, **kwargs)
+
+        return call
+
+    @torch.inference_mode(False)
     def enter(self, phase: str) -> None:
         """Begin a phase: its weights come to `device`, after those of the phase before have made room."""
         if phase == self.phase:
             return
-        if self.phase in self.parts:
-            self._leave(self.parts[self.phase])
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # the next weights are of other sizes
+        self._leave(self.phase)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next weights are of other sizes
         self.phase = phase
         for tensor in self.parts.get(phase, ()):
-            self._bring(tensor)
-
-    def _beginning(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method that begins its phase, and does so before each item that it yields."""
-
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.enter(phase)
-            result = method(*args, **kwargs)
-            return self._during(phase, result) if isinstance(result, Iterator) else result
-
-        return call
-
-    def _during(self, phase: str, items: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            self.enter(phase)  # others may have computed since the item before
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            yield item
+            tensor.data = self._waiting[id(tensor)].to(self.device, copy=True)
+            _move_scales(tensor, self.device)
 
     @torch.inference_mode(False)
-    def _bring(self, tensor: Tensor) -> None:
-        tensor.data = self._kept[id(tensor)].to(self.device, copy=True)
-        _move_scales(tensor, self.device)
-
-    @torch.inference_mode(False)
-    def _leave(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            if id(tensor) not in self._kept:
-                self._kept[id(tensor)] = tensor.detach().as_subclass(Tensor).to(self.waiting)
-            _move_scales(tensor, self.waiting)
-            tensor.data = self._kept[id(tensor)]
+    def _leave(self, phase: str) -> None:
+        for tensor in self.parts.get(phase, ()):
+            if id(tensor) not in self._waiting:
+                self._waiting[id(tensor)] = tensor.detach().as_subclass(Tensor).to(CPU)
+            _move_scales(tensor, CPU)
+            tensor.data = self._waiting[id(tensor)]
 
 
 def _move_scales(tensor: Tensor, device: torch.device) -> None:

@@ -42,18 +42,6 @@ from ..model import InterleavedModel
 if TYPE_CHECKING:
     from ..config import ModelConfig, TrainConfig
 
-# What is made of a pipeline: class, name and class of the denoiser, schedule, text encoders.
-PIPELINE_PARTS: dict[str, tuple[Any, str, Any, Any, dict[str, Any]]] = {
-    "StableDiffusionPipeline": (sd2.StableDiffusion, "unet", UNet2DConditionModel, NoiseSchedule, sd2.TEXT_PARTS),
-    "StableDiffusion3Pipeline": (
-        sd3.StableDiffusion3,
-        "transformer",
-        SD3Transformer2DModel,
-        FlowSchedule,
-        sd3.TEXT_PARTS,
-    ),
-}
-
 
 @cache
 def known_models(kind: str) -> dict[str, dict[str, Any]]:
@@ -73,6 +61,8 @@ def skeleton(
 ) -> InterleavedModel:
     """Return a model without real weights, prepared for a stage by the code that trains.
 
+    Raises Mgp5Error for a pipeline of a kind not known here.
+
     Args:
         mllm, diffusion: known names or their hub ids, with tokenizers that know as many tokens as the real ones but
             spell none of them; or folders and other hub ids, of which configurations and tokenizers are read.
@@ -80,18 +70,10 @@ def skeleton(
         trained: configuration of a model that goes on from an earlier stage.
         device: "meta", or another: then the weights are random.
         dtype: of the frozen parts.
-
-    Raises:
-        Mgp5Error: a pipeline of a kind not known here.
     """
+    layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
     with torch.device(device):
-        with local_torch_dtype(dtype, "a skeleton"):
-            backbone, generator = backbone_shape(mllm), generator_shape(diffusion)
-        if trained:
-            model = InterleavedModel(backbone, head_class(trained.head)(generator, trained.head_config), trained)
-        else:
-            layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
-            model = assemble(backbone, generator, mllm, diffusion, num_vokens=num_vokens, **layers)
+        model = _assemble(mllm, diffusion, dtype, trained, num_vokens=num_vokens, **layers)
         model.prepare(config)
     return model
 
@@ -99,24 +81,28 @@ def skeleton(
 def generating_skeleton(parts: Parts, dtype: torch.dtype) -> InterleavedModel:
     """Return a model without weights on the meta device, as it generates: what was trained is merged.
 
-    Args:
-        parts: of `hub.resolve`.
-        dtype: of the LLM and the generator.
-
-    Raises:
-        Mgp5Error: a configuration that is missing, or not known here.
+    Raises Mgp5Error for a configuration that is missing, or not known here.
     """
+    trained = None
+    if parts.trained:
+        path = parts.trained / CONFIG
+        trained = model_config_from(read_config(path), str(path))
     with torch.device("meta"):
         try:
-            backbone = backbone_shape(parts.mllm).to(dtype)
+            return _assemble(parts.mllm, parts.diffusion, dtype, trained)
         except (OSError, ValueError) as error:
             raise explain(error, parts.mllm) from error
-        generator = generator_shape(parts.diffusion).to(dtype)
-        if parts.trained is None:
-            return assemble(backbone, generator, parts.mllm, parts.diffusion)
-        path = parts.trained / CONFIG
-        config = model_config_from(read_config(path), str(path))
-        return InterleavedModel(backbone, head_class(config.head)(generator, config.head_config), config)
+
+
+def _assemble(
+    mllm: str, diffusion: str, dtype: torch.dtype, trained: ModelConfig | None, **options: Any
+) -> InterleavedModel:
+    """Return a model with frozen parts in `dtype`; with a fresh mapper by `options` if none is trained."""
+    with local_torch_dtype(dtype, "a skeleton"):
+        backbone, generator = backbone_shape(mllm), generator_shape(diffusion)
+    if trained is None:
+        return assemble(backbone, generator, mllm, diffusion, **options)
+    return InterleavedModel(backbone, head_class(trained.head)(generator, trained.head_config), trained)
 
 
 def backbone_shape(name: str) -> HFBackbone:
@@ -136,25 +122,27 @@ def backbone_shape(name: str) -> HFBackbone:
 def generator_shape(name: str) -> Any:
     """Return the latent-diffusion model `name` with random weights, of torch's default device and type.
 
-    Raises:
-        Mgp5Error: a pipeline of a kind not known here, or a part of it is missing.
+    Raises Mgp5Error for a pipeline of a kind not known here, or a part that is missing.
     """
     known = known_models("generator").get(_known_name(name))
     index = known or read_index(name)
-    if index.get("_class_name") not in PIPELINE_PARTS:
+    if index.get("_class_name") not in PIPELINES:
         found = f"{name} holds a {index.get('_class_name')}"
         raise Mgp5Error(f"{found}, expected one of {', '.join(PIPELINES)}", "choose another model")
-    model_class, denoiser, denoiser_class, schedule, text_parts = PIPELINE_PARTS[index["_class_name"]]
 
     def config(kind: Any, part: str) -> dict[str, Any]:
         return known[part] if known else load_part(kind.load_config, name, part, None)
 
-    vae = config(AUTOENCODERS["AutoencoderKL"], "vae")
-    parts: dict[str, Any] = {
-        denoiser: denoiser_class.from_config(config(denoiser_class, denoiser)),
-        "vae": AUTOENCODERS[vae["_class_name"]].from_config(vae),
-        "schedule": schedule.from_config(config(DDIMScheduler, "scheduler")),
-    }
+    vae, scheduler = config(AUTOENCODERS["AutoencoderKL"], "vae"), config(DDIMScheduler, "scheduler")
+    parts: dict[str, Any] = {"vae": AUTOENCODERS[vae["_class_name"]].from_config(vae)}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        kind, text_parts = sd2.StableDiffusion, sd2.TEXT_PARTS
+        parts["unet"] = UNet2DConditionModel.from_config(config(UNet2DConditionModel, "unet"))
+        parts["schedule"] = NoiseSchedule.from_config(scheduler)
+    else:
+        kind, text_parts = sd3.StableDiffusion3, sd3.TEXT_PARTS
+        parts["transformer"] = SD3Transformer2DModel.from_config(config(SD3Transformer2DModel, "transformer"))
+        parts["schedule"] = FlowSchedule.from_config(scheduler)
     for encoder, (encoder_class, tokenizer, tokenizer_class) in text_parts.items():
         if known:
             parts[encoder] = encoder_class(encoder_class.config_class(**known[encoder]))
@@ -162,7 +150,7 @@ def generator_shape(name: str) -> Any:
         elif (index.get(encoder) or [None])[-1] is not None:
             parts[encoder] = encoder_class(load_part(encoder_class.config_class.from_pretrained, name, encoder, None))
             parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, None)
-    return model_class(**parts)
+    return kind(**parts)
 
 
 def _known_name(name: str) -> str:
@@ -172,8 +160,7 @@ def _known_name(name: str) -> str:
 
 def _llm_tokenizer(size: int, special: dict[str, int]) -> PreTrainedTokenizerFast:
     """Return a tokenizer of `size` tokens that have no spelling, but for special ones."""
-    names = {number: token for token, number in special.items()}
-    words = {names.get(number, f"<{number}>"): number for number in range(size)}
+    words = {f"<{number}>": number for number in set(range(size)) - set(special.values())} | special
     end = "<|im_end|>" if "<|im_end|>" in special else "</s>"
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token=end)
 
