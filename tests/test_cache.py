@@ -116,7 +116,7 @@ def counted(monkeypatch) -> list[int]:
     """How many items each call of the frozen parts computes."""
     calls, real = [], caching.compute
     monkeypatch.setattr(caching, "compute", lambda *args: (done := real(*args), calls.append(len(done)))[0])
-    monkeypatch.setattr(caching, "_probe", lambda *args: (0, 0))  # which computes some too
+    monkeypatch.setattr(caching, "_item_bytes", lambda *args: 0)  # which computes some too
     return calls
 
 
@@ -165,10 +165,6 @@ def test_a_run_killed_while_it_writes_goes_on(folders, world, tmp_path, monkeypa
     assert not list(tmp_path.glob("killed/*/*.part"))
     for kind in caches.KINDS:
         assert items(tmp_path / "killed", kind).keys() == items(tmp_path / "whole", kind).keys()
-        (manifest,) = (tmp_path / "killed").glob(f"{kind}-*/manifest.json")
-        facts = json.loads(manifest.read_text())
-        assert facts["shards"] == sorted(path.name for path in manifest.parent.glob("*.safetensors"))
-        assert facts["count"] == len(items(tmp_path / "killed", kind))
 
 
 def test_broken_pictures_and_copies(folders, world, tmp_path):
@@ -283,13 +279,13 @@ def cached(folders, world, tmp_path_factory) -> Path:
     return out
 
 
-def test_precision_of_the_weights_does_not_matter_and_lost_shards_are_told(folders, cached, tmp_path):
+def test_precision_of_the_weights_does_not_matter_and_broken_shards_are_told(folders, cached, tmp_path):
     model = fresh(folders["llava"], torch.bfloat16)
     Caches.open([cached], model)
     with pytest.raises(Mgp5Error, match="holds no cache"):
         Caches.open([tmp_path], model)
     shutil.copytree(cached, tmp_path / "copy")
-    next((tmp_path / "copy").glob("latents-*/*.safetensors")).unlink()
+    next((tmp_path / "copy").glob("latents-*/*.safetensors")).write_bytes(b"cut")
     with pytest.raises(Mgp5Error, match="cannot be read"):
         Caches.open([tmp_path / "copy"], model)
 

@@ -25,11 +25,7 @@ Source = tuple[str, Path]  # format, path
 
 
 class Keyed:
-    """Data sets one after another, each sample with its key, which names it in reports.
-
-    Attributes:
-        problems: of all of them.
-    """
+    """Data sets one after another, each sample with its key."""
 
     def __init__(self, parts: Sequence[Dataset]) -> None:
         self.parts, self.problems = tuple(parts), Problems()
@@ -41,7 +37,6 @@ class Keyed:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> tuple[str, Conversation]:
-        """Return key and sample. Raises IndexError."""
         index = range(len(self))[index]
         number = bisect_right(self._ends, index)
         part = self.parts[number]
@@ -50,21 +45,15 @@ class Keyed:
 
 
 def load_data(format: str, path: Path | str, split: str = "train", **options: Any) -> Dataset | Shards:
-    """Read a data source.
+    """Read a data source: a folder, or the file in it that lists the samples; for "shards" a URL too.
 
-    Args:
-        format: a name in `FORMATS`.
-        path: a folder, or the file in it that lists the samples; for "shards" a URL too.
-        split: "train", "val" or "test"; the last two stand in for each other.
-        options: those of the format's `load`.
-
-    Raises:
-        Mgp5Error: an unknown format, split or option, or data that cannot be used.
+    "val" and "test" stand in for each other; `options` are those of the format's `load`. Raises Mgp5Error for an
+    unknown format, split or option, or data that cannot be used.
     """
     load, known = _loader(format)
-    if unknown := sorted(options.keys() - set(known)):
-        hint = f"it has {', '.join(known)}" if known else "it has none"
-        raise Mgp5Error(f"data of format {format} has no option {', '.join(unknown)}", hint, usage=True)
+    if unknown := sorted(options.keys() - {*known}):
+        problem = f"data of format {format} has no option {', '.join(unknown)}"
+        raise Mgp5Error(problem, f"it has {', '.join(known) or 'none'}", usage=True)
     return load(Path(path), split, **options)
 
 
@@ -76,17 +65,10 @@ def load_sources(
     count: Callable[[str], int],
     tell: Callable[[str], None] = lambda text: None,
 ) -> Keyed | Shards:
-    """Read several data sources as one; each format takes the settings that it knows.
+    """Read several data sources as one; each format takes the settings of `config` that it knows.
 
-    Args:
-        sources: format and path of each.
-        config: how samples are made of them.
-        split: as of `load_data`.
-        count: returns the number of tokens of a text; called where `config.turn_tokens` is set.
-        tell: takes a line about what was skipped.
-
-    Raises:
-        Mgp5Error: as of `load_data`, or shards beside another source.
+    `count` returns the number of tokens of a text, for `config.turn_tokens`; `tell` takes lines about what was skipped.
+    Raises Mgp5Error as `load_data` does, or for shards beside another source.
     """
     if problems := check_sources(sources):
         raise Mgp5Error("; ".join(problems), usage=True)

@@ -24,42 +24,40 @@ def num_samples(rows: int, instruct_every: int) -> int:
     return rows + (rows // instruct_every if instruct_every else 0)
 
 
-class CC3M:
-    """Samples from a caption to its image; after every `instruct_every`-th row, the row again as an instruction.
+def locate(index: int, instruct_every: int) -> tuple[int, bool]:
+    """Return the row of a sample, and whether it is its instruction: the last of `instruct_every` + 1 samples."""
+    if not instruct_every:
+        return index, False
+    block, offset = divmod(index, instruct_every + 1)
+    return block * instruct_every + min(offset, instruct_every - 1), offset == instruct_every
 
-    Attributes:
-        problems: rows skipped at load: "missing image", "bad row".
-    """
+
+class CC3M:
+    """Samples from a caption to its image; after every `instruct_every`-th row, the row again as an instruction."""
 
     def __init__(self, root: Path, rows: Rows, problems: Problems, instruct_every: int, seed: int) -> None:
-        self.root = root
-        self.problems = problems
+        self.root, self.problems = root, problems
         self._rows = rows  # each "caption<TAB>path"
-        self._every = instruct_every
-        self._seed = seed
+        self._every, self._seed = instruct_every, seed
 
     def __len__(self) -> int:
         return num_samples(len(self._rows), self._every)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Return a sample. Raises IndexError."""
-        row, instruct = self._locate(index)
-        caption, name = self._rows[row].decode().split("\t")
+        caption, name, instruct = self._row(index)
         image = Image(path=self.root / name, caption=caption)
         return caption_to_image(image, pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None)
 
     def key(self, index: int) -> str:
         """Return the path of the image, relative to the folder; that of an instruction ends in "#instruction"."""
-        row, instruct = self._locate(index)
-        return self._rows[row].decode().split("\t")[1] + ("#instruction" if instruct else "")
+        _, name, instruct = self._row(index)
+        return name + ("#instruction" if instruct else "")
 
-    def _locate(self, index: int) -> tuple[int, bool]:
-        """Return the row of a sample, and whether it is an instruction: the last of `instruct_every` + 1 samples."""
-        index = range(len(self))[index]
-        if not self._every:
-            return index, False
-        block, offset = divmod(index, self._every + 1)
-        return block * self._every + min(offset, self._every - 1), offset == self._every
+    def _row(self, index: int) -> tuple[str, str, bool]:
+        """Return caption and path of a sample, and whether it is an instruction. Raises IndexError."""
+        row, instruct = locate(range(len(self))[index], self._every)
+        caption, name = self._rows[row].decode().split("\t")
+        return caption, name, instruct
 
 
 def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: int = 0) -> CC3M:
@@ -67,7 +65,6 @@ def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: i
 
     Args:
         path: folder of the table, or the table itself; image paths are relative to the table's folder.
-        split: "train", "val" or "test"; the last two stand in for each other.
         instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
             Other splits have none, so that every image counts once in an evaluation.
         seed: chooses among the wordings of the instruction.
@@ -96,10 +93,7 @@ def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: i
 
 
 def _fields(line: bytes, header: list[str]) -> tuple[str, str] | None:
-    """Return the cleaned caption and the image path of a row, None when either is missing.
-
-    Quotes that a spreadsheet or pandas puts around a field need no parser: cleaning drops those of the caption.
-    """
+    """Return the cleaned caption and the image path of a row, None when either is missing."""
     try:
         fields = line.decode().split("\t")
     except UnicodeDecodeError:
@@ -107,5 +101,5 @@ def _fields(line: bytes, header: list[str]) -> tuple[str, str] | None:
     if len(fields) != len(header):
         return None
     caption, name = (fields[header.index(column)] for column in COLUMNS)
-    caption, name = clean_caption(caption), name.strip().strip('"')
+    caption, name = clean_caption(caption), name.strip().strip('"')  # a spreadsheet may have put quotes around fields
     return (caption, name) if caption and name else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import Mgp5Error
 from ..files import digest
@@ -18,11 +19,13 @@ SPLITS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 
 
 class Problems(dict[str, int]):
-    """Count of skipped samples by kind of problem; `first` says where each kind was met first."""
+    """Number of skipped samples by kind of problem; `first` says where each kind was met first."""
 
-    def __init__(self) -> None:
+    def __init__(self, skipped: Iterable[Skipped] = ()) -> None:
         super().__init__()
         self.first: dict[str, str] = {}
+        for kind, where in skipped:
+            self.note(kind, where)
 
     def note(self, kind: str, where: str) -> None:
         """Count one more of a kind."""
@@ -40,24 +43,20 @@ class Problems(dict[str, int]):
 
 
 class Dataset(Protocol):
-    """A map-style data set, as a torch DataLoader reads it."""
+    """A map-style data set, as a torch DataLoader reads it; the last message of a sample is the target."""
 
-    problems: Problems
+    problems: Problems  # samples that were skipped when it was loaded
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Conversation:
-        """Return a conversation whose last message, by the assistant, is the target. Raises IndexError."""
+    def __getitem__(self, index: int) -> Conversation: ...
 
     def key(self, index: int) -> str:
         """Return a name of the sample that stays the same, for reports."""
 
 
 class Rows:
-    """Many short byte strings in one buffer.
-
-    Forked DataLoader workers share it, whereas millions of Python objects would be copied as their counts change.
-    """
+    """Many short byte strings in one buffer, which forked data workers share; they would copy Python objects."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -72,8 +71,36 @@ class Rows:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> bytes:
-        """Return a row, counted from 0."""
         return bytes(self._buffer[self._ends[index - 1] if index else 0 : self._ends[index]])
+
+
+class Dialogues:
+    """Dialogues in memory, and which of their turns are targets of samples; a format adds `__getitem__`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.problems = root, Problems()
+        self._rows = Rows()  # each the JSON of [name, turns]
+        self._row_of, self._target_of = array("I"), array("I")  # per sample
+
+    def add(self, name: str, turns: list[Any], targets: Sequence[int]) -> None:
+        """Add a sample for each target turn of a dialogue."""
+        if targets:
+            self._row_of.extend([len(self._rows)] * len(targets))
+            self._target_of.extend(targets)
+            self._rows.add(json.dumps([name, turns], separators=(",", ":")).encode())
+
+    def __len__(self) -> int:
+        return len(self._target_of)
+
+    def row(self, index: int) -> tuple[str, list[Any], int]:
+        """Return name and turns of a sample's dialogue, and its target. Raises IndexError."""
+        name, turns = json.loads(self._rows[self._row_of[index]])
+        return name, turns, self._target_of[index]
+
+    def key(self, index: int) -> str:
+        """Return dialogue and target turn."""
+        name, _, target = self.row(index)
+        return f"{name}/{target}"
 
 
 class ImageFiles:
@@ -86,12 +113,7 @@ class ImageFiles:
     def find(self, name: str, where: str) -> str | None:
         """Return the path relative to the folder, None when there is no such file.
 
-        Args:
-            name: path as a table gives it.
-            where: where it is named, for the error.
-
-        Raises:
-            Mgp5Error: the path leaves the folder (absolute, "..", or through a link).
+        Raises Mgp5Error that begins with `where` for a path that leaves the folder (absolute, "..", or by a link).
         """
         name = name.replace("\\", "/")
         directory, _, file = name.rpartition("/")
@@ -111,7 +133,7 @@ class ImageFiles:
 
 
 def _listing(directory: Path) -> dict[str, bool]:
-    """Return the names of the files in a directory, each with whether it is a link; none when it cannot be read."""
+    """Return the files in a directory, each with whether it is a link; none when it cannot be read."""
     try:
         with os.scandir(directory) as entries:
             return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
@@ -120,15 +142,9 @@ def _listing(directory: Path) -> dict[str, bool]:
 
 
 def find_table(path: Path, split: str, *patterns: str) -> Path:
-    """Return the file of a split: `path` itself when it is a file, else the first pattern that exists below it.
+    """Return `path` itself when it is a file, else the first pattern, with {split} in it, that exists below it.
 
-    Args:
-        path: of the data source.
-        split: "train", "val" or "test"; the last two stand in for each other.
-        patterns: file names with "{split}" in them, the usual one first.
-
-    Raises:
-        Mgp5Error: an unknown split, or no such file.
+    "val" and "test" stand in for each other. Raises Mgp5Error for an unknown split, or no such file.
     """
     if split not in SPLITS:
         raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,54 +10,26 @@ from typing import Any
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Part, Text
 from ..prompts import CHAT_SYSTEM
-from .files import SUFFIXES, ImageFiles, Problems, Rows, check_usable, find_table, lines
+from .files import SUFFIXES, Dialogues, ImageFiles, Problems, check_usable, find_table, lines
 
 Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
 
 
-class MMDialog:
-    """Samples from the turns before an answer to that answer.
+class MMDialog(Dialogues):
+    """Samples from the turns before an answer to that answer; keys like "17/3", turns counted from 0."""
 
-    Attributes:
-        problems: skipped at load: "missing image", "bad turn" and "long turn" (the dialogue ends before it), "bad row".
-    """
-
-    def __init__(self, root: Path, history: int | None, user_targets: bool) -> None:
-        self.root = root
-        self.problems = Problems()
+    def __init__(self, root: Path, history: int | None) -> None:
+        super().__init__(root)
         self._history = history
-        self._targets_from = (1, 1) if user_targets else (1, 2)  # first position, distance
-        self._dialogs = Rows()  # each the JSON of [name, [Turn, ...]]
-        self._dialog_of, self._turn_of = array("I"), array("I")  # per sample
-
-    def append(self, name: str, turns: list[Turn]) -> None:
-        """Add the samples of a dialogue."""
-        first, distance = self._targets_from
-        if len(turns) <= first:
-            return
-        for position in range(first, len(turns), distance):
-            self._dialog_of.append(len(self._dialogs))
-            self._turn_of.append(position)
-        self._dialogs.add(json.dumps([name, turns], separators=(",", ":")).encode())
-
-    def __len__(self) -> int:
-        return len(self._turn_of)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Return a sample. Raises IndexError."""
-        target = self._turn_of[index]
-        _, turns = json.loads(self._dialogs[self._dialog_of[index]])
+        _, turns, target = self.row(index)
         first = 0 if self._history is None else max(0, target - self._history)
         conversation = Conversation().add("system", CHAT_SYSTEM)
         for position in range(first, target + 1):
             role = "user" if (target - position) % 2 else "assistant"
             conversation = conversation.add(role, *(self._part(*part) for part in turns[position]))
         return conversation
-
-    def key(self, index: int) -> str:
-        """Return dialogue and turn (from 0), as in "17/3"."""
-        name, _ = json.loads(self._dialogs[self._dialog_of[index]])
-        return f"{name}/{self._turn_of[index]}"
 
     def _part(self, kind: str, value: str) -> Part:
         return Text(value) if kind == "text" else Image(path=self.root / value)
@@ -75,14 +46,15 @@ def load(
 ) -> MMDialog:
     """Read dialogues from `<split>/<split>_conversations.txt`: a JSON object on each line, images beside it by id.
 
+    A dialogue ends before a turn that is malformed, too long or without its image.
+
     Args:
         path: folder of the splits, folder of one split, or the file itself.
-        split: "train", "val" or "test"; the last two stand in for each other.
         history: how many utterances before the answer are kept; None = all (the release keeps at most 3).
             An even number makes the assistant speak first, which some chat templates refuse.
         user_targets: also learn the turns at even positions (as the release does), roles swapped, so that
             the assistant speaks first and answers last; never the very first turn.
-        turn_tokens: a dialogue ends before a turn with more tokens (the release: 50); None = no limit.
+        turn_tokens: most tokens of a turn (the release: 50); None = no limit.
         count: returns the number of tokens of a text, at most that of its UTF-8 bytes; needed for `turn_tokens`.
 
     Raises:
@@ -100,7 +72,7 @@ def load(
         return turn_tokens is not None and len(raw) > turn_tokens and count(raw.decode()) > turn_tokens
 
     table = find_table(path, split, "{split}/{split}_conversations.txt", "{split}_conversations.txt")
-    dataset, images = MMDialog(table.parent, history, user_targets), ImageFiles(table.parent)
+    dataset, images = MMDialog(table.parent, history), ImageFiles(table.parent)
     for where, line in lines(table):
         try:
             raw = json.loads(line)
@@ -108,7 +80,8 @@ def load(
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             dataset.problems.note("bad row", where)
             continue
-        dataset.append(name, _turns(turns, images, dataset.problems, where, too_long))
+        turns = _turns(turns, images, dataset.problems, where, too_long)
+        dataset.add(name, turns, range(1, len(turns), 1 if user_targets else 2))
     check_usable(dataset, table)
     return dataset
 
@@ -116,7 +89,6 @@ def load(
 def _turns(
     raw: list[Any], images: ImageFiles, problems: Problems, where: str, too_long: Callable[[str], bool]
 ) -> list[Turn]:
-    """Return the turns before the first one that is malformed, empty, too long or without its image."""
     turns = []
     for number, elements in enumerate(raw):
         spot = f"{where} turn {number}"
@@ -138,7 +110,7 @@ def _turns(
 
 
 def _elements(raw: Any) -> Turn:
-    """Return texts and image ids of a turn in order; none when it is malformed."""
+    """Return texts and image ids of a turn, [] for a malformed one."""
     parts = []
     for element in raw if isinstance(raw, list) else [None]:
         if not isinstance(element, dict) or not element.keys() & {"__TEXT__", "__MEDIA__"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ..prompts import TASK_PROMPTS, Context, Scene, Task, continue_, illustrate,
 from .files import SUFFIXES, ImageFiles, Problems, check_usable, find_table, pick
 
 Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the image
-
 TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
 DATA_HINT = "give the folder that holds this file as data, and repair it if it is broken"
 
@@ -28,20 +28,13 @@ class Story:
 
 
 class VIST:
-    """Samples of the three tasks, story by story, step by step, task by task.
-
-    Attributes:
-        stories: what was read, in file order.
-        problems: skipped at load: "missing image" (the story ends before it), "bad story", "bad annotation".
-    """
+    """Samples of the three tasks, story by story, step by step, task by task."""
 
     def __init__(
         self, stories: list[Story], problems: Problems, tasks: Sequence[Task], context: Context, first: int, seed: int
     ) -> None:
-        self.stories = stories
-        self.problems = problems
-        self._context = context
-        self._seed = seed
+        self.stories, self.problems = stories, problems  # in file order
+        self._context, self._seed = context, seed
         begin = {"illustrate": 0, "continue": 1, "narrate": first}
         self._samples = [
             (number, step, task)
@@ -55,7 +48,6 @@ class VIST:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Return a sample: history and question, and an image, text and image, or text as target. Raises IndexError."""
         number, step, task = self._samples[index]
         story = self.stories[number]
         history, (text, image) = story.scenes[:step], story.scenes[step]
@@ -87,9 +79,10 @@ def load(
     official `<split>.story-in-sequence.json`, also in `sis/`, goes with images `<flickr id>.jpg` (or another suffix)
     in `images/`, `<split>/`, `images/<split>/` or beside the file.
 
+    A story ends before its first missing image.
+
     Args:
         path: folder of the files, or the file of the stories; image paths are relative to the folder.
-        split: "train", "val" or "test"; the last two stand in for each other.
         tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
         context: how much of the history the prompt shows: "full", "text" or "none".
         narrate_first: also narrate step 0, without any history.
@@ -107,9 +100,14 @@ def load(
     images = ImageFiles(path if path.is_dir() else table.parent)
     problems, stories, raw_stories = Problems(), [], read_json(table, DATA_HINT)
     if isinstance(raw_stories.get("annotations"), list):
-        raw_stories, find = _official(raw_stories["annotations"], problems, table), _search(images, table)
+        raw_stories, names = _official(raw_stories["annotations"], problems, table), None
+        own = table.name.partition(".")[0]
+        folders = ("images", own, f"images/{own}", table.parent.relative_to(images.root).as_posix())
+        patterns = [f"{folder}/{{}}{suffix}" for folder in folders for suffix in SUFFIXES]
     else:
-        find = _mapped(images, read_json(table.with_name(table.name.replace("cleaned", "image_mapping")), DATA_HINT))
+        names = read_json(table.with_name(table.name.replace("cleaned", "image_mapping")), DATA_HINT)
+        patterns = ["{}"]
+    find = partial(_find, images, names, patterns)
     for name, raw in raw_stories.items():
         if scenes := _scenes(raw, find, images.root, problems, f"{table.name} story {name}"):
             stories.append(Story(name, scenes))
@@ -118,33 +116,17 @@ def load(
     return dataset
 
 
-def _mapped(images: ImageFiles, names: dict[str, Any]) -> Find:
-    """Find the images of the cleaned files by the mapping."""
-
-    def find(image_id: str, where: str) -> str | None:
-        name = names.get(image_id)
-        return images.find(name, where) if isinstance(name, str) else None
-
-    return find
-
-
-def _search(images: ImageFiles, table: Path) -> Find:
-    """Find the images of the official files, of which no list says where they are, in the usual folders."""
-    split = table.name.partition(".")[0]
-    folders = ("images", split, f"images/{split}", table.parent.relative_to(images.root).as_posix())
-
-    def find(image_id: str, where: str) -> str | None:
-        names = (f"{folder}/{image_id}{suffix}" for folder in folders for suffix in SUFFIXES)
-        return next((path for name in names if (path := images.find(name, where))), None)
-
-    return find
+def _find(
+    images: ImageFiles, names: dict[str, Any] | None, patterns: list[str], image_id: str, where: str
+) -> str | None:
+    """Return the first path that exists for an image: of its name, or of its id where no list has the names."""
+    name = image_id if names is None else names.get(image_id)
+    paths = (images.find(pattern.format(name), where) for pattern in patterns if isinstance(name, str))
+    return next(filter(None, paths), None)
 
 
 def _official(annotations: list[Any], problems: Problems, table: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the steps of each story in the form of the cleaned files.
-
-    "original_text" is what people wrote, "text" the same with names made "[male]" and split into tokens.
-    """
+    """Return the steps of each story in the form of the cleaned files, with the words that people wrote if given."""
     stories: dict[str, list[dict[str, Any]]] = {}
     for number, annotation in enumerate(annotations):
         for step in annotation if isinstance(annotation, list) else [annotation]:
@@ -160,10 +142,8 @@ def _official(annotations: list[Any], problems: Problems, table: Path) -> dict[s
 def _scenes(raw: Any, find: Find, root: Path, problems: Problems, where: str) -> tuple[Scene, ...]:
     """Return the scenes of a story before the first one without its image; none when the story is malformed."""
     try:
-        steps = [
-            (step["caption"].strip(), str(step["image_id"]))
-            for step in sorted(raw, key=lambda step: int(step["sequence_index"]))
-        ]
+        raw = sorted(raw, key=lambda step: int(step["sequence_index"]))
+        steps = [(step["caption"].strip(), str(step["image_id"])) for step in raw]
     except (TypeError, KeyError, ValueError, AttributeError):
         steps = []
     if not steps or not all(text for text, _ in steps):

@@ -98,7 +98,7 @@ class Collator:
             return {}, {}
         targets = [image for conversation in conversations for image in conversation.messages[-1].images]
         context = [image for c in conversations for message in c.messages[:-1] for image in message.images]
-        return self.caches.pictures("latents", targets), self.caches.pictures("features", context)
+        return self.caches.images("latents", targets), self.caches.images("features", context)
 
     def _row(self, conversation: Conversation, latents: dict[int, Item], features: dict[int, Item]) -> _Row:
         """Convert a sample to tensors. Raises _Unusable."""

@@ -1,14 +1,15 @@
-"""Results of frozen parts on disk, so that training does not compute them again.
+"""Outputs of frozen parts on disk, so that training does not compute them again.
 
 A cache is a folder KIND-FINGERPRINT with shards of a few hundred items, each a tensor under its item's key, and a
-manifest that says what the items were made by. Only a model of the same fingerprint reads it.
+manifest that says what made the items. Only a model of the same fingerprint reads it.
 
-P target images, S slots and E width of a context image, C, h and w of latents, L and D of a condition.
+P target images, S slots and E width of a context image, Z, h and w of latents, L and C of a condition.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -41,36 +42,25 @@ HASHED_VALUES = 256  # of each weight
 # Of configurations: what differs between versions of the libraries, or between precisions.
 VOLATILE = {"dtype", "torch_dtype", "transformers_version", "architectures", "id2label", "label2id"}
 
-Item = tuple[Tensor, dict[str, Tensor]]  # what was computed, and what else the LLM needs of an image (Qwen: its grid)
+Item = tuple[Tensor, dict[str, Tensor]]  # (2Z, h, w), (L, C) or (S, E); what else the LLM needs of an image (its grid)
 FrozenPart = HFBackbone | LatentDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What the items of a cache were made by.
-
-    Args:
-        kind: one of KINDS.
-        model: hub id or folder, for people; the same weights may lie elsewhere.
-        revision: commit of a model on the hub that mgp5 reads.
-        config, weights: hashes of the configuration and the weights of the parts that a kind depends on, and of no
-            others: another UNet leaves latents valid. Weights are hashed in bfloat16, so that the precision in which
-            they are loaded does not count (but float16 made from float32).
-        transform: what was done to an image or text before.
-        version: of our own code that does it.
-    """
+    """What made the items of a cache: the parts that its kind depends on, and no others."""
 
     kind: str
-    model: str
-    revision: str | None
-    config: str
-    weights: str
-    transform: dict[str, Any]
+    model: str  # hub id or folder, for people; the same weights may lie elsewhere
+    revision: str | None  # commit of a model on the hub that mgp5 reads
+    config: str  # hash of the configuration
+    weights: str  # hash of the weights in bfloat16, so that the precision in which they are loaded does not count
+    transform: dict[str, Any]  # what was done to an image or text before
     version: int = VERSION
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all fields but the model's name, in 32 hexadecimal digits."""
+        """Hash of all fields but the model's name, in 32 hexadecimal digits."""
         return digest({name: value for name, value in asdict(self).items() if name != "model"})
 
     def explain_mismatch(self, manifest: dict[str, Any]) -> str:
@@ -83,13 +73,7 @@ class CacheKey:
 
 
 def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
-    """Return what decides the items of a kind.
-
-    Args:
-        kind: one of KINDS.
-        part: the loaded generator (latents, captions) or LLM (features).
-        model: its hub id or folder.
-    """
+    """Return the key of a kind for the generator (latents, captions) or the LLM; `model` is its id or folder."""
     transform: dict[str, Any]
     if kind == "latents":
         named = [pair for pair in part.vae.named_parameters() if not pair[0].startswith(("decoder.", "post_quant_"))]
@@ -114,7 +98,7 @@ def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
 
 
 def _plain(value: Any) -> Any:
-    """Return a configuration as JSON gives it back, without what does not change the results."""
+    """Return a configuration as JSON gives it back, without what does not change results."""
     if isinstance(value, dict):
         kept = {str(k): v for k, v in value.items() if v is not None and k not in VOLATILE}
         return {k: _plain(v) for k, v in kept.items() if not k.startswith("_")}
@@ -130,19 +114,17 @@ def _hash_weights(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class Reader:
-    """The items of some shards by key. The index is two flat arrays, which forked data workers share."""
+    """The items of a cache by key; the index is two flat arrays, which forked data workers share."""
 
-    def __init__(self, folder: Path, shards: Sequence[str]) -> None:
-        self.paths = [folder / shard for shard in shards]
-        keys, self.extras = [np.empty(0, dtype="S32")], ()
-        for path in self.paths:
-            names = _open(path).keys()
-            keys.append(np.array([name for name in names if "/" not in name], dtype="S32"))
-            self.extras = tuple(sorted({name.partition("/")[2] for name in names} - {""}))
-        self._keys = np.concatenate(keys)
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.glob("[0-9]*.safetensors"))
+        names = [_open(path).keys() for path in self.paths]
+        keys = [np.array([name for name in of_shard if "/" not in name], dtype="S32") for of_shard in names]
+        self.extras = {name.partition("/")[2] for of_shard in names[:1] for name in of_shard} - {""}
+        self._keys = np.concatenate([np.empty(0, dtype="S32"), *keys])
         order = self._keys.argsort()
         self._keys = self._keys[order]
-        self._shards = np.repeat(np.arange(len(shards), dtype=np.uint32), [len(own) for own in keys[1:]])[order]
+        self._shards = np.repeat(np.arange(len(keys), dtype=np.uint32), [len(of_shard) for of_shard in keys])[order]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -152,8 +134,7 @@ class Reader:
 
     def get(self, key: str) -> Item | None:
         """Return an item, or None. Raises Mgp5Error when its shard is gone or broken."""
-        at = self._find(key)
-        if at is None:
+        if (at := self._find(key)) is None:
             return None
         file = _open(self.paths[self._shards[at]])
         return file.get_tensor(key), {name: file.get_tensor(f"{key}/{name}") for name in self.extras}
@@ -173,74 +154,60 @@ def _open(path: Path) -> Any:
 
 
 class Writer:
-    """Adds items to a cache; what is there is kept. A process that is killed loses what was not in a shard yet.
+    """Add items to a cache. A process that is killed loses what was not in a shard yet.
 
-    Raises Mgp5Error when another process writes to the cache, or when it is of another dtype.
+    Raises Mgp5Error when another process writes to the cache, or when it holds another dtype.
     """
 
     def __init__(self, root: Path, key: CacheKey, dtype: str) -> None:
-        self.key, self.dtype, self.itemsize = key, dtype, DTYPES[dtype].itemsize
+        self.kind, self.dtype = key.kind, dtype
         self.folder = root / f"{key.kind}-{key.fingerprint[:12]}"
         self._lock = lock(self.folder / ".lock")
-        manifest = read_manifest(self.folder)
-        if manifest and manifest.get("dtype") != dtype:
-            found = f"{self.folder} holds {manifest.get('dtype')}, not {dtype}"
-            raise Mgp5Error(found, "choose another --out", usage=True)
         remove_leftovers(self.folder)
-        self.shards = sorted(path.name for path in self.folder.glob("[0-9]*.safetensors"))
-        self.done = Reader(self.folder, self.shards)
-        self.count = len(self.done)
-        self.bytes = sum((self.folder / shard).stat().st_size for shard in self.shards)
+        self.done = Reader(self.folder)
+        if self.done and (old := _manifest(self.folder).get("dtype")) != dtype:
+            raise Mgp5Error(f"{self.folder} holds {old}, not {dtype}", "choose another --out", usage=True)
+        facts = asdict(key) | {"fingerprint": key.fingerprint, "dtype": dtype}
+        write_json(self.folder / MANIFEST, facts, durable=True)
+        self.bytes = sum(path.stat().st_size for path in self.done.paths)
+        self._next = 1 + max((int(path.stem) for path in self.done.paths), default=-1)
         self._fresh: dict[str, Tensor] = {}
         self._new: set[str] = set()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._new or key in self.done
+    def __len__(self) -> int:
+        return len(self.done) + len(self._new)
 
-    def add(self, key: str, item: Item) -> None:
-        """Take an item; writes a shard when there is enough for one. Raises Mgp5Error for what the dtype cannot hold
-        and for a full disk."""
+    def add(self, key: str, item: Item) -> bool:
+        """Add an item and return whether it is new. Raises Mgp5Error for infinite values and a full disk."""
+        if key in self._new or key in self.done:
+            return False
         value = item[0].to("cpu", DTYPES[self.dtype])
         if not value.isfinite().all():
-            raise Mgp5Error(f"{self.key.kind} do not fit into {self.dtype}", "choose --dtype bf16 and another --out")
+            raise Mgp5Error(f"{self.kind} do not fit into {self.dtype}", "choose --dtype bf16 and another --out")
         tensors = {key: value} | {f"{key}/{name}": extra.cpu() for name, extra in item[1].items()}
         self._fresh |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         self._new.add(key)
-        self.count += 1
         if len(self._fresh) >= SHARD_ITEMS or len(self._fresh) * value.nbytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was added as one more shard; the manifest, with its dtype, is there before the first."""
-        if not self._fresh:
-            return
-        if not self.shards:
-            self._write_manifest()
-        last = int(self.shards[-1].partition(".")[0]) if self.shards else -1
-        self.shards.append(f"{last + 1:05}.safetensors")
-        contents, self._fresh = save(self._fresh), {}
-        self.bytes += len(contents)
-        write_bytes(self.folder / self.shards[-1], contents, durable=True)
-        self._write_manifest()
+            self._flush()
+        return True
 
     def close(self) -> None:
-        """Write the rest, and let others write."""
+        """Write the last shard, and let other processes write."""
         try:
-            self.flush()
-            if self.shards:
-                self._write_manifest()
+            self._flush()
         finally:
             self._lock.close()
 
-    def _write_manifest(self) -> None:
-        facts = {"fingerprint": self.key.fingerprint, "dtype": self.dtype, "count": self.count, "shards": self.shards}
-        write_json(self.folder / MANIFEST, asdict(self.key) | facts, durable=True)
+    def _flush(self) -> None:
+        if self._fresh:
+            contents, self._fresh = save(self._fresh), {}
+            write_bytes(self.folder / f"{self._next:05}.safetensors", contents, durable=True)
+            self.bytes += len(contents)
+            self._next += 1
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a cache, {} when there is none. Raises Mgp5Error when it cannot be read."""
-    file = folder / MANIFEST
-    return read_json(file, "remove the folder and cache again") if file.exists() else {}
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST, "remove the folder and cache again")
 
 
 class Caches:
@@ -248,50 +215,42 @@ class Caches:
 
     def __init__(self, readers: dict[str, list[Reader]]) -> None:
         self._readers = readers
-        self._hits = {kind: [0, 0] for kind in KINDS if kind in readers}  # found, needed
+        self._needed, self._found = Counter[str](), Counter[str]()  # items of each kind
 
     @classmethod
     def open(cls, folders: Sequence[Path], model: InterleavedModel) -> Caches:
-        """Return the caches in these folders.
+        """Open the caches in these folders.
 
-        Raises:
-            Mgp5Error: a folder without caches, or with caches of a kind of which none is this model's.
+        Raises Mgp5Error for a folder without caches, or with caches of a kind of which none is this model's.
         """
         parts = {"features": (model.backbone, model.config.mllm)}
         if (generator := getattr(model.head, "generator", None)) is not None:
             parts |= dict.fromkeys(("latents", "captions"), (generator, model.config.diffusion))
         readers: dict[str, list[Reader]] = {}
         for folder in folders:
-            manifests = [(path.parent, read_manifest(path.parent)) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+            manifests = {path.parent: _manifest(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
             if not manifests:
                 raise Mgp5Error(f"{folder} holds no cache", "make one with mgp5 data cache --out", usage=True)
-            for kind in sorted({str(manifest.get("kind")) for _, manifest in manifests} & parts.keys()):
+            for kind in sorted({str(manifest.get("kind")) for manifest in manifests.values()} & parts.keys()):
                 key = cache_key(kind, *parts[kind])
-                of_kind = [(path, manifest) for path, manifest in manifests if manifest.get("kind") == kind]
-                fit = [pair for pair in of_kind if pair[1].get("fingerprint") == key.fingerprint]
+                of_kind = {path: manifest for path, manifest in manifests.items() if manifest.get("kind") == kind}
+                fit = [path for path, manifest in of_kind.items() if manifest.get("fingerprint") == key.fingerprint]
                 if not fit:
-                    path, manifest = of_kind[0]
+                    path, manifest = next(iter(of_kind.items()))
                     hint = "make one for this model with mgp5 data cache, or leave this --cache out"
                     raise Mgp5Error(f"{path} was {key.explain_mismatch(manifest)}", hint)
-                readers.setdefault(kind, []).extend(Reader(path, manifest["shards"]) for path, manifest in fit)
+                readers.setdefault(kind, []).extend(map(Reader, fit))
         return cls(readers)
 
-    def pictures(self, kind: str, images: Iterable[Image]) -> dict[int, Item]:
+    def images(self, kind: str, images: Iterable[Image]) -> dict[int, Item]:
         """Return latents or features of images by their `id()`: of all, or of none when one is missing."""
-        if kind not in self._readers:
-            return {}
-        items = {}
-        for image in images:
-            try:
-                key = image.digest()
-            except Mgp5Error:
-                return {}  # who reads the image will say so
-            if (item := self._get(kind, key)) is None:
-                return {}
-            items[id(image)] = item
-        return items
+        try:
+            items = {id(image): self._get(kind, image.digest()) for image in images if kind in self._readers}
+        except Mgp5Error:
+            return {}  # who reads the image will say so
+        return {} if None in items.values() else items
 
-    def encodings(self, captions: Sequence[str]) -> Tensor | None:  # (P, L, D)
+    def encodings(self, captions: Sequence[str]) -> Tensor | None:  # (P, L, C)
         """Return the encodings of all captions, or None when one is missing; zeros for "", which no loss uses."""
         if "captions" not in self._readers or not any(captions):
             return None
@@ -306,23 +265,21 @@ class Caches:
         return next((item for reader in self._readers[kind] if (item := reader.get(key)) is not None), None)
 
     def note(self, batch: Batch) -> None:
-        """Count what a batch took from the caches; called where the batches arrive."""
+        """Count what a batch needed, and what it took from the caches; called where the batches arrive."""
         inputs = batch.context_images
         num_context = len(batch.features or inputs.get("image_grid_thw", inputs.get("pixel_values", ())))
-        needed = {
+        counts = {
             "latents": (batch.num_targets, "moments" in batch.targets),
             "captions": (sum(map(bool, batch.captions)), "encodings" in batch.targets),
             "features": (num_context, bool(batch.features)),
         }
-        for kind, hits in self._hits.items():
-            number, found = needed[kind]
-            hits[0] += number * found
-            hits[1] += number
+        for kind in self._readers:
+            number, cached = counts[kind]
+            self._needed[kind] += number
+            self._found[kind] += number * cached
 
     def __str__(self) -> str:
-        shares = [
-            f"{100 * found / needed:.1f} % of {needed:,} {kind}"
-            for kind, (found, needed) in self._hits.items()
-            if needed
-        ]
+        """Return the shares that were found, as in "100.0 % of 4 latents, 50.0 % of 2 captions"."""
+        needed = [(kind, self._needed[kind]) for kind in KINDS if self._needed[kind]]
+        shares = (f"{100 * self._found[kind] / number:.1f} % of {number:,} {kind}" for kind, number in needed)
         return ", ".join(shares) or "nothing"
