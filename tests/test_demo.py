@@ -19,6 +19,8 @@ from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.session import Session
 from mgp5.prompts import illustrate
 from mgp5.storyland.language import accepts
+from mgp5.storyland.tell import story
+from mgp5.storyland.world import rng
 from mgp5.views.files import read_png_metadata
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,20 @@ def test_pictures_are_not_blank_and_depend_on_the_words(demo):
     pixels = [np.asarray(picture).astype(float) for picture in (red, blue)]
     assert min(len(np.unique(p.reshape(-1, 3), axis=0)) for p in pixels) > 1000
     assert np.abs(pixels[0] - pixels[1]).mean() > 25
+
+
+def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
+    """A lesson of examples/storyland ends where its image is due, which the LLM, trained on such, tells by a voken."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "storyland"))
+    from lessons import sample, story_lesson
+
+    lesson = story_lesson(story(rng("test", 0, 0), "test"), "illustrate", 1, 0, "text")
+    made = sample(demo.backbone, lesson)
+    assert made.labels[-1] == len(demo.backbone.tokenizer) and not made.pictures
+    assert made.target == lesson.about
+    talk = Conversation(lesson.conversation.messages[:-1])
+    state = Session(demo).read(talk)
+    assert demo.backbone.logits(state).argmax() == demo.head.ids[0]
 
 
 def test_narration_is_a_sentence_of_the_world(demo):

@@ -114,7 +114,9 @@ def lesson(r: random.Random, split: Split) -> Lesson:
 def sample(backbone: HFBackbone, lesson: Lesson) -> Sample:
     """Ids, labels and known scenes of a lesson; the target's picture is left out, its place is labelled V."""
     slots = backbone.core.config.image_seq_length
-    built = example(backbone, lesson.conversation, (backbone.image_token,))
+    due_image = ([backbone.image_token_id], [backbone.image_token_id])
+    targets = lesson.conversation.messages[-1].images
+    built = example(backbone, lesson.conversation, backbone.image_token, [due_image] * len(targets))
     if built.targets:  # there are no vokens yet: the reply ends where its picture is due
         built = replace(built, ids=built.ids[:-2] + built.ids[-1:], labels=built.labels[:-2] + built.labels[-1:])
     ids, _ = expand_labels(built, backbone.image_token_id, [slots] * len(built.images))
