@@ -31,30 +31,19 @@ VOKENS, ADDED = 8, 9
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion.
+    """Result of a conversion."""
 
-    Attributes:
-        stage: of the checkpoints; None: only a MiniGPT-4 was put together.
-        shrunk: largest difference of any other row to the LLM's own, in embedding and LM head.
-        unused: names of tensors that mgp5 does not need.
-    """
-
-    stage: str | None
-    shrunk: dict[str, float]
-    unused: tuple[str, ...]
+    stage: str | None  # of the checkpoints; None: only a MiniGPT-4 was put together
+    shrunk: dict[str, float]  # largest difference of any other row to the LLM's own, in embedding and LM head
+    unused: tuple[str, ...]  # names of tensors that mgp5 does not need
 
 
 def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Converted:
-    """Write `out/mgp5` from stage1_cc3m.ckpt, or from it and stage2_vist.ckpt or stage2_mmdialog.ckpt.
+    """Write `out/mgp5` from stage1_cc3m.ckpt, or from it and stage2_vist.ckpt or stage2_mmdialog.ckpt; later ones win.
 
-    Args:
-        checkpoints: later ones win; also MiniGPT-4's prerained_minigpt4_7b.pth if the model is to be put together.
-        model: "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first.
-        out: a folder without a model.
-        dtype: in which the frozen parts are loaded.
-
-    Raises:
-        Mgp5Error: a file cannot be read, something is missing in all of them, or does not fit the model.
+    The model is "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first,
+    with MiniGPT-4's prerained_minigpt4_7b.pth among the checkpoints. Frozen parts are loaded in `dtype`. Raises
+    Mgp5Error if a file cannot be read, something is missing in all of them, or does not fit the model.
     """
     if (out / "mgp5").exists():
         raise Mgp5Error(f"{out} holds a model already", "choose another --out", usage=True)

@@ -18,14 +18,9 @@ from .kernels import registry as kernels
 
 
 def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
-    """Return all that `mgp5 doctor` tells.
+    """Return all that `mgp5 doctor` tells, with the memory that a model takes, or each named one; no weights are read.
 
-    Args:
-        model: as `hub.resolve` takes it; its configuration is read, no weights.
-        every: add the memory of each named model.
-
-    Raises:
-        Mgp5Error: no such model, or a configuration that cannot be read.
+    Raises Mgp5Error where there is no such model, or its configuration cannot be read.
     """
     device, dtype = pick_device()
     on_gpu = device.type == "cuda"
@@ -33,7 +28,7 @@ def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     found["engines"] = [_engine(backend, device, dtype) for backend in get_args(engines.Backend)]
     chosen = kernels.choices(device, dtype)
     found["operations"] = [{"name": c.operation, "chosen": c.implementation, "why": c.why} for c in chosen]
-    found |= {"weights": _weights(), "metrics": _metrics()}
+    found |= {"weights": catalogue(), "metrics": _metrics()}
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
     weights = dtype if on_gpu else torch.bfloat16
     if model:
@@ -41,11 +36,6 @@ def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     if every:
         found["models"] = [memory(name, weights) | {"free": free} for name in [*local_names(), *bases()]]
     return found | {"next": _next(found)}
-
-
-def _weights() -> list[dict[str, Any]]:
-    """Return named models, and what of them is on this disk."""
-    return [{name: row[name] for name in ("name", "made_of", "size", "bytes", "whole")} for row in catalogue()]
 
 
 def _metrics() -> list[dict[str, Any]]:

@@ -9,10 +9,8 @@ from typing import Any
 class Mgp5Error(Exception):
     """A failure the user can act on.
 
-    Args:
-        message: one line that names the file or flag, what was found and what was expected.
-        hint: what to do next; shown behind the message.
-        usage: True when the command line itself is wrong (exit code 2 instead of 1).
+    The message is one line that names the file or flag, what was found and what was expected; the hint says what to do
+    next. With `usage` the command line itself is wrong (exit code 2 instead of 1).
     """
 
     def __init__(self, message: str, hint: str = "", *, usage: bool = False) -> None:

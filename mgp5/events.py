@@ -17,16 +17,13 @@ SceneKind = Literal["given", "narrated", "illustrated", "continued"]
 class SceneStart:
     """A scene of a story begins.
 
-    Attributes:
-        scene: index of the scene, from 0.
-        kind: "given": text and image are the user's; "narrated": the image is the user's, the model writes the text;
-            "illustrated": the text is the user's, the model draws the image; "continued": both are the model's.
-        total: number of scenes in the story.
+    In a scene that is "given", text and image are the user's; "narrated", the model writes the text; "illustrated", the
+    model draws the image; "continued", both are the model's.
     """
 
-    scene: int
+    scene: int  # index of the scene, from 0
     kind: SceneKind
-    total: int
+    total: int  # scenes in the story
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,11 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class Finished:
-    """The reply is complete.
+    """The reply is complete."""
 
-    Attributes:
-        message: the reply as it becomes part of the conversation.
-        reason: why it ended: an end token, a limit of tokens or context, or an interruption.
-        meta: JSON-ready: seed, tokens, prefilled (tokens of the prompt that were computed), seconds.
-    """
-
-    message: Message
-    reason: Literal["stop", "length", "interrupted"]
+    message: Message  # as it becomes part of the conversation
+    reason: Literal["stop", "length", "interrupted"]  # an end token, a limit of tokens or context, or an interruption
+    # JSON-ready: seed, tokens, prefilled (tokens of the prompt that were computed), seconds
     meta: dict[str, Any] = field(default_factory=dict)
 
 

@@ -21,14 +21,8 @@ GiB = 2**30  # bytes; the unit of all memory that mgp5 measures or estimates
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`, for a file, a folder or a link; move it there when the block succeeds.
 
-    A reader, or whoever comes after a crash, finds the old content or the new one. A folder cannot replace one that
-    has files in it.
-
-    Args:
-        durable: flush all of it to the disk before it is moved, so that it also survives a loss of power.
-
-    Raises:
-        OSError: it cannot be moved. Whatever the block raises passes; the temporary path is removed.
+    A reader, or whoever comes after a crash, finds the old content or the new one; with `durable`, also after a loss of
+    power. A folder cannot replace one that has files in it. Raises OSError if it cannot be moved.
     """
     part = _part(path)
     _remove(part)
@@ -67,11 +61,7 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
 def read_json(path: Path, hint: str = "check the file") -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Args:
-        hint: what to do when it is missing or broken.
-
-    Raises:
-        Mgp5Error: one line that names the file, and the line in it that is not JSON.
+    Raises Mgp5Error with the file, the line in it that is not JSON, and the hint what to do.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -130,11 +120,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(value: Any, size: int = 16) -> str:
-    """Return the BLAKE2b hash of bytes, of a text, or of a value as JSON.
-
-    Args:
-        size: bytes of the hash; the result has twice as many hexadecimal digits.
-    """
+    """Return the BLAKE2b hash of bytes, of a text, or of a value as JSON, in 2 x `size` hexadecimal digits."""
     if not isinstance(value, bytes):
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         value = text.encode(errors="surrogatepass")

@@ -25,23 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Repo:
-    """One repository on the hub.
+    """One repository on the hub."""
 
-    Attributes:
-        id: "owner/name" on the hub.
-        kind: a multimodal LLM, a generator, or a "part" of MiniGPT-4, see `backbones.minigpt4.compose`.
-        licence: as its card says; a gated one has to be accepted there first.
-        size: of the download in GB of 1e9 bytes, as the hub shows it.
-        revision: the commit that is read; None reads the newest.
-        mirrors: other ids with the same weights, tried (newest commit) when the first is gone.
-    """
-
-    id: str
-    kind: Literal["mllm", "generator", "part"]
-    licence: str
-    size: float
-    revision: str | None = None
-    mirrors: tuple[str, ...] = ()
+    id: str  # "owner/name"
+    kind: Literal["mllm", "generator", "part"]  # "part" of MiniGPT-4, see `backbones.minigpt4.compose`
+    licence: str  # as its card says; a gated one has to be accepted there first
+    size: float  # of the download in GB of 1e9 bytes, as the hub shows it
+    revision: str | None = None  # the commit that is read; None reads the newest
+    mirrors: tuple[str, ...] = ()  # other ids with the same weights, tried (newest commit) when the first is gone
 
 
 REPOS = {
@@ -131,13 +122,9 @@ def local_names() -> list[str]:
 
 
 def resolve(name: str) -> Parts:
-    """Return the parts of a model.
+    """Return the parts of a name or a folder, or of "MLLM+GENERATOR" of names, folders or hub ids.
 
-    Args:
-        name: a name or a folder, or "MLLM+GENERATOR" of names, folders or hub ids.
-
-    Raises:
-        Mgp5Error: no such model; the message lists what exists here.
+    Raises Mgp5Error where there is no such model; the message lists what exists here.
     """
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
@@ -166,10 +153,8 @@ def find_part(part: str, kind: str) -> str | None:
 def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
     """Return `load(id, revision)`; while a repository is gone or out of reach, try its mirrors, and say so on stderr.
 
-    A folder, or an id that is not in the table, is tried as it is, with its newest commit.
-
-    Raises:
-        Mgp5Error: the repository is gated, and how to get in. Whatever else `load` raises passes.
+    A folder, or an id that is not in the table, is tried as it is, with its newest commit. Raises Mgp5Error for a gated
+    repository, and how to get in; whatever else `load` raises passes.
     """
     repo = repo_of(name)
     tries = [(repo.id, repo.revision), *((mirror, None) for mirror in repo.mirrors)]

@@ -28,21 +28,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """An image: a file that is read when needed, the bytes of a file, or pixels in memory.
-
-    Attributes:
-        path: the file, or None for an image that is in memory only.
-        pixels: PIL image (any mode), or None.
-        data: the contents of an image file (of a member of a tar shard, say), or None.
-        caption: description used by the caption loss of the pretraining stage; "" if there is none.
-        meta: JSON-ready metadata of a generated image (seed, prompt, options).
-    """
+    """An image: a file that is read when needed, the bytes of a file (of a member of a tar shard, say), or pixels."""
 
     path: Path | None = None
-    pixels: PIL.Image.Image | None = field(default=None, compare=False, repr=False)
+    pixels: PIL.Image.Image | None = field(default=None, compare=False, repr=False)  # in any mode
     data: bytes | None = field(default=None, repr=False)
-    caption: str = ""
-    meta: dict[str, Any] = field(default_factory=dict, compare=False)
+    caption: str = ""  # for the caption loss of the pretraining stage
+    meta: dict[str, Any] = field(default_factory=dict, compare=False)  # of a generated image: seed, prompt, options
 
     def load(self) -> PIL.Image.Image:
         """Return the image in RGB, upright. Raises Mgp5Error when it cannot be read."""
@@ -55,11 +47,7 @@ class Image:
         return read_image(self.path)
 
     def digest(self) -> str:
-        """Return a hash of the image: of the pixels where it has any, else of the file's bytes.
-
-        Raises:
-            Mgp5Error: the file cannot be read.
-        """
+        """Return a hash of the pixels where it has any, else of the file's bytes, or raise Mgp5Error."""
         if self.pixels is not None:
             contents = self.pixels.tobytes() + repr((self.pixels.mode, self.pixels.size)).encode()
         else:
@@ -108,11 +96,7 @@ class Conversation:
         return tuple(image for message in self.messages for image in message.images)
 
     def to_chat(self, paths: Iterator[str] | None = None) -> list[dict[str, Any]]:
-        """Return the messages in the Hugging Face chat format.
-
-        Args:
-            paths: the `path` of every image part, in order; None takes those of the images.
-        """
+        """Return the messages in the Hugging Face chat format, with these `paths` of images instead of their own."""
         chat = []
         for message in self.messages:
             content: list[dict[str, Any]] = []
@@ -129,12 +113,7 @@ class Conversation:
     def from_chat(cls, chat: Iterable[dict[str, Any]], folder: Path) -> Conversation:
         """Return the conversation of messages in the Hugging Face chat format; no image is opened.
 
-        Args:
-            chat: the messages, as JSON gives them.
-            folder: image paths are relative to it, and may not leave it.
-
-        Raises:
-            Mgp5Error: a role, part or path that is not understood.
+        Image paths are relative to `folder`. Raises Mgp5Error for a role, part or path that is not understood.
         """
         messages = []
         for index, raw in enumerate(chat):
@@ -192,14 +171,9 @@ def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def read_image(file: Path | BinaryIO, path: Path | str = "") -> PIL.Image.Image:
-    """Read an image file as upright RGB.
+    """Read an image file as upright RGB; an error calls it `path`.
 
-    Args:
-        file: a path, or an open file.
-        path: what an error calls the file; "" for its own path.
-
-    Raises:
-        Mgp5Error: the file is missing, is no image, is damaged or has more than MAX_PIXELS pixels.
+    Raises Mgp5Error if it is missing, is no image, is damaged or has more than MAX_PIXELS pixels.
     """
     from PIL import Image as pil
     from PIL import UnidentifiedImageError

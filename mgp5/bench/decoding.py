@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.modeling_utils import local_torch_dtype
 
 from ..apps.open_model import load
 from ..errors import Mgp5Error
@@ -21,7 +22,7 @@ from ..inference.token_sampling import SamplingParams
 from ..loading import assemble
 from ..memory.skeletons import backbone_shape, generator_shape
 from ..model import InterleavedModel
-from .timing import Bench, Limits, Phases, Row, interleave
+from .timing import Bench, Limits, Phases, Row, digits, interleave
 
 PROMPT, REPLY = 64, 128  # tokens
 
@@ -40,7 +41,7 @@ def decode_rows(bench: Bench, parts: Parts, *, limits: Limits) -> Iterator[Row]:
         row = {"name": "decode", "size": size, "provider": way} | timing.row(0, REPLY)
         if not timing.skipped:
             rate = weights / row["median"] / 1e6
-            row |= {"tokens_per_s": float(f"{1000 / row['median']:.4g}"), "gb_per_s": float(f"{rate:.4g}")}
+            row |= {"tokens_per_s": digits(1000 / row["median"]), "gb_per_s": digits(rate)}
             row["share_of_copy"] = round(rate / limits.copy, 3)
         yield row
 
@@ -59,19 +60,13 @@ def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | N
 
 def _model(parts: Parts, bench: Bench) -> InterleavedModel:
     """Return a trained model; or an LLM and a mapper of random weights, with a generator that has no weights."""
-    device, dtype = bench.device, bench.dtype
     if parts.trained is not None:
-        return load(parts.name, dtype=dtype, device=str(device), backend=None, memory="full")
+        return load(parts.name, dtype=bench.dtype, device=str(bench.device), backend=None, memory="full")
     with torch.device("meta"):
         generator = generator_shape(parts.diffusion)
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
+    with torch.device(bench.device):
+        with local_torch_dtype(bench.dtype, "a benchmark"):
             backbone = backbone_shape(parts.mllm)
-    finally:
-        torch.set_default_dtype(before)
-    with torch.device(device):
         return assemble(backbone, generator, parts.mllm, parts.diffusion)
 
 
@@ -94,8 +89,7 @@ def _held(model: InterleavedModel) -> int:
 
 def _ways(model: InterleavedModel, backends: tuple[str, ...]) -> dict[str, Callable[[], Phases]]:
     """Return the ways to write the most likely tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 100, (1, PROMPT), generator=generator).to(model.device)
+    ids = torch.randint(10, 100, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
     ways = {
         "transformers dynamic": lambda: _theirs(model, ids, None),
         "eager": lambda: _ours(model, ids, compiled=False),
@@ -109,10 +103,10 @@ def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
     core = model.backbone.core
     core.generation_config = GenerationConfig(pad_token_id=0)  # the model's own has an end of text, where it stops
     options = {"do_sample": False, "max_new_tokens": REPLY, "cache_implementation": cache}
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def write() -> None:
-        if (made := core.generate(**inputs, **options).shape[1] - PROMPT) != REPLY:
+        made = core.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options).shape[1] - PROMPT
+        if made != REPLY:
             raise Mgp5Error(f"{made} tokens were made, not {REPLY}")
 
     return (write,)

@@ -42,9 +42,11 @@ from ..generators.sd3 import StableDiffusion3
 from ..generators.stable_diffusion import StableDiffusion
 from ..hub import Parts
 from ..memory.skeletons import generator_shape
-from .timing import Bench, Limits, Phases, Row, interleave, timed
+from .timing import Bench, Limits, Phases, Row, digits, interleave, timed
 
+Drawn = tuple[Tensor, Tensor]  # latents (B, C, h, w) after the first step and after the last
 GUIDANCE = 7.5
+REFERENCE = "float32"  # by PyTorch, without TF32
 SAMPLERS = {StableDiffusion: "ddim", StableDiffusion3: "euler"}  # one call of the model a step, as of diffusers'
 FIRST = "import sys; from mgp5.bench.drawing import first_image; sys.stdout.write(first_image(*sys.argv[1:]))"
 # What diffusers' page "Accelerate inference" sets besides max-autotune.
@@ -53,29 +55,25 @@ INDUCTOR = {"conv_1x1_as_mm": True, "epilogue_fusion": False, "coordinate_descen
 
 @dataclass(kw_only=True)
 class Scene:
-    """What every way draws, and the weights that it draws with.
+    """What every way draws, the weights that it draws with, and what it drew: latents after the first and last step."""
 
-    Args:
-        model: in the dtype of the benchmark; each way has a copy of it, to lay weights out as it likes.
-        noise: float32, of values that the dtype of the benchmark has.
-        drawn: name of a way -> its latents after the first step and after the last.
-    """
-
-    model: LatentDiffusion
+    model: LatentDiffusion  # in the dtype of the benchmark; each way has a copy, to lay weights out as it likes
     table: SamplerTable
-    noise: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w) in float32, of values that the dtype of the benchmark has
     condition: Tensor  # (1, L, D)
     unconditional: Tensor  # (1, L, D)
-    drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    drawn: dict[str, Drawn] = field(default_factory=dict)  # by the name of a way; REFERENCE is one more
 
-    def steps(self, model: LatentDiffusion) -> Iterator[Tensor]:
-        """Yield the latents (B, C, h, w) after each step, by the engine of a model, or without where it has none."""
+    def draw(self, model: LatentDiffusion) -> Drawn:
+        """Denoise by the engine of a model, or without where it has none."""
         denoiser = model.engine.model_for(1) if model.engine else PlainDenoiser(model.predict)
         given = self.condition, self.unconditional, self.table, GUIDANCE
         states = [begin(denoiser, noise[None], *given) for noise in self.noise]
+        model.step(states)
+        first = torch.cat([state.latents for state in states])
         while not states[0].done:
             model.step(states)
-            yield torch.cat([state.latents for state in states])
+        return first, torch.cat([state.latents for state in states])
 
 
 def draw_rows(
@@ -89,14 +87,13 @@ def draw_rows(
     compiled: bool,
     before: float | None = None,
 ) -> Iterator[Row]:
-    """Yield one row for each way to draw images of a size.
+    """Yield one row for each way to draw images of a size; a model that is not trained gets random weights.
 
-    Their times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with LLM and
-    VAE. Against a run in float32, `psnr` is that of the latents in dB, whose peak is their range, and `step_error` the
-    error of the first step relative to the step.
+    Times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with LLM and VAE.
+    Against a run in float32, `psnr` is that of the latents in dB, whose peak is their range, and `step_error` the error
+    of the first step relative to the step.
 
     Args:
-        parts: of a model; without a trained mapper, it gets random weights.
         pixels: height and width; None is the native size of the model.
         steps: of the sampler.
         compiled: whether diffusers compiled is one of the ways.
@@ -105,7 +102,7 @@ def draw_rows(
     torch._dynamo.reset()  # each size is compiled for itself
     with torch.device("meta"):
         flops = operations(generator_shape(parts.diffusion), pixels, images)
-    scene, reference = _scene(bench, parts, pixels, images, steps)
+    scene = _scene(bench, parts, pixels, images, steps)
     name = Path(parts.name.partition("+")[2] or parts.name).name
     size = f"{name}, {pixels or scene.model.native_size} px, batch {2 * images}"
     weights = sum(p.nbytes for part in (scene.model.denoiser, scene.model.vae) for p in part.parameters())
@@ -113,50 +110,41 @@ def draw_rows(
         row = {"name": "guided step", "size": size, "provider": way} | timing.row(0, len(scene.table))
         if not timing.skipped:
             rate = flops / row["median"] / 1e9
-            row |= {"tflop_per_s": float(f"{rate:.3g}"), "share_of_matmul": round(rate / limits.matmul, 3)}
-            image = (before or 0.0) + timing.median(0) + timing.median(1)
-            row |= {"image_ms": float(f"{1000 * image:.4g}")} if images == 1 and before is not None else {}
-            row |= difference(scene.drawn[way], reference, scene.noise)
+            row |= {"tflop_per_s": digits(rate, 3), "share_of_matmul": round(rate / limits.matmul, 3)}
+            if images == 1 and before is not None:
+                row["image_ms"] = digits(1000 * (before + timing.median(0) + timing.median(1)))
+            row |= difference(scene.drawn[way], scene.drawn[REFERENCE], scene.noise)
         yield row
 
 
-def _scene(
-    bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int
-) -> tuple[Scene, tuple[Tensor, Tensor]]:
-    """Return what to draw, and the first and last latents of a run in float32, without TF32."""
+def _scene(bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int) -> Scene:
     device, dtype = bench.device, bench.dtype
-    random = parts.trained is None
-    model = _random(parts.diffusion, device) if random else load_generator(parts.diffusion, torch.float32).to(device)
+    if parts.trained is None:
+        model = _random(parts.diffusion, device)
+    else:
+        model = load_generator(parts.diffusion, torch.float32).to(device)
     shape = model.latent_shape(*[pixels or model.native_size] * 2)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(images, *shape, generator=generator).to(dtype).float().to(device)
-    condition = torch.randn(2, *model.condition_shape, generator=generator).to(device, dtype)
-    scene = Scene(
-        model=model,
-        table=sampler_table(SAMPLERS[type(model)], model.schedule, steps),
-        noise=noise,
-        condition=condition[1:],
-        unconditional=condition[:1],
-    )
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(images, *shape, generator=rng).to(dtype).float().to(device)
+    condition = torch.randn(2, *model.condition_shape, generator=rng).to(device, dtype)
+    table = sampler_table(SAMPLERS[type(model)], model.schedule, steps)
+    scene = Scene(model=model, table=table, noise=noise, condition=condition[1:], unconditional=condition[:1])
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        reference = first_and_last(scene.steps(model))
+        scene.drawn[REFERENCE] = scene.draw(model)
     model.to(dtype)
-    return scene, reference
+    return scene
 
 
 def _random(name: str, device: torch.device) -> LatentDiffusion:
     """Return a generator of random weights on a device, without its text encoders."""
     with torch.device("meta"):
-        shape = generator_shape(name)
+        model = generator_shape(name)
     torch.manual_seed(0)
     with device:
-        denoiser, vae = (type(part).from_config(part.config) for part in (shape.denoiser, shape.vae))
-    return type(shape)(**_denoiser(shape, denoiser), vae=vae, schedule=shape.schedule)
-
-
-def _denoiser(model: LatentDiffusion, denoiser: Any) -> dict[str, Any]:
-    """Return a denoiser as the keyword argument that this kind of model takes."""
-    return {name: denoiser for name, part in model.named_children() if part is model.denoiser}
+        for part, module in list(model.named_children()):
+            text = part.startswith("text_encoder")
+            setattr(model, part, None if text else type(module).from_config(module.config))
+    return model.requires_grad_(False).eval()
 
 
 def _ways(scene: Scene, bench: Bench, compiled: bool) -> dict[str, Callable[[], Phases]]:
@@ -175,7 +163,7 @@ def _ours(scene: Scene, backend: Backend, exported: Path | None) -> Phases:
 
     @torch.inference_mode()
     def steps() -> None:
-        scene.drawn[backend] = first_and_last(scene.steps(model))
+        scene.drawn[backend] = scene.draw(model)
 
     return steps, torch.inference_mode()(lambda: model.decode(scene.drawn[backend][-1]))
 
@@ -228,11 +216,7 @@ def pipeline(model: LatentDiffusion) -> DiffusionPipeline:
 
 def compiled_pipeline(scene: Scene) -> DiffusionPipeline:
     """Return a pipeline as diffusers documents its fastest: channels-last, fused projections, and denoiser and VAE
-    compiled with max-autotune.
-
-    Raises:
-        Mgp5Error: there is no GPU.
-    """
+    compiled with max-autotune. Raises Mgp5Error without a GPU."""
     if not scene.noise.is_cuda:
         raise Mgp5Error("max-autotune with CUDA graphs needs a GPU")
     pipe = pipeline(copy.deepcopy(scene.model))
@@ -246,12 +230,6 @@ def compiled_pipeline(scene: Scene) -> DiffusionPipeline:
     return pipe
 
 
-def first_and_last(latents: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """Run a sampling loop; return the latents after its first step and after its last."""
-    first = next(latents)
-    return first, (deque(latents, maxlen=1) or [first])[0]
-
-
 def operations(model: LatentDiffusion, pixels: int | None, images: int) -> int:
     """Count the operations of a guided step, two for each multiplication, by a model on the meta device."""
     shape = model.latent_shape(*[pixels or model.native_size] * 2)
@@ -261,14 +239,14 @@ def operations(model: LatentDiffusion, pixels: int | None, images: int) -> int:
     return counter.get_total_flops()
 
 
-def difference(drawn: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], noise: Tensor) -> Row:
+def difference(drawn: Drawn, reference: Drawn, noise: Tensor) -> Row:
     """Compare latents after the first step and the last with those of a float32 run; return columns of a row."""
     first, last = (latents.float() for latents in drawn)
     error = float((last - reference[1]).square().mean())
     peak = float(reference[1].max() - reference[1].min())
     step = (first - reference[0]).norm() / (reference[0] - noise).norm()
     psnr = round(10 * math.log10(peak**2 / error), 1) if error else None
-    return {"psnr": psnr, "step_error": float(f"{float(step):.2g}")}
+    return {"psnr": psnr, "step_error": digits(step, 2)}
 
 
 def first_image_rows(bench: Bench, parts: Parts, steps: int) -> Iterator[Row]:
@@ -295,5 +273,5 @@ def first_image(name: str, steps: str) -> str:
     options = {"steps": int(steps), "guidance": GUIDANCE, "sampler": SAMPLERS[type(model)]}
     generators = [torch.Generator().manual_seed(0)]
     latents = model.draw(condition[1:], condition[:1], generators=generators, **options)
-    seconds = timed(lambda: model.decode(first_and_last(latents)[-1]))
+    seconds = timed(lambda: model.decode(deque(latents, maxlen=1).pop()))
     return json.dumps({"median": round(1000 * seconds, 1), "unit": "ms", "first_s": round(seconds, 2)})

@@ -24,21 +24,15 @@ SMALL = 4 * 2**20  # bytes of the largest case that is timed on a CPU
 Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
-    """An operation at one size.
-
-    Args:
-        make: (device, dtype) -> its arguments.
-        written: indices of the arguments that it writes to; its results count as well.
-        counter: index of an argument that counts the calls, and must not go beyond the rows of another.
-    """
+    """An operation at one size; `make` returns its arguments for a device and a dtype."""
 
     operation: str
     size: str
     make: Make
-    written: tuple[int, ...] = ()
-    counter: int | None = None
+    written: tuple[int, ...] = ()  # arguments that it writes to; its results count as well
+    counter: int | None = None  # argument that counts the calls, and must not go beyond the rows of another
 
 
 def cases(pixels: int) -> Iterator[Case]:
@@ -46,19 +40,17 @@ def cases(pixels: int) -> Iterator[Case]:
     side = pixels // 8
     for channels, scale in ((320, 1), (640, 2), (1280, 4), (1280, 8), (1920, 2), (2560, 4), (960, 1)):
         size = side // scale
-        yield Case(operation="group_norm", size=f"{channels}x{size}x{size}", make=partial(_group_norm, channels, size))
+        yield Case("group_norm", f"{channels}x{size}x{size}", partial(_group_norm, channels, size))
     for width, scale in ((320, 1), (640, 2), (1280, 4)):
         rows = 2 * (side // scale) ** 2
-        yield Case(operation="geglu", size=f"{rows}x{8 * width}", make=_random((rows, 8 * width)))
+        yield Case("geglu", f"{rows}x{8 * width}", _random((rows, 8 * width)))
         shapes = (rows, width), (rows, width), (width,), (width,)
-        yield Case(operation="add_layer_norm", size=f"{rows}x{width}", make=_random(*shapes, eps=1e-5))
-    yield Case(
-        operation="guided_step", size=f"4x{side}x{side}", make=partial(_guided_step, side), written=(0, 1, 3), counter=2
-    )
+        yield Case("add_layer_norm", f"{rows}x{width}", _random(*shapes, eps=1e-5))
+    yield Case("guided_step", f"4x{side}x{side}", partial(_guided_step, side), written=(0, 1, 3), counter=2)
     hidden, row, heads = (2, 4096, 1536), (2, 1536), (2, 4096, 24, 64)
-    yield Case(operation="adaln", size="8192x1536", make=_random(hidden, row, row, eps=1e-6))
-    yield Case(operation="gated_adaln", size="8192x1536", make=_random(hidden, hidden, row, row, row, eps=1e-6))
-    yield Case(operation="rms_norm", size="196608x64", make=_random(heads, heads, (64,), (64,), eps=1e-6))
+    yield Case("adaln", "8192x1536", _random(hidden, row, row, eps=1e-6))
+    yield Case("gated_adaln", "8192x1536", _random(hidden, hidden, row, row, row, eps=1e-6))
+    yield Case("rms_norm", "196608x64", _random(heads, heads, (64,), (64,), eps=1e-6))
 
 
 def kernel_rows(bench: Bench, pixels: tuple[int, ...] = (512, 768)) -> Iterator[Row]:
@@ -74,8 +66,8 @@ def kernel_rows(bench: Bench, pixels: tuple[int, ...] = (512, 768)) -> Iterator[
         count = 1 if device.type == "cpu" else max(1, min(64, CACHE // moved))
         sets = [tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments) for _ in range(count)]
         for provider, function in _providers(case.operation, device, dtype):
-            row = {"name": case.operation, "size": f"{case.size} {str(dtype).removeprefix('torch.')}"}
-            row["provider"] = provider
+            size = f"{case.size} {str(dtype).removeprefix('torch.')}"
+            row = {"name": case.operation, "size": size, "provider": provider}
             bench.tell(f"{row['name']} {row['size']}: {provider}")
             try:
                 microseconds = _measure(function, sets, [] if case.counter is None else [x[case.counter] for x in sets])

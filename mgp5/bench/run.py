@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
 
-from ..device import machine as hardware
-from ..device import pick_device, versions
+from ..device import machine, pick_device, versions
 from ..errors import Mgp5Error
 from ..files import write_json
 from ..hub import Parts, resolve
 from .decoding import condition_rows, decode_rows
 from .drawing import draw_rows, first_image_rows
 from .kernels import kernel_rows
-from .timing import Bench, Row, limits, reason, release_memory
+from .timing import Bench, Row, digits, limits, reason, release_memory
 from .training import train_rows
 
+# Suite -> the options that it takes, with their defaults; None: see there.
+INFERENCE = {"model": None, "steps": 15, "minutes": 5.0, "backends": ("eager",), "exported": None}
+SUITES: dict[str, dict[str, Any]] = {
+    "cpu": INFERENCE,
+    "gpu": INFERENCE | {"steps": 5, "minutes": 8.0, "backends": ("eager", "triton", "compile")},
+    "kernels": {},
+    "train": {"model": None, "steps": 3, "batch": None},
+}
 # Model, pixels and images at a time, the most telling first: what time does not suffice for is left out.
 SIZES = (
     ("llava-1.5-7b+sd-2.1-base", 512, 1),
@@ -32,12 +43,13 @@ SIZES = (
 )
 # Seconds that ways which compile need to get started on a GPU, until the first of them was seen.
 STARTUP = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static": 60.0}
-Size = tuple[Parts, int | None, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
     """What `mgp5 bench` is asked for; None, or no backend, is the default of the suite.
+
+    Raises Mgp5Error with all that is wrong, in one line.
 
     Args:
         suite: "cpu", "gpu", "kernels" or "train".
@@ -48,9 +60,6 @@ class BenchRequest:
         minutes: rows that have not begun by then are left out, >= 0.
         backends: engines of ours to time.
         exported: the folder of `mgp5 export` that the backend onnx runs.
-
-    Raises:
-        Mgp5Error: all that is wrong, in one line.
     """
 
     suite: str
@@ -67,12 +76,11 @@ class BenchRequest:
         if self.suite not in SUITES:
             raise Mgp5Error(f"--suite {self.suite}", f"choose one of {', '.join(SUITES)}", usage=True)
         problems = [f"--out {self.out} exists already"] if self.out.exists() else []
-        options = {"model": self.model, "steps": self.steps, "batch": self.batch, "minutes": self.minutes}
-        options["backend"] = self.backends or None
-        unknown = [name for name, value in options.items() if value is not None and name not in SUITES[self.suite][2]]
-        problems += [f"--suite {self.suite} takes no --{name}" for name in unknown]
-        low = [name for name in ("steps", "batch") if options[name] is not None and options[name] < 1]
-        problems += [f"--{name} {options[name]}, expected 1 or more" for name in low]
+        unknown = self.options.keys() - SUITES[self.suite].keys() - {"exported"}
+        names = ["backend" if name == "backends" else name for name in sorted(unknown)]
+        problems += [f"--suite {self.suite} takes no --{name}" for name in names]
+        low = [name for name in ("steps", "batch") if self.options.get(name, 1) < 1]
+        problems += [f"--{name} {self.options[name]}, expected 1 or more" for name in low]
         if ("onnx" in self.backends) != bool(self.exported):
             problems.append("--backend onnx and --exported DIR belong together: mgp5 export --onnx --split makes one")
         if problems:
@@ -80,70 +88,62 @@ class BenchRequest:
         if self.model:
             resolve(self.model)
 
-    def bench(self, tell: Callable[[str], None]) -> Bench:
-        """Return what the rows share, with the defaults of the suite."""
-        device, dtype = pick_device(self.device)
-        given = {"steps": self.steps, "minutes": self.minutes, "backends": self.backends, "exported": self.exported}
-        options = SUITES[self.suite][1] | {name: value for name, value in given.items() if value not in (None, ())}
-        return Bench(device=device, dtype=dtype, tell=tell, **options)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given."""
+        names = ("model", "steps", "batch", "minutes", "backends", "exported")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
 
-def gpu_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
-    """Yield rows of the papers' models and their successors with random weights, and of the demo; or of one model."""
-    if bench.device.type == "cuda":
-        bench.startup.update(STARTUP)
-    if request.model:
-        sizes = [(resolve(request.model), None, images) for images in (1, 4)]
+def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
+    """Run a suite: yield its rows as they come, each when the report holds it; `tell` gets each thing that is measured.
+
+    The report is `request.out`: {"machine": {...}, "rows": [{...}, ...]}.
+    """
+    device, dtype = pick_device(request.device)
+    options = SUITES[request.suite] | request.options
+    model, batch = options.pop("model", None), options.pop("batch", None)
+    bench = Bench(device=device, dtype=dtype, tell=tell, **options)
+    rows: list[Row] = []
+    for row in _suite(request.suite, bench, model, batch):
+        rows.append(row)
+        now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
+        write_json(request.out, {"machine": now | machine() | versions(), "rows": rows})
+        yield row
+
+
+def _suite(suite: str, bench: Bench, model: str | None, batch: int | None) -> Iterator[Row]:
+    """Yield the rows of a suite.
+
+    "cpu": a guided image and a reply of the demo; with the backend compile, also the first image of a process. "gpu":
+    the papers' models and their successors with random weights, and the demo; or one model. "kernels": every kernel at
+    the shapes of SD 2.1 and SD 3. "train": updates of the first stage of training.
+    """
+    on_gpu = bench.device.type == "cuda"
+    if suite == "cpu":
+        parts = resolve(model or "demo")
+        yield from _inference(bench, [(parts, None, 1)], steps=20, compiled=False)
+        if "compile" in bench.backends:
+            yield from _attempt(bench, "first image", parts, first_image_rows(bench, parts, 20))
+    elif suite == "gpu":
+        bench.startup.update(STARTUP if on_gpu else {})
+        sizes = [(model, None, images) for images in (1, 4)] if model else SIZES
+        yield from _inference(bench, [(resolve(name), *rest) for name, *rest in sizes], steps=50, compiled=True)
+    elif suite == "kernels":
+        yield from kernel_rows(bench)
     else:
-        sizes = [(resolve(name), *rest) for name, *rest in SIZES]
-    yield from _inference(bench, sizes, steps=50, compiled=True)
+        yield from train_rows(bench, resolve(model or "llava-1.5-7b+sd-2.1-base"), batch or (48 if on_gpu else 8))
 
 
-def cpu_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
-    """Yield rows of a guided image and a reply of the demo; with `compile`, also of the first image of a process."""
-    parts = resolve(request.model or "demo")
-    yield from _inference(bench, [(parts, None, 1)], steps=20, compiled=False)
-    if "compile" in bench.backends:
-        yield from _attempt(bench, "first image", parts, first_image_rows(bench, parts, 20))
-
-
-def kernel_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
-    """Yield rows of every kernel at the shapes of SD 2.1 and SD 3."""
-    yield from kernel_rows(bench)
-
-
-def train_suite(bench: Bench, request: BenchRequest) -> Iterator[Row]:
-    """Yield rows of updates of the first stage of training."""
-    parts = resolve(request.model or "llava-1.5-7b+sd-2.1-base")
-    yield from train_rows(bench, parts, request.batch or (48 if bench.device.type == "cuda" else 8))
-
-
-# Name -> what measures, what of `Bench` is so unless the request says, and the options that the suite takes.
-SUITES: dict[str, tuple[Callable[[Bench, BenchRequest], Iterator[Row]], dict[str, Any], tuple[str, ...]]] = {
-    "cpu": (
-        cpu_suite,
-        {"steps": 15, "minutes": 5.0, "backends": ("eager",)},
-        ("model", "steps", "minutes", "backend"),
-    ),
-    "gpu": (
-        gpu_suite,
-        {"steps": 5, "minutes": 8.0, "backends": ("eager", "triton", "compile")},
-        ("model", "steps", "minutes", "backend"),
-    ),
-    "kernels": (kernel_suite, {}, ()),
-    "train": (train_suite, {"steps": 3}, ("model", "steps", "batch")),
-}
-
-
-def _inference(bench: Bench, sizes: list[Size], **options: Any) -> Iterator[Row]:
+def _inference(bench: Bench, sizes: list[tuple[Parts, int | None, int]], **options: Any) -> Iterator[Row]:
     """Yield the limits of the machine, then the rows of each size, and of its LLM when that comes up first."""
     torch._inductor.config.autotune_num_choices_displayed = 0  # else a page on stderr for every product
     torch._inductor.config.max_autotune_report_choices_stats = False
     bench.tell("matmul and copy")
     most = limits(bench.device, bench.dtype)
     row = {"name": "limit", "size": f"{str(bench.dtype).removeprefix('torch.')}; bytes read and written"}
-    yield row | {"provider": "matmul", "tflop_per_s": float(f"{most.matmul:.3g}")}
-    yield row | {"provider": "copy", "gb_per_s": float(f"{most.copy:.3g}")}
+    yield row | {"provider": "matmul", "tflop_per_s": digits(most.matmul, 3)}
+    yield row | {"provider": "copy", "gb_per_s": digits(most.copy, 3)}
     conditions: dict[str, float | None] = {}
     for parts, pixels, images in sizes:
         fresh = parts.mllm not in conditions
@@ -171,22 +171,25 @@ def _attempt(bench: Bench, name: str, parts: Parts, rows: Iterator[Row]) -> Gene
         release_memory()
 
 
-def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
-    """Run a suite: yield its rows as they come, each when the report holds it.
+def tables(rows: list[Row]) -> Group:
+    """Return a table for each size, a line for each way; the share of a part of an update is a column as well."""
+    views: list[Any] = []
+    for (name, size), group in groupby(rows, key=lambda row: (row["name"], row["size"])):
+        flat = [row | row.get("parts", {}) for row in group]
+        done = [row for row in flat if "skipped" not in row]
+        view = Table(title=f"{name}: {size}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        hidden = {"name", "size", "provider", "unit", "parts"}
+        columns = [key for key in {key: 0 for row in done for key in row} if key not in hidden]
+        view.add_column("", no_wrap=True)
+        for column in columns:
+            title = done[0].get("unit", column) if column == "median" else column.replace("_", " ")
+            view.add_column(title, justify="right", min_width=max(map(len, title.split())))
+        for row in done:
+            view.add_row(row["provider"], *(_cell(row.get(column)) for column in columns))
+        views += [view] if done else [f"{name}: {size}"]
+        views += [f"  {row['provider']} skipped: {row['skipped']}" for row in flat if "skipped" in row]
+    return Group(*views)
 
-    The report is `request.out`: {"machine": {...}, "rows": [{...}, ...]}.
 
-    Args:
-        tell: is called with each thing that is measured.
-    """
-    rows: list[Row] = []
-    for row in SUITES[request.suite][0](request.bench(tell), request):
-        rows.append(row)
-        write_json(request.out, {"machine": machine(), "rows": rows})
-        yield row
-
-
-def machine() -> dict[str, Any]:
-    """Return the machine and the versions that were measured on."""
-    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
-    return now | hardware() | versions()
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

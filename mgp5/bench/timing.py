@@ -25,25 +25,16 @@ Phases = tuple[Callable[[], Any], ...]  # done one after the other, they are the
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all rows of a suite share.
-
-    Args:
-        steps: images, replies or updates that are timed for each row.
-        backends: engines of ours that are timed.
-        exported: the folder that `onnx` runs.
-        minutes: rows that have not begun by then are left out.
-        startup: seconds that a way is expected to take until its first run is done; `interleave` corrects it.
-        tell: is called with each thing that is measured.
-    """
+    """What all rows of a suite share."""
 
     device: torch.device
     dtype: torch.dtype
-    steps: int = 1
-    backends: tuple[str, ...] = ()
-    exported: Path | None = None
-    minutes: float = float("inf")
-    startup: dict[str, float] = field(default_factory=dict)
-    tell: Callable[[str], None] = lambda text: None
+    steps: int = 1  # images, replies or updates that are timed for each row
+    backends: tuple[str, ...] = ()  # engines of ours
+    exported: Path | None = None  # the folder that `onnx` runs
+    minutes: float = float("inf")  # rows that have not begun by then are left out
+    startup: dict[str, float] = field(default_factory=dict)  # way -> seconds until its first run is done
+    tell: Callable[[str], None] = lambda text: None  # is called with each thing that is measured
     began: float = field(default_factory=time.monotonic)
 
     def has_time(self, way: str = "") -> bool:
@@ -106,13 +97,14 @@ def interleave(bench: Bench, size: str, ways: dict[str, Callable[[], Phases]], w
 
 def _first_run(prepare: Callable[[], Phases], timing: Timing, device: torch.device, weights: int) -> Phases:
     """Prepare a way and run it once, which compiles and allocates; note seconds and, on a GPU, memory."""
-    cuda = device.type == "cuda"
     phases = prepare()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if device.type != "cuda":
+        timing.first = sum(map(timed, phases))
+        return phases
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     timing.first = sum(map(timed, phases))
-    timing.peak = torch.cuda.max_memory_allocated(device) - before + weights if cuda else None
+    timing.peak = torch.cuda.max_memory_allocated(device) - before + weights
     return phases
 
 
@@ -141,7 +133,12 @@ def reason(error: Exception) -> str:
 def percentiles(values: Sequence[float]) -> Row:
     """Return median, 20th and 80th percentile, as columns of a row."""
     marks = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
-    return {name: float(f"{mark:.4g}") for name, mark in zip(("median", "p20", "p80"), marks, strict=True)}
+    return dict(zip(("median", "p20", "p80"), (digits(mark) for mark in marks), strict=True))
+
+
+def digits(value: float, count: int = 4) -> float:
+    """Return a value rounded to so many digits that count."""
+    return float(f"{value:.{count}g}")
 
 
 class Limits(NamedTuple):

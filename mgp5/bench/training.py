@@ -24,7 +24,7 @@ from ..model import InterleavedModel
 from ..prompts import IGNORE
 from ..training.distributed import launch
 from ..training.trainer import Trainer
-from .timing import Bench, Row, percentiles, release_memory, timed
+from .timing import Bench, Row, digits, percentiles, release_memory, timed
 
 MICRO = (4, 8, 16, 24, 48)  # samples at a time, where the batch is a multiple of them
 BACKWARD = "autograd::engine::evaluate_function"
@@ -36,22 +36,24 @@ def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
     several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
     cuda = bench.device.type == "cuda"
     config = replace(preset("pretrain"), precision="bf16" if cuda else "fp32")
-    names = parts.mllm, parts.diffusion
-    model = skeleton(*names, config, device=bench.device, dtype=DTYPES[config.precision])
+    make = partial(skeleton, parts.mllm, parts.diffusion, dtype=DTYPES[config.precision])
+    model = make(config, device=bench.device)
     sizes = [size for size in MICRO if batch % size == 0] or [batch]
     tuned = [(True, False, size, True) for size in sizes if cuda]
     for cached, checkpointing, size, tune in [*product((True, False), (True, False), sizes, (False,)), *tuned]:
         run = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
-        kinds = "cached" if cached else "live", "recomputed" if checkpointing else "kept"
+        provider = f"{'cached' if cached else 'live'}, {'recomputed' if checkpointing else 'kept'}, by {size}"
         row = {
             "name": "pretrain update",
             "size": f"{parts.name}, {model.head.generator.native_size} px, {batch} samples",
-            "provider": f"{kinds[0]}, {kinds[1]}, by {size}{', tuned' if tune else ''}",
+            "provider": provider + ", tuned" * tune,
         }
         torch.backends.cudnn.benchmark = tune
         bench.tell(f"{row['name']}: {row['provider']}")
-        row |= _expected(names, run, cached, random_batch(model, size, cached).ids.shape[1])
-        yield row | _measured(model, run, cached, bench, row["tflop"])
+        made_up = random_batch(model, size, cached)
+        expected = estimate(make(run), run, made_up.ids.shape[1], cached)
+        row |= {"estimated_gib": round(expected.total.total / GiB, 2), "tflop": digits(expected.flops / 1e12)}
+        yield row | _measured(model, run, made_up, bench, row["tflop"])
 
 
 def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
@@ -59,14 +61,12 @@ def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
     vokens, end = list(model.head.ids), model.backbone.tokenizer.eos_token_id
     seeded = torch.Generator().manual_seed(0)
     captions = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (count,), generator=seeded)
-    starts = [TEMPLATE + length for length in captions.tolist()]
-    length = max(starts) + len(vokens) + 1
-    ids = torch.full((count, length), end)
-    labels = torch.full_like(ids, IGNORE)
-    for row, start in enumerate(starts):
-        ids[row, start : start + len(vokens)] = torch.tensor(vokens)
-        labels[row, start : start + len(vokens) + 1] = ids[row, start : start + len(vokens) + 1]
-    ends = torch.tensor(starts)[:, None] + len(vokens)
+    starts = captions[:, None] + TEMPLATE
+    ends = starts + len(vokens)
+    places = torch.arange(int(ends.max()) + 1)
+    ids = torch.full((count, len(places)), end)
+    ids[(places >= starts) & (places < ends)] = torch.tensor(vokens).repeat(count)
+    labels = ids.where((places >= starts) & (places <= ends), IGNORE)
     generator = model.head.generator
     size = (generator.native_size,) * 2
     channels, *latents = generator.latent_shape(*size)
@@ -75,31 +75,23 @@ def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
     kept["encodings"] = torch.zeros(count, *generator.condition_shape)
     return Batch(
         ids=ids,
-        mask=(torch.arange(length) <= ends).long(),
+        mask=(places <= ends).long(),
         labels=labels,
         target_rows=tuple(range(count)),
-        target_starts=tuple(starts),
+        target_starts=tuple(starts.flatten().tolist()),
         targets=kept if cached else live,
         captions=("a " * CAPTION,) * count,
     )
 
 
-def _expected(names: tuple[str, str], config: TrainConfig, cached: bool, length: int) -> Row:
-    """Return what the shapes say: memory, and operations of an update."""
-    expected = estimate(skeleton(*names, config, dtype=DTYPES[config.precision]), config, length, cached)
-    return {"estimated_gib": round(expected.total.total / GiB, 2), "tflop": float(f"{expected.flops / 1e12:.4g}")}
-
-
-def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, bench: Bench, tflop: float) -> Row:
+def _measured(model: InterleavedModel, config: TrainConfig, batch: Batch, bench: Bench, tflop: float) -> Row:
     """Time updates of the training loop, then profile one; a row that says so where memory does not suffice."""
     accelerator = launch(config, bench.device.type)
     cuda = accelerator.device.type == "cuda"
     model.merge()
-    milliseconds: list[float] = []
     try:
         trainer = Trainer(model, config, accelerator)
-        batches = repeat(random_batch(model, config.batch, cached))
-        update = partial(trainer.update, batches, lambda: False)
+        update = partial(trainer.update, repeat(batch), lambda: False)
         model.train()
         update()  # the first one compiles, tunes and allocates
         if cuda:
@@ -120,7 +112,7 @@ def _measured(model: InterleavedModel, config: TrainConfig, cached: bool, bench:
         "unit": "ms",
         "updates_per_s": round(1000 / median, 3),
         "samples_per_s": round(1000 * config.batch * config.accumulation / median, 2),
-        "tflop_per_s": float(f"{1000 * tflop / median:.3g}"),
+        "tflop_per_s": digits(1000 * tflop / median, 3),
         "peak_gib": peak,
         "parts": parts,
     }

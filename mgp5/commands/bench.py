@@ -37,8 +37,7 @@ def bench(out: Path, as_json: bool, **options: Any) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from ..bench.run import BenchRequest, measure
-    from ..bench.tables import tables
+    from ..bench.run import BenchRequest, measure, tables
 
     request, began, rows = BenchRequest(out=out, **options), time.monotonic(), []
     for row in measure(request, lambda text: click.echo(f"[{time.monotonic() - began:4.0f} s] {text}", err=True)):
