@@ -79,13 +79,6 @@ def test_inception_score_of_known_distributions():
         metrics.inception_score(logits[:9], 0)
 
 
-def test_similarities_are_cosines_row_by_row():
-    a, b = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [0.8, 0.6]])
-    assert metrics.cosine_similarity(a, b).tolist() == pytest.approx([0, 0.96])
-    with pytest.raises(ValueError, match="as many rows"):
-        metrics.cosine_similarity(a, b[:1])
-
-
 def captions() -> list[str]:
     """Sentences that people wrote, where the folder of real samples is here, and some more."""
     own = ["The cat sat on the mat.", "A bear, in a hat, walks to the beach.", "It's raining; they don't mind!", "No."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +25,7 @@ from ..storyland.world import ATTRIBUTES, Scene
 from .weights import locate
 
 BATCH = 32
-ANTIALIAS = False  # how images are resized for Inception
+ANTIALIAS = False  # how images are resized for Inception: the original's bilinear step; torchmetrics' default is True
 
 
 def _load(kind: Any, folder: Path) -> Any:
@@ -44,14 +45,8 @@ def _unreadable(path: Path, expected: str, error: Exception) -> Mgp5Error:
 class Clip:
     """Encode images and texts by CLIP in float32; texts are cut at its 77 tokens.
 
-    Args:
-        folder: a CLIPModel, with tokenizer and image processor.
-        processors: folder of the last two where `folder` has none, as HPS v2: all OpenAI CLIPs share them.
-        pad: make images square by black bars, as HPS v2 does, instead of cutting the middle out.
-        device: where it runs.
-
-    Raises:
-        Mgp5Error: a file is missing or cannot be read.
+    `processors` is the folder of tokenizer and image processor where `folder` has none, as HPS v2. With `pad` images
+    become square by black bars, as HPS v2 does, instead of cutting the middle out.
     """
 
     def __init__(
@@ -60,66 +55,46 @@ class Clip:
         self.model = _load(CLIPModel, folder).to(device, torch.float32).eval()
         self.tokenizer = _load(AutoTokenizer, processors or folder)
         self.processor = _load(CLIPImageProcessorPil, processors or folder)
-        self._device = device
-        self._pad = pad
+        self.pad = pad
 
     @torch.inference_mode()
     def images(self, pictures: Sequence[PIL.Image.Image]) -> Tensor:
         """Return unit vectors (B, E) of RGB images of any size."""
         side = self.model.config.vision_config.image_size
-        if self._pad:
+        if self.pad:
             pictures = [ImageOps.pad(p, (side, side), PIL.Image.Resampling.BICUBIC) for p in pictures]
-        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self._device)
-        found = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-        return normalize(found, dim=-1).cpu()
+        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.model.device)
+        return normalize(self.model.visual_projection(self.model.vision_model(**inputs).pooler_output), dim=-1).cpu()
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (B, E) of texts."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        ids, mask = tokens["input_ids"].to(self._device), tokens["attention_mask"].to(self._device)
-        found = self.model.text_projection(self.model.text_model(ids, attention_mask=mask).pooler_output)
-        return normalize(found, dim=-1).cpu()
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        pooled = self.model.text_model(**inputs.to(self.model.device)).pooler_output
+        return normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 
 class SentenceEncoder:
-    """Encode texts by all-MiniLM-L6-v2 in float32: the mean over a text's tokens, at most 256.
-
-    Args:
-        folder: a BertModel with its tokenizer.
-        device: where it runs.
-    """
+    """Encode texts by all-MiniLM-L6-v2 in float32: the mean over a text's tokens, at most 256."""
 
     def __init__(self, folder: Path, *, device: torch.device | str = "cpu") -> None:
         self.model = _load(AutoModel, folder).to(device, torch.float32).eval()
         self.tokenizer = _load(AutoTokenizer, folder)
-        self._device = device
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (B, E) of texts."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
-        tokens = tokens.to(self._device)
-        weights = tokens["attention_mask"][..., None].float()  # (B, tokens, 1)
-        found = (self.model(**tokens).last_hidden_state * weights).sum(1) / weights.sum(1)
-        return normalize(found, dim=-1).cpu()
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        weights = inputs["attention_mask"][..., None].float()  # (B, tokens, 1)
+        return normalize((self.model(**inputs).last_hidden_state * weights).sum(1) / weights.sum(1), dim=-1).cpu()
 
 
 class Inception:
-    """Encode images by torchmetrics' Inception v3 of FID and IS, converted from TensorFlow's (torch-fidelity).
+    """Encode images by torchmetrics' Inception v3 of FID and IS; torch-fidelity publishes its weights."""
 
-    Args:
-        weights: the file that torch-fidelity publishes.
-        antialias: how images are resized to 299 x 299. False is the bilinear step of the original network, True the
-            default of torchmetrics; numbers of one kind must not be compared with the other's.
-        device: where it runs.
-
-    Raises:
-        Mgp5Error: torch-fidelity cannot be imported, or the file holds something else.
-    """
-
-    def __init__(self, weights: Path, *, antialias: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, weights: Path, *, device: torch.device | str = "cpu") -> None:
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
@@ -127,11 +102,10 @@ class Inception:
             raise Mgp5Error(f"torch-fidelity cannot be imported ({error})", hint) from error
         try:
             torch.load(weights, weights_only=True)  # the library would read any pickle: let nothing but tensors pass
-            model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=antialias)
+            model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=ANTIALIAS)
         except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
             raise _unreadable(weights, "the Inception v3 of torch-fidelity", error) from error
-        self.model = model.to(device)
-        self._device = device
+        self.model, self.device = model.to(device), device
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor]:
@@ -139,7 +113,7 @@ class Inception:
         parts = []
         for _, same in groupby(pictures, key=lambda picture: picture.size):
             pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in same]))
-            parts.append(self.model(pixels.permute(0, 3, 1, 2).to(self._device)))
+            parts.append(self.model(pixels.permute(0, 3, 1, 2).to(self.device)))
         features = torch.cat(parts)
         return features.cpu(), (features @ self.model.fc.weight.T).cpu()
 
@@ -147,15 +121,12 @@ class Inception:
 class Encoders:
     """All encoders of an evaluation: a network is loaded when it is first needed, an item is encoded once.
 
-    Args:
-        paths: of weights, by the names of `weights.WEIGHTS`; others are looked for.
-        device: where networks run.
-        scenes: what the true images of Storyland show.
+    `paths` are of weights, by the names of `weights.WEIGHTS`; `scenes` are what the true images of Storyland show.
     """
 
     def __init__(self, paths: Mapping[str, Path], device: torch.device, scenes: Mapping[Path, Scene]) -> None:
         self.paths, self._device, self._scenes = paths, device, scenes
-        self._networks: dict[str, Any] = {}
+        self._network = cache(self._load)
         self._encoded: dict[tuple[str, str], Any] = {}
 
     def clip_images(self, name: str, images: Sequence[Image]) -> Tensor:
@@ -191,20 +162,14 @@ class Encoders:
         """Return what a true image of Storyland shows."""
         return self._scenes[image.path.resolve()]
 
-    def _network(self, name: str) -> Any:
-        if name not in self._networks:
-            self._networks[name] = self._load(name)
-        return self._networks[name]
-
     def _load(self, name: str) -> Any:
         if name == "judge":
             return load_judge().to(self._device)
         path = locate(name, self.paths)
         if name == "hps":
             return Clip(path, processors=locate("clip-b", self.paths), pad=True, device=self._device)
-        if name == "inception":
-            return Inception(path, antialias=ANTIALIAS, device=self._device)
-        return (SentenceEncoder if name == "minilm" else Clip)(path, device=self._device)
+        kind = {"inception": Inception, "minilm": SentenceEncoder}.get(name, Clip)
+        return kind(path, device=self._device)
 
     def _images(self, name: str, images: Sequence[Image], encode: Callable[[list[Any]], Iterable[Any]]) -> list[Any]:
         keys = [str(image.path) for image in images]
@@ -213,9 +178,10 @@ class Encoders:
     def _items(
         self, name: str, keys: Sequence[str], items: Sequence[Any], encode: Callable[[list[Any]], Iterable[Any]]
     ) -> list[Any]:
-        new = {key: item for key, item in zip(keys, items, strict=True) if (name, key) not in self._encoded}
-        names, values = list(new), list(new.values())
-        for start in range(0, len(names), BATCH):
-            batch, rows = names[start : start + BATCH], encode(values[start : start + BATCH])
+        items_of = dict(zip(keys, items, strict=True))
+        new = [key for key in items_of if (name, key) not in self._encoded]
+        for start in range(0, len(new), BATCH):
+            batch = new[start : start + BATCH]
+            rows = encode([items_of[key] for key in batch])
             self._encoded |= {(name, key): row for key, row in zip(batch, rows, strict=True)}
         return [self._encoded[name, key] for key in keys]

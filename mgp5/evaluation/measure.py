@@ -27,10 +27,7 @@ def _clip_i(name: str, replies: Replies, encoders: Encoders, generator: torch.Ge
 
 
 def _clip_t(name: str, replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
-    """CLIP-T (MiniGPT-5, table 5) and HPS v2 (arXiv 2306.09341): a generated image against the text of the true one.
-
-    On VIST the release compares with the string of vokens instead, so the papers have no number of it.
-    """
+    """CLIP-T (MiniGPT-5, table 5; the release's on VIST is of the vokens' string) and HPS v2 (arXiv 2306.09341)."""
     generated, _, samples = replies.images
     texts = encoders.clip_texts(name, [sample.words for sample in samples])
     values = metrics.cosine_similarity(encoders.clip_images(name, generated), texts)
@@ -44,10 +41,7 @@ def _fid(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Nu
 
 
 def _fid_per_story(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
-    """The papers' FID of VIST (MiniGPT-5, table 1): the mean over stories of five true against five generated images.
-
-    Gaussians of five images: a number only to compare with that table.
-    """
+    """The papers' FID of VIST (MiniGPT-5, table 1), of five images: a number only to compare with that table."""
     generated, real, samples = replies.images
     stories: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):

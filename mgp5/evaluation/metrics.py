@@ -18,57 +18,27 @@ from ..errors import Mgp5Error
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:  # (B, E), (B, E) -> (B,)
-    """Return the cosine of each pair of unit vectors, in [-1, 1].
-
-    CLIP-I of two images, CLIP-T of image and text, S-BERT of two texts, and HPS v2 are all this, of other encoders.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"expected as many rows on both sides, got {tuple(a.shape)} and {tuple(b.shape)}")
+    """Return the cosine of each pair of unit vectors, in [-1, 1]: CLIP-I, CLIP-T, S-BERT, HPS v2, by the encoder."""
     return (a * b).sum(-1)
 
 
-class _Features(nn.Module):
-    """Take features where a metric of torchmetrics expects a network on images."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def fid(real: Tensor, generated: Tensor) -> float:
-    """Return the Frechet Inception Distance of two sets of images (Heusel et al., arXiv 1706.08500), by torchmetrics.
-
-    Args:
-        real: (N, F) features of Inception's last pooling layer.
-        generated: (M, F).
-
-    Raises:
-        Mgp5Error: a set has fewer than two images.
-    """
+def fid(real: Tensor, generated: Tensor) -> float:  # (N, F), (M, F)
+    """Return the Frechet Inception Distance (Heusel et al., arXiv 1706.08500) of Inception's last pooled features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     _require_two(real, generated)
-    metric = FrechetInceptionDistance(_Features(real.shape[1]), normalize=True)
+    network = nn.Identity()  # features are given where the metric expects a network on images
+    network.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(network, normalize=True)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the Frechet distance of the Gaussians fitted to features (N, F) and (M, F).
+def frechet_distance(a: Tensor, b: Tensor) -> float:  # (N, F), (M, F)
+    """Return the Frechet distance of the Gaussians fitted to features: `fid`, but fast for a few rows.
 
-    Equal to `fid`, and fast for a few rows of many features, as FID per story needs it: with centred features A and B,
-    each over the root of its rows - 1, the trace of the root of the product of both covariances is the sum of the
-    singular values of A B^T.
-
-    Raises:
-        Mgp5Error: a set has fewer than two rows.
+    With covariances A^T A and B^T B, the trace of the root of their product is the sum of the singular values of A B^T.
     """
     _require_two(a, b)
     (mean_a, root_a), (mean_b, root_b) = _gaussian(a.double()), _gaussian(b.double())
@@ -85,21 +55,13 @@ def _require_two(*sets: Tensor) -> None:
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:  # (N, F) -> (F,), (min(N, F), F)
     """Return the mean, and a matrix R with R^T R the unbiased covariance."""
     mean = features.mean(0)
-    root = (features - mean) / (len(features) - 1) ** 0.5
-    return mean, torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
+    return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
 
 
-def inception_score(logits: Tensor, seed: int, splits: int = 10) -> tuple[float, float]:
-    """Return mean and standard deviation over splits of the Inception Score, in [1, C], by torchmetrics.
+def inception_score(logits: Tensor, seed: int, splits: int = 10) -> tuple[float, float]:  # (B, C) without bias
+    """Return mean and deviation over splits of the Inception Score, in [1, C] (Salimans et al., arXiv 1606.03498).
 
-    Salimans et al., arXiv 1606.03498. A split cannot score above its number of images: few images score low.
-
-    Args:
-        logits: (B, C) without the last layer's bias.
-        seed: shuffles the rows before they are split.
-
-    Raises:
-        Mgp5Error: fewer images than splits.
+    `seed` shuffles the rows before they are split. A split cannot score above its number of images.
     """
     from torchmetrics.image.inception import InceptionScore
 
@@ -115,17 +77,14 @@ def inception_score(logits: Tensor, seed: int, splits: int = 10) -> tuple[float,
 
 
 def bleu_words(predictions: Sequence[str], references: Sequence[str], order: int) -> float:
-    """Return BLEU of the corpus in [0, 1] on words, n-grams up to `order` (Papineni et al., 2002).
-
-    sacrebleu's 13a words, no smoothing. MiniGPT-5's table 4 has numbers of characters instead, see `bleu_characters`.
-    """
+    """Return BLEU of the corpus in [0, 1] on sacrebleu's 13a words, unsmoothed (Papineni et al., 2002)."""
     from torchmetrics.functional.text import sacre_bleu_score
 
     return float(sacre_bleu_score(list(predictions), [[text] for text in references], n_gram=order))
 
 
-def bleu_characters(predictions: Sequence[str], references: Sequence[str], order: int) -> Tensor:
-    """Return BLEU (B,) of each pair on *characters*: the release gives nltk strings where it expects lists of words.
+def bleu_characters(predictions: Sequence[str], references: Sequence[str], order: int) -> Tensor:  # (B,)
+    """Return BLEU of each pair on *characters*: the release gives nltk strings where it expects lists of words.
 
     Only to compare with MiniGPT-5's table 4: unrelated English sentences score about 0.6 (order 1) and 0.4 (order 2).
     """
@@ -137,8 +96,8 @@ def bleu_characters(predictions: Sequence[str], references: Sequence[str], order
         return torch.tensor([sentence_bleu([real], made, [1 / order] * order) for made, real in pairs])
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Return F1 (B,) of the longest common subsequence of lower-case words, without stemming (Lin, 2004, section 3.1).
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Tensor:  # (B,)
+    """Return F1 of the longest common subsequence of lower-case words, without stemming (Lin, 2004, section 3.1).
 
     The release's package `rouge` cuts at periods and blanks, keeps punctuation, and counts a repeated word once.
     """
@@ -148,12 +107,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Tensor:
     return torch.tensor([float(score["rougeL_fmeasure"]) for score in scores])
 
 
-def meteor(predictions: Sequence[str], references: Sequence[str], wordnet: Path) -> Tensor:
-    """Return METEOR (B,) in [0, 1] with nltk's defaults (0.9, 3, 0.5) (Banerjee & Lavie, 2005).
-
-    Args:
-        wordnet: nltk's data folder, with corpora/wordnet.zip (or the folder wordnet) in it; read once per process.
-    """
+def meteor(predictions: Sequence[str], references: Sequence[str], wordnet: Path) -> Tensor:  # (B,)
+    """Return METEOR in [0, 1] with nltk's defaults (Banerjee & Lavie, 2005); `wordnet` is nltk's data folder."""
     import nltk
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.translate.meteor_score import single_meteor_score
@@ -173,15 +128,11 @@ class Relevance(NamedTuple):
     f1: float
 
 
-def mm_relevance(generated: Tensor, real: Tensor) -> Relevance:
+def mm_relevance(generated: Tensor, real: Tensor) -> Relevance:  # (M, E), (N, E) unit vectors of parts in order
     """Return MM-Relevance of one reply against the true one, as MMDialog defines it (Feng et al., 2022).
 
     Parts are aligned from the left, whatever their kind, up to the shorter reply. With S the sum of the cosines of
     aligned parts, precision is S / M, recall S / N, F1 2S / (M + N). MMDialog's tables show the mean of F1 times 100.
-
-    Args:
-        generated: (M, E) unit vectors of the reply's texts and images, by CLIP ViT-B/32, in order.
-        real: (N, E) of the true reply.
     """
     aligned = min(len(generated), len(real))
     return _relevance(float((generated[:aligned] * real[:aligned]).sum()), len(generated), len(real))
@@ -190,12 +141,8 @@ def mm_relevance(generated: Tensor, real: Tensor) -> Relevance:
 def mm_relevance_pooled(generated: Sequence[dict[str, Tensor]], real: Sequence[dict[str, Tensor]]) -> Relevance:
     """Return the MM-Relevance of one dialogue as MiniGPT-5's release computes it: only to compare with its table 4.
 
-    The parts of all turns are pooled, and text goes with text, image with image, one of each at most; what is missing
-    counts in recall, what is too much in precision.
-
-    Args:
-        generated: for each turn the unit vectors (E,) of "text" and "image", those that it has.
-        real: the same of the true turns.
+    A turn has unit vectors (E,) of "text" and "image", one of each at most; each is compared with its own kind. What is
+    missing counts in recall, what is too much in precision, over all turns.
     """
     pairs = [(a[kind], b[kind]) for a, b in zip(generated, real, strict=True) for kind in a.keys() & b]
     return _relevance(sum(float(a @ b) for a, b in pairs), sum(map(len, generated)), sum(map(len, real)))
@@ -208,13 +155,9 @@ def _relevance(total: float, generated: int, real: int) -> Relevance:
 def mean_interval(
     values: Tensor, groups: Sequence[object], generator: torch.Generator, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Return the mean, and the ends of its 95 % interval by the percentile bootstrap over whole groups (Efron, 1979).
+    """Return the mean of values (B,), and the ends of its 95 % interval by the percentile bootstrap (Efron, 1979).
 
-    Args:
-        values: (B,) numbers or booleans.
-        groups: the story or dialogue of each sample, G different ones: samples of a group are not independent.
-        generator: draws groups with replacement.
-        draws: number of resamples.
+    Whole groups (the story or dialogue of each value, G of them) are drawn: samples of a group are not independent.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([names[name] for name in groups])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,35 +9,21 @@ from typing import Any
 
 from ..errors import Mgp5Error
 from ..files import write_text
-from ..messages import Conversation, Image, Message, Text
-from ..views.html import PAGE, STYLE
+from ..messages import Conversation, Image, Message, Part, Text
+from ..views.html import PAGE, STYLE, data_uri
 from .measure import METRICS
 
 SIDE = 192  # pixels of an image
-PAGE_STYLE = """
-main, header, footer { max-width: 72rem; } h2 { margin: 3rem 0 .75rem; font-size: 1.5rem; }
-body { font-size: 1rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; background: var(--page); }
-th, td { padding: .375rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } .theirs { font-style: italic; color: var(--soft); }
-small { color: var(--soft); } .row { display: flex; gap: .75rem; margin: 1rem 0; overflow-x: auto; }
-.card { flex: 0 0 10.5rem; padding: .5rem; background: var(--page); border-radius: .75rem; font-size: .8125rem; }
-.card.asked { flex-basis: 16rem; } .card h3 { margin: 0 0 .25rem; font-size: .8125rem; color: var(--accent); }
-.card img { display: inline-block; width: 9.5rem; max-width: 100%; border-radius: .5rem; margin: .125rem 0; }
-.card.asked img { width: 4.5rem; } svg { display: block; max-width: 100%; margin: .5rem 0; }
-svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg .theirs { fill: var(--soft); }
-"""
+PAGE_STYLE = STYLE + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 Bar = tuple[str, dict[str, Any], bool]  # label, number, whether the number is the papers'
 
 
 def write_page(
     path: Path, report: dict[str, Any], samples: dict[str, list[tuple[Conversation, dict[str, Message]]]]
 ) -> None:
-    """Write the page of a report.
+    """Write the page of what report.json holds.
 
-    Args:
-        report: what report.json holds.
-        samples: some of each table: a conversation, whose last message is the true reply, and the replies by system.
+    `samples` are some of each table: a conversation, whose last message is the true reply, and the replies by system.
     """
     settings = report["settings"]
     parts = [f"<p>{escape(_summary(report))}</p>", f"<p><code>{escape(report['command'])}</code></p>"]
@@ -52,12 +36,10 @@ def write_page(
     if report["left_out"]:
         rows = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report["left_out"].items())
         parts.append(f"<h2>Left out</h2><ul>{rows}</ul>")
-    title = f"{settings['model']} on {settings['format']}"
+    title = escape(f"{settings['model']} on {settings['format']}")
     footer = f"Made with mgp5 {report['versions']['mgp5']}, {report['made']}, weights {settings['weights']}"
-    page = PAGE.format(
-        lang="en", title=escape(title), style=STYLE + PAGE_STYLE, body="\n".join(parts), footer=escape(footer)
-    )
-    write_text(path, page)
+    body = "\n".join(parts)
+    write_text(path, PAGE.format(lang="en", title=title, style=PAGE_STYLE, body=body, footer=escape(footer)))
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -71,39 +53,39 @@ def _summary(report: dict[str, Any]) -> str:
     return ", ".join([*parts, f"seed {options['seed']}."])
 
 
-def _table(rows: Sequence[str]) -> str:
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    return f'<div class="wide"><table>{_row(heads, "th")}{"".join(rows)}</table></div>'
 
 
-def _cells(tag: str, values: Iterable[object]) -> str:
-    return "".join(f"<{tag}>{value}</{tag}>" for value in values)
+def _row(values: Iterable[object], tag: str = "td", kind: str = "") -> str:
+    cells = "".join(f"<{tag}>{value}</{tag}>" for value in values)
+    return f'<tr class="{kind}">{cells}</tr>'
 
 
 def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"<tr>{_cells('th', ('asked of the demo', 'wanted', 'found', 'holds'))}</tr>"]
+    lines = []
     for row in rows:
         found = "not measured" if row["found"] is None else f"{row['found']:.4f}"
         holds = {None: "", True: "yes", False: "no"}[row["holds"]]
-        lines.append(f"<tr>{_cells('td', (escape(row['what']), escape(row['wanted']), found, holds))}</tr>")
-    return _table(lines)
+        lines.append(_row((escape(row["what"]), escape(row["wanted"]), found, holds)))
+    return _table(("asked of the demo", "wanted", "found", "holds"), lines)
 
 
 def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
     """Return the table of systems and of the papers' rows, a column for each metric."""
-    rows = [*systems.values(), *published]
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    names = list(dict.fromkeys(name for row in (*systems.values(), *published) for name in row["metrics"]))
     arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
     counts = ("replies", "failed", "without a picture that is due", "without a text that is due")
     heads = ("", "replies", "failed", "no picture", "no text", *(f"{escape(name)} {arrows[name]}" for name in names))
-    lines = [f"<tr>{_cells('th', heads)}</tr>"]
+    lines = []
     for system, entry in systems.items():
         numbers = [_number(entry["metrics"].get(name)) for name in names]
-        lines.append(f"<tr>{_cells('td', (escape(system), *(entry[name] for name in counts), *numbers))}</tr>")
+        lines.append(_row((escape(system), *(entry[name] for name in counts), *numbers)))
     for row in published:
         who = f"{escape(row['model'])} <small>(theirs: {escape(row['source'])})</small>"
         numbers = [row["metrics"].get(name, "") for name in names]
-        lines.append(f'<tr class="theirs">{_cells("td", (who, *("" for _ in counts), *numbers))}</tr>')
-    return _table(lines)
+        lines.append(_row((who, *("" for _ in counts), *numbers), kind="theirs"))
+    return _table(heads, lines)
 
 
 def _notes(systems: dict[str, Any]) -> list[str]:
@@ -128,13 +110,12 @@ def _charts(report: dict[str, Any]) -> list[str]:
             for name, number in entry["metrics"].items():
                 bars.setdefault(name, []).append((f"{table}: {system}", number, False))
         for row in report["published"].get(table, []):
-            for name, value in row["metrics"].items():
-                if name in bars:
-                    bars[name].append((f"{table}: {row['model']} (theirs)", {"value": value}, True))
-    return [bar_chart(name, rows) for name, rows in bars.items() if len(rows) > 1]
+            for name in row["metrics"].keys() & bars:
+                bars[name].append((f"{table}: {row['model']} (theirs)", {"value": row["metrics"][name]}, True))
+    return [_bar_chart(name, rows) for name, rows in bars.items() if len(rows) > 1]
 
 
-def bar_chart(name: str, bars: Sequence[Bar]) -> str:
+def _bar_chart(name: str, bars: Sequence[Bar]) -> str:
     """Return an SVG of horizontal bars with their intervals, the papers' in grey."""
     left, width, line = 330, 420, 24
     longest = max([max(number["value"], number.get("high", 0)) for _, number, _ in bars]) or 1
@@ -151,21 +132,19 @@ def bar_chart(name: str, bars: Sequence[Bar]) -> str:
             parts.append(f'<path d="M{low:.1f} {middle}H{high:.1f}" stroke="var(--ink)" stroke-width="2"/>')
             end = max(end, high - left)
         parts.append(f'<text x="{left + end + 8:.1f}" y="{top + 14}"{kind}>{number["value"]:.4g}</text>')
-    height = 36 + line * len(bars)
-    return (
-        f'<svg viewBox="0 0 {left + width + 90} {height}" width="{left + width + 90}" role="img">{"".join(parts)}</svg>'
-    )
+    box = f"{left + width + 90} {36 + line * len(bars)}"
+    return f'<svg viewBox="0 0 {box}" width="{left + width + 90}" role="img">{"".join(parts)}</svg>'
 
 
 def _sample(conversation: Conversation, replies: dict[str, Message]) -> str:
     *history, truth = conversation.messages
     asked = [part for message in history if message.role != "system" for part in message.content]
-    cards = [("asked", "asked", asked), ("", "true reply", list(truth.content))]
-    cards += [("", system, list(reply.content)) for system, reply in replies.items()]
-    return f'<div class="row">{"".join(_card(*card) for card in cards)}</div>'
+    cards = [_card("asked", asked, "asked"), _card("true reply", truth.content)]
+    cards += [_card(system, reply.content) for system, reply in replies.items()]
+    return f'<div class="row">{"".join(cards)}</div>'
 
 
-def _card(kind: str, title: str, content: Sequence[Text | Image]) -> str:
+def _card(title: str, content: Sequence[Part], kind: str = "") -> str:
     shown = "".join(f"<p>{escape(p.text)}</p>" if isinstance(p, Text) else _image(p, title) for p in content)
     return f'<div class="card {kind}"><h3>{escape(title)}</h3>{shown}</div>'
 
@@ -173,11 +152,7 @@ def _card(kind: str, title: str, content: Sequence[Text | Image]) -> str:
 def _image(image: Image, title: str) -> str:
     """Return a small JPEG in the page, or the reason why an image cannot be read."""
     try:
-        picture = image.load()
+        uri, _ = data_uri(image, max_bytes=0, max_side=SIDE)
     except Mgp5Error as error:
         return f"<p>{escape(error.message)}</p>"
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(title)}">'
+    return f'<img src="{uri}" alt="{escape(title)}">'

@@ -37,22 +37,19 @@ def mean(values: Tensor, groups: Sequence[str], generator: torch.Generator, **de
     return Number(value, len(values), low, high, detail)
 
 
-Measure = Callable[["Replies", "Encoders", torch.Generator], Number]  # raises Mgp5Error where there is no number
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number of a report.
 
     Attributes:
-        measure: makes it of replies.
+        measure: makes it of replies; raises Mgp5Error where there is no number.
         needs: names of `weights.WEIGHTS`, and packages of the extras eval and fid.
         unit: range, and what the number is: a mean of "rows", or one "number" of the whole set.
         protocol: whose it is; "the release" is MiniGPT-5's code.
         better: which way is better.
     """
 
-    measure: Measure
+    measure: Callable[[Replies, Encoders, torch.Generator], Number]
     needs: tuple[str, ...]
     unit: str
     protocol: str
@@ -60,31 +57,23 @@ class Metric:
 
 
 def align(generated: Sequence[Part], real: Sequence[Part]) -> list[tuple[Part | None, Part]]:
-    """Pair the true parts of a turn with the generated part of the same kind and number, or None where it is missing.
+    """Pair true parts with the generated part of the same kind and number, None where it is missing, as MMDialog does.
 
-    So MMDialog aligns what metrics of one modality compare; generated parts beyond have no partner.
+    Generated parts beyond have no partner.
     """
     pairs: list[tuple[Part | None, Part]] = []
     for kind in (Text, Image):
         ours, true = ([part for part in parts if isinstance(part, kind)] for parts in (generated, real))
-        pairs += [(part, other) for part, other in zip_longest(ours[: len(true)], true)]
+        pairs += zip_longest(ours[: len(true)], true)
     return pairs
 
 
 class Replies:
-    """What a system replied to the samples of a table.
-
-    Args:
-        rows: samples, true replies, and replies; samples without a reply are left out.
-    """
+    """What a system replied to the samples of a table: rows of samples, true replies, and replies."""
 
     def __init__(self, rows: Sequence[tuple[Sample, Message, Message]]) -> None:
         self.rows = rows
-
-    @property
-    def groups(self) -> list[str]:
-        """The group of each row."""
-        return [sample.group for sample, _, _ in self.rows]
+        self.groups = [sample.group for sample, _, _ in rows]
 
     def _pairs(self, kind: type) -> list[tuple[Part | None, Part, Sample]]:
         aligned = ((align(reply.content, truth.content), sample) for sample, truth, reply in self.rows)
@@ -96,8 +85,7 @@ class Replies:
         pairs = [pair for pair in self._pairs(Image) if pair[0]]
         if not pairs:
             raise Mgp5Error("no reply holds a picture that is due", "look at the replies")
-        generated, real, samples = zip(*pairs, strict=True)
-        return list(generated), list(real), list(samples)
+        return tuple(map(list, zip(*pairs, strict=True)))
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str], list[str]]:
@@ -109,10 +97,6 @@ class Replies:
 
     def counts(self) -> dict[str, int]:
         """Return how many replies there are, and how many lack what the true reply has."""
-        counts = {"replies": len(self.rows)}
-        for name, kind in {"without a picture that is due": Image, "without a text that is due": Text}.items():
-            counts[name] = sum(
-                any(part is None for part, true in align(reply.content, truth.content) if type(true) is kind)
-                for _, truth, reply in self.rows
-            )
-        return counts
+        kinds = {"without a picture that is due": Image, "without a text that is due": Text}
+        lacking = {name: {s.key for part, _, s in self._pairs(kind) if part is None} for name, kind in kinds.items()}
+        return {"replies": len(self.rows)} | {name: len(keys) for name, keys in lacking.items()}

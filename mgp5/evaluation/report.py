@@ -31,13 +31,7 @@ Rows = Mapping[str, dict[str, Any]]  # of a system's files, by the keys of sampl
 def report(
     request: EvaluateRequest, data: Data, replies: Mapping[str, Rows], made: dict[str, Any], device: torch.device
 ) -> None:
-    """Measure what systems replied, and write both files into the folder of the evaluation.
-
-    Args:
-        replies: of each system.
-        made: what was evaluated, and how.
-        device: where metrics are computed.
-    """
+    """Measure what each system replied on a device, and write both files; `made` tells what was evaluated, and how."""
     out, by_table = request.out, {}
     for sample in data.samples:
         for table in sample.tables:
@@ -69,12 +63,12 @@ def report(
 def _measure(
     out: Path, rows: Sequence[tuple[Sample, dict[str, Any]]], names: Sequence[str], encoders: Encoders, seed: int
 ) -> dict[str, Any]:
-    failed = [(sample.key, row["error"]) for sample, row in rows if "error" in row]
+    failed = [f"{sample.key}: {row['error']}" for sample, row in rows if "error" in row]
     replies = Replies([(s, s.load().messages[-1], _reply(out, row)) for s, row in rows if "error" not in row])
     numbers, left_out = measure(replies, names, encoders, seed)
     entry = {"asked": len(rows), "failed": len(failed)} | replies.counts()
     entry |= {"seconds": round(sum(row.get("seconds", 0) for _, row in rows), 1), "metrics": numbers}
-    return entry | {"left_out": left_out, "failures": [": ".join(failure) for failure in failed[:SHOWN]]}
+    return entry | {"left_out": left_out, "failures": failed[:SHOWN]}
 
 
 def _reply(out: Path, row: dict[str, Any]) -> Message:

@@ -23,24 +23,17 @@ STORIES = 100  # of Storyland, where no number is given
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """A model to evaluate on a data set.
+    """A model to evaluate on a data set. Raises Mgp5Error with all that is wrong with it.
 
-    Args:
-        format: one of `tasks.TASKS`.
+    Attributes:
+        format, tasks, contexts: see `tasks.load`.
         out: folder for replies and report; an evaluation in it goes on if it is the same.
         data: folder of the data set; None writes Storyland into `out`.
-        split: "train", "val" or "test".
-        tasks, contexts: see `tasks.load`.
         limit: takes only the first stories, dialogues or images; None: all, 100 of Storyland.
         baselines: NAME or NAME=PATH of `systems.BASELINES`, that reply beside the model.
         metrics: names of `measure.METRICS`; empty takes all that can be computed here.
         weights: paths of weights by the names of `weights.WEIGHTS`; others are looked for.
         batch: replies at a time.
-        model: which model is evaluated.
-        options: of all replies.
-
-    Raises:
-        Mgp5Error: all that is wrong with the request.
     """
 
     format: str
@@ -71,7 +64,7 @@ class EvaluateRequest:
             problems.append(f"--device {self.model.device} under a launcher: leave it out, every process takes a GPU")
         checks: list[Callable[[], Any]] = [
             lambda: tasks.check(self.format, self.tasks, self.contexts),
-            lambda: entries(self.baselines, self.format),
+            lambda: self.systems,
             lambda: pick_device(self.model.device),
             lambda: trained(self.model.model),
         ]
@@ -90,9 +83,9 @@ class EvaluateRequest:
         return {name: reason for name, reason in reasons.items() if reason}
 
     @property
-    def measured(self) -> tuple[str, ...]:
+    def measured(self) -> list[str]:
         """Metrics that are to be computed."""
-        return tuple(name for name in self.metrics or METRICS if name not in self.left_out)
+        return [name for name in self.metrics or METRICS if name not in self.left_out]
 
     @property
     def num_groups(self) -> int | None:
@@ -109,6 +102,5 @@ def trained(name: str) -> Parts:
     """Return the parts of a model. Raises Mgp5Error for one in which nothing was trained."""
     parts = resolve(name)
     if parts.trained is None:
-        hint = f"train one: mgp5 train --stage pretrain --model {name}"
-        raise Mgp5Error(f"{name} has no trained head", hint)
+        raise Mgp5Error(f"{name} has no trained head", f"train one: mgp5 train --stage pretrain --model {name}")
     return parts

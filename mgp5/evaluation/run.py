@@ -9,7 +9,7 @@ report.json  report.html   see `report` and `page`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -41,16 +41,10 @@ WAIT = timedelta(days=7)  # that a process waits for the others
 def evaluate(
     request: EvaluateRequest, tell: Tell = silent, progress: Callable[[Replied], None] = lambda replied: None
 ) -> dict[str, Any]:
-    """Evaluate a model, and return what report.json holds.
+    """Evaluate a model, and return what report.json holds; `progress` is called with every reply of this process.
 
-    Under `torchrun` or `accelerate launch` every process calls this, and takes a share of the samples.
-
-    Args:
-        tell: takes lines about choices that were made for the user.
-        progress: is called with every reply of this process.
-
-    Raises:
-        Mgp5Error: data or a model cannot be used, or `request.out` holds another evaluation.
+    Under `torchrun` or `accelerate launch` every process calls this, and takes a share of the samples. Raises Mgp5Error
+    if data or a model cannot be used, or if `request.out` holds another evaluation.
     """
     out = request.out
     parts = trained(request.model.model)
@@ -58,7 +52,7 @@ def evaluate(
     with patch_environment(**({} if launched() else {"accelerate_torch_device": str(device)})):
         state = PartialState(cpu=device.type == "cpu", timeout=WAIT)
     data = None if request.data is None else _load_data(request, request.data, parts)
-    settings = _settings(request, on_main(state, lambda: weights_hash(parts)))
+    settings = _settings(request, on_main(state, lambda: _weights_hash(parts)))
     on_main(state, lambda: _claim(out, settings, {entry.name: _baseline_hash(entry) for entry in request.systems}))
     if data is None:
         folder, seed = out / "data", request.options.seed
@@ -85,35 +79,29 @@ def evaluate(
 
 
 def _load_data(request: EvaluateRequest, folder: Path, parts: Parts) -> tasks.Data:
-    return tasks.load(
-        request.format,
-        folder,
-        request.split,
-        tasks=request.tasks,
-        contexts=request.contexts,
-        limit=request.num_groups,
-        narrate_from=read_config(parts.trained / CONFIG).get("narrate_from", "full"),
-    )
+    narrate_from = read_config(parts.trained / CONFIG).get("narrate_from", "full")
+    shown = {"tasks": request.tasks, "contexts": request.contexts, "narrate_from": narrate_from}
+    return tasks.load(request.format, folder, request.split, limit=request.num_groups, **shown)
 
 
-def weights_hash(parts: Parts) -> str:
+def _weights_hash(parts: Parts) -> str:
     """Return a hash of all weights of a model that lie in folders, and of the names of those on the hub."""
-    return digest([list(_file_hashes(str(folder))) for folder in (parts.mllm, parts.diffusion, parts.trained)])
+    return digest([_file_hashes(str(folder)) for folder in (parts.mllm, parts.diffusion, parts.trained)])
 
 
-def _file_hashes(folder: str) -> Iterator[str]:
+def _file_hashes(folder: str) -> list[str]:
     if not Path(folder).is_dir():
-        yield folder
-    for file in sorted(Path(folder).rglob("*.safetensors")):
-        yield f"{file.relative_to(folder).as_posix()} {sha256(file)}"
+        return [folder]
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    return [f"{file.relative_to(folder).as_posix()} {sha256(file)}" for file in files]
 
 
 def _baseline_hash(entry: Entry) -> str:
     """Return the path of a baseline's own weights and a hash of them; "" without."""
     if not entry.path:
         return ""
-    is_model = entry.name == "gill"
-    return f"{entry.path} {weights_hash(trained(entry.path)) if is_model else digest(list(_file_hashes(entry.path)))}"
+    weights = _weights_hash(trained(entry.path)) if entry.name == "gill" else digest(_file_hashes(entry.path))
+    return f"{entry.path} {weights}"
 
 
 def _settings(request: EvaluateRequest, weights: str) -> dict[str, Any]:

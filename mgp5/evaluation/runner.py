@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
@@ -29,20 +29,13 @@ from .tasks import Data, Question, Sample
 Reply = Message | str  # or why there is none
 
 
-@dataclass(frozen=True)
-class Replied:
-    """A reply that was kept.
-
-    Attributes:
-        system: its name.
-        done, total: samples that this process has finished, and that it takes.
-        row: what the file has of it: "key", "reply" or "error", "seconds".
-    """
+class Replied(NamedTuple):
+    """A reply that was kept: how many samples of all that this process takes its system has finished, and its row."""
 
     system: str
     done: int
     total: int
-    row: dict[str, Any]
+    row: dict[str, Any]  # "key", "reply" or "error", "seconds"
 
 
 def reply_by(
@@ -56,10 +49,8 @@ def reply_by(
 ) -> Iterator[Replied]:
     """Let a system reply to this process's share of the samples that have no reply yet; write and yield each reply.
 
-    Args:
-        model: gives the model that is evaluated.
-        load: gives another model by its name or folder.
-        tell: takes a line when the system is left out.
+    `model` gives the one that is evaluated, `load` another by its name or folder; `tell` takes a line when the system
+    is left out.
     """
     done = read_replies(request.out, entry.name)
     state.wait_for_everyone()  # nobody writes before all have seen what is there

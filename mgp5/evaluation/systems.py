@@ -42,19 +42,14 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {  # what replies to a kind of question 
 NEEDS_PATH = {"t2i-tuned": "a diffusers folder", "gill": "a run of mgp5 train --preset gill"}
 BOUNDS = ("oracle", "VAE", "VAE-anew")  # of Storyland
 BASELINES = ("t2i", "t2i-tuned", "two-stage", "gill", "text-only")
-
-
 System = Callable[[Sequence[Question]], list[Message]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A system that is to reply.
+    """A system that is to reply: "model" or a baseline, and the path of its own weights.
 
-    Attributes:
-        name: "model", or a baseline.
-        path: of its own weights, or "".
-        implied: whether it comes with the format of the data, and is left out where the model's head cannot do it.
+    One that is implied by the format of the data is left out where the model's head cannot do it.
     """
 
     name: str
@@ -76,8 +71,7 @@ class Entry:
 def entries(baselines: Sequence[str], format: str) -> list[Entry]:
     """Return the model, `NAME[=PATH]` baselines, and on Storyland what its own numbers are compared with.
 
-    Raises:
-        Mgp5Error: an unknown name, or a path that is missing (wrong usage).
+    Raises Mgp5Error (wrong usage) if a name is unknown or a path is missing.
     """
     found = {"model": Entry("model")}
     if format == "storyland":
@@ -101,14 +95,12 @@ class Model:
 
     def __call__(self, questions: Sequence[Question], **overrides: Any) -> list[Message]:
         """Reply; `overrides` of options go before those of the kind of question."""
-        each = [
-            self.options.updated({"seed": q.seed, "image_seed": None} | OPTIONS_OF[q.sample.kind] | overrides)
-            for q in questions
+        fixed = {"image_seed": None}
+        options = [
+            self.options.updated({"seed": q.seed} | fixed | OPTIONS_OF[q.sample.kind] | overrides) for q in questions
         ]
-        replies: dict[int, Message] = {}
-        for index, event in generate_batch(self.model, [question.conversation for question in questions], each):
-            if isinstance(event, Finished):
-                replies[index] = event.message
+        events = generate_batch(self.model, [question.conversation for question in questions], options)
+        replies = {index: event.message for index, event in events if isinstance(event, Finished)}
         return [replies[index] for index in range(len(questions))]
 
 
@@ -137,12 +129,8 @@ class TextToImage:
         """Draw an image of each text."""
         encoded = self.generator.encode_text([*texts, ""])  # (B + 1, L, D)
         conditions = encoded.to(self.generator.device, torch.float32)  # as the mapper's are
-        *_, latents = self.generator.draw(
-            conditions[:-1],
-            conditions[-1:],
-            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **vars(self.options.image),
-        )
+        generators, options = [torch.Generator().manual_seed(seed) for seed in seeds], vars(self.options.image)
+        *_, latents = self.generator.draw(conditions[:-1], conditions[-1:], generators=generators, **options)
         metadata = [{"prompt": text, "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
         return [to_image(*each) for each in zip(self.generator.decode(latents), metadata, strict=True)]
 
@@ -162,13 +150,13 @@ class TwoStage:
     def __call__(self, questions: Sequence[Question]) -> list[Message]:
         overrides = {"image": "never", "max_tokens": self.writer.options.max_tokens} if self.captions else {}
         replies = self.writer(questions, **overrides)
-        texts = [next((part.text for part in reply.content if isinstance(part, Text)), "") for reply in replies]
-        prompts = [(text, question.seed) for text, question in zip(texts, questions, strict=True) if text]
-        images = iter(self.painter.draw(*zip(*prompts, strict=True))) if prompts else iter(())
+        texts = [next((part for part in reply.content if isinstance(part, Text)), Text("")) for reply in replies]
+        prompts = [(text.text, q.seed) for text, q in zip(texts, questions, strict=True) if text.text]
+        images = iter(self.painter.draw(*zip(*prompts, strict=True)) if prompts else ())
         parts = []
         for text, question in zip(texts, questions, strict=True):
-            words = (Text(text),) if text and question.sample.kind == "continue" else ()
-            parts.append((*words, next(images)) if text else ())
+            words = (text,) if question.sample.kind == "continue" else ()
+            parts.append((*words, next(images)) if text.text else ())
         return [Message("assistant", content) for content in parts]
 
 
@@ -179,26 +167,19 @@ class NoHead(Head):
 
 
 class Undrawn(Head):
-    """Stand for a model's head that draws nothing: the LLM writes as ever, and an image takes no time.
-
-    Args:
-        head: encodes the context images.
-    """
+    """Stand for a model's head, which encodes the context images, and draw nothing: an image takes no time."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
         self.head, self.spec, self.ids = head, head.spec, head.ids
 
     def context_slots(self, backbone: Backbone, inputs: dict[str, Tensor]) -> list[int]:
-        """See Head."""
         return self.head.context_slots(backbone, inputs)
 
     def encode_images(self, backbone: Backbone, inputs: dict[str, Tensor]) -> ImageContext:
-        """See Head."""
         return self.head.encode_images(backbone, inputs)
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
-        """See Head: ask for nothing, and return a black image."""
         return torch.zeros(3, 8, 8)
         yield
 
@@ -210,17 +191,10 @@ def build(
     scenes: Mapping[Path, Scene],
     load: Callable[[str], InterleavedModel],
 ) -> System:
-    """Build a system.
+    """Build a system; what the options of its replies leave open becomes the model's own.
 
-    Args:
-        entry: its name and path.
-        model: shared by all systems that have no weights of their own.
-        options: of its replies; what they leave open becomes the model's own.
-        scenes: what the images of Storyland show.
-        load: gives another model by its name or folder.
-
-    Raises:
-        Mgp5Error: its weights cannot be loaded, or the model's head has no text-to-image model.
+    The model is shared by all systems without weights of their own, `load` gives another by its name or folder. Raises
+    Mgp5Error if weights cannot be loaded, or if the model's head has no text-to-image model.
     """
     name, path = entry.name, entry.path
     options = complete(model, options)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
@@ -33,49 +33,29 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A question of a task, with its true reply.
+    """A question of a task; `load` gives the conversation, whose last message is the true reply."""
 
-    Attributes:
-        key: its name, from which the seeds of its reply are made.
-        group: the story, dialogue or image it belongs to; the samples of one are not independent.
-        context: how much of the history its question shows.
-        tables: of the report, that count it: the last image of a story is one of all its images too.
-        load: gives the conversation, whose last message is the true reply.
-        words: what the true image shows, as its data set says it; "" where it does not.
-        past: earlier texts of the story, for a model that reads text alone.
-        opening: first scene of a story that is to be continued.
-        rounds: how many replies continue it.
-        before: of a story, the true image before the one that is due.
-    """
-
-    key: str
-    group: str
+    key: str  # its name, from which the seeds of its reply are made
+    group: str  # the story, dialogue or image it belongs to; the samples of one are not independent
     kind: Kind
-    context: str = "full"
-    tables: tuple[str, ...]
+    context: str = "full"  # how much of the history its question shows
+    tables: tuple[str, ...]  # of the report, that count it: the last image of a story is one of all its images too
     load: Callable[[], Conversation] = field(repr=False)
-    words: str = ""
-    past: tuple[str, ...] = ()
-    opening: Step | None = None
-    rounds: int = 1
-    before: Image | None = None
+    words: str = ""  # what the true image shows, as its data set says it
+    past: tuple[str, ...] = ()  # earlier texts of the story, for a model that reads text alone
+    opening: Step | None = None  # first scene of a story that is to be continued
+    rounds: int = 1  # how many replies continue it
+    before: Image | None = None  # of a story, the true image before the one that is due
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a system is asked.
-
-    Attributes:
-        sample: that it belongs to.
-        conversation: ends with the user's turn.
-        truth: the true reply, for upper bounds only.
-        seed: of the reply.
-    """
+    """What a system is asked."""
 
     sample: Sample
-    conversation: Conversation
-    truth: Message
-    seed: int
+    conversation: Conversation  # ends with the user's turn
+    truth: Message  # the true reply, for upper bounds only
+    seed: int  # of the reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,35 +88,27 @@ def load(
     limit: int | None = None,
     narrate_from: str = "full",
 ) -> Data:
-    """Read the samples of a data set.
+    """Read the samples of a data set. Raises Mgp5Error as `check`, or if the data cannot be used.
 
     Args:
-        format: of `TASKS`; "storyland" is a folder that `mgp5 data storyland` has written, whose data sets also count
-            alone, as what they are.
-        tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on, the
-            first that the sentences before it decide), "last" the last one, "narrate" tells every image from the
-            second on, "continue" asks for text and image of one step of a story, chosen by its name, and "story" for
-            all scenes after the first, each reply being history for the next.
-        contexts: of story tasks, see CONTEXTS; empty takes all four for "last", `narrate_from` for "narrate", else
-            "full".
+        format: of `TASKS`; "storyland" is a folder that `mgp5 data storyland` has written.
+        tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on), "last"
+            the last one, "narrate" tells every image from the second on, "continue" asks for text and image of one step
+            of a story, chosen by its name, "story" for all scenes after the first, each reply history for the next.
+        contexts: of story tasks; empty takes all four for "last", `narrate_from` for "narrate", else "full".
         limit: takes only the first stories, dialogues or images.
-        narrate_from: context of the model's narrations.
-
-    Raises:
-        Mgp5Error: as `check`, or data that cannot be used.
     """
     check(format, tasks, contexts)
     asked, samples, problems = tasks or TASKS[format], [], Problems()
-    root = {"vist": path, "mmdialog": path}
-    if format == "storyland":
-        root = {name: path / name for name in root}
-    folders = root.values() if format == "storyland" else [path] if (path / ATTRIBUTES).is_file() else ()
+    own = format == "storyland"
+    root = {name: path / name if own else path for name in ("vist", "mmdialog")}
+    folders = root.values() if own else [path] if (path / ATTRIBUTES).is_file() else ()
     scenes = {image: scene for folder in folders for image, scene in read_scenes(folder)}
     if set(asked) & {*STORY_TASKS, "story"}:
         stories = load_data("vist", root["vist"], split)
-        plan = _plan(asked, contexts, narrate_from, int(format == "storyland"))
-        for story in stories.stories[:limit]:
-            samples += plan(story)
+        usual = dict.fromkeys(TASKS[format], ("full",)) | {"last": CONTEXTS, "narrate": (narrate_from,)}
+        plan = {task: contexts if contexts and task != "story" else usual[task] for task in asked}
+        samples = [sample for story in stories.stories[:limit] for sample in _of_story(story, plan, first=int(own))]
         problems.merge(stories.problems)
     if "dialogue" in asked:
         samples += _plain(load_data("mmdialog", root["mmdialog"], split), "dialogue", limit, problems)
@@ -166,31 +138,24 @@ def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) 
             yield Sample(key=dataset.key(index), group=group, kind=kind, tables=(kind,), load=make, words=words)
 
 
-def _plan(
-    tasks: Sequence[str], contexts: Sequence[str], narrate_from: str, first: int
-) -> Callable[[Story], Iterator[Sample]]:
-    """Return what makes the samples of a story; a question that two tasks ask is one sample."""
-    usual = {"last": CONTEXTS, "narrate": (narrate_from,), "story": ("full",)}
-
-    def samples(story: Story) -> Iterator[Sample]:
-        end = len(story.scenes)
-        steps = {
-            "illustrate": range(first, end),
-            "last": range(end - 1, end),
-            "narrate": range(1, end),
-            "continue": [1 + pick(end - 1, "continue", story.name)] if end > 1 else [],
-            "story": range(1, 2),
-        }
-        asked: dict[tuple[Kind, int, str], list[str]] = {}
-        for task in tasks if end > 1 else ():
-            for context in contexts if contexts and task != "story" else usual.get(task, ("full",)):
-                for step in steps.get(task, ()):
-                    kind = "illustrate" if task == "last" else task
-                    asked.setdefault((kind, step, context), []).append(f"{task}, {context}")
-        for (kind, step, context), tables in asked.items():
-            yield _sample(story, kind, step, context, tuple(tables))
-
-    return samples
+def _of_story(story: Story, plan: Mapping[str, Sequence[str]], first: int) -> Iterator[Sample]:
+    """Yield the samples of a story by tasks and their contexts; a question that two tasks ask is one sample."""
+    if (end := len(story.scenes)) < 2:
+        return
+    steps = {
+        "illustrate": range(first, end),
+        "last": range(end - 1, end),
+        "narrate": range(1, end),
+        "continue": [1 + pick(end - 1, "continue", story.name)],
+        "story": range(1, 2),
+    }
+    asked: dict[tuple[Kind, int, str], list[str]] = {}
+    for task, contexts in plan.items():
+        for context, step in product(contexts, steps.get(task, ())):
+            kind = "illustrate" if task == "last" else task
+            asked.setdefault((kind, step, context), []).append(f"{task}, {context}")
+    for (kind, step, context), tables in asked.items():
+        yield _sample(story, kind, step, context, tuple(tables))
 
 
 def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str, ...]) -> Sample:

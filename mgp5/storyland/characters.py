@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .pen import INK, Colour, Pen, Point, mix
+from .pen import INK, WHITE, Colour, Pen, Point, mix
 from .world import Scene
 
 BODY: dict[str, Colour] = {
     "purple": (152, 82, 204), "green": (74, 176, 76), "red": (228, 62, 54),
     "blue": (62, 118, 232), "yellow": (252, 210, 58), "white": (249, 248, 244),
 }  # fmt: skip
-WHITE: Colour = (255, 255, 255)
 CREAM: Colour = (255, 246, 224)
 PINK: Colour = (255, 150, 170)
 ORANGE: Colour = (255, 150, 30)
@@ -50,7 +49,7 @@ def coat(scene: Scene) -> Coat:
 
 
 def character(pen: Pen, scene: Scene) -> None:
-    """Draw the animal without its prop and the hand on it, back to front."""
+    """Draw the animal without its prop and the fist on it, back to front."""
     c = coat(scene)
     _tail(pen, c, scene.species)
     _ears(pen, c, scene.species)
@@ -58,19 +57,11 @@ def character(pen: Pen, scene: Scene) -> None:
     _torso(pen, c, scene)
     _arms(pen, c, scene)
     _head(pen, c, scene.species)
-    if scene.species == "frog":
-        _wear(pen, c, scene)
-    _eyes(pen, c, scene)
-    _muzzle(pen, c, scene)
-    if scene.species != "frog":
-        _wear(pen, c, scene)
+    face = [_eyes, _muzzle, _wear] if scene.species != "frog" else [_wear, _eyes, _muzzle]
+    for part in face:
+        part(pen, c, scene)
     if scene.species == "elephant":
         _trunk(pen, c)
-
-
-def hand(pen: Pen, scene: Scene) -> None:
-    """Draw the fist on top of a prop's handle."""
-    pen.oval(*hand_at(scene), 13, 13, coat(scene).main)
 
 
 def hand_at(scene: Scene) -> Point:
@@ -137,7 +128,7 @@ def _feet(pen: Pen, c: Coat, scene: Scene) -> None:
     fill = ORANGE if scene.species in ("duck", "owl") else c.dark
     if scene.action == "jumps":
         for s in (-1, 1):
-            pen.limb([(s * 22, -16), (s * 38, 4)], c.dark if fill != ORANGE else fill, 14)
+            pen.limb([(s * 22, -16), (s * 38, 4)], fill, 14)
             pen.oval(s * 42, 8, 18, 12, fill)
     elif scene.action != "sleeps":
         for s in (-1, 1):
@@ -181,19 +172,16 @@ def _head(pen: Pen, c: Coat, species: str) -> None:
 def _eyes(pen: Pen, c: Coat, scene: Scene) -> None:
     species, closed = scene.species, scene.action == "sleeps"
     spread, dy, rx, ry = {"owl": (26, -6, 25, 26), "frog": (36, -40, 22, 22)}.get(species, (26, -6, 13, 17))
+    big = species in ("owl", "frog")  # eyes with a white around the pupil
     for s in (-1, 1):
         x, y = s * spread, c.y + dy
-        if species == "frog":
-            pen.oval(x, y, rx, ry, c.main if closed else WHITE)
-        elif species == "owl":
-            pen.oval(x, y, rx, ry, CREAM)
+        if big:
+            pen.oval(x, y, rx, ry, CREAM if species == "owl" else c.main if closed else WHITE)
         if closed:
             pen.arc(x, y - 3, 14, 13, 15, 165, 7)
             continue
-        big = 14 if species in ("owl", "frog") else rx
-        tall = 15 if species in ("owl", "frog") else ry
-        x -= s * (3 if species in ("owl", "frog") else 0)
-        pen.oval(x, y, big, tall, INK, 0)
+        x -= s * (3 if big else 0)
+        pen.oval(x, y, *((14, 15) if big else (rx, ry)), INK, 0)
         pen.oval(x + 4, y - 6, 6, 6, WHITE, 0)
         pen.oval(x - 4, y + 7, 3, 3, WHITE, 0)
 
@@ -238,13 +226,13 @@ def _snout(pen: Pen, c: Coat, species: str, glad: bool) -> None:
         pen.oval(0, y + 24, 11, 9, INK, 0)
     else:
         nose = INK if species == "bear" else (232, 84, 116)
-        pen.oval(0, y + 12, 12 if species == "bear" else 9, 8 if species == "bear" else 7, nose, 0)
+        pen.oval(0, y + 12, *((12, 8) if species == "bear" else (9, 7)), nose, 0)
     top = {"fox": 30, "bear": 20}.get(species, 18)
     if species == "rabbit":
         pen.poly([(-7, y + 27), (7, y + 27), (7, y + 41), (-7, y + 41)], WHITE, 4)
     elif glad and species != "fox":
         _open_mouth(pen, y + top + 6, 13, 15, 4)
-    if species != "rabbit" and not (glad and species != "fox"):
+    else:
         pen.arc(-9, y + top, 9, 9, 0, 160, 5)
         pen.arc(9, y + top, 9, 9, 20, 180, 5)
     if species == "cat":
@@ -267,8 +255,8 @@ def _wear(pen: Pen, c: Coat, scene: Scene) -> None:
     if scene.wears == "hat":
         _hat(pen, c.y - (36 if scene.species == "frog" else 44))
     elif scene.wears == "scarf":
-        # The elephant's trunk hangs to the left, so its scarf ends on the right.
-        _scarf(pen, c.y + (56 if scene.species == "elephant" else 46), 1 if scene.species == "elephant" else -1)
+        drop, side = (56, 1) if scene.species == "elephant" else (46, -1)  # its trunk hangs to the left
+        _scarf(pen, c.y + drop, side)
     elif scene.wears == "bow":
         _bow(pen, *((0, c.y - 56) if scene.species == "frog" else (-34, c.y - 44)))
 

@@ -6,11 +6,10 @@ Everything is drawn at three times the size and reduced with a box filter, which
 from __future__ import annotations
 
 import random
-from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
-from .characters import character, hand, hand_at
+from .characters import character, coat, hand_at
 from .pen import INK, Pen
 from .places import MARGIN, SIZE, VARIANTS, backdrop
 from .props import PROPS
@@ -28,7 +27,8 @@ def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     _falling(pen, scene.weather, rng)
     x, y = SIZE // 2 + 3 * rng.randint(-3, 3), GROUND + 3 * rng.randint(-2, 1)
-    _shadow(canvas, scene, x, y)
+    width = {"jumps": 44, "sleeps": 74}.get(scene.action, 62)
+    ImageDraw.Draw(canvas, "RGBA").ellipse((x - width, y - 12, x + width, y + 12), fill=(*INK, 110))
     lift = LIFT if scene.action == "jumps" else 0
     figure = Pen(pen, x, y - lift)
     if scene.prop == "lantern":
@@ -37,7 +37,7 @@ def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
     if scene.prop != "nothing":
         PROPS[scene.prop](figure, *hand_at(scene))
         if scene.prop != "book":
-            hand(figure, scene)
+            figure.oval(*hand_at(scene), 13, 13, coat(scene).main)  # the fist on its handle
     if scene.action == "waves":
         _swish(figure)
     elif scene.action == "sleeps":
@@ -60,19 +60,9 @@ def _falling(pen: ImageDraw.ImageDraw, weather: str, rng: random.Random) -> None
                 pen.ellipse((x - r, y - r, x + r, y + r), fill=(255, 255, 255))
 
 
-def _shadow(canvas: Image.Image, scene: Scene, x: int, y: int) -> None:
-    width = {"jumps": 44, "sleeps": 74}.get(scene.action, 62)
-    ImageDraw.Draw(canvas, "RGBA").ellipse((x - width, y - 12, x + width, y + 12), fill=(*INK, 110))
-
-
-@lru_cache(maxsize=2)
-def _halo(strength: int) -> Image.Image:
-    """Return a round gradient, (144, 144), the mask of the lantern's light."""
-    return Image.radial_gradient("L").resize((144, 144)).point(lambda v: max(0, (180 - v)) * strength // 180)
-
-
 def _glow(canvas: Image.Image, x: int, y: int, weather: str) -> None:
-    mask = _halo(210 if weather == "night" else 120)
+    strength = 210 if weather == "night" else 120
+    mask = Image.radial_gradient("L").resize((144, 144)).point(lambda v: max(0, (180 - v)) * strength // 180)
     canvas.paste((255, 214, 96), (x - 72, y - 72), mask)
 
 

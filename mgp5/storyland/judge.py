@@ -43,7 +43,7 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = FILE) -> Judge:
-    """Return the trained judge in float32, in evaluation mode."""
+    """Return the trained judge in float32, frozen and in evaluation mode."""
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=False)
     return judge

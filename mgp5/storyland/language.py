@@ -58,18 +58,13 @@ def a(noun: str) -> str:
 
 
 def describe(scene: Scene, order: str, when: str, holds: str = "with", hide: frozenset[str] = frozenset()) -> str:
-    """Describe a scene in lower case.
+    """Describe a scene in lower case, in one of `ORDERS`, by one of `WHEN[scene.weather]` and "with" or "holding".
 
-    Args:
-        scene: what to describe; "nothing" is never said.
-        order: one of `ORDERS`.
-        when: one of `WHEN[scene.weather]`.
-        holds: "with" or "holding".
-        hide: attributes (of colour, wears, prop, place, weather) that the text leaves out.
+    "nothing" is never said, nor what is in `hide` (of colour, wears, prop, place, weather).
     """
     worn = "" if scene.wears == "nothing" or "wears" in hide else a(scene.wears)
     held = "" if scene.prop == "nothing" or "prop" in hide else a(scene.prop)
-    outfit = " and ".join(phrase for phrase in (worn and f"wearing {worn}", held and f"holding {held}") if phrase)
+    outfit = " and ".join(filter(None, (worn and f"wearing {worn}", held and f"holding {held}")))
     slots = {
         "who": a(scene.species) if "colour" in hide else f"a {scene.colour} {scene.species}",
         "wears": worn and f"in {worn}",
@@ -79,7 +74,7 @@ def describe(scene: Scene, order: str, when: str, holds: str = "with", hide: fro
         "when": "" if "weather" in hide else when,
         "outfit": outfit,
     }
-    return re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]] and f" {slots[slot[1]]}", order).strip()
+    return order.format(**{name: text and f" {text}" for name, text in slots.items()}).strip()
 
 
 def _any(options: object) -> str:
@@ -96,7 +91,7 @@ def _fill(template: str) -> str:
     for name in ("prop", "wears"):
         slots[name] = _any(_something(name))
         slots[f"a_{name}"] = _any(map(a, _something(name)))
-    return re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]], template)
+    return template.format(**slots)
 
 
 def _description() -> str:
@@ -112,7 +107,7 @@ def _description() -> str:
         "when": f"(?: {_any(phrase for phrases in WHEN.values() for phrase in phrases)})?",
         "outfit": f"(?: wearing {worn}(?: and holding {held})?| holding {held})?",
     }
-    return _any(re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]], order) for order in ORDERS)
+    return _any(order.format(**slots) for order in ORDERS)
 
 
 def _step() -> str:
@@ -161,11 +156,10 @@ _STATED: dict[str, dict[str, re.Pattern[str]]] = {
 
 
 def mentions(text: str) -> dict[str, str]:
-    """Return the attributes that a sentence states, name -> value.
+    """Return the attributes that a sentence states, name -> value; in a story all that is not mentioned persists.
 
     What is put away or taken off counts as "nothing", of a swap only the new thing counts, and "wakes up" means that
-    the character stands unless another action is named. The next scene of a story, and the scene of a changed drawing,
-    is `dataclasses.replace(previous, **mentions(text))`: all that is not mentioned persists.
+    the character stands unless another action is named.
     """
     text = _SWAP.sub("", text.lower())
     found: dict[str, str] = {}

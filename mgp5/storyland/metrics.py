@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,7 @@ def narration_right(texts: Sequence[str], before: Sequence[Scene], shown: Sequen
 
 
 def coherence(read: Tensor, texts: Sequence[str], before: Sequence[Scene]) -> Tensor:  # (B, 7) -> (B, 7)
-    """Return which of the attributes read are those that the history and the reply's own text tell.
-
-    None are when the text is no sentence of Storyland.
-    """
+    """Return which of the attributes read are those that history and text tell; none where it is no sentence."""
     after = [next_scene(*pair) for pair in zip(before, texts, strict=True)]
     known = torch.tensor([scene is not None for scene in after])
     return attributes_right(read, [scene or old for scene, old in zip(after, before, strict=True)]) & known[:, None]
@@ -51,12 +49,7 @@ def grammatical(stories: Sequence[Sequence[str]]) -> Tensor:  # (S,)
 
 
 def identity_kept(read: Tensor, characters: Sequence[Scene]) -> Tensor:  # (S, T, 7) -> (S,)
-    """Return whether species and colour are the character's in all images of a story.
-
-    Args:
-        read: attribute indices; a row of -1 for an image that is missing.
-        characters: a true scene of each story.
-    """
+    """Return whether species and colour are the character's, of one true scene, in all images of a story."""
     truth = torch.tensor([scene.indices() for scene in characters])
     return (read == truth[:, None])[..., IDENTITY].all(dim=(1, 2))
 
@@ -64,36 +57,30 @@ def identity_kept(read: Tensor, characters: Sequence[Scene]) -> Tensor:  # (S, T
 def acceptance(tables: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what is wanted of the demo, what was found, and whether it holds (None where the tables do not tell).
 
-    Args:
-        tables: of a report of `mgp5 eval`, by the name of the table and of the system.
+    `tables` are those of a report of `mgp5 eval`: table -> system -> numbers.
     """
 
     def metric(table: str, system: str, name: str, part: str = "value") -> float:
         return tables[table][system]["metrics"][name][part]
 
-    def drawn(system: str, name: str = "attributes") -> float:
-        return metric("illustrate, full", system, name)
-
-    def last(context: str, part: str) -> float:
-        return metric(f"last, {context}", "model", "attributes", part)
-
-    def ratio(other: str) -> float:
-        return drawn("model", "Frechet distance, judge") / drawn(other, "Frechet distance, judge")
+    drawn = partial(metric, "illustrate, full", name="attributes")
+    distance = partial(metric, "illustrate, full", name="Frechet distance, judge")
+    coherence = partial(metric, "continue, full", name="coherence")
+    stories = partial(metric, "story, full", "model")
+    last = partial(metric, system="model", name="attributes")
 
     def gap() -> float:
-        return min(last("full", "low") - last("text", "high"), last("text", "low") - last("none", "high"))
+        above_text = last("last, full", part="low") - last("last, text", part="high")
+        return min(above_text, last("last, text", part="low") - last("last, none", part="high"))
 
     def ahead(other: str) -> float:
-        return metric("continue, full", "model", "coherence") - metric("continue, full", other, "coherence")
-
-    def stories(name: str) -> float:
-        return metric("story, full", "model", name)
+        return coherence("model") - coherence(other)
 
     wanted: list[tuple[str, str, float, Callable[[], float]]] = [
         ("attributes right in pictures, full context", ">=", 0.985, lambda: drawn("model")),
         ("the oracle's attributes less the model's", "<=", 0.01, lambda: drawn("oracle") - drawn("model")),
-        ("Frechet distance over that of VAE reconstructions", "<=", 2, lambda: ratio("VAE")),
-        ("the same, of other renders of the same scenes", "<=", 2, lambda: ratio("VAE-anew")),
+        ("Frechet distance over that of VAE reconstructions", "<=", 2, lambda: distance("model") / distance("VAE")),
+        ("the same, of other renders of the same scenes", "<=", 2, lambda: distance("model") / distance("VAE-anew")),
         ("image-text, text, no context: least gap between intervals", ">", 0, gap),
         ("coherence less that of two-stage", ">", 0, lambda: ahead("two-stage")),
         ("coherence less that of GILL's objective (--baseline gill=RUN)", ">", 0, lambda: ahead("gill")),

@@ -11,6 +11,7 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 INK: Colour = (44, 36, 56)
+WHITE: Colour = (255, 255, 255)
 LINE = 5
 
 

@@ -20,7 +20,6 @@ MARGIN = 18  # the backdrop reaches this far beyond both sides, so that it can s
 WIDTH = SIZE + 2 * MARGIN
 HORIZON = 236
 VARIANTS = 4
-WHITE: Colour = (255, 255, 255)
 STARS = ((128, 24), (180, 66), (236, 28), (300, 58), (362, 26), (394, 112), (96, 118), (30, 136), (330, 128))
 SKY: dict[str, tuple[Colour, Colour]] = {
     "sunny": ((86, 178, 250), (206, 238, 255)),

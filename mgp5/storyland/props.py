@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .pen import INK, Colour, Pen, mix
+from .pen import INK, WHITE, Colour, Pen, mix
 
-WHITE: Colour = (255, 255, 255)
 PAPER: Colour = (255, 250, 232)
 GOLD: Colour = (255, 214, 70)
 
 
-def ball(pen: Pen, x: float, y: float) -> None:
-    """Draw a beach ball with red and white gores."""
+def _ball(pen: Pen, x: float, y: float) -> None:
     x, y, r = x + 14, y - 2, 32
     for k in range(6):
         pen.pie(x, y, r, 60 * k + 15, 60 * k + 75, (236, 50, 52) if k % 2 else WHITE)
@@ -24,8 +22,7 @@ def ball(pen: Pen, x: float, y: float) -> None:
     pen.oval(x, y, 7, 7, WHITE, 0)
 
 
-def balloon(pen: Pen, x: float, y: float) -> None:
-    """Draw a pink balloon on a string."""
+def _balloon(pen: Pen, x: float, y: float) -> None:
     top_x, top_y = x + 22, y - 148
     pen.stroke([(x, y), (x + 8, y - 50), (top_x, top_y + 46)], INK, 4)
     pen.poly([(top_x - 9, top_y + 52), (top_x, top_y + 38), (top_x + 9, top_y + 52)], (224, 40, 130), 4)
@@ -33,8 +30,7 @@ def balloon(pen: Pen, x: float, y: float) -> None:
     pen.oval(top_x - 13, top_y - 16, 8, 12, (255, 190, 218), 0)
 
 
-def umbrella(pen: Pen, x: float, y: float) -> None:
-    """Draw a teal umbrella held up."""
+def _umbrella(pen: Pen, x: float, y: float) -> None:
     cx, cy = x + 16, y - 112
     pen.stroke([(x, y + 16), (cx, cy)], INK, 11)
     pen.stroke([(x, y + 16), (cx, cy)], (150, 92, 48), 5)
@@ -46,8 +42,7 @@ def umbrella(pen: Pen, x: float, y: float) -> None:
     pen.stroke([(cx, cy - 56), (cx, cy - 68)], INK, 7)
 
 
-def flower(pen: Pen, x: float, y: float) -> None:
-    """Draw a big pink blossom on a stem."""
+def _flower(pen: Pen, x: float, y: float) -> None:
     cx, cy = x + 14, y - 56
     pen.stroke([(x, y + 22), (cx, cy)], INK, 13)
     pen.stroke([(x, y + 22), (cx, cy)], (50, 160, 60), 6)
@@ -59,8 +54,7 @@ def flower(pen: Pen, x: float, y: float) -> None:
     pen.oval(cx, cy, 13, 13, GOLD, 4)
 
 
-def book(pen: Pen, x: float, y: float) -> None:
-    """Draw an open book with lines of text."""
+def _book(pen: Pen, x: float, y: float) -> None:
     x, y = x + 12, y - 6
     pen.poly([(x - 44, y - 30), (x, y - 20), (x + 44, y - 30), (x + 44, y + 32), (x, y + 42), (x - 44, y + 32)],
              (150, 70, 30))  # fmt: skip
@@ -70,8 +64,7 @@ def book(pen: Pen, x: float, y: float) -> None:
             pen.stroke([(x + s * 9, y + dy - 3), (x + s * 29, y + dy - 9)], (120, 104, 96), 4)
 
 
-def lantern(pen: Pen, x: float, y: float) -> None:
-    """Draw a glowing lantern that hangs from the hand."""
+def _lantern(pen: Pen, x: float, y: float) -> None:
     x, y = x + 14, y + 40
     pen.arc(x, y - 30, 17, 18, 180, 360, 6)
     pen.poly([(x - 22, y - 26), (x + 22, y - 26), (x + 27, y + 28), (x - 27, y + 28)], GOLD)
@@ -81,5 +74,5 @@ def lantern(pen: Pen, x: float, y: float) -> None:
 
 
 PROPS: dict[str, Callable[[Pen, float, float], None]] = {
-    "ball": ball, "balloon": balloon, "umbrella": umbrella, "flower": flower, "book": book, "lantern": lantern,
+    "ball": _ball, "balloon": _balloon, "umbrella": _umbrella, "flower": _flower, "book": _book, "lantern": _lantern,
 }  # fmt: skip

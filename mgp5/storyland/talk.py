@@ -72,10 +72,7 @@ class Dialog:
 
 
 def dialog(rng: random.Random, split: Split) -> Dialog:
-    """Write a dialogue of 4, 6 or 8 turns about one character.
-
-    "train" dialogues hold no held-out scene; the first image of a "test" dialogue is held out.
-    """
+    """Write a dialogue of 4, 6 or 8 turns; the first image of a "test" dialogue is held out, none of "train"."""
     she = rng.choice(tuple(PRONOUNS))
     scene = random_scene(rng, split)
     exchanges = rng.choice((2, 3, 3, 4, 4))
@@ -151,8 +148,7 @@ def _changed(rng: random.Random, scene: Scene, split: Split, she: str) -> list[T
         after = replace(scene, **{name: new})
         if not (split == "train" and held_out(after)):
             break
-    options = REMOVE[name] if new == "nothing" else CHANGE[name]
-    template = rng.choice(options)
+    template = rng.choice(REMOVE[name] if new == "nothing" else CHANGE[name])
     slots = {**_slots(after, she), "old": getattr(scene, name), "new": new, "a_new": a(new)}
     if name == "weather":
         slots["sky"] = (LET_SKY if template.startswith("Let") else MAKE_SKY)[new]
@@ -166,8 +162,6 @@ def _changed(rng: random.Random, scene: Scene, split: Split, she: str) -> list[T
 
 def _echo(scene: Scene, name: str, she: str) -> str:
     """Return a reply that repeats the change."""
-    if name == "weather":
-        return f"Now {SKY_NOW[scene.weather][0].lower()}{SKY_NOW[scene.weather][1:]}"
     answer = ASK[name][1][0].format(**_slots(scene, she))
     return f"Now {answer[0].lower()}{answer[1:]}"
 

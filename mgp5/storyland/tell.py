@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 
 from .language import ACTS, CHANGES, KEEP, MOVE, ORDERS, PRONOUNS, SKIES, WAKES, WHEN, a, describe
 from .world import ATTRIBUTES, Scene, Split, held_out, random_scene
@@ -41,13 +41,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def story(rng: random.Random, split: Split, length: int = 5) -> Story:
-    """Write a story about one character.
+    """Write a story of 1 or more steps about one character.
 
-    Args:
-        rng: the source of all choices.
-        split: "train" stories hold no held-out scene; of a "test" story's later steps at least two are held out
-            (all of them if there are fewer).
-        length: number of steps, at least 1.
+    "train" stories hold no held-out scene; of a "test" story's later steps at least two are held out, if there are two.
     """
     while True:
         scenes = list(_scenes(rng, split, length))
@@ -55,8 +51,7 @@ def story(rng: random.Random, split: Split, length: int = 5) -> Story:
             break
     she = rng.choice(tuple(PRONOUNS))
     steps = [Step(_opening(rng, scenes[0]), scenes[0])]
-    for before, after in pairwise(scenes):
-        steps.append(Step(_sentence(rng, before, after, she), after))
+    steps += [Step(_sentence(rng, *pair, she), pair[1]) for pair in pairwise(scenes)]
     return Story(tuple(steps), rng.randrange(2**31))
 
 
@@ -109,11 +104,8 @@ def _sentence(rng: random.Random, before: Scene, after: Scene, she: str) -> str:
 
 def _move(rng: random.Random, before: Scene, after: Scene) -> str:
     """Tell that somebody goes somewhere, at times with what stays the same."""
-    kept = [
-        keep
-        for name, keep in zip(("prop", "wears"), KEEP, strict=True)
-        if getattr(before, name) == getattr(after, name) != "nothing"
-    ]
+    same = [getattr(before, name) == getattr(after, name) != "nothing" for name in ("prop", "wears")]
+    kept = list(compress(KEEP, same))
     kept = rng.choice(kept) if kept and rng.random() < 0.5 else ""
     return (rng.choice(MOVE) + kept).format(place=after.place, prop=after.prop, wears=after.wears)
 

@@ -41,14 +41,13 @@ class Scene:
             raise ValueError(f"unknown {', '.join(wrong)}; see ATTRIBUTES")
 
     def indices(self) -> tuple[int, ...]:
-        """Return the position of each value in its attribute's tuple, in the order of `ATTRIBUTES`."""
+        """Return the index of each value in its tuple, in the order of `ATTRIBUTES`."""
         return tuple(values.index(getattr(self, name)) for name, values in ATTRIBUTES.items())
 
     @classmethod
     def from_indices(cls, indices: tuple[int, ...]) -> Scene:
         """Return the scene of `indices`; raises IndexError or ValueError for what is no scene."""
-        names = zip(ATTRIBUTES.items(), indices, strict=True)
-        return cls(**{name: values[index] for (name, values), index in names})
+        return cls(**{name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), indices, strict=True)})
 
     def attributes(self) -> dict[str, str]:
         """Return attribute name -> value, in the order of `ATTRIBUTES`."""

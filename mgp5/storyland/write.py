@@ -6,6 +6,7 @@ Beside each data set lies `attributes.jsonl` with the true attributes of every i
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,25 +23,6 @@ ATTRIBUTES = "attributes.jsonl"  # of a data set: what its images show
 QUALITY = 95  # of the JPEG files
 
 
-class _Album:
-    """Save the images of one data set and remember their attributes."""
-
-    def __init__(self, root: Path, folder: str) -> None:
-        self.root, self.folder, self.rows = root, folder, []
-        (root / folder).mkdir(parents=True)
-
-    def save(self, name: str, scene: Scene, seed: int) -> str:
-        """Draw a scene to `folder/name.jpg`; return that path relative to the data set's root."""
-        path = f"{self.folder}/{name}.jpg"
-        draw(scene, seed).save(self.root / path, quality=QUALITY)
-        self.rows.append(json.dumps({"image": path, "attributes": scene.attributes()}))
-        return path
-
-    def close(self) -> None:
-        """Write what the images show."""
-        (self.root / ATTRIBUTES).write_text("".join(f"{row}\n" for row in self.rows), encoding="utf-8")
-
-
 def write(
     out: Path,
     split: Split,
@@ -50,30 +32,26 @@ def write(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write `out/cc3m`, `out/vist` and `out/mmdialog`; a set of which zero items are asked for is left out.
+    """Write captioned images to `out/cc3m`, stories of five images to `out/vist`, dialogues to `out/mmdialog`.
 
-    Args:
-        out: a folder that does not exist or is empty.
-        split: "train", or "test" with held-out scenes (CC3M and VIST call it "val").
-        pairs: number of CC3M captions with an image, >= 0.
-        stories: number of VIST stories of five images, >= 0.
-        dialogs: number of MMDialog conversations, >= 0.
-        seed: the same seed gives the same files.
-        progress: called with (items done, items in all) after each item.
-
-    Raises:
-        Mgp5Error: the split or a number is not valid, or `out` is not an empty folder.
+    The same seed gives the same files; "test" (CC3M and VIST call it "val") has held-out scenes. `progress` is called
+    with (items done, items in all). Raises Mgp5Error for a wrong split or number, or if `out` is no empty folder.
     """
-    out = Path(out)
-    counts = {"cc3m": pairs, "vist": stories, "mmdialog": dialogs}
-    _check(out, split, counts)
+    out, counts = Path(out), {"cc3m": pairs, "vist": stories, "mmdialog": dialogs}
+    if split not in get_args(Split):
+        raise Mgp5Error(f"split is {split!r}, expected one of {', '.join(get_args(Split))}", "use train or test")
+    if min(counts.values()) < 0 or not any(counts.values()):
+        raise Mgp5Error(f"asked for {counts}, expected numbers >= 0 and not all 0", "ask for at least one item")
+    if out.exists() and not out.is_dir():
+        raise Mgp5Error(f"{out} is a file, expected a folder", "name a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove this one")
     done, total = 0, sum(counts.values())
     for (name, count), writer in zip(counts.items(), (_cc3m, _vist, _mmdialog), strict=True):
-        if count:
-            for _ in writer(out / name, split, count, seed):
-                done += 1
-                if progress:
-                    progress(done, total)
+        for _ in writer(out / name, split, count, seed) if count else ():
+            done += 1
+            if progress:
+                progress(done, total)
 
 
 def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:
@@ -86,21 +64,18 @@ def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:
             raise Mgp5Error(f"{place} of {folder} tells no scene ({error})", "write Storyland again") from None
 
 
-def _check(out: Path, split: str, counts: dict[str, int]) -> None:
-    if split not in get_args(Split):
-        raise Mgp5Error(f"split is {split!r}, expected one of {', '.join(get_args(Split))}", "use train or test")
-    if min(counts.values()) < 0 or not any(counts.values()):
-        raise Mgp5Error(f"asked for {counts}, expected numbers >= 0 and not all 0", "ask for at least one item")
-    if out.exists() and not out.is_dir():
-        raise Mgp5Error(f"{out} is a file, expected a folder", "name a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove this one")
+def _draw(root: Path, path: str, scene: Scene, seed: int) -> str:
+    """Draw a scene to a file of a data set, and note there what it shows; return the path."""
+    draw(scene, seed).save(root / path, quality=QUALITY)
+    with (root / ATTRIBUTES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"image": path, "attributes": scene.attributes()}) + "\n")
+    return path
 
 
 def _cc3m(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
     """Write `cc3m_{train|val}.tsv` with a header, and `{train|val}/000000012.jpg`."""
     name = "train" if split == "train" else "val"
-    album = _Album(root, name)
+    (root / name).mkdir(parents=True)
     with (root / f"cc3m_{name}.tsv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t")
         table.writerow(("caption", "image_path"))
@@ -108,15 +83,14 @@ def _cc3m(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
             source = rng(f"pairs|{split}", seed, index)
             scene = random_scene(source, split)
             text = caption(scene, source)
-            table.writerow((text, album.save(f"{index:09d}", scene, source.randrange(2**31))))
+            table.writerow((text, _draw(root, f"{name}/{index:09d}.jpg", scene, source.randrange(2**31))))
             yield
-    album.close()
 
 
 def _vist(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
     """Write `{train|val}_cleaned.json`, `{train|val}_image_mapping.json` and `{train|val}_images/000000005.jpg`."""
     name = "train" if split == "train" else "val"
-    album = _Album(root, f"{name}_images")
+    (root / f"{name}_images").mkdir(parents=True)
     told: dict[str, list[dict[str, Any]]] = {}
     mapping: dict[str, str] = {}
     for index in range(count):
@@ -125,17 +99,16 @@ def _vist(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
         for k, step in enumerate(tale.steps):
             number = len(mapping)
             told[str(index)].append({"caption": step.text, "image_id": str(number), "sequence_index": k})
-            mapping[str(number)] = album.save(f"{number:09d}", step.scene, tale.seed + k)
+            mapping[str(number)] = _draw(root, f"{name}_images/{number:09d}.jpg", step.scene, tale.seed + k)
         yield
     for suffix, value in (("cleaned", told), ("image_mapping", mapping)):
         (root / f"{name}_{suffix}.json").write_text(json.dumps(value, indent=4), encoding="utf-8")
-    album.close()
 
 
 def _mmdialog(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
     """Write `{train|test}/{train|test}_conversations.txt`, a JSON object a line, and the images in the same folder."""
-    album = _Album(root, split)
-    number = 0
+    numbers = itertools.count()
+    (root / split).mkdir(parents=True)
     with (root / split / f"{split}_conversations.txt").open("w", encoding="utf-8") as file:
         for index in range(count):
             talk = dialog(rng(f"dialogs|{split}", seed, index), split)
@@ -143,12 +116,11 @@ def _mmdialog(root: Path, split: Split, count: int, seed: int) -> Iterator[None]
             for k, turn in enumerate(talk.turns):
                 elements = [{"__TEXT__": turn.text}]
                 if turn.scene:
-                    album.save(str(number), turn.scene, talk.seed + k)
-                    elements.append({"__MEDIA__": str(number)})
-                    number += 1
+                    name = str(next(numbers))
+                    _draw(root, f"{split}/{name}.jpg", turn.scene, talk.seed + k)
+                    elements.append({"__MEDIA__": name})
                 conversation.append({"turn": elements})
             row = {"conversation_id": index, "conversation": conversation}
             row |= {"negative_candidate_media_keys": [], "negative_candidate_texts": []}
             file.write(f"{json.dumps(row)}\n")
             yield
-    album.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .. import __version__
 from ..errors import Mgp5Error
@@ -17,17 +17,23 @@ from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChun
 from ..files import read_json, write_bytes, write_text
 from ..messages import Conversation, Image
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 FORMAT, VERSION = "mgp5-story", 1
 STORY = "story.json"
 LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")  # images of users in these formats become PNG, others JPEG
 
 
-def write_png(image: Image, path: Path) -> None:
-    """Write an image as PNG, with its `meta` in text chunks.
+def encode(picture: PIL.Image.Image, kind: str, **options: Any) -> bytes:
+    """Return the contents of an image file of a kind, with the options of Pillow's `save`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
 
-    `mgp5` holds all of `meta` as JSON; `prompt` and `seed` repeat the two that people look for. Without `meta` there
-    are no chunks.
-    """
+
+def write_png(image: Image, path: Path) -> None:
+    """Write an image as PNG, with its `meta`, if any, in text chunks: all as JSON, and what people look for again."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -38,17 +44,11 @@ def write_png(image: Image, path: Path) -> None:
         for key in ("prompt", "seed"):
             if key in metadata:  # PNG text knows neither NUL nor half surrogates
                 info.add_text(key, str(metadata[key]).replace("\0", "").encode("utf-8", "replace").decode())
-    buffer = io.BytesIO()
-    image.load().save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, encode(image.load(), "PNG", pnginfo=info))
 
 
 def read_png_metadata(path: Path) -> dict[str, Any]:
-    """Return the `meta` of an image that `write_png` has written; {} for an image that mgp5 did not draw.
-
-    Raises:
-        Mgp5Error: the file is missing, is no image, or holds broken metadata.
-    """
+    """Return the `meta` of an image that `write_png` has written, {} for another; raises Mgp5Error for a broken one."""
     from PIL import Image as pil
 
     try:
@@ -67,7 +67,7 @@ class StoryFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Equal in-memory images are told apart by their pixels; holding these keeps their ids from being used again.
+        # Images in memory are told apart by the ids of their pixels, which are held so that no id is used again.
         self._kept: dict[int | Path, tuple[str, object]] = {}
         self._numbers = count(1)
 
@@ -106,45 +106,27 @@ class StoryFolder:
         """Write an image into the folder unless it is there already; return its path."""
         key = image.path if image.pixels is None else id(image.pixels)
         if key not in self._kept:
-            self._kept[key] = (self._own_name(image) or self._write(image), image.pixels)
+            path, root = image.path.resolve() if image.path else None, self.path.resolve()
+            here = path and path.is_relative_to(root) and path.is_file()
+            self._kept[key] = (path.relative_to(root).as_posix() if here else self._write(image), image.pixels)
         return self.path / self._kept[key][0]
-
-    def _own_name(self, image: Image) -> str:
-        """Return the path of an image in the folder, relative to it; "" for an image that lies elsewhere."""
-        if image.path is None:
-            return ""
-        path, root = image.path.resolve(), self.path.resolve()
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) and path.is_file() else ""
 
     def _write(self, image: Image) -> str:
         """Write a generated image as PNG, a user's upright and without its EXIF data; return the file's name."""
-        lossless = image.meta or image.path is None or image.path.suffix.lower() in LOSSLESS
-        name = self._free_stem() + (".png" if lossless else ".jpg")
-        if lossless:
-            write_png(image, self.path / name)
-        else:
-            buffer = io.BytesIO()
-            image.load().save(buffer, "JPEG", quality=92)
-            write_bytes(self.path / name, buffer.getvalue())
-        return name
-
-    def _free_stem(self) -> str:
-        """Return the next of 001, 002, ... that no image in the folder has as its stem."""
         stems = map("{:03d}".format, self._numbers)
-        return next(stem for stem in stems if not any((self.path / (stem + end)).exists() for end in (".png", ".jpg")))
+        stem = next(stem for stem in stems if not any((self.path / (stem + end)).exists() for end in (".png", ".jpg")))
+        if image.meta or image.path is None or image.path.suffix.lower() in LOSSLESS:
+            write_png(image, self.path / f"{stem}.png")
+            return f"{stem}.png"
+        write_bytes(self.path / f"{stem}.jpg", encode(image.load(), "JPEG", quality=92))
+        return f"{stem}.jpg"
 
     def save(
         self, conversation: Conversation, *, model: str, seed: int | None, options: Mapping[str, Any], title: str = ""
     ) -> None:
-        """Write the images that are not in the folder yet, then story.json.
+        """Write the images that are not in the folder yet, then story.json: the story so far, and what it is made with.
 
-        Args:
-            conversation: the whole story so far.
-            model, seed, options: what it is made with; `options` must be JSON-ready.
-            title: heading of the page; "" for none.
-
-        Raises:
-            Mgp5Error: a file cannot be written; story.json is then what it was.
+        Raises Mgp5Error if a file cannot be written; story.json is then what it was.
         """
         names = [self.keep(image).relative_to(self.path).as_posix() for image in conversation.images]
         story = {
@@ -161,8 +143,7 @@ class StoryFolder:
     def load(self) -> tuple[Conversation, dict[str, Any]]:
         """Return the story so far, and its title, model, seed and options.
 
-        Raises:
-            Mgp5Error: story.json is broken, of another format, or names an image that is missing or elsewhere.
+        Raises Mgp5Error if story.json is broken, of another format, or names an image that is missing or elsewhere.
         """
         path = self.path / STORY
         story = read_json(path, "give a folder that mgp5 story or mgp5 chat wrote, or start a new one")
@@ -196,10 +177,7 @@ def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]
 
 
 class JsonEvents(contextlib.AbstractContextManager):
-    """Write every event as one JSON object per line, for other programs to read.
-
-    An image is named by its path, which is null where it is in memory only, see `keep_images`.
-    """
+    """Write every event as one JSON object per line; an image has the path that `keep_images` gave it, or null."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -210,11 +188,10 @@ class JsonEvents(contextlib.AbstractContextManager):
         self._stream.flush()
 
     def __exit__(self, *error: object) -> None:
-        """End the view; there is nothing left to write."""
+        pass
 
 
 def _fields(event: Event) -> dict[str, Any]:
-    """Return an event as a JSON object."""
     match event:
         case SceneStart():
             return {"event": "scene", "scene": event.scene, "kind": event.kind, "total": event.total}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -11,32 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import write_text
-from ..messages import Conversation, Image, Message, Text
+from ..messages import Conversation, Image, Message
+from .files import encode
 
-MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # a larger image goes into the page as a JPEG of at most MAX_SIDE pixels
+MAX_BYTES, MAX_SIDE = 1_500_000, 1600  # of an image in the page, see `data_uri`
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-PAGE = """<!DOCTYPE html>
-<html lang="{lang}">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="generator" content="mgp5">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-{body}
-</main>
-<footer><p>{footer}</p></footer>
-</body>
-</html>
-"""
+PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
 
 
 @dataclass(frozen=True)
@@ -50,16 +30,10 @@ class Scene:
 def write_html(
     conversation: Conversation, meta: Mapping[str, Any], path: Path, *, kind: Literal["story", "chat"] = "story"
 ) -> None:
-    """Write the page.
+    """Write the page: of a story its scenes, of a chat every message.
 
-    Args:
-        conversation: what to show; images are read from their files or from memory.
-        meta: `title`, `model`, `seed`, `options` (with `steps`, ...), `lang`, all optional, as in story.json.
-        path: the page to write; an older one is replaced.
-        kind: a story shows scenes, see `scenes`; a chat shows every message.
-
-    Raises:
-        Mgp5Error: an image cannot be read, or the page cannot be written.
+    `meta` may hold `title`, `model`, `seed`, `options` and `lang`, as story.json. Raises Mgp5Error if an image cannot
+    be read, or the page not be written.
     """
     if kind == "story":
         body = [_scene(scene, number) for number, scene in enumerate(scenes(conversation), 1)]
@@ -76,10 +50,9 @@ def write_html(
 
 
 def scenes(conversation: Conversation) -> list[Scene]:
-    """Return the scenes of a story that `apps.recorder` has recorded.
+    """Return the scenes of a story: one a message, or the user's text or image with what the reply adds to it.
 
-    Each message holds one scene, or the user's message holds its text or its image and the reply the other. System
-    messages are left out; of a message with several images, each one makes a scene with the text around it.
+    System messages are left out; of a message with several images, each one makes a scene with the text around it.
     """
     found: list[Scene] = []
     incomplete = False  # the last scene is the user's, and a reply completes it
@@ -110,20 +83,18 @@ def _split(message: Message) -> list[Scene]:
 
 
 def _scene(scene: Scene, number: int) -> str:
-    """Return the HTML of a scene."""
     caption = f"<p>{escape(scene.text)}</p>" if scene.text else ""
     content = _figure(scene.image, scene.text, f"Picture {number}", caption) if scene.image else caption
     return f'<section class="scene">\n{content}\n<div class="number" aria-hidden="true">{number}</div>\n</section>'
 
 
 def _turn(message: Message) -> str:
-    """Return the HTML of a chat's message."""
     parts = []
     for part in message.content:
-        if isinstance(part, Text):
-            parts.append(f"<p>{escape(part.text.strip())}</p>" if part.text.strip() else "")
-        else:
+        if isinstance(part, Image):
             parts.append(_figure(part, message.text, "Picture", ""))
+        elif text := part.text.strip():
+            parts.append(f"<p>{escape(text)}</p>")
     if message.role == "system":
         return f'<div class="system">{"".join(parts)}</div>'
     who = "You" if message.role == "user" else "Model"
@@ -134,14 +105,13 @@ def _figure(image: Image, text: str, name: str, caption: str) -> str:
     """Return the HTML of an image with its caption; its metadata is folded away below it."""
     words = image.caption or text or str(image.meta.get("prompt") or "")
     alt = escape(f"{name}: {words}" if words else name)
-    uri, (width, height) = _data_uri(image)
+    uri, (width, height) = data_uri(image)
     below = caption + _details(image.meta)
     below = f"\n<figcaption>{below}</figcaption>" if below else ""
     return f'<figure>\n<img src="{uri}" width="{width}" height="{height}" alt="{alt}">{below}\n</figure>'
 
 
 def _details(meta: Mapping[str, Any]) -> str:
-    """Return the HTML of an image's metadata, "" without any."""
     if not meta:
         return ""
     brief = _brief(meta) or "how this picture was made"
@@ -157,25 +127,24 @@ def _brief(meta: Mapping[str, Any]) -> str:
 
 def _colophon(meta: Mapping[str, Any]) -> str:
     """Return the last line of the page: what the story was made with."""
-    options = meta.get("options") or {}
     model = f"model {meta['model']}" if meta.get("model") else ""
-    facts = _brief({"seed": meta.get("seed"), "steps": options.get("steps"), "guidance": options.get("guidance")})
-    return " · ".join(part for part in ("Made with mgp5", model, facts) if part)
+    options = _brief({**(meta.get("options") or {}), "seed": meta.get("seed")})
+    return " · ".join(part for part in ("Made with mgp5", model, options) if part)
 
 
-def _data_uri(image: Image) -> tuple[str, tuple[int, int]]:
-    """Return an image as a data: URI, and its size in pixels; a small file that browsers know goes in as it is."""
+def data_uri(image: Image, max_bytes: int = MAX_BYTES, max_side: int = MAX_SIDE) -> tuple[str, tuple[int, int]]:
+    """Return an image as a data: URI, and its size in pixels.
+
+    A file that browsers know goes in as it is, other images as PNG; more than `max_bytes` become a JPEG of at most
+    `max_side` pixels. Raises Mgp5Error if the image cannot be read.
+    """
     picture, data = image.load(), b""
-    if image.pixels is None and image.path is not None and image.path.stat().st_size <= MAX_BYTES:
+    if image.pixels is None and image.path is not None and image.path.stat().st_size <= max_bytes:
         data = image.path.read_bytes()
     kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")
     if not kind:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        kind, data = "image/png", buffer.getvalue()
-    if len(data) > MAX_BYTES:
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=88)
-        kind, data = "image/jpeg", buffer.getvalue()
+        kind, data = "image/png", encode(picture, "PNG")
+    if len(data) > max_bytes:
+        picture.thumbnail((max_side, max_side))
+        kind, data = "image/jpeg", encode(picture, "JPEG", quality=88)
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", picture.size

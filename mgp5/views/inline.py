@@ -34,10 +34,10 @@ def painter(images: Images, stdout: TextIO) -> Painter | None:
 
 
 def _protocol() -> Literal["tgp", "sixel", "halfcell"]:
-    """Return the best way of showing images that the terminal has, as the module of textual-image is named.
+    """Return the module of textual-image that shows images best here.
 
-    Terminals are known by their environment where possible: a question costs time, and its answer may arrive in the
-    user's next line. The question is for sixel, and only asked when it can be answered.
+    The environment tells where possible: a question to the terminal costs time, and its answer may arrive in the user's
+    next line. The question is for sixel, and only asked when it can be answered.
     """
     name, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     if not ("TMUX" in os.environ or name.startswith(("screen", "tmux"))):  # they inherit variables, and show nothing
@@ -66,7 +66,8 @@ def _size_is_known() -> bool:
 
 def _cells(image: Any) -> tuple[int, int]:
     """Return columns and rows for a PIL image, at most COLUMNS wide and inside the window; cells are 1 by 2."""
-    window, most_rows = shutil.get_terminal_size(), max(1, shutil.get_terminal_size().lines - 2)
+    window = shutil.get_terminal_size()
+    most_rows = max(1, window.lines - 2)
     columns = max(1, min(COLUMNS, window.columns - 1, 2 * most_rows * image.width // image.height))
     return columns, max(1, min(most_rows, round(columns * image.height / image.width / 2)))
 

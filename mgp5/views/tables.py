@@ -10,12 +10,7 @@ if TYPE_CHECKING:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """Return a table of texts; a column that begins with a number is flush right.
-
-    Args:
-        columns: headings; where all are empty there is no line of headings.
-        rows: one text for each column.
-    """
+    """Return a table of texts; a column that begins with a number is flush right, headings may all be empty."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -30,7 +25,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 
 def show(*tables: Table) -> None:
-    """Print tables; where stdout is no terminal, their width is 160 characters."""
+    """Print tables; where stdout is no terminal, they are 160 characters wide."""
     from rich.console import Console
 
     view = Console(width=None if sys.stdout.isatty() else 160)

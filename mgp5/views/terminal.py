@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
@@ -28,19 +27,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer
 class TerminalView:
     """Show events to people. Use it as a context manager and call it with every event.
 
-    Args:
-        images: "auto" takes the best protocol that the terminal has, "blocks" coloured half blocks, "off" none. Where
-            images are not shown, as when stdout is no terminal, their paths are printed on stderr.
-        stdout, stderr: streams to write to instead of those of `sys`.
+    Of images "auto" takes the best protocol that the terminal has, "blocks" coloured half blocks. Where they are not
+    shown, as when stdout is no terminal, their paths are printed on stderr. The streams are those of `sys` by default.
     """
 
-    def __init__(
-        self,
-        images: Images = "auto",
-        *,
-        stdout: TextIO | None = None,
-        stderr: TextIO | None = None,
-    ) -> None:
+    def __init__(self, images: Images = "auto", *, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
         self._images = images
         self._stdout, self._stderr = stdout or sys.stdout, stderr or sys.stderr
         self._line_open = False  # text was written that no line break has ended yet
@@ -52,9 +43,7 @@ class TerminalView:
     def __enter__(self) -> TerminalView:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop_progress()
         if not isinstance(error, BrokenPipeError):
             self._end_line()
@@ -89,7 +78,6 @@ class TerminalView:
         return painter(self._images, self._stdout)
 
     def _note(self, text: str) -> None:
-        """Print a line on stderr."""
         self._console.print(text, style="dim", soft_wrap=True)
 
     def _text(self, text: str) -> None:
@@ -106,14 +94,12 @@ class TerminalView:
         self._line_open = not text.endswith("\n")
 
     def _end_line(self) -> None:
-        """End the line of text, if one is open."""
         if self._line_open:
             self._stdout.write("\n")
             self._stdout.flush()
             self._line_open = False
 
     def _heading(self, event: SceneStart) -> None:
-        """Print the heading of a scene."""
         if self._in_story and self._stderr.isatty():
             self._console.print()
         self._in_story = True
@@ -124,19 +110,16 @@ class TerminalView:
         if not self._stderr.isatty():
             return
         if self._progress is None or self._drawing != event.image:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._stop_progress()
-            self._start_progress(event)
+            columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(True)
+            options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+            self._progress = Progress(*columns, console=self._console, **options)
+            self._progress.add_task(f"drawing picture {event.image + 1}", total=event.total)
+            self._progress.start()
+            self._drawing = event.image
         self._progress.update(self._progress.task_ids[0], completed=event.step)
-
-    def _start_progress(self, event: ImageStep) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(True)
-        options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-        self._progress = Progress(*columns, console=self._console, **options)
-        self._progress.add_task(f"drawing picture {event.image + 1}", total=event.total)
-        self._progress.start()
-        self._drawing = event.image
 
     def _stop_progress(self) -> None:
         if self._progress is not None:
