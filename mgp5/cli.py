@@ -41,7 +41,10 @@ class Commands(click.Group):
             ctx.exit(error.exit_code if known else 1)
 
 
-@click.group("mgp5", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+@click.group("mgp5", cls=Commands, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="mgp5")
 def main() -> None:
     """Interleaved text and images from a multimodal LLM with generative vokens (MiniGPT-5).

@@ -1,5 +1,12 @@
 """Answer the lines of a file, several at a time. Killed at any moment, the same request goes on where it was.
 
+Each line is a JSON object. A conversation, which gets its next reply, is in the Hugging Face chat format; a story is
+what the user gives of its scenes, and how many scenes the model adds:
+
+    {"messages": [{"role": "user", "content": "a red fox"}]}
+    {"story": [{"path": "a.png", "text": "A day."}, {"path": "b.png"}, {"text": "It snows."}], "scenes": 2}
+
+Both take "title", and "options" of generation. Paths are relative to the file and may not leave its folder.
 The folder of a batch holds:
 
     batch.json        what results depend on: a batch goes on with the same only
@@ -23,19 +30,22 @@ from typing import TYPE_CHECKING, Any
 from .. import files
 from ..errors import Mgp5Error, raise_all
 from ..events import Finished
-from ..messages import Message
+from ..messages import Conversation, Message, Text, inside
 from ..options import ModelRequest, Options
+from ..prompts import CHAT_SYSTEM, Context
 from ..views.files import StoryFolder
 from ..views.html import write_html
-from .batch_lines import Line, read_line
 from .open_model import Tell, narrate_from, open_model, silent
-from .story import Ask, recorded_options
+from .recorder import StoryScene, story_conversation
+from .story import Ask, SceneInput, finished_scene, read_image, recorded_options, scene_request
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
 
 SEEDS = 10_000  # between the seeds of two lines; scenes of a story count up by 100, images by one
 SETTINGS, RESULTS, FAILURES = "batch.json", "results.jsonl", "failures.jsonl"
+EXPECTED = 'expected {"messages": [...]} or {"story": [...]}, with scenes, title, options'
+TYPES = {"messages": list, "story": list, "scenes": int, "title": str, "options": dict}
 
 Reply = Message | Mgp5Error  # of what cannot be answered, why
 Answer = Callable[[Sequence[Ask]], Sequence[Reply]]  # one reply for each ask, in order
@@ -43,29 +53,19 @@ Answer = Callable[[Sequence[Ask]], Sequence[Reply]]  # one reply for each ask, i
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """Lines to answer, see `batch_lines`. Raises Mgp5Error with all that is wrong.
+    """Lines to answer. Raises Mgp5Error with all that is wrong."""
 
-    Args:
-        file: one JSON object per line; - for stdin.
-        out: folder of the batch, new or to go on with.
-        scenes: how many a story gets whose line does not say.
-        at_once: lines that each model works on together.
-        options: of all lines; the seed of line n is SEEDS * (n - 1) higher, where the line has no other.
-        keep_seed: a batch that goes on takes the seed with which it was begun, instead of that of the options.
-    """
-
-    file: Path
-    out: Path
-    scenes: int = 1
-    at_once: int = 8
+    file: Path  # one JSON object per line; - for stdin
+    out: Path  # folder of the batch, new or to go on with
+    scenes: int = 1  # that a story gets whose line does not say
+    at_once: int = 8  # lines that each model works on together
     model: ModelRequest = field(default_factory=ModelRequest)
-    options: Options = field(default_factory=Options)
-    keep_seed: bool = False
+    options: Options = field(default_factory=Options)  # the seed of line n is SEEDS * (n - 1) higher
+    keep_seed: bool = False  # a batch that goes on takes the seed with which it was begun
 
     def __post_init__(self) -> None:
-        least = {"scenes": 0, "at_once": 1}
-        values = {name: getattr(self, name) for name in least}
-        raise_all(f"{name} is {n}, expected {least[name]} or more" for name, n in values.items() if n < least[name])
+        counts = ("scenes", self.scenes, 0), ("at_once", self.at_once, 1)
+        raise_all(f"{name} is {count}, expected {least} or more" for name, count, least in counts if count < least)
 
 
 class Batch:
@@ -144,16 +144,32 @@ class Batch:
 
     def _todo(self) -> Iterator[Line]:
         """Yield the lines that are not done; note why one cannot be read."""
-        request, context = self.request, narrate_from(self.request.model)
         for number, text in enumerate(self._lines, 1):
             if text and number not in self.done:
-                options = replace(request.options, seed=request.options.seed + SEEDS * (number - 1))
                 try:
-                    line = read_line(number, text, self._root, options, request.scenes, context)
+                    line = self._read(number, text)
                 except Mgp5Error as error:
                     self.failures[number] = str(error)
                 else:
                     yield line
+
+    def _read(self, number: int, text: bytes) -> Line:
+        """Read one line and the images that it names. Raises Mgp5Error if anything is wrong with them."""
+        row, request = _checked(text), self.request
+        options = replace(request.options, seed=request.options.seed + SEEDS * (number - 1))
+        title, options = row.get("title", ""), options.updated(row.get("options", {}))
+        if "story" in row:
+            inputs = [_scene_input(part, self._root) for part in row["story"]]
+            inputs += [SceneInput()] * row.get("scenes", request.scenes)
+            return StoryLine(number, title, options, inputs, narrate_from(request.model))
+        conversation = Conversation.from_chat(row["messages"], self._root)
+        if conversation.messages[-1].role != "user":
+            raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
+        for image in conversation.images:
+            image.load()
+        if conversation.messages[0].role != "system":  # as a chat begins
+            conversation = Conversation((Message("system", (Text(CHAT_SYSTEM),)), *conversation.messages))
+        return ChatLine(number, title, options, conversation)
 
     def _write(self, line: Line) -> dict[str, Any]:
         """Write what a line has become, then its row; return the row."""
@@ -203,3 +219,81 @@ def _read_lines(file: Path) -> tuple[list[bytes], Path]:
 
 def _key(line: bytes) -> str:
     return files.digest(line, 8)
+
+
+@dataclass(eq=False)
+class ChatLine:
+    """A conversation that gets one reply; `ask` is what the model is asked next, None when the line is done."""
+
+    number: int
+    title: str
+    options: Options
+    conversation: Conversation
+
+    def __post_init__(self) -> None:
+        self.ask: Ask | None = (self.conversation, self.options)
+
+    def record(self, reply: Message) -> None:
+        """Add the reply to what was asked."""
+        self.conversation, self.ask = Conversation((*self.conversation.messages, reply)), None
+
+
+@dataclass(eq=False)
+class StoryLine:
+    """A story that is told scene by scene, as by `story.tell_story`; `ask` is that of a ChatLine."""
+
+    number: int
+    title: str
+    options: Options
+    inputs: list[SceneInput]  # of all scenes
+    narrate_from: Context
+    scenes: list[StoryScene] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._next()
+
+    def record(self, reply: Message) -> None:
+        """Add the reply to what was asked."""
+        self.scenes.append(finished_scene(self.inputs[len(self.scenes)], reply))
+        self._next()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The story so far."""
+        return story_conversation(self.scenes)
+
+    def _next(self) -> None:
+        """Go on to the next scene that the user did not give whole."""
+        self.ask: Ask | None = None
+        while not self.ask and len(self.scenes) < len(self.inputs):
+            part = self.inputs[len(self.scenes)]
+            self.ask = scene_request(self.scenes, part, self.options, self.narrate_from)
+            if not self.ask:
+                self.scenes.append(finished_scene(part))
+
+
+Line = ChatLine | StoryLine
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """Return the object of a line, with fields of the right types."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Mgp5Error(f"not JSON ({error})", EXPECTED) from None
+    wrong = not isinstance(row, dict) or any(type(value) is not TYPES.get(name) for name, value in row.items())
+    if wrong or ("messages" in row) == ("story" in row) or row.get("scenes", 0) < 0:
+        raise Mgp5Error("not a conversation or a story", EXPECTED)
+    if [] in (row.get("messages"), row.get("story")):
+        raise Mgp5Error("an empty conversation or story", EXPECTED)
+    return row
+
+
+def _scene_input(part: Any, root: Path) -> SceneInput:
+    """Return what the user gives of a scene, its image read."""
+    fields = part if isinstance(part, dict) else {}
+    texts = all(name in ("path", "text") and isinstance(value, str) for name, value in fields.items())
+    if not texts or not any(map(str.strip, fields.values())):
+        raise Mgp5Error(f"a scene is {json.dumps(part)[:80]}", 'expected {"path": ..., "text": ...}, one or both')
+    image = read_image(inside(root, fields["path"])) if "path" in fields else None
+    return SceneInput(image, fields.get("text", "").strip())

@@ -16,7 +16,7 @@ from ..views.files import STORY, StoryFolder, keep_images
 from ..views.html import write_html
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder
-from .story import recorded_options, with_seeds
+from .story import read_image, recorded_options, with_seeds
 
 if TYPE_CHECKING:
     from ..inference.session import Session
@@ -25,20 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A conversation to begin, or to go on with. Raises Mgp5Error if both folders are given.
+    """A conversation to begin, or to go on with. Raises Mgp5Error if both folders are given."""
 
-    Args:
-        images: files of images for the first message.
-        out: new folder for the conversation.
-        resume: folder of an earlier conversation, which goes on there.
-        options: of every reply; seeds count up by `story.SEEDS` from reply to reply.
-    """
-
-    images: tuple[Path, ...] = ()
-    out: Path | None = None
-    resume: Path | None = None
+    images: tuple[Path, ...] = ()  # files of images for the first message
+    out: Path | None = None  # new folder for the conversation
+    resume: Path | None = None  # folder of an earlier conversation, which goes on there
     model: ModelRequest = field(default_factory=ModelRequest)
-    options: Options = field(default_factory=Options)
+    options: Options = field(default_factory=Options)  # of every reply; seeds count up by `story.SEEDS`
 
     def __post_init__(self) -> None:
         if self.out and self.resume:
@@ -48,21 +41,14 @@ class ChatRequest:
 
 @dataclass
 class Chat:
-    """A conversation with an open model.
-
-    Attributes:
-        conversation: all messages so far, the system text first.
-        pending: images that go with the next message.
-        folder: where it is saved after every reply, None for nowhere.
-        record: what story.json keeps beside the conversation.
-    """
+    """A conversation with an open model."""
 
     model: InterleavedModel
     options: Options
     conversation: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
-    pending: list[Image] = field(default_factory=list)
-    folder: StoryFolder | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    pending: list[Image] = field(default_factory=list)  # images that go with the next message
+    folder: StoryFolder | None = None  # where it is saved after every reply
+    record: dict[str, Any] = field(default_factory=dict)  # what story.json keeps beside the conversation
     _session: Session | None = None
     _number: int = 0  # replies since the seed was set; each takes seeds of its own
 
@@ -71,7 +57,7 @@ class Chat:
 
     def attach(self, path: Path) -> None:
         """Read an image for the next message. Raises Mgp5Error when it cannot be read."""
-        self.pending.append(_read_image(path))
+        self.pending.append(read_image(path))
 
     def say(self, text: str) -> Iterator[Event]:
         """Send a message with the pending images; yields the events of the reply.
@@ -150,7 +136,7 @@ def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
     """
     from ..hub import resolve
 
-    pending = [_read_image(path) for path in request.images]
+    pending = [read_image(path) for path in request.images]
     resolve(request.model.model)  # a wrong name is reported before a folder is made
     record = {"model": request.model.model, "options": recorded_options(request.model, request.options)}
     earlier, folder = {}, None
@@ -167,10 +153,3 @@ def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
             folder.discard()
         raise
     return Chat(model, request.options, pending=pending, folder=folder, record=record, **earlier)
-
-
-def _read_image(path: Path) -> Image:
-    """Return an image for a message; it is opened now, so that a broken file is reported now."""
-    image = Image(path=path)
-    image.load()
-    return image

@@ -52,11 +52,7 @@ def on_disk(row: dict[str, Any]) -> str:
 
 
 def repositories(name: str) -> list[Repo]:
-    """Return the repositories of a name, of "MLLM+GENERATOR", or that a trained model's folder names; none of `demo`.
-
-    Raises:
-        Mgp5Error: no such model.
-    """
+    """Return the repositories of a name, of "MLLM+GENERATOR", or that a folder names; none of `demo`."""
     if name in REPOS:
         return [REPOS[name]]
     parts = resolve(name)
@@ -64,17 +60,10 @@ def repositories(name: str) -> list[Repo]:
 
 
 def pull(name: str, tell: Callable[[str], None]) -> None:
-    """Fetch what is missing of a model, and check all of it against the hub's checksums.
+    """Fetch what is missing of a model (see `repositories`), and check all of it against the hub's checksums.
 
-    A connection that breaks is resumed within the file; a run that was ended resumes with the next file.
-
-    Args:
-        name: see `repositories`.
-        tell: is given lines for the user.
-
-    Raises:
-        Mgp5Error: no such model, no connection, no room, or files that are not what their publisher has (these are
-            deleted).
+    A connection that breaks is resumed within the file; a run that was ended resumes with the next file. Raises
+    Mgp5Error for a wrong name, no connection, no room, or files that differ from their publisher's (these are deleted).
     """
     repos = repositories(name)
     if not repos:
@@ -99,11 +88,10 @@ def pull(name: str, tell: Callable[[str], None]) -> None:
 
 def needed_files(files: Sequence[str]) -> list[str]:
     """Return which files of a repository are read: no second copies in other formats and precisions."""
-    pickled = not any(file.endswith(".safetensors") for file in files)
-    suffixes = (*SUFFIXES, ".bin") if pickled else SUFFIXES  # Vicuna has no others; they are read as tensors only
-    pipeline = "model_index.json" in files
+    safe = any(file.endswith(".safetensors") for file in files)
+    suffixes = SUFFIXES if safe else (*SUFFIXES, ".bin")  # Vicuna has no others; they are read as tensors only
     found = [file for file in files if file.endswith(suffixes) and not VARIANTS.search(file)]
-    return [file for file in found if (PARTS.fullmatch(file) if pipeline else "/" not in file)]
+    return [file for file in found if (PARTS.fullmatch(file) if "model_index.json" in files else "/" not in file)]
 
 
 def is_complete(folder: Path) -> bool:

@@ -26,26 +26,17 @@ def silent(line: str) -> None:
 
 
 def load(
-    name: str | Path = "demo",
+    name: str | Path = "demo",  # or a folder that `mgp5 train` has written
     *,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    quantize: Quantize = "none",
-    backend: Backend | None = "auto",
-    memory: Memory | Plan = "auto",
+    dtype: torch.dtype | None = None,  # of frozen parts, None is float32; what was trained stays in float32
+    device: str = "cpu",  # cpu, cuda or cuda:N
+    quantize: Quantize = "none",  # "4bit" or "8bit" for the LLM's layers
+    backend: Backend | None = "auto",  # the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone
+    memory: Memory | Plan = "auto",  # on a GPU, "low" saves all it can, "auto" what it must; or a plan of its own
 ) -> InterleavedModel:
     """Load a trained model, ready to generate.
 
     Raises Mgp5Error if there is no such model, its parts do not fit together, or something cannot run here.
-
-    Args:
-        name: "demo" or a folder that `mgp5 train` has written.
-        dtype: of frozen parts, float32 when None; what was trained stays in float32.
-        device: cpu, cuda or cuda:N.
-        quantize: "4bit" or "8bit" for the LLM's layers.
-        backend: the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone. With compile, and on a
-            GPU with triton, the LLM's tokens are decoded by compiled code too.
-        memory: on a GPU, "low" saves all it can, "auto" what it must; or a plan of `memory.offload`.
     """
     import torch
 
@@ -66,7 +57,10 @@ def load(
 
 
 def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> BackendChoice:
-    """Let images be drawn by an engine, and tokens be decoded by what goes with it: see `export.cache.apply`."""
+    """Let images be drawn by an engine, see `export.cache.apply`.
+
+    With compile, and on a GPU with triton, tokens are decoded by compiled code too.
+    """
     from .. import engines
     from ..export.cache import apply
 

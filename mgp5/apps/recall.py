@@ -1,13 +1,14 @@
 """Find the command that draws an image of mgp5 again.
 
 The image's PNG holds its seeds and options; the conversation that it was drawn in, and the model, are in the story.json
-beside it. The command hands both to `mgp5 story --batch -`, see `batch_lines`.
+beside it. The command hands both to `mgp5 story --batch -`, see `batch`.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,8 @@ def recall(path: Path) -> tuple[str, list[str]]:
     for name in ENGINE:
         words += [f"--{name}", _absolute(story["options"][name])] if name in story["options"] else []
     text = shlex.quote(json.dumps(line, ensure_ascii=False))
-    command = (
-        f"(cd {shlex.quote(str(folder.resolve()))} &&\n  printf '%s\\n' {text} |\n  mgp5 story {shlex.join(words)})"
-    )
+    home = shlex.quote(str(folder.resolve()))
+    command = f"(cd {home} &&\n  printf '%s\\n' {text} |\n  mgp5 story {shlex.join(words)})"
     notes = [f"it will be {folder / out / '000001' / f'{len(set(names)) + index + 1:03d}.png'}"]
     if any(name.endswith(".jpg") for name in names):
         notes.append("given JPEG pictures were kept anew, without private data: it will be close, not the same")
@@ -57,9 +57,7 @@ def recall(path: Path) -> tuple[str, list[str]]:
     return command, notes
 
 
-def _prompt(
-    conversation: Conversation, path: Path, options: dict[str, Any]
-) -> tuple[Conversation, int, dict[str, Any]]:
+def _prompt(conversation: Conversation, path: Path, options: Mapping[str, Any]) -> tuple[Conversation, int, dict]:
     """Return the prompt that an image was drawn for, its index in the reply, and options that the PNG does not hold."""
     messages = conversation.messages
     drawn = [[i.path and i.path.resolve() for i in m.images if m.role == "assistant"] for m in messages]

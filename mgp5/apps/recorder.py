@@ -38,19 +38,12 @@ def story_conversation(scenes: Iterable[StoryScene]) -> Conversation:
 
 @dataclass
 class Recorder:
-    """Collect the events of one reply, or of a story scene by scene. What is there is valid after every event.
+    """Collect the events of one reply, or of a story scene by scene. What is there is valid after every event."""
 
-    Attributes:
-        parts: text and images of the reply so far, in order; in a story, of the current scene.
-        step: the last denoising step of the image under way, None between images.
-        finished: the event that ended the reply or scene, None before it.
-        scenes: of a story, the current one included.
-    """
-
-    parts: list[Part] = field(default_factory=list)
-    step: ImageStep | None = None
-    finished: Finished | None = None
-    scenes: list[StoryScene] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)  # text and images so far, in order; in a story, of this scene
+    step: ImageStep | None = None  # the last denoising step of the image under way, None between images
+    finished: Finished | None = None  # the event that ended the reply or scene
+    scenes: list[StoryScene] = field(default_factory=list)  # of a story, the current one included
 
     def __call__(self, event: Event) -> None:
         """Take the next event."""
@@ -68,7 +61,11 @@ class Recorder:
                 self.step = None
                 self.parts.append(event.image)
             case Finished():
-                self._finish(event)
+                self.step, self.finished = None, event
+                if event.reason != "interrupted":  # blanks at the ends of texts are gone from the finished message
+                    kind = GIVEN.get(self.scenes[-1].kind) if self.scenes else None
+                    given = [part for part in self.parts if kind and isinstance(part, kind)]
+                    self.parts = [*given, *event.message.content]
         if self.scenes:
             message = self.message
             self.scenes[-1] = StoryScene(self.scenes[-1].kind, message.text.strip(), next(iter(message.images), None))
@@ -87,11 +84,3 @@ class Recorder:
     def generated(self) -> bool:
         """Whether the model has added anything to the story yet."""
         return any(message.role == "assistant" and message.content for message in self.conversation.messages)
-
-    def _finish(self, event: Finished) -> None:
-        """Replace the parts by those of the finished message, in which blanks at the ends of texts are gone."""
-        self.step, self.finished = None, event
-        if event.reason != "interrupted":
-            kind = GIVEN.get(self.scenes[-1].kind) if self.scenes else None
-            given = [part for part in self.parts if kind and isinstance(part, kind)]
-            self.parts = [*given, *event.message.content]

@@ -46,28 +46,16 @@ class SceneInput:
 
 @dataclass(frozen=True, kw_only=True)
 class StoryRequest:
-    """A story to tell: the scenes of `images`, of `text` and of `inputs`, then the model's own.
+    """Scenes of `images`, `text` and `inputs`, then the model's own. Raises Mgp5Error with all that is wrong."""
 
-    Raises Mgp5Error with all that is wrong.
-
-    Args:
-        images: folder of images, each with a .txt file of the same stem or without.
-        text: file with one scene to illustrate per line.
-        inputs: scenes in memory.
-        scenes: how many scenes the model adds.
-        out: new folder for the story, saved after every scene; None writes nothing.
-        title: heading of the page.
-        options: of every reply; seeds count up by SEEDS from scene to scene.
-    """
-
-    images: Path | None = None
-    text: Path | None = None
-    inputs: tuple[SceneInput, ...] = ()
-    scenes: int = 1
-    out: Path | None = None
-    title: str = ""
+    images: Path | None = None  # folder of images, each with a .txt file of the same stem or without
+    text: Path | None = None  # file with one scene to illustrate per line
+    inputs: tuple[SceneInput, ...] = ()  # scenes in memory
+    scenes: int = 1  # that the model adds
+    out: Path | None = None  # new folder for the story; None writes nothing
+    title: str = ""  # heading of the page
     model: ModelRequest = field(default_factory=ModelRequest)
-    options: Options = field(default_factory=Options)
+    options: Options = field(default_factory=Options)  # of every reply; seeds count up by SEEDS from scene to scene
 
     def __post_init__(self) -> None:
         problems = []
@@ -99,22 +87,22 @@ def recorded_options(model: ModelRequest, options: Options) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> list[SceneInput]:
-    """Return the images of a folder in natural order, each with the text of the same stem, if any.
-
-    Every image is opened here, so that a broken one is reported before any work is done.
-    """
+    """Return the images of a folder in natural order, each with the text of the same stem, if any."""
     try:
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
     except OSError as error:
         raise Mgp5Error(f"--images {folder} cannot be read ({error.strerror})", "check its permissions") from None
     if not files:
         raise Mgp5Error(f"--images {folder} holds no image", f"expected files with {', '.join(SUFFIXES)}", usage=True)
-    given = []
-    for file in sorted(files, key=natural):
-        Image(path=file).load()
-        note = file.with_suffix(".txt")
-        given.append(SceneInput(Image(path=file), read_text(note).strip() if note.is_file() else ""))
-    return given
+    notes = [(file, file.with_suffix(".txt")) for file in sorted(files, key=natural)]
+    return [SceneInput(read_image(file), read_text(note).strip() if note.is_file() else "") for file, note in notes]
+
+
+def read_image(path: Path) -> Image:
+    """Return the image of a file, opened once, so that a broken one is reported before any work is done."""
+    image = Image(path=path)
+    image.load()
+    return image
 
 
 def read_lines(path: Path) -> list[SceneInput]:

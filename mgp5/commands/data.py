@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .flags import SEED
+from .flags import COUNT, PATH, SEED, progress, say, settings_option
 from .train import data_of
 
 
@@ -18,21 +19,17 @@ def data() -> None:
 
 @data.command()
 @click.option("--model", required=True, help="Whose frozen parts: what train will be given, or has made.")
-@click.option(
-    "--data", "sources", required=True, multiple=True, type=click.Path(path_type=Path), help="As of train; repeatable."
-)
+@click.option("--data", "sources", required=True, multiple=True, type=PATH, help="As of train; repeatable.")
 @click.option("--format", "formats", required=True, multiple=True, help="As of train; one per --data.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the caches.")
-@click.option("--kinds", default="latents,captions,features", show_default=True, help="What to cache.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples at a time.")
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read pictures.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As data.NAME of train.")
-@click.option("--device", default="auto", show_default=True)
-def cache(
-    sources: tuple[Path, ...], formats: tuple[str, ...], settings: tuple[str, ...], kinds: str, **flags: Any
-) -> None:
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train")
+@click.option("--out", type=PATH, required=True, help="Folder for the caches.")
+@click.option("--kinds", default="latents,captions,features", help="What to cache.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16")
+@click.option("--batch", type=COUNT, default=16, help="Samples at a time.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read pictures.")
+@settings_option("overrides", "As data.NAME of train.")
+@click.option("--device", default="auto")
+def cache(sources: tuple[Path, ...], formats: tuple[str, ...], kinds: str, **flags: Any) -> None:
     """Compute once what the frozen parts make of a data set: train --cache DIR then does not.
 
     latents: of pictures to be drawn, by the VAE: 64 KB each (Stable Diffusion 2.1 at 512 pixels, fp16), 210 GB for
@@ -44,44 +41,35 @@ def cache(
     """
     import time
 
-    from rich.console import Console
     from rich.filesize import decimal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from ..device import quiet_libraries
-    from ..options import parse_settings
     from ..training.make_cache import CacheRequest, make_cache
 
     quiet_libraries()
-    request = CacheRequest(
-        data=data_of(sources, formats), overrides=parse_settings(settings), kinds=tuple(kinds.split(",")), **flags
-    )
+    request = CacheRequest(data=data_of(sources, formats), kinds=tuple(kinds.split(",")), **flags)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+    with progress(*columns, TextColumn("{task.description}")) as bar:
         task, start = bar.add_task("", total=None), time.monotonic()
-        for done in make_cache(request, lambda line: click.echo(line, err=True)):
+        for done in make_cache(request, say):
             speed = done.items / (time.monotonic() - start)
             text = f"{speed:.1f} items/s  {decimal(done.bytes)} on disk"
             bar.update(task, completed=done.samples, total=done.total, description=text)
 
 
 @data.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--pairs", type=click.IntRange(0), default=1000, show_default=True)
-@click.option("--stories", type=click.IntRange(0), default=200, show_default=True)
-@click.option("--dialogs", type=click.IntRange(0), default=200, show_default=True)
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--out", type=PATH, required=True)
+@click.option("--split", type=click.Choice(["train", "test"]), default="train")
+@click.option("--pairs", type=click.IntRange(0), default=1000)
+@click.option("--stories", type=click.IntRange(0), default=200)
+@click.option("--dialogs", type=click.IntRange(0), default=200)
+@click.option("--seed", type=SEED, default=0)
 def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, seed: int) -> None:
     """Write Storyland, a drawn picture-book world, in the file formats of CC3M, VIST and MMDialog."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from ..storyland.write import write
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=None)
-        write(
-            out, split, pairs, stories, dialogs, seed, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    click.echo(f"Wrote {out}", err=True)
+    with progress(transient=True) as bar:
+        show = partial(bar.update, bar.add_task("drawing", total=None))
+        write(out, split, pairs, stories, dialogs, seed, lambda done, total: show(completed=done, total=total))
+    say(f"Wrote {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,52 +34,49 @@ def doctor(model: str | None, every: bool, as_json: bool) -> None:
         click.echo(line)
 
 
-def _tables(found: dict[str, Any]) -> list[Table]:
-    """Return what `examine` found as tables."""
+def _tables(found: dict[str, Any]) -> Iterator[Table]:
+    """Yield what `examine` found as tables."""
     from ..apps.library import on_disk
     from ..views.tables import table
 
     facts = [[name.replace("_gib", " (GiB)"), str(value)] for name, value in found["machine"].items()]
     facts += [[name, number or "not installed"] for name, number in found["versions"].items()]
-    ways = [[e["name"], e["chosen"] or "cannot run", e["why"]] for e in found["engines"]]
-    operations = [[o["name"], o["chosen"], o["why"]] for o in found["operations"]]
-    views = [table("machine", ["", ""], facts), table("engines", ["--backend", "chosen", "why"], ways)]
-    views.append(table("operations of the engine triton", ["operation", "chosen", "why"], operations))
-    weights = [[w["name"], w["made_of"], f"{w['size']:.2f}", on_disk(w)] for w in found["weights"]]
-    views.append(table("named models", ["name", "what", "GB", "on this disk"], weights))
-    metrics = [[m["name"], m["what"], f"{m['megabytes']:,}", m["path"] or m["get"]] for m in found["metrics"]]
-    views.append(table("weights of metrics", ["name", "what", "MB", "where, or how to get them"], metrics))
-    views += _memory_tables(found["memory"]) if "memory" in found else []
+    yield table("machine", ["", ""], facts)
+    rows = [[e["name"], e["chosen"] or "cannot run", e["why"]] for e in found["engines"]]
+    yield table("engines", ["--backend", "chosen", "why"], rows)
+    rows = [[o["name"], o["chosen"], o["why"]] for o in found["operations"]]
+    yield table("operations of the engine triton", ["operation", "chosen", "why"], rows)
+    rows = [[w["name"], w["made_of"], f"{w['size']:.2f}", on_disk(w)] for w in found["weights"]]
+    yield table("named models", ["name", "what", "GB", "on this disk"], rows)
+    rows = [[m["name"], m["what"], f"{m['megabytes']:,}", m["path"] or m["get"]] for m in found["metrics"]]
+    yield table("weights of metrics", ["name", "what", "MB", "where, or how to get them"], rows)
+    if "memory" in found:
+        yield from _memory_tables(found["memory"])
     if "models" in found:
-        rows = [
-            [m["model"], *(_gib(modes[place]["total"]) for place in (0, -1))]
-            for m in found["models"]
-            if (modes := m["modes"])
-        ]
-        views.append(table("GPU memory (GiB)", ["model", "full", "at least"], rows))
-    return views
+        totals = [(m["model"], [mode["total"] for mode in m["modes"]]) for m in found["models"]]
+        rows = [[name, _gib(full), _gib(least)] for name, (full, *_, least) in totals]
+        yield table("GPU memory (GiB)", ["model", "full", "at least"], rows)
 
 
-def _memory_tables(memory: dict[str, Any]) -> list[Table]:
+def _memory_tables(memory: dict[str, Any]) -> Iterator[Table]:
     from ..views.tables import table
 
+    title = f"{memory['model']} in {memory['dtype']}"
     rows = []
     for part in memory["parts"]:
         name = part["name"] + ", not on the GPU" * (part["phase"] == "never")
         rows.append([name, f"{part['parameters'] / 1e6:,.2f}", _gib(part["bytes"])])
     rows += [[f"LLM in {kind[0]} bits", "", _gib(size)] for kind, size in memory["quantized"].items()]
     rows.append([f"cache of {memory['tokens']} tokens", "", _gib(memory["cache"])])
-    names = "encode", "read", "draw", "decode", "total"
-    modes = [[mode["name"], *(_gib(mode[name]) for name in names)] for mode in memory["modes"]]
+    yield table(title, ["part", "parameters (M)", "GiB"], rows)
+    phases = "encode", "read", "draw", "decode", "total"
+    rows = [[mode["name"], *(_gib(mode[phase]) for phase in phases)] for mode in memory["modes"]]
     columns = ["held as", "encoding", "reading", "drawing", "decoding", "GPU memory (GiB)"]
     if memory["free"] is not None:
         columns.append("fits")
-        for row, mode in zip(modes, memory["modes"], strict=True):
+        for row, mode in zip(rows, memory["modes"], strict=True):
             row.append("yes" if mode["total"] <= memory["free"] else "no")
-    title = f"{memory['model']} in {memory['dtype']}"
-    size = "x".join(map(str, memory["size"]))
-    parts = table(title, ["part", "parameters (M)", "GiB"], rows)
-    return [parts, table(f"{title}, a picture of {size}", columns, modes)]
+    yield table(f"{title}, a picture of {'x'.join(map(str, memory['size']))}", columns, rows)
 
 
 def _gib(size: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .flags import SEED, generation_options, notes, requests_of, without
+from .flags import COUNT, PATH, SEED, fill, generation_options, notes, progress, requests_of, without
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     required=True,
     help="Of the data; storyland writes its own test split where no --data is given.",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of the data set.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder; it goes on there when given again."
-)
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--data", type=PATH, help="Folder of the data set.")
+@click.option("--out", type=PATH, required=True, help="Folder; it goes on there when given again.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test")
 @click.option(
     "--task",
     "tasks",
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="What questions show of a story; repeatable.  [default: full; of last: all]",
 )
-@click.option("--limit", type=click.IntRange(1), help="Stories, dialogues or pictures.  [default: all; storyland: 100]")
+@click.option("--limit", type=COUNT, help="Stories, dialogues or pictures.  [default: all; storyland: 100]")
 @click.option(
     "--baseline",
     "baselines",
@@ -55,8 +53,8 @@ if TYPE_CHECKING:
 )
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable.  [default: all that can be]")
 @click.option("--weights", multiple=True, metavar="NAME=PATH", help="Of a metric, see doctor; repeatable.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Replies at a time.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all replies.")
+@click.option("--batch", type=COUNT, default=8, help="Replies at a time.")
+@click.option("--seed", type=SEED, default=0, help="Of all replies.")
 @without("seed", "show")
 @generation_options
 def eval_command(**flags: Any) -> None:
@@ -74,21 +72,16 @@ def eval_command(**flags: Any) -> None:
 
     model, options = requests_of(flags)
     weights = {name: Path(path).expanduser() for name, _, path in (item.partition("=") for item in flags["weights"])}
-    plain = ("format", "out", "data", "split", "tasks", "contexts", "limit", "baselines", "metrics", "batch")
-    values = {name: flags[name] for name in plain}
-    request = EvaluateRequest(**values, weights=weights, model=model, options=options)
-    with _progress(flags["as_json"]) as progress:
-        evaluate(request, notes(flags), progress)
+    request = fill(EvaluateRequest, flags, weights=weights, model=model, options=options)
+    with _replies_shown(flags["as_json"]) as show:
+        evaluate(request, notes(flags), show)
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[Replied], None]]:
+def _replies_shown(as_json: bool) -> Iterator[Callable[[Replied], None]]:
     """Give a function that shows the replies of the first process as a bar; with --json all replies are printed."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     bars: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True), transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:
+    with progress(transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:
 
         def show(replied: Replied) -> None:
             if replied.system not in bars:

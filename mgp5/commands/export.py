@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
+
+from .flags import COUNT, PATH, say, settings_option
 
 
 @click.command("export")
 @click.option("--onnx", is_flag=True, help="Write ONNX files and prove that they compute what PyTorch does.")
 @click.option("--trt", is_flag=True, help="Build TensorRT engines from them too.")
-@click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model.")
-@click.option("--out", type=click.Path(path_type=Path), help="New folder for the files.")
-@click.option("--from", "source", type=click.Path(path_type=Path), help="Build engines from this exported folder.")
+@click.option("--model", default="demo", help="A name, or the folder of a model.")
+@click.option("--out", type=PATH, help="New folder for the files.")
+@click.option("--from", "source", type=PATH, help="Build engines from this exported folder.")
 @click.option(
     "--component",
     "components",
@@ -21,13 +22,13 @@ import click
     metavar="NAME",
     help="mapper, unet or transformer, vae_decoder; with --split also condition, denoiser; repeatable.  [default: all]",
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--opset", type=click.Choice(["23", "20", "18"]), default="23", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32")
+@click.option("--opset", type=click.Choice(["23", "20", "18"]), default="23")
 @click.option("--split", is_flag=True, help="Also what is constant over the steps, and a denoiser that takes it.")
-@click.option("--height", type=click.IntRange(1), help="Of the image that proves.  [default: the model's, or 256]")
-@click.option("--width", type=click.IntRange(1), help="The same.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --trt: batches, sizes, level.")
-def export(opset: str, height: int | None, width: int | None, settings: tuple[str, ...], **values: Any) -> None:
+@click.option("--height", type=COUNT, help="Of the image that proves.  [default: the model's, or 256]")
+@click.option("--width", type=COUNT, help="The same.")
+@settings_option("settings", "Of --trt: batches, sizes, level.")
+def export(opset: str, height: int | None, width: int | None, settings: dict[str, Any], **values: Any) -> None:
     """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
 
     The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
@@ -37,15 +38,13 @@ def export(opset: str, height: int | None, width: int | None, settings: tuple[st
     """
     if bool(height) != bool(width):
         raise click.UsageError("--height and --width go together: give both or none")
-    from ..export.request import EngineOptions, ExportRequest
-    from ..options import override, parse_settings
-
-    engine = override(EngineOptions(), parse_settings(settings))
-    size = (height, width) if height else None
-    request = ExportRequest(opset=int(opset), size=size, engine=engine, **values)
     from ..device import quiet_libraries
+    from ..export.request import EngineOptions, ExportRequest
+    from ..options import override
 
+    size = (height, width) if height else None
+    request = ExportRequest(opset=int(opset), size=size, engine=override(EngineOptions(), settings), **values)
     quiet_libraries()  # before transformers and diffusers are imported: they warn while they are
     from ..export.run import export as run
 
-    run(request, lambda line: click.echo(line, err=True))
+    run(request, say)

@@ -7,73 +7,81 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from ..options import Backend, DiffusionOptions, Memory, ModelRequest, Options, Quantize, parse_settings, reply_options
+
 if TYPE_CHECKING:
-    from ..options import ModelRequest, Options
+    from rich.progress import Progress, ProgressColumn
+
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
+T = TypeVar("T")
 Command = Callable[..., Any]
 SEED = click.IntRange(0, 2**62)  # what torch takes, with room to count up
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+
+
+def settings_option(name: str, text: str) -> Callable[[Command], Command]:
+    """Return the option --set, whose value is the nested dictionary of all settings."""
+
+    def parse(context: click.Context, flag: click.Parameter, items: tuple[str, ...]) -> dict[str, Any]:
+        return parse_settings(items)
+
+    return click.option("--set", name, multiple=True, callback=parse, metavar="NAME=VALUE", help=text)
 
 
 GENERATION = (
-    click.option("--model", default="demo", show_default=True, help="A name, or the folder of a model."),
+    click.option("--model", default="demo", help="A name, or the folder of a model."),
     click.option("--seed", type=SEED, help="Seed of text and images; random, and told, if not given."),
-    click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image."),
+    click.option("--steps", type=int, default=20, help="Denoising steps per image."),
     click.option("--guidance", type=float, help="Guidance scale; 1 turns it off.  [default: the model's]"),
     click.option(
         "--guidance-until",
         type=click.FloatRange(0, 1),
         default=1.0,
+        show_default=False,
         metavar="FRACTION",
         help="Guide this share of the steps only: faster, another picture.",
     ),
     click.option(
         "--reuse",
-        type=click.IntRange(1),
+        type=COUNT,
         default=1,
+        show_default=False,
         metavar="N",
         help="Run the whole UNet in one of N steps only: faster, another picture.",
     ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
     click.option(
         "--backend",
-        type=click.Choice(["auto", "eager", "compile", "triton", "onnx", "trt"]),
+        type=click.Choice(get_args(Backend)),
         default="auto",
-        show_default=True,
         help="What draws: auto takes the fastest that works here.",
     ),
     click.option(
         "--exported",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="DIR",
         help="Made by export, for --backend onnx or trt.  [onnx on a CPU: made when needed, and kept]",
     ),
     click.option(
         "--memory",
-        type=click.Choice(["auto", "low", "full"]),
+        type=click.Choice(get_args(Memory)),
         default="auto",
-        show_default=True,
         help="On a GPU: auto saves what it must, low all it can. See doctor.",
     ),
-    click.option(
-        "--quantize",
-        type=click.Choice(["none", "4bit", "8bit"]),
-        default="none",
-        show_default=True,
-        help="Bits of the LLM's layers.",
-    ),
-    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any option of generation."),
+    click.option("--quantize", type=click.Choice(get_args(Quantize)), default="none", help="Bits of the LLM's layers."),
+    settings_option("settings", "Any option of generation."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
     click.option(
         "--show",
         type=click.Choice(["auto", "blocks", "off"]),
         default="auto",
-        show_default=True,
         help="Images in the terminal (never when piped).",
     ),
 )
@@ -81,8 +89,8 @@ GENERATION = (
 
 def generation_options(command: Command) -> Command:
     """Add the flags that mean the same in every command that generates."""
-    for option in reversed(GENERATION):
-        command = option(command)
+    for flag in reversed(GENERATION):
+        command = flag(command)
     return command
 
 
@@ -102,29 +110,22 @@ def without(*names: str) -> Callable[[Command], Command]:
 
 
 def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
-    """Return what the flags of `generation_options` ask for. A seed that was not given is drawn at random.
-
-    Raises:
-        Mgp5Error: options that are unknown or out of range.
-    """
+    """Return what the flags of `generation_options` ask for. A seed that was not given is drawn at random, and told."""
     from ..apps.open_model import image_options
-    from ..options import DiffusionOptions, parse_settings, reply_options
 
     seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
-    model = model_request(flags)
+    model = fill(ModelRequest, flags)
     kind, usual = image_options(model), DiffusionOptions()
     known = {field.name for field in fields(kind)}
     image = {name: flags[name] for name in ("steps", "guidance", "guidance_until", "reuse")}
     # A flag at its default asks for nothing: a head without such an option is not told of it.
     image = {name: value for name, value in image.items() if name in known or value != getattr(usual, name)}
-    return model, reply_options(kind, seed=seed, **image).updated(parse_settings(flags["settings"]))
+    return model, reply_options(kind, seed=seed, **image).updated(flags["settings"])
 
 
-def model_request(flags: dict[str, Any]) -> ModelRequest:
-    """Return which model the flags ask for, and how to hold and run it."""
-    from ..options import ModelRequest
-
-    return ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)})
+def fill(kind: type[T], flags: dict[str, Any], **values: Any) -> T:
+    """Return a request (a dataclass) of the flags that its fields are named after, and of other values."""
+    return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags} | values)
 
 
 def view_of(flags: dict[str, Any]) -> JsonEvents | TerminalView:
@@ -132,11 +133,22 @@ def view_of(flags: dict[str, Any]) -> JsonEvents | TerminalView:
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
-    if flags["as_json"]:
-        return JsonEvents(sys.stdout)
-    return TerminalView(flags["show"])
+    return JsonEvents(sys.stdout) if flags["as_json"] else TerminalView(flags["show"])
+
+
+def say(line: str) -> None:
+    """Print a line on stderr."""
+    click.echo(line, err=True)
+
+
+def progress(*columns: ProgressColumn, **settings: Any) -> Progress:
+    """Return a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), **settings)
 
 
 def notes(flags: dict[str, Any]) -> Callable[[str], None]:
     """Return a function that prints a line on stderr; with --json it drops the line."""
-    return (lambda line: None) if flags.get("as_json") else lambda line: click.echo(line, err=True)
+    return (lambda line: None) if flags.get("as_json") else say

@@ -8,6 +8,7 @@ import sys
 import click
 
 from ..errors import Mgp5Error
+from .flags import say
 
 
 @click.command()
@@ -46,7 +47,7 @@ def pull(name: str) -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
-    run(name, lambda line: click.echo(line, err=True))
+    run(name, say)
 
 
 @click.command()
@@ -60,6 +61,6 @@ def rm(name: str, yes: bool) -> None:
     if not found:
         raise Mgp5Error(f"nothing of {name} is in the hub's cache", "mgp5 models lists what is there")
     for place, revision in found:
-        click.echo(f"{place} {revision.commit_hash[:8]}: {revision.size_on_disk / GB:.2f} GB", err=True)
+        say(f"{place} {revision.commit_hash[:8]}: {revision.size_on_disk / GB:.2f} GB")
     if yes or click.confirm("Delete?", abort=True, err=True):
         free([revision for _, revision in found])

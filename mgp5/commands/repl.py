@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ..apps.chat import Chat
 from ..errors import Mgp5Error
 from ..events import Event
 from ..views.files import StoryFolder, free_folder
+from .flags import say
 
 HELP = """\
 /image FILE   show a picture with your next message
@@ -43,17 +42,17 @@ class Repl:
 
     def run(self) -> None:
         """Read lines until /quit or the end of input; an error is printed and the conversation goes on."""
-        click.echo("Write a message, or /help. Ctrl-D ends.", err=True)
+        say("Write a message, or /help. Ctrl-D ends.")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history)
         while True:
             try:
                 line = input("> ").strip()
             except EOFError:
-                click.echo(err=True)
+                say("")
                 return
             except KeyboardInterrupt:
-                click.echo("\n(/quit or Ctrl-D ends)", err=True)
+                say("\n(/quit or Ctrl-D ends)")
                 continue
             try:
                 if line == "/quit":
@@ -61,9 +60,9 @@ class Repl:
                 if line:
                     self._line(line)
             except Mgp5Error as error:
-                click.echo(f"mgp5: {error}", err=True)
+                say(f"mgp5: {error}")
             except KeyboardInterrupt:
-                click.echo("\n(stopped; what was said is kept)", err=True)
+                say("\n(stopped; what was said is kept)")
 
     def _line(self, line: str) -> None:
         """Do what one line says: a message, or a /command. Raises Mgp5Error."""
@@ -72,21 +71,21 @@ class Repl:
         if not word.startswith("/"):
             self._show(self.chat.say(line))
         elif word == "/help":
-            click.echo(HELP, err=True, nl=False)
+            say(HELP.rstrip())
         elif word == "/image" and rest:
             self.chat.attach(Path(rest).expanduser())
-            click.echo(f"{rest} goes with your next message", err=True)
+            say(f"{rest} goes with your next message")
         elif word == "/undo":
-            click.echo(f"took back: {self.chat.undo()}", err=True)
+            say(f"took back: {self.chat.undo()}")
         elif word == "/retry":
             self._show(self.chat.retry())
         elif word == "/seed" and rest.isascii() and rest.isdigit() and len(rest) < 19:
             self.chat.seed(int(rest))
-            click.echo(f"the next reply takes seed {rest}", err=True)
+            say(f"the next reply takes seed {rest}")
         elif word == "/save" and rest:
             self.chat.folder = StoryFolder.create(Path(rest).expanduser())
             self.chat.save()
-            click.echo(f"saved in {rest}", err=True)
+            say(f"saved in {rest}")
         else:
             raise Mgp5Error(f"{line!r} is no command", "see /help")
 
@@ -100,4 +99,4 @@ class Repl:
             if self.chat.folder is None and self.chat.conversation.images:
                 self.chat.folder = StoryFolder.create(free_folder("chat"))
                 self.chat.save()
-                click.echo(f"pictures and conversation are kept in {self.chat.folder.path}", err=True)
+                say(f"pictures and conversation are kept in {self.chat.folder.path}")

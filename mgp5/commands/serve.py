@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import Mgp5Error
-from .flags import generation_options, model_request, ray_option, without
+from .flags import COUNT, PATH, fill, generation_options, ray_option, say, without
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs an API key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", help="A public one needs an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 takes a free one.")
 @click.option("--name", help="Of the model, as clients say it.  [default: as --model]")
 @click.option("--web", is_flag=True, help="Also a page for browsers, at /ui/; the key is its password.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Its one line; else MGP5_API_KEY.")
+@click.option("--api-key-file", "key_file", type=PATH, help="Its one line; else MGP5_API_KEY.")
 @click.option("--insecure", is_flag=True, help="Serve a public address without a key.")
-@click.option("--allow-remote-images", is_flag=True, help="Fetch pictures from public http addresses.")
-@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Replies at a time.")
-@click.option("--waiting", type=click.IntRange(0), default=64, show_default=True, help="Queue; beyond it 429.")
-@click.option("--connections", type=click.IntRange(1), default=512, show_default=True, help="Beyond them 503.")
-@click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most of a reply.")
-@click.option("--images", type=click.IntRange(0), default=8, show_default=True, help="Most of a reply.")
-@click.option("--max-steps", "steps", type=click.IntRange(1), default=100, show_default=True, help="Most of an image.")
-@click.option("--side", type=click.IntRange(1), default=1024, show_default=True, help="Longest of an image drawn.")
-@click.option("--pixels", type=click.IntRange(1), default=16_000_000, show_default=True, help="Most of one sent.")
-@click.option("--body-megabytes", type=click.IntRange(1), default=32, show_default=True, help="Most of a request.")
-@click.option("--seconds", type=click.FloatRange(1), default=600.0, show_default=True, help="Most of a reply.")
-@click.option("--patience", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds of a request.")
-@click.option("--drain", type=click.IntRange(0), default=60, show_default=True, help="Seconds to finish on SIGTERM.")
+@click.option("--allow-remote-images", "remote_images", is_flag=True, help="Fetch pictures from public http addresses.")
+@click.option("--rows", type=COUNT, default=8, help="Replies at a time.")
+@click.option("--waiting", type=click.IntRange(0), default=64, help="Queue; beyond it 429.")
+@click.option("--connections", type=COUNT, default=512, help="Beyond them 503.")
+@click.option("--tokens", type=COUNT, default=1024, help="Most of a reply.")
+@click.option("--images", type=click.IntRange(0), default=8, help="Most of a reply.")
+@click.option("--max-steps", "steps", type=COUNT, default=100, help="Most of an image.")
+@click.option("--side", type=COUNT, default=1024, help="Longest of an image drawn.")
+@click.option("--pixels", type=COUNT, default=16_000_000, help="Most of one sent.")
+@click.option("--body-megabytes", type=COUNT, default=32, help="Most of a request.")
+@click.option("--seconds", type=click.FloatRange(1), default=600.0, help="Most of a reply.")
+@click.option("--patience", "body_seconds", type=click.FloatRange(0.1), default=30.0, help="Seconds of a request.")
+@click.option("--drain", type=click.IntRange(0), default=60, help="Seconds to finish on SIGTERM.")
 @ray_option("Serve by a Ray cluster: at ADDRESS, RAY_ADDRESS, or of this machine.")
 @click.option("--replicas", metavar="N|MIN:MAX", help="With --ray.  [default: 1 to one for each GPU, else machine]")
 @without("seed", "steps", "guidance", "guidance_until", "reuse", "settings", "as_json", "show")
@@ -41,26 +40,15 @@ def serve(**flags: Any) -> None:
 
     Requests are decoded and denoised together. See examples/serve/README.md.
     """
+    from ..options import ModelRequest
     from ..serving.limits import Limits
     from ..serving.request import ServeRequest
     from ..serving.server import serve as run
 
-    limits = Limits(
-        remote_images=flags["allow_remote_images"],
-        body_bytes=flags["body_megabytes"] * 2**20,
-        body_seconds=flags["patience"],
-        **{name: flags[name] for name in ("tokens", "images", "steps", "side", "pixels", "seconds")},
-    )
-    same = ("host", "port", "insecure", "rows", "waiting", "connections", "drain", "web", "ray")
-    request = ServeRequest(
-        model=model_request(flags),
-        name=flags["name"] or "",
-        key_file=flags["api_key_file"],
-        limits=limits,
-        replicas=_replicas(flags["replicas"]),
-        **{name: flags[name] for name in same},
-    )
-    run(request, lambda line: click.echo(line, err=True))
+    limits = fill(Limits, flags, body_bytes=flags["body_megabytes"] * 2**20)
+    model, replicas = fill(ModelRequest, flags), _replicas(flags["replicas"])
+    flags["name"] = flags["name"] or ""
+    run(fill(ServeRequest, flags, model=model, limits=limits, replicas=replicas), say)
 
 
 def _replicas(text: str | None) -> tuple[int, int | None]:

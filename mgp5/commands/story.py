@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import Mgp5Error
-from .flags import generation_options, notes, ray_option, requests_of, view_of
+from .flags import COUNT, PATH, fill, generation_options, notes, progress, ray_option, requests_of, say, view_of
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
-
     from ..apps.batch import Answer, BatchRequest
 
 
 @click.command()
-@click.option(
-    "--images", type=click.Path(path_type=Path), help="Folder of pictures, each with a .txt of its name or none."
-)
-@click.option("--text", type=click.Path(path_type=Path), help="File with one scene to illustrate per line.")
-@click.option("--scenes", type=click.IntRange(0), default=1, show_default=True, help="How many scenes to add.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the story.  [default: story-1, story-2, ...]")
-@click.option("--title", default="", help="Heading of the page.")
+@click.option("--images", type=PATH, help="Folder of pictures, each with a .txt of its name or none.")
+@click.option("--text", type=PATH, help="File with one scene to illustrate per line.")
+@click.option("--scenes", type=click.IntRange(0), default=1, help="How many scenes to add.")
+@click.option("--out", type=PATH, help="Folder for the story.  [default: story-1, story-2, ...]")
+@click.option("--title", default="", show_default=False, help="Heading of the page.")
 @click.option(
     "--batch",
     type=click.Path(path_type=Path, allow_dash=True),
     metavar="FILE",
     help="Conversations and stories, one JSON object per line (- for stdin); goes on when given again.",
 )
-@click.option("--at-once", type=click.IntRange(1), default=8, show_default=True, help="Lines of a batch at a time.")
+@click.option("--at-once", type=COUNT, default=8, help="Lines of a batch at a time.")
 @ray_option("Spread a batch over a Ray cluster: at ADDRESS, RAY_ADDRESS, or of this machine.")
-@click.option("--workers", type=click.IntRange(1), help="With --ray.  [default: one for each GPU, else machine]")
+@click.option("--workers", type=COUNT, help="With --ray.  [default: one for each GPU, else machine]")
 @generation_options
-def story(images: Path | None, text: Path | None, scenes: int, out: Path | None, title: str, **flags: Any) -> None:
+def story(**flags: Any) -> None:
     """Narrate pictures, illustrate sentences, and continue the story in text and images.
 
     Lines of a --batch, whose results go to --out as they are done:
@@ -49,46 +45,34 @@ def story(images: Path | None, text: Path | None, scenes: int, out: Path | None,
     if flags["ray"] and not flags["batch"]:
         raise Mgp5Error("--ray spreads the lines of a --batch", "give --batch FILE", usage=True)
     if flags["batch"]:
-        if images or text or title or not out:
+        if flags["images"] or flags["text"] or flags["title"] or not flags["out"]:
             found = "--batch goes with --out, and without --images, --text, --title"
             raise Mgp5Error(found, "the lines of the batch say these", usage=True)
-        return _batch(out, scenes, flags)
+        return _batch(flags)
     from ..apps.story import StoryRequest, tell_story
     from ..views.files import free_folder
 
     model, options = requests_of(flags)
-    out, say = out or free_folder("story"), notes(flags)
-    request = StoryRequest(images=images, text=text, scenes=scenes, out=out, title=title, model=model, options=options)
+    flags["out"], tell = flags["out"] or free_folder("story"), notes(flags)
+    request = fill(StoryRequest, flags, model=model, options=options)
     if flags["seed"] is None:
-        say(f"seed {options.seed}")
-    with closing(tell_story(request, tell=say)) as events, view_of(flags) as view:
+        tell(f"seed {options.seed}")
+    with closing(tell_story(request, tell=tell)) as events, view_of(flags) as view:
         for event in events:
             view(event)
 
 
-def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
+def _batch(flags: dict[str, Any]) -> None:
     """Answer the lines of --batch, with a progress bar. Raises Mgp5Error when lines have failed."""
-    from contextlib import ExitStack
-
-    from rich.console import Console
-    from rich.progress import Progress
-
     from ..apps.batch import FAILURES, Batch, BatchRequest
 
     model, options = requests_of(flags)
-    request = BatchRequest(
-        file=flags["batch"],
-        out=out,
-        scenes=scenes,
-        at_once=flags["at_once"],
-        model=model,
-        options=options,
-        keep_seed=flags["seed"] is None,
-    )
+    more = {"file": flags["batch"], "keep_seed": flags["seed"] is None}
+    request = fill(BatchRequest, flags, model=model, options=options, **more)
     quiet = flags["as_json"] or not sys.stderr.isatty()
     with ExitStack() as stack:
         batch = stack.enter_context(closing(Batch(request)))
-        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=quiet))
+        bar = stack.enter_context(progress(disable=quiet))
         answer, workers = _answer(request, flags, stack)
         task = bar.add_task("lines", total=batch.total, completed=len(batch.done))
         for row in stack.enter_context(closing(batch.run(answer, workers))):
@@ -97,18 +81,18 @@ def _batch(out: Path, scenes: int, flags: dict[str, Any]) -> None:
                 click.echo(json.dumps(row))
     if batch.failures:
         which = ", ".join(map(str, list(batch.failures)[:9])) + (", ..." if len(batch.failures) > 9 else "")
-        hint = f"{out / FAILURES} says why; the same command tries them again"
+        hint = f"{request.out / FAILURES} says why; the same command tries them again"
         raise Mgp5Error(f"{len(batch.failures)} of {batch.total} lines failed, line {which}", hint)
-    notes(flags)(f"The results are in {out}")
+    notes(flags)(f"The results are in {request.out}")
 
 
 def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> tuple[Answer, int]:
     """Return what answers the lines, and by how many models; a cluster is left when the stack closes."""
     from ..apps.batch import local_answer
 
-    say = notes(flags)
+    tell = notes(flags)
     if not flags["ray"]:
-        return local_answer(request, say), 1
+        return local_answer(request, tell), 1
     from ..serving.cluster import absolute, connected, resources
 
     stack.enter_context(connected(flags["ray"]))
@@ -117,12 +101,12 @@ def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> t
     room, count, needs = resources(flags["workers"], request.model.device)
     if count > room:
         raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
-    say(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
+    tell(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
     return stack.enter_context(spread(count, needs, absolute(request.model))), count
 
 
 @click.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("picture", type=PATH)
 def recall(picture: Path) -> None:
     """Print the command that draws a PICTURE of a story, chat or batch again.
 
@@ -132,7 +116,7 @@ def recall(picture: Path) -> None:
     """
     from ..apps.recall import recall as run
 
-    command, notes = run(picture)
+    command, remarks = run(picture)
     click.echo(command)
-    for note in notes:
-        click.echo(note, err=True)
+    for note in remarks:
+        say(note)

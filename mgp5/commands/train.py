@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Mgp5Error
+from .flags import COUNT, PATH, progress, say, settings_option
 
 if TYPE_CHECKING:
     from ..training.loop import Progress
@@ -21,28 +22,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--stage", type=click.Choice(["pretrain", "finetune"]), required=True)
-@click.option(
-    "--data", "sources", required=True, multiple=True, type=click.Path(path_type=Path), help="Folder; repeatable."
-)
+@click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
 @click.option(
     "--format", "formats", required=True, multiple=True, help="cc3m, shards, vist, mmdialog or jsonl; one per --data."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
-@click.option("--preset", default="paper", show_default=True, help="paper, release, prefix, gill or demo.")
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. lr=1e-4 or lora.rank=4."
-)
-@click.option("--max-steps", type=click.IntRange(1), help="Updates in all, instead of epochs.")
-@click.option("--stop-after", type=click.IntRange(1), help="End after so many updates; go on with --resume.")
-@click.option(
-    "--vokens", type=click.IntRange(1, 16), default=8, show_default=True, help="Vokens per image (new models)."
-)
-@click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--cache", "caches", multiple=True, type=click.Path(path_type=Path), help="Made by data cache; repeatable."
-)
+@click.option("--preset", default="paper", help="paper, release, prefix, gill or demo.")
+@click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
+@settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")
+@click.option("--max-steps", type=COUNT, help="Updates in all, instead of epochs.")
+@click.option("--stop-after", type=COUNT, help="End after so many updates; go on with --resume.")
+@click.option("--vokens", type=click.IntRange(1, 16), default=8, help="Vokens per image (new models).")
+@click.option("--device", default="auto")
+@click.option("--cache", "caches", multiple=True, type=PATH, help="Made by data cache; repeatable.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option(
     "--dry-run",
@@ -50,9 +43,7 @@ if TYPE_CHECKING:
     help="Tell what would train and how much memory it takes, and stop: no weights are loaded.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
-def train(
-    sources: tuple[Path, ...], formats: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **flags: Any
-) -> None:
+def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
 
     Ctrl-C saves before it ends the run, a second one does not wait. On several GPUs:
@@ -62,24 +53,21 @@ def train(
       accelerate launch --use_fsdp $(which mgp5) train ...    (weights shared out between them)
     """
     from ..files import read_json
-    from ..options import parse_settings
     from ..training.checkpoints import REPORT
     from ..training.run import Interruption, TrainRequest, estimate_stage, train_stage
 
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    flags["caches"] = tuple(flags["caches"])
-    data = data_of(sources, formats)
-    request = TrainRequest(data=data, config_file=flags.pop("config"), overrides=parse_settings(settings), **flags)
+    request = TrainRequest(data=data_of(sources, formats), **flags)
     if request.dry_run:
-        return _show_estimate(estimate_stage(request, tell=_tell), request.config.batch, as_json)
+        return _show_estimate(estimate_stage(request, tell=say), request.config.batch, as_json)
     with Interruption() as stop:
-        last = _show(train_stage(request, stop=stop, tell=_tell), request.stage, as_json)
+        last = _show(train_stage(request, stop=stop, tell=say), request.stage, as_json)
     stopped = last is not None and last.stopped
     for kind, (number, first) in read_json(request.out / REPORT)["problems"].items() if not as_json else ():
-        _tell(f"{number} x {kind} (first: {first})")
+        say(f"{number} x {kind} (first: {first})")
     if not as_json:
-        _tell(f"What was trained is in {request.out}{': go on with --resume' if stopped else ''}")
+        say(f"What was trained is in {request.out}{': go on with --resume' if stopped else ''}")
     if stopped:
         raise KeyboardInterrupt
 
@@ -92,19 +80,13 @@ def data_of(sources: tuple[Path, ...], formats: tuple[str, ...]) -> tuple[tuple[
     return tuple(zip(formats, sources, strict=True))
 
 
-def _tell(text: str) -> None:
-    click.echo(text, err=True)
-
-
 def _show(events: Iterator[Progress], stage: str, as_json: bool) -> Progress | None:
     """Show every update, as a bar or as a line of JSON; return the last one."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
 
-    columns = (TextColumn(stage), BarColumn(8), MofNCompleteColumn(), TextColumn("{task.description}"))
     event = None
-    with Bar(*columns, console=Console(stderr=True), disable=as_json) as bar:
+    columns = TextColumn(stage), BarColumn(8), MofNCompleteColumn(), TextColumn("{task.description}")
+    with progress(*columns, disable=as_json) as bar:
         task = bar.add_task("", total=None)
         for event in events:
             bar.update(task, total=event.total, completed=event.step, description=_line(event))
@@ -132,17 +114,16 @@ def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
         parts = {"parts": [asdict(row) for row in memory.rows], "bytes": memory.total.total}
         return click.echo(json.dumps(values | parts))
     Console(stderr=True).print(table(memory))
-    work = f"{found.samples} samples, {found.updates} updates of {found.batch} samples"
-    _tell(
-        f"{work}, {batch} of {memory.length} tokens at a time; {memory.total.trained:,} trainable parameters, "
-        f"{tflop} TFLOP per update"
+    work = (
+        f"{found.samples} samples, {found.updates} updates of {found.batch} samples, {batch} of {memory.length} tokens"
     )
+    say(f"{work} at a time; {memory.total.trained:,} trainable parameters, {tflop} TFLOP per update")
 
 
 @click.command()
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, required=True, type=PATH)
 @click.option("--model", required=True, help="MINIGPT4+GENERATOR, or BLIP2+LLM+GENERATOR to put a MiniGPT-4 together.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the model.")
+@click.option("--out", type=PATH, required=True, help="Folder for the model.")
 def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     """Make a model of the paper's published CHECKPOINTS.
 
@@ -158,9 +139,7 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     quiet_libraries()
     done = run(checkpoints, model, out)
     for name, value in done.shrunk.items():
-        click.echo(f"{name}: words differ from the LLM's own by at most {value:.2g}, which were kept", err=True)
+        say(f"{name}: words differ from the LLM's own by at most {value:.2g}, which were kept")
     if done.unused:
-        click.echo(f"not used: {', '.join(done.unused)}", err=True)
-    click.echo(
-        f"A model of stage {done.stage} is in {out}" if done.stage else f"MiniGPT-4 is in {out / 'mllm'}", err=True
-    )
+        say(f"not used: {', '.join(done.unused)}")
+    say(f"A model of stage {done.stage} is in {out}" if done.stage else f"MiniGPT-4 is in {out / 'mllm'}")
