@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import Mgp5Error
+from .errors import Mgp5Error, raise_all
+from .options import kinds_of
 
 VokenLabels = Literal["all", "first", "ends"]
 Stage = Literal["pretrain", "finetune"]
 Precision = Literal["fp32", "bf16", "fp16"]
-MAPPER_KINDS = ("encoder-decoder", "decoder-only")
+MapperKind = Literal["encoder-decoder", "decoder-only"]
+Context = Literal["full", "text", "none"]  # how much of a story's history a question shows
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapperConfig:
-    """The shape of a FeatureMapper; the defaults are the paper's (arXiv 2310.02239, section 3.2).
+    """The shape of a FeatureMapper; the defaults are the paper's (arXiv 2310.02239, section 3.2)."""
 
-    Args:
-        llm_width: D, width of the LLM's hidden states (4096 for a 7B LLaMA).
-        width: C, width of the generator's condition (1024 for Stable Diffusion 2.1).
-        queries: L, length of the condition.
-        encoder_layers: transformer layers over the vokens.
-        decoder_layers: transformer layers over the queries.
-        heads: attention heads; must divide the width of the transformer.
-        ffn_ratio: hidden width of the feed-forward layers, in units of the transformer's width.
-        inner: width of the transformer, with an output projection to C; 0: its width is C, without a projection.
-        pooled: width of the pooled vector in the last row (2048 for Stable Diffusion 3), 0 without one.
-        kind: "decoder-only" is the paper's ablation (table 7): causal layers over the vokens only, whose output is
-            padded with zeros to L rows.
-
-    Raises:
-        Mgp5Error: a value is out of range; the message names all of them.
-    """
-
-    llm_width: int
-    width: int
-    queries: int = 77
-    encoder_layers: int = 4
-    decoder_layers: int = 4
-    heads: int = 8
-    ffn_ratio: int = 4
-    inner: int = 0
-    pooled: int = 0
-    kind: Literal["encoder-decoder", "decoder-only"] = "encoder-decoder"
+    llm_width: int  # D, width of the LLM's hidden states (4096 for a 7B LLaMA)
+    width: int  # C, width of the generator's condition (1024 for Stable Diffusion 2.1)
+    queries: int = 77  # L, length of the condition
+    encoder_layers: int = 4  # transformer layers over the vokens
+    decoder_layers: int = 4  # transformer layers over the queries
+    heads: int = 8  # attention heads; must divide the width of the transformer
+    ffn_ratio: int = 4  # hidden width of the feed-forward layers, in units of the transformer's width
+    inner: int = 0  # width of the transformer, with an output projection to C; 0: its width is C, without a projection
+    pooled: int = 0  # width of the pooled vector in the last row (2048 for Stable Diffusion 3), 0 without one
+    # "decoder-only" is the paper's ablation (table 7): causal layers over the vokens only, padded with zeros to L rows.
+    kind: MapperKind = "encoder-decoder"
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("inner", "pooled"), 0)
@@ -57,32 +43,24 @@ class MapperConfig:
             problems.append(f"width {self.transformer_width} is not a multiple of heads {self.heads}")
         if self.pooled > self.width:
             problems.append(f"pooled {self.pooled} is more than width {self.width}")
-        if self.kind not in MAPPER_KINDS:
-            problems.append(f"kind is {self.kind!r}, expected {' or '.join(MAPPER_KINDS)}")
-        elif self.kind == "decoder-only" and self.pooled:
+        if self.kind == "decoder-only" and self.pooled:
             problems.append("a decoder-only mapper has no pooled vector")
-        if problems:
-            raise Mgp5Error("mapper: " + "; ".join(problems), "correct these values in the mapper's settings")
+        raise_all(f"mapper: {problem}" for problem in problems + _unknown_words(self))
 
     @property
     def transformer_width(self) -> int:
-        """Return the width of the transformer."""
+        """The width of the transformer."""
         return self.inner or self.width
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniGPT5Config:
-    """The configuration of the head of MiniGPT-5.
+    """The configuration of the head of MiniGPT-5."""
 
-    Args:
-        num_vokens: K, 1 to 16.
-        mapper: shape of the feature mapper.
-        unconditional: source of the unconditional condition: the mapper at zeros, or the generator's encoding of the
-            empty text, for a model trained without guidance dropout (the paper's ablation, section 4.4).
-    """
-
-    num_vokens: int = 8
+    num_vokens: int = 8  # K, 1 to 16
     mapper: MapperConfig
+    # Source of the unconditional condition: the mapper at zeros, or the generator's encoding of the empty text, for a
+    # model trained without guidance dropout (the paper's ablation, section 4.4).
     unconditional: Literal["mapper", "text"] = "mapper"
 
 
@@ -92,31 +70,20 @@ HEAD_CONFIGS: dict[str, type] = {"minigpt5": MiniGPT5Config}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The configuration of a model; stored beside its trained weights and checked when it is loaded.
+    """The configuration of a model; stored beside its trained weights and checked when it is loaded."""
 
-    Args:
-        mllm, diffusion: LLM and generator, as hub ids or folders (relative ones are in the model's folder).
-        head, head_config: name of the head, a key of HEAD_CONFIGS, and its configuration.
-        guidance, temperature: defaults of this model (the paper's are 7.5 and 1).
-        narrate_from: how much history the prompts of narrations have; small models narrate better without it.
-        mllm_kind: type, layers, width and vocabulary of the LLM that it was trained with; "" in old checkpoints.
-        head_kind: `Head.description` of the frozen parts that the head was trained with.
-        lora, prefix: adapter of the LLM, at most one.
-        stage: last stage that trained it.
-    """
-
-    mllm: str
+    mllm: str  # LLM and generator, as hub ids or folders (relative ones are in the model's folder)
     diffusion: str
-    head: str = "minigpt5"
+    head: str = "minigpt5"  # a key of HEAD_CONFIGS
     head_config: Any
-    guidance: float = 7.5
+    guidance: float = 7.5  # defaults of this model (the paper's are 7.5 and 1)
     temperature: float = 1.0
-    narrate_from: Literal["full", "text", "none"] = "full"
-    mllm_kind: str = ""
-    head_kind: str = ""
-    lora: LoraConfig | None = None
+    narrate_from: Context = "full"  # history in prompts of narrations; small models narrate better without it
+    mllm_kind: str = ""  # type, layers, width and vocabulary of the LLM it was trained with; "" in old checkpoints
+    head_kind: str = ""  # `Head.description` of the frozen parts that the head was trained with
+    lora: LoraConfig | None = None  # adapter of the LLM, at most one
     prefix: PrefixConfig | None = None
-    stage: Stage | None = None
+    stage: Stage | None = None  # last stage that trained it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +104,10 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
-    """Prefix tuning of the LLM (Li & Liang, arXiv 2101.00190): keys and values of `tokens` virtual tokens in every
-    layer, computed by an MLP of hidden width `hidden`."""
+    """Prefix tuning of the LLM (Li & Liang, arXiv 2101.00190): keys and values of virtual tokens in every layer."""
 
     tokens: int = 5
-    hidden: int = 1024
+    hidden: int = 1024  # width of the MLP that computes them
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.hidden < 1:
@@ -151,95 +117,62 @@ class PrefixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How training samples are built from the data; see the loaders of the formats.
+    """How training samples are built from the data; see the loaders of the formats."""
 
-    Args:
-        instruct_every: CC3M and shards: one of so many rows is repeated as an instruction; 0: none.
-        tasks, context: VIST: the tasks, and how much of the history their prompts have.
-        narrate_first: VIST: the first image of a story is narrated too.
-        history: MMDialog: utterances before the answer; None: all.
-        user_targets: MMDialog: the turns of both speakers are targets.
-        turn_tokens: MMDialog: a dialogue ends before a turn with more tokens; None: no limit.
-    """
-
-    instruct_every: int = 100
-    tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")
-    context: Literal["full", "text", "none"] = "full"
-    narrate_first: bool = False
-    history: int | None = None
-    user_targets: bool = False
-    turn_tokens: int | None = None
+    instruct_every: int = 100  # CC3M and shards: one of so many rows is repeated as an instruction; 0: none
+    tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")  # VIST
+    context: Context = "full"  # VIST: how much of the history the prompts have
+    narrate_first: bool = False  # VIST: the first image of a story is narrated too
+    history: int | None = None  # MMDialog: utterances before the answer; None: all
+    user_targets: bool = False  # MMDialog: the turns of both speakers are targets
+    turn_tokens: int | None = None  # MMDialog: a dialogue ends before a turn with more tokens; None: no limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one stage is trained; see `preset` for the numbers of the paper. Raises Mgp5Error that names all bad values.
 
-    Args:
-        lr: peak learning rate of mapper, queries and adapter.
-        rows_lr: peak learning rate of the new tokens' rows of embedding and LM head; they have no weight decay.
-        text_weight, ldm_weight, caption_weight: weights of the losses; a loss of weight 0 is not computed.
-        voken_labels: vokens with a text loss: "all" (eq. 1), the "first" (the others are forced at inference), or
-            the first and last ("ends", as in the released code).
-        caption_distance: "mse" (eq. 4), or "l2", the mean distance of rows of GILL (arXiv 2305.17216).
-        guidance_dropout: probability that the voken states of an image are replaced by zeros before the mapper.
-        min_snr: gamma of the min-SNR weights of the LDM loss; None: no weights.
-        train_queries: False is the paper's ablation with fixed queries.
-        weight_decay, clip: of AdamW; norm to which gradients are clipped, 0: they are not.
-        batch, accumulation: samples of a microbatch on one device, and microbatches of one update.
-        steps: number of updates; None: `epochs` passes over the data.
-        schedule, warmup: decay of the learning rate to zero, after a linear warm-up of so many updates.
-        optimizer: "adamw8bit" stores its moments in 8 bits (extra `quant`, GPU only).
-        ema: decay of a moving average of the trained weights, which checkpoints then store for use; 0: none.
-        lora, prefix: adapter of the LLM in the finetuning stage; at most one.
-        encoder_layers, decoder_layers, inner, kind: shape of a fresh mapper, see MapperConfig. inner None is 1024 for
-            generators with a condition wider than 2048, else 0.
-        log_every, save_every, sample_every: updates between rows of log.jsonl, checkpoints, pages of samples (0: none).
-        keep: number of checkpoints that are kept.
-        trackers: of Accelerate ("tensorboard", "trackio"); log.jsonl is always written.
-        precision: dtype of the computation; trained weights stay in float32.
-        quantize: quantization of the frozen LLM ("4bit", "8bit"; extra `quant`).
-        checkpointing: recompute activations of LLM and generator in the backward pass: slower, far less memory.
+    A loss of weight 0 is not computed. Checkpoints store the moving average instead of the weights, where there is one.
     """
 
     stage: Stage
-    lr: float
-    rows_lr: float
+    lr: float  # peak learning rate of mapper, queries and adapter
+    rows_lr: float  # of the new tokens' rows of embedding and LM head, which have no weight decay
     text_weight: float = 0.01
     ldm_weight: float = 1.0
     caption_weight: float = 0.0
-    voken_labels: VokenLabels = "all"
-    caption_distance: Literal["mse", "l2"] = "mse"
-    guidance_dropout: float = 0.1
-    min_snr: float | None = None
-    train_queries: bool = True
+    voken_labels: VokenLabels = "all"  # with a text loss: all (eq. 1), or first, or first and last (released code)
+    caption_distance: Literal["mse", "l2"] = "mse"  # eq. 4, or the mean distance of rows of GILL (arXiv 2305.17216)
+    guidance_dropout: float = 0.1  # probability that the voken states of an image are zeros before the mapper
+    min_snr: float | None = None  # gamma of the min-SNR weights of the LDM loss
+    train_queries: bool = True  # False is the paper's ablation with fixed queries
     weight_decay: float = 0.01
-    clip: float = 1.0
-    batch: int = 4
-    accumulation: int = 12
+    clip: float = 1.0  # norm to which gradients are clipped; 0: they are not
+    batch: int = 4  # samples of a microbatch on one device
+    accumulation: int = 12  # microbatches of one update
     epochs: int = 2
-    steps: int | None = None
-    schedule: Literal["linear", "cosine"] = "linear"
-    warmup: int = 1000
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    ema: float = 0.0
-    lora: LoraConfig | None = None
+    steps: int | None = None  # number of updates, instead of epochs
+    schedule: Literal["linear", "cosine"] = "linear"  # decay of the learning rate to zero
+    warmup: int = 1000  # updates of linear growth before
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # in 8 bits: extra `quant`, GPU only
+    ema: float = 0.0  # decay of a moving average of the trained weights; 0: none
+    lora: LoraConfig | None = None  # adapter of the LLM in the finetuning stage; at most one
     prefix: PrefixConfig | None = None
-    encoder_layers: int = 4
+    encoder_layers: int = 4  # shape of a fresh mapper, see MapperConfig
     decoder_layers: int = 4
-    inner: int | None = None
-    kind: Literal["encoder-decoder", "decoder-only"] = "encoder-decoder"
+    inner: int | None = None  # None is 1024 for generators with a condition wider than 2048, else 0
+    kind: MapperKind = "encoder-decoder"
     data: DataConfig = DataConfig()
     seed: int = 42
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
-    sample_every: int = 0
-    trackers: tuple[str, ...] = ()
+    log_every: int = 10  # updates between rows of log.jsonl
+    save_every: int = 500  # between checkpoints
+    keep: int = 2  # checkpoints
+    sample_every: int = 0  # updates between pages of samples; 0: none
+    trackers: tuple[str, ...] = ()  # of Accelerate ("tensorboard", "trackio"), beside log.jsonl
     workers: int = 0
-    precision: Precision = "bf16"
-    quantize: Literal["none", "4bit", "8bit"] = "none"
-    checkpointing: bool = True
+    precision: Precision = "bf16"  # of the computation; trained weights stay in float32
+    quantize: Literal["none", "4bit", "8bit"] = "none"  # of the frozen LLM; extra `quant`
+    checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
 
     def __post_init__(self) -> None:
         counts = ("batch", "accumulation", "epochs", "log_every", "save_every", "keep", "steps")
@@ -255,13 +188,16 @@ class TrainConfig:
             for name in names
             if not fits(getattr(self, name))
         ]
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in hint.__args__:
-                problems.append(f"{name} is {getattr(self, name)}, expected {' or '.join(hint.__args__)}")
         if self.lora and self.prefix:
             problems.append("lora and prefix are both given, expected one adapter")
-        if problems:
-            raise Mgp5Error("; ".join(problems), "correct the training configuration", usage=True)
+        raise_all(problems + _unknown_words(self))
+
+
+def _unknown_words(config: Any) -> list[str]:
+    """Return a line for each field whose value is none of its Literal."""
+    hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
+    found = {name: getattr(config, name) for name in hints}
+    return [f"{k} is {v}, expected {' or '.join(hints[k])}" for k, v in found.items() if v not in hints[k]]
 
 
 def preset(stage: Stage, name: str = "paper") -> TrainConfig:
@@ -270,7 +206,7 @@ def preset(stage: Stage, name: str = "paper") -> TrainConfig:
     They are "paper" (as printed), "release" (as in the released code), "gill" (the paper's baseline with GILL's
     objective), "prefix" (the paper's with prefix tuning) and "demo" (for the tiny model). Raises Mgp5Error for others.
     """
-    if stage not in ("pretrain", "finetune"):
+    if stage not in get_args(Stage):
         raise Mgp5Error(f"unknown stage {stage!r}", "expected pretrain or finetune", usage=True)
     if name not in PRESETS:
         raise Mgp5Error(f"unknown preset {name!r}", f"expected one of {', '.join(PRESETS)}", usage=True)
@@ -315,13 +251,9 @@ PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefi
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
-    """Return the configuration that is stored beside a checkpoint.
+    """Return the configuration of a checkpoint's JSON file, also of versions in which heads had no names.
 
-    Args:
-        raw, path: contents of the JSON file, also of versions in which heads had no names; its path, for errors.
-
-    Raises:
-        Mgp5Error: fields are missing or unknown, or the head is unknown.
+    Raises Mgp5Error, which names the file, if fields are missing or unknown, or the head is unknown.
     """
     raw = dict(raw)
     if "head_config" not in raw:
@@ -342,7 +274,7 @@ def _from_dict(kind: type, raw: dict[str, Any]) -> Any:
     """Build a dataclass from the dictionary that `asdict` returned and JSON stored."""
     values = dict(raw)
     for name, hint in get_type_hints(kind).items():
-        kinds = [k for k in getattr(hint, "__args__", (hint,)) if dataclasses.is_dataclass(k)]
+        kinds = [kind for kind in kinds_of(hint) if dataclasses.is_dataclass(kind)]
         if kinds and isinstance(values.get(name), dict):
             values[name] = _from_dict(kinds[0], values[name])
         elif isinstance(values.get(name), list):

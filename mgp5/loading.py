@@ -7,6 +7,7 @@ A trained folder holds `model.safetensors` (the head's saved parts, "adapter.*" 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,8 @@ def build(
 ) -> InterleavedModel:
     """Return a MiniGPT-5 with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
 
-    Args:
-        mllm, diffusion: the LLM and the generator.
-        dtype: of the frozen parts.
-        quantize: "4bit" or "8bit" for the LLM's layers.
-        options: of `assemble`.
-
-    Raises:
-        Mgp5Error: a part is missing or cannot be read.
+    `dtype` is that of the frozen parts, `quantize` for the LLM's layers, `options` those of `assemble`. Raises
+    Mgp5Error if a part is missing or cannot be read.
     """
     from .generators import load_generator
 
@@ -51,50 +46,34 @@ def build(
 def assemble(
     backbone: HFBackbone,
     generator: LatentDiffusion,
-    mllm: str,
+    mllm: str,  # where the parts are from
     diffusion: str,
     *,
     num_vokens: int = 8,
-    guidance: float = 7.5,
-    **mapper: Any,
+    guidance: float = 7.5,  # the model's default
+    **mapper: Any,  # see `mapper_for`
 ) -> InterleavedModel:
-    """Return a MiniGPT-5 of loaded parts with a fresh mapper.
-
-    Args:
-        mllm, diffusion: where the parts are from.
-        num_vokens: n.
-        guidance: the model's default.
-        mapper: see `mapper_for`.
-    """
+    """Return a MiniGPT-5 of loaded parts with a fresh mapper."""
     from .heads.minigpt5 import MiniGPT5Head, voken_tokens
 
     kind = backbone_kind(backbone)
     backbone.add_tokens(list(voken_tokens(num_vokens)))  # before the mapper, so that a seed gives what it always gave
     head_config = MiniGPT5Config(num_vokens=num_vokens, mapper=mapper_for(backbone.width, generator, **mapper))
     head = MiniGPT5Head(generator, head_config)
-    config = ModelConfig(
-        mllm=mllm,
-        diffusion=diffusion,
-        head_config=head_config,
-        guidance=guidance,
-        mllm_kind=kind,
-        head_kind=head.description,
-    )
-    return InterleavedModel(backbone, head, config)
+    parts = {"mllm": mllm, "diffusion": diffusion, "mllm_kind": kind, "head_kind": head.description}
+    return InterleavedModel(backbone, head, ModelConfig(head_config=head_config, guidance=guidance, **parts))
 
 
 def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
     """Return the shape of a mapper between an LLM and a generator.
 
-    Args:
-        inner: width of its transformer; None projects from 1024 to conditions wider than 2048.
-        layers: other fields of MapperConfig.
+    `inner` is the width of its transformer, None projects from 1024 to conditions wider than 2048; `layers` are other
+    fields of MapperConfig.
     """
     length, width = generator.condition_shape
     inner = (1024 if width > 2048 else 0) if inner is None else inner
-    return MapperConfig(
-        llm_width=llm_width, width=width, queries=length, inner=inner, pooled=generator.pooled_width, **layers
-    )
+    shape = {"llm_width": llm_width, "width": width, "queries": length, "pooled": generator.pooled_width}
+    return MapperConfig(inner=inner, **shape, **layers)
 
 
 def load_model(
@@ -102,13 +81,8 @@ def load_model(
 ) -> InterleavedModel:
     """Return a trained model on the CPU with what was trained merged into its weights, in evaluation mode.
 
-    Args:
-        name: a model's name, or a folder that `mgp5 train` has written.
-        dtype: of the frozen parts; what was trained stays in float32.
-        quantize: "4bit" or "8bit" for the LLM's layers.
-
-    Raises:
-        Mgp5Error: no such model, nothing trained in it, or parts that do not fit together.
+    What was trained stays in float32. Raises Mgp5Error if there is no such model, nothing is trained in it, or its
+    parts do not fit together.
     """
     parts = resolve(str(name))
     if parts.trained is None:
@@ -120,12 +94,9 @@ def load_model(
 
 def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:
     """Return the LLM from a folder or the hub. Raises Mgp5Error."""
-
-    def read(name: str, revision: str | None) -> HFBackbone:
-        return HFBackbone.load(name, dtype=dtype, quantize=quantize, revision=revision)
-
+    read = partial(HFBackbone.load, dtype=dtype, quantize=quantize)
     try:
-        return from_hub(mllm, read)
+        return from_hub(mllm, lambda name, revision: read(name, revision=revision))
     except (OSError, ValueError, SafetensorError) as error:
         raise explain(error, mllm) from error
 
@@ -142,8 +113,7 @@ def load_checkpoint(
 ) -> InterleavedModel:
     """Return the model of a trained folder with its weights in it; the adapter is not merged yet.
 
-    Raises:
-        Mgp5Error: weights are missing, or do not fit the LLM or the head.
+    Raises Mgp5Error if weights are missing, or do not fit the LLM or the head.
     """
     assert parts.trained is not None
     path = parts.trained / CONFIG
@@ -194,9 +164,8 @@ def load_trained_tensors(model: InterleavedModel, tensors: dict[str, Tensor], pa
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         first = wrong[0]
         shapes = f"{first} is {_shape(found.get(first))}, expected {_shape(expected.get(first))}"
-        raise Mgp5Error(
-            f"the weights in {parts.trained} do not fit the model ({shapes})", "use the parts it was trained with"
-        )
+        message = f"the weights in {parts.trained} do not fit the model ({shapes})"
+        raise Mgp5Error(message, "use the parts it was trained with")
     by_part: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, inner = name.partition(".")
@@ -246,25 +215,19 @@ def _check_parts(config: ModelConfig, parts: Parts, backbone: HFBackbone, head: 
     width = mapper.llm_width if mapper else backbone.width
     expected, found = config.mllm_kind or f"an LLM of width {width}", backbone_kind(backbone)
     if width != backbone.width or config.mllm_kind not in ("", found):
-        raise Mgp5Error(
-            f"{parts.name} was trained for {expected}, but {parts.mllm} is {found}",
-            "use the multimodal LLM it was trained with",
-        )
+        message = f"{parts.name} was trained for {expected}, but {parts.mllm} is {found}"
+        raise Mgp5Error(message, "use the multimodal LLM it was trained with")
     if config.head_kind and config.head_kind != head.description:
-        raise Mgp5Error(
-            f"{parts.name} was trained for {config.head_kind}, but {parts.diffusion} is {head.description}",
-            "use the generator it was trained with, or train the head again",
-        )
+        message = f"{parts.name} was trained for {config.head_kind}, but {parts.diffusion} is {head.description}"
+        raise Mgp5Error(message, "use the generator it was trained with, or train the head again")
 
 
 def _check_tokens(model: InterleavedModel, tensors: dict[str, Tensor], parts: Parts) -> None:
     expected = len(model.head.ids)
     counts = {len(value) for name, value in tensors.items() if "trainable_tokens" in name}
     if counts and counts != {expected}:
-        raise Mgp5Error(
-            f"{parts.name} says {expected} tokens of its head, but its weights hold {sorted(counts)[0]}",
-            f"correct {parts.trained}/{CONFIG}, or train again",
-        )
+        message = f"{parts.name} says {expected} tokens of its head, but its weights hold {sorted(counts)[0]}"
+        raise Mgp5Error(message, f"correct {parts.trained}/{CONFIG}, or train again")
 
 
 def _shape(shape: torch.Size | None) -> str:

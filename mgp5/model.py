@@ -21,13 +21,7 @@ from .heads.losses import Losses, labelled, text_loss
 
 
 class InterleavedModel(nn.Module):
-    """The whole model. Built frozen; `prepare` unfreezes what a stage trains.
-
-    Args:
-        backbone: the multimodal LLM; the head adds its tokens to it.
-        head: draws images.
-        config: what a checkpoint says of them.
-    """
+    """The whole model: the head adds its tokens to the LLM. Built frozen; `prepare` unfreezes what a stage trains."""
 
     def __init__(self, backbone: HFBackbone, head: Head, config: ModelConfig) -> None:
         super().__init__()
@@ -42,12 +36,9 @@ class InterleavedModel(nn.Module):
         return self.backbone.device
 
     def forward(self, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
-        """Return the losses of a stage on a batch: text, and the head's image terms.
+        """Return the losses of a stage on a batch: text, and the head's image terms; none of an empty batch.
 
-        Args:
-            batch: may be empty; then there are no terms.
-            config: of the stage, with the weights of the terms.
-            rng: on the CPU; draws whatever is random in the losses.
+        `rng` is on the CPU and draws whatever is random in the losses.
         """
         if not len(batch.ids):
             return Losses()
@@ -98,18 +89,13 @@ class InterleavedModel(nn.Module):
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
         """Return the optimizer's groups: parameters that train, by learning rate and weight decay."""
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         rules = [rule for rule in self.head.train_plan(config) if rule.lr is not None]
-        for rule in rules:  # groups stand in the order of the plan
-            groups.setdefault((rule.lr, rule.weight_decay), [])
+        groups = {(rule.lr, rule.weight_decay): [] for rule in rules}  # in the order of the plan
         for parameter, rule in self._planned(config):
             if rule is not None and rule.lr is not None:
                 groups[rule.lr, rule.weight_decay].append(parameter)
-        return [
-            {"params": parameters, "lr": lr, "weight_decay": decay}
-            for (lr, decay), parameters in groups.items()
-            if parameters
-        ]
+        named = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+        return [group for group in named if group["params"]]
 
     def _planned(self, config: TrainConfig) -> list[tuple[nn.Parameter, TrainRule | None]]:
         """Return each parameter with the first rule that matches its name."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import Mgp5Error
+from .errors import Mgp5Error, raise_all
 
 SAMPLERS = ("dpm++", "ddim", "euler", "pndm", "flow-euler")  # names that `generators.sampler` has tables for
 DrawMode = Literal["auto", "always", "never"]
@@ -29,34 +28,25 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionOptions(ImageOptions):
-    """How a latent-diffusion model draws an image.
+    """How a latent-diffusion model draws an image."""
 
-    Args:
-        steps: number of denoising steps, 1 to 1000.
-        guidance: scale of classifier-free guidance; 1 turns it off, None takes the model's own.
-        sampler: one of SAMPLERS.
-        guidance_until: share of the steps that are guided, in [0, 1]; below 1 is faster and gives another image.
-        reuse: run the whole UNet in one of so many steps only; above 1 is faster and gives another image.
-        height, width: in pixels; None takes the generator's native size.
-    """
-
-    steps: int = 20
-    guidance: float | None = None
-    sampler: str = "dpm++"
-    guidance_until: float = 1.0
-    reuse: int = 1
-    height: int | None = None
+    steps: int = 20  # number of denoising steps, 1 to 1000
+    guidance: float | None = None  # scale of classifier-free guidance; 1 turns it off, None takes the model's own
+    sampler: str = "dpm++"  # one of SAMPLERS
+    guidance_until: float = 1.0  # share of the steps that are guided; below 1 is faster and gives another image
+    reuse: int = 1  # run the whole UNet in one of so many steps only; above 1 is faster and gives another image
+    height: int | None = None  # in pixels; None takes the generator's native size
     width: int | None = None
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one entry each."""
-        return _unexpected(
+        return unexpected(
             self,
-            ("steps", 1 <= self.steps <= 1000, "1 to 1000"),
-            ("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
-            ("guidance", self.guidance is None or self.guidance >= 0, "0 or more"),
-            ("guidance_until", 0 <= self.guidance_until <= 1, "0 to 1"),
-            ("reuse", self.reuse >= 1, "1 or more"),
+            steps=(1 <= self.steps <= 1000, "1 to 1000"),
+            sampler=(self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+            guidance=(self.guidance is None or self.guidance >= 0, "0 or more"),
+            guidance_until=(0 <= self.guidance_until <= 1, "0 to 1"),
+            reuse=(self.reuse >= 1, "1 or more"),
         )
 
 
@@ -66,45 +56,33 @@ IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {"minigpt5": DiffusionOptions}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to reply. Text and images have seeds of their own: another image for the same text is one number away.
+    """How to reply. Raises Mgp5Error with all values that are out of range.
 
-    Args:
-        seed: of the text.
-        image_seed: of the first image of the reply; image k takes image_seed + k. None: the text's seed.
-        temperature: 0 takes the most likely token; None the model's own.
-        top_p: nucleus sampling keeps the smallest set of tokens with this probability, in (0, 1].
-        repetition_penalty: divides the logits of tokens that were generated already (1 = off); never of image tokens.
-        max_tokens: of text in one reply; with 0 and draw="always" the reply is an image alone.
-        max_images: in one reply.
-        draw: "auto" lets the model decide, "always" adds an image if it made none, "never" forbids images.
-        image: options of the head that draws.
-
-    Raises:
-        Mgp5Error: values out of range; all of them are named.
+    Text and images have seeds of their own: another image for the same text is one number away.
     """
 
-    seed: int = 0
-    image_seed: int | None = None
-    temperature: float | None = None
-    top_p: float = 0.9
-    repetition_penalty: float = 1.0
-    max_tokens: int = 256
-    max_images: int = 8
-    draw: DrawMode = "auto"
-    image: ImageOptions = field(default_factory=DiffusionOptions)
+    seed: int = 0  # of the text
+    image_seed: int | None = None  # of the first image of the reply, image k takes image_seed + k; None: the text's
+    temperature: float | None = None  # 0 takes the most likely token; None the model's own
+    top_p: float = 0.9  # nucleus sampling keeps the smallest set of tokens with this probability, in (0, 1]
+    repetition_penalty: float = 1.0  # divides the logits of tokens that were generated already; never of image tokens
+    max_tokens: int = 256  # of text in one reply; with 0 and draw="always" the reply is an image alone
+    max_images: int = 8  # in one reply
+    draw: DrawMode = "auto"  # "auto" lets the model decide, "always" adds an image if it made none
+    image: ImageOptions = field(default_factory=DiffusionOptions)  # options of the head that draws
 
     def __post_init__(self) -> None:
-        problems = _unexpected(
+        problems = unexpected(
             self,
-            ("temperature", self.temperature is None or self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_tokens", self.max_tokens >= 0, "0 or more"),
-            ("max_images", self.max_images >= 0, "0 or more"),
-            ("image", self.draw in ("auto", "always", "never"), "auto, always or never"),
+            temperature=(self.temperature is None or self.temperature >= 0, "0 or more"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
+            repetition_penalty=(self.repetition_penalty > 0, "above 0"),
+            max_tokens=(self.max_tokens >= 0, "0 or more"),
+            max_images=(self.max_images >= 0, "0 or more"),
         )
-        if problems := problems + self.image.problems():
-            raise Mgp5Error("; ".join(problems), "change these options", usage=True)
+        if self.draw not in get_args(DrawMode):
+            problems.append(f"image is {self.draw}, expected {', '.join(get_args(DrawMode))}")
+        raise_all(problems + self.image.problems())
 
     def flat(self) -> dict[str, Any]:
         """Return all options under one level of names, as files and metadata have them; `draw` is "image" there."""
@@ -112,56 +90,37 @@ class Options:
         return text | {"image": self.draw} | asdict(self.image)
 
     def updated(self, values: Mapping[str, Any]) -> Options:
-        """Return a copy with some options replaced.
+        """Return a copy with some options replaced. Raises Mgp5Error for an unknown name or a wrong value.
 
         Args:
             values: by flat names ("steps"), or those of the image in a table ({"image": {"steps": 8}}), as
                 `--set image.steps=8` gives them; "image" with a word is `draw`.
-
-        Raises:
-            Mgp5Error: an unknown name, or a value of another type or out of range.
         """
-        nested = values.get("image", {})
-        text = {name: value for name, value in values.items() if name != "image"}
-        names = {f.name for f in fields(self.image)}
-        image = {name: text.pop(name) for name in [*text] if name in names}
+        text, of_image = dict(values), {f.name for f in fields(self.image)}
+        image = {name: text.pop(name) for name in values.keys() & of_image}
+        nested = text.pop("image", {})
         if isinstance(nested, Mapping):
             image |= nested
         else:
             text["draw"] = nested
-        changed = override(self.image, image) if image else self.image
-        return replace(override(self, text), image=changed) if text else replace(self, image=changed)
+        return replace(override(self, text), image=override(self.image, image))
 
 
 def reply_options(kind: type[ImageOptions] = DiffusionOptions, /, **values: Any) -> Options:
-    """Return Options from flat names, such as `reply_options(seed=7, steps=8)`.
-
-    Args:
-        kind: the image options of the model's head.
-        values: see `Options.updated`.
-    """
+    """Return Options from flat names, see `Options.updated`; `kind` is the class of the head's image options."""
     return Options(image=kind()).updated(values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """Which model to load, and how to hold and run it.
+    """Which model to load, and how to hold and run it."""
 
-    Args:
-        model: a name, a hub id, MLLM+GENERATOR, or the folder of a model.
-        device: auto, cpu, cuda or cuda:N.
-        backend: what runs the denoiser, see `mgp5.engines`.
-        exported: a folder that `mgp5 export` wrote, for the backends onnx and trt.
-        memory: on a GPU, "low" saves all it can, "auto" what it must.
-        quantize: bits of the LLM's layers.
-    """
-
-    model: str = "demo"
-    device: str = "auto"
-    backend: Backend = "auto"
-    exported: Path | None = None
-    memory: Memory = "auto"
-    quantize: Quantize = "none"
+    model: str = "demo"  # a name, a hub id, MLLM+GENERATOR, or the folder of a model
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    backend: Backend = "auto"  # what runs the denoiser, see `mgp5.engines`
+    exported: Path | None = None  # a folder that `mgp5 export` wrote, for the backends onnx and trt
+    memory: Memory = "auto"  # on a GPU, "low" saves all it can, "auto" what it must
+    quantize: Quantize = "none"  # bits of the LLM's layers
 
     def given(self) -> dict[str, str]:
         """Return what images depend on beside their options, where it is not the default: for the record."""
@@ -169,24 +128,19 @@ class ModelRequest:
         return {name: value for name, value in named.items() if value not in ("auto", "None", "none")}
 
 
-def _unexpected(values: Any, *rules: tuple[str, bool, str]) -> list[str]:
-    named = {"image": "draw"}
+def unexpected(values: Any, **rules: tuple[bool, str]) -> list[str]:
+    """Return a line for each value that is wrong; a rule is whether the value of its name is right, and what is."""
     return [
-        f"{name} is {getattr(values, named.get(name, name))}, expected {expected}"
-        for name, good, expected in rules
-        if not good
+        f"{name} is {getattr(values, name)}, expected {expected}"
+        for name, (right, expected) in rules.items()
+        if not right
     ]
 
 
 def override(config: Any, settings: dict[str, Any]) -> Any:
-    """Return a copy of a configuration with some values replaced.
+    """Return a copy of a dataclass with some values replaced; a nested one takes a dictionary ({"lora": {"rank": 4}}).
 
-    Args:
-        config: a dataclass.
-        settings: new values by field name; a nested dataclass takes a dictionary ({"lora": {"rank": 4}}).
-
-    Raises:
-        Mgp5Error: a field does not exist, or a value has the wrong type.
+    Raises Mgp5Error if a field does not exist, or a value has the wrong type.
     """
     hints = get_type_hints(type(config))
     if unknown := sorted(settings.keys() - hints.keys()):
@@ -196,19 +150,23 @@ def override(config: Any, settings: dict[str, Any]) -> Any:
     for name, value in settings.items():
         old = getattr(config, name)
         if isinstance(value, dict):
-            kinds = [
-                kind for kind in getattr(hints[name], "__args__", (hints[name],)) if dataclasses.is_dataclass(kind)
-            ]
+            kinds = [kind for kind in kinds_of(hints[name]) if is_dataclass(kind)]
             if not kinds:
                 raise Mgp5Error(f"{name} has no settings of its own", f"give {name} a value", usage=True)
             values[name] = override(kinds[0]() if old is None else old, value)
         else:
             values[name] = _convert(name, value, hints[name])
-    return dataclasses.replace(config, **values)
+    return replace(config, **values)
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the choices of a Literal; of other annotations themselves."""
+    return get_args(hint) or (hint,)
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    kinds = set(getattr(hint, "__args__", (hint,)))
+    """Return a value of TOML or JSON as a field takes it. Raises Mgp5Error if it has another type."""
+    kinds = set(kinds_of(hint))
     if isinstance(value, list):
         value = tuple(value)
     if value is None and "none" in kinds:  # the word itself is one of the choices
@@ -219,7 +177,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     expected = ""
     if get_origin(hint) is tuple:
         expected = "" if isinstance(value, tuple) else "a list"
-    elif any(map(dataclasses.is_dataclass, kinds)):
+    elif any(map(is_dataclass, kinds)):
         expected = "" if value is None else f"settings of its own, as in {name}.NAME=VALUE"
     elif simple and len(simple) == len(kinds) and type(value) not in simple:
         expected = " or ".join(sorted(k.__name__ for k in simple))
@@ -231,8 +189,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
     """Parse `--set a.b=c` items to nested dictionaries; a value is TOML, or text if it is not valid TOML.
 
-    Raises:
-        Mgp5Error: an item is not of this form, or two items contradict each other.
+    Raises Mgp5Error if an item is not of this form, or two items contradict each other.
     """
     tree: dict[str, Any] = {}
     for item in items:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from .config import Context
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
 
@@ -18,7 +19,6 @@ IGNORE = -100  # label of tokens without a loss
 
 Scene = tuple[str, Image]  # text and image of one step of a story
 Task = Literal["illustrate", "continue", "narrate"]  # the paper's three tasks on VIST
-Context = Literal["full", "text", "none"]  # how much of a story's history a question shows
 
 # System texts and questions are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each task).
 _IMAGES_FOLLOW = (
@@ -49,16 +49,12 @@ TASK_PROMPTS: dict[Task, tuple[str, ...]] = {
 
 
 def illustrate(history: Sequence[Scene], text: str, choice: int = 0, *, context: Context = "full") -> Conversation:
-    """Ask for the image of the next scene (image generation).
+    """Ask for the image of the next scene, given its text (image generation).
 
     Args:
         history: text and image of the scenes so far, in order.
-        text: the text of the next scene.
         choice: index of the wording in `TASK_PROMPTS`.
         context: how much of the history the question shows: "full", "text" (no images) or "none".
-
-    Raises:
-        Mgp5Error: the context is none of these.
     """
     return _ask(history, context, TASK_PROMPTS["illustrate"][choice].replace("{text}", text))
 
@@ -75,7 +71,7 @@ def narrate(history: Sequence[Scene], image: Image, choice: int = 0, *, context:
 
 def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> Conversation:
     """Build the system message and one user turn: text and image of every scene in order, then the question."""
-    if context not in ("full", "text", "none"):
+    if context not in get_args(Context):
         raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
     parts: list[str | Image] = []
     for text, image in history if context != "none" else ():
@@ -87,10 +83,8 @@ def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> 
 def caption_to_image(image: Image, instruction: int | None = None) -> Conversation:
     """Build a pretraining sample: the caption of an image as the user's turn, the image as the target.
 
-    Args:
-        image: an image with a caption.
-        instruction: index of the words in `CAPTION_INSTRUCTIONS` that stand before the caption, with `CAPTION_SYSTEM`
-            as system message; None for the bare caption.
+    `instruction` is the index of the words in `CAPTION_INSTRUCTIONS` that stand before the caption, with
+    `CAPTION_SYSTEM` as system message; None for the bare caption.
     """
     conversation, words = Conversation(), image.caption
     if instruction is not None:
@@ -109,15 +103,10 @@ class PromptBackbone(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a conversation up to where the reply begins.
+    """Token ids of a conversation up to where the reply begins."""
 
-    Attributes:
-        ids: (T,), with one image token for each image until `expand`.
-        images: context images in reading order.
-    """
-
-    ids: list[int]
-    images: tuple[Image, ...]
+    ids: list[int]  # (T,), with one image token for each image until `expand`
+    images: tuple[Image, ...]  # context images in reading order
 
     def expand(self, image_token_id: int, slots: Sequence[int]) -> list[int]:
         """Return the ids with each image's token repeated once per slot. Raises ValueError when the counts disagree."""
@@ -126,19 +115,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels of a training sample.
+    """Token ids and labels of a training sample."""
 
-    Attributes:
-        ids: (T,), with one image token for each context image until `expand_labels`.
-        labels: (T,), IGNORE in the context and on forced vokens.
-        images: context images in reading order.
-        targets: target images, one for each run of vokens.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    images: tuple[Image, ...]
-    targets: tuple[Image, ...]
+    ids: list[int]  # (T,), with one image token for each context image until `expand_labels`
+    labels: list[int]  # (T,), IGNORE in the context and on forced vokens
+    images: tuple[Image, ...]  # context images in reading order
+    targets: tuple[Image, ...]  # target images, one for each run of vokens
 
 
 def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
@@ -152,12 +134,9 @@ def example(
 ) -> Example:
     """Return the last message of the conversation as the target of all messages before it.
 
-    Args:
-        trigger: the token that begins an image of the target.
-        layouts: ids and labels of each target image, as `Head.layout` gives them; the first id is the trigger's.
-
-    Raises:
-        Mgp5Error: the last message is not the assistant's.
+    `trigger` is the token that begins an image of the target; `layouts` are ids and labels of each target image, as
+    `Head.layout` gives them, the first id being the trigger's. Raises Mgp5Error if the last message is not the
+    assistant's.
     """
     *context, target = conversation.messages
     if target.role != "assistant":
@@ -199,27 +178,17 @@ def history_truncations(conversation: Conversation) -> list[Conversation]:
 
 
 def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return ids and labels of an example with each image's token repeated once per slot.
-
-    Raises:
-        ValueError: the numbers of image tokens and of `slots` disagree.
-    """
+    """Return ids and labels of an example with each image's token repeated once per slot, see `Prompt.expand`."""
     ids = _expand(example.ids, image_token_id, slots)
     return ids, [IGNORE] * (len(ids) - len(example.ids)) + example.labels  # context images stand before the target only
 
 
 def check_length(backbone: PromptBackbone, length: int, reply: int = 0) -> None:
-    """Check that a prompt of `length` tokens and a reply of `reply` tokens fit the backbone's context.
-
-    Raises:
-        Mgp5Error: they do not.
-    """
-    if length + reply > backbone.context_length:
-        raise Mgp5Error(
-            f"the prompt has {length} tokens and the reply may take {reply}, the model's context is "
-            f"{backbone.context_length}",
-            "shorten the text or show fewer images",
-        )
+    """Raise Mgp5Error unless a prompt of `length` tokens and a reply of `reply` tokens fit the backbone's context."""
+    room = backbone.context_length
+    if length + reply > room:
+        found = f"the prompt has {length} tokens and the reply may take {reply}, the model's context is {room}"
+        raise Mgp5Error(found, "shorten the text or show fewer images")
 
 
 def _expand(ids: Sequence[int], image_token_id: int, slots: Sequence[int]) -> list[int]:
@@ -246,13 +215,12 @@ def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: boo
 
 def _content(backbone: PromptBackbone, message: Message, mark: str) -> str:
     """Write a message as text with `mark` for each image; a blank stands between two pieces of text only."""
-    pieces = [
-        (mark, True) if isinstance(part, Image) else (_plain(backbone, part.text), False) for part in message.content
-    ]
     glued = ""
-    for piece, is_image in pieces:
-        if piece:
-            glued += piece if is_image or not glued or glued.endswith(("\n", " ")) else f" {piece}"
+    for part in message.content:
+        if isinstance(part, Image):
+            glued += mark
+        elif text := _plain(backbone, part.text):
+            glued += text if not glued or glued.endswith(("\n", " ")) else f" {text}"
     return glued
 
 
