@@ -21,7 +21,7 @@ from mgp5 import cli
 from mgp5.config import ModelConfig, preset
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation import EvaluateRequest, run
-from mgp5.evaluation.runner import Replied, answer, reply_by
+from mgp5.evaluation.run import Replied, answer, reply_by
 from mgp5.evaluation.systems import Entry, NoHead
 from mgp5.evaluation.tasks import load
 from mgp5.heads import Head

@@ -26,7 +26,7 @@ import click
 
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation import tasks
-from mgp5.evaluation.runner import read_replies
+from mgp5.evaluation.run import read_replies
 from mgp5.evaluation.tasks import Sample
 from mgp5.files import digest, read_json, write_json, write_text
 from mgp5.messages import Conversation, Image, Text

@@ -16,7 +16,7 @@ from .flags import COUNT, PATH, SEED, fill, generation_options, notes, progress,
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ..evaluation.runner import Replied
+    from ..evaluation.run import Replied
 
 
 @click.command("eval")

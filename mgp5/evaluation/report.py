@@ -5,27 +5,32 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..device import machine, versions
-from ..files import write_json
-from ..messages import Conversation, Message
+from ..errors import Mgp5Error
+from ..files import write_json, write_text
+from ..messages import Conversation, Image, Message, Part, Text
 from ..storyland.metrics import acceptance
+from ..views.html import PAGE, STYLE, data_uri
 from .encoders import ANTIALIAS, Encoders
 from .measure import METRICS, measure, measured_of
-from .page import write_page
 from .replies import Replies
 from .request import EvaluateRequest
 from .tasks import Data, Sample
 
+PAGE_STYLE = STYLE + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+SIDE = 192  # pixels of an image in the page
 SHOWN = 5  # reasons of failures, and samples of a table
 PUBLISHED = Path(__file__).with_name("published.json")  # rows of the papers' tables, by format and table
 Rows = Mapping[str, dict[str, Any]]  # of a system's files, by the keys of samples
+Shown = list[tuple[Conversation, dict[str, Message]]]  # true replies behind their questions, replies by system
 
 
 def report(
@@ -57,7 +62,7 @@ def report(
     if request.format == "storyland":
         written["acceptance"] = acceptance(tables)
     write_json(out / "report.json", written)
-    write_page(out / "report.html", written, {table: _shown(out, by_table[table], replies) for table in tables})
+    _write_page(out / "report.html", written, {table: _shown(out, by_table[table], replies) for table in tables})
 
 
 def _measure(
@@ -75,12 +80,135 @@ def _reply(out: Path, row: dict[str, Any]) -> Message:
     return Conversation.from_chat([row["reply"]], out).messages[0]
 
 
-def _shown(
-    out: Path, samples: Sequence[Sample], replies: Mapping[str, Rows]
-) -> list[tuple[Conversation, dict[str, Message]]]:
-    """Return samples for the page, spread over the table and not chosen by hand: conversations, replies by system."""
+def _shown(out: Path, samples: Sequence[Sample], replies: Mapping[str, Rows]) -> Shown:
+    """Return samples for the page, spread over the table and not chosen by hand."""
     shown = []
     for sample in samples[:: -(-len(samples) // SHOWN)]:
         kept = {system: rows[sample.key] for system, rows in replies.items() if "reply" in rows.get(sample.key, {})}
         shown.append((sample.load(), {system: _reply(out, row) for system, row in kept.items()}))
     return shown
+
+
+def _write_page(path: Path, report: dict[str, Any], samples: dict[str, Shown]) -> None:
+    """Write what report.json holds as one page without scripts: numbers beside the papers', charts, and samples."""
+    settings = report["settings"]
+    parts = [f"<p>{escape(_summary(report))}</p>", f"<p><code>{escape(report['command'])}</code></p>"]
+    if "acceptance" in report:
+        parts.append(_acceptance(report["acceptance"]))
+    parts += ["<h2>Charts</h2>", "<p><small>Lines are 95 % intervals.</small></p>", *_charts(report)]
+    for table, systems in report["tables"].items():
+        parts += [f"<h2>{escape(table)}</h2>", _numbers(systems, report["published"].get(table, [])), *_notes(systems)]
+        parts += [_sample(conversation, replies) for conversation, replies in samples[table]]
+    if report["left_out"]:
+        rows = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report["left_out"].items())
+        parts.append(f"<h2>Left out</h2><ul>{rows}</ul>")
+    title = escape(f"{settings['model']} on {settings['format']}")
+    footer = f"Made with mgp5 {report['versions']['mgp5']}, {report['made']}, weights {settings['weights']}"
+    body = "\n".join(parts)
+    write_text(path, PAGE.format(lang="en", title=title, style=PAGE_STYLE, body=body, footer=escape(footer)))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    data, options = report["data"], report["settings"]["options"]
+    problems = ", ".join(f"{count} x {kind}" for kind, count in data["problems"].items()) or "none"
+    parts = [f"{data['samples']} samples of {data['groups']} groups (problems: {problems})"]
+    if "sampler" in options:  # of a diffusion model
+        parts.append(f"{options['steps']} steps of {options['sampler']}")
+    if "guidance" in options:
+        parts.append(f"guidance {options['guidance'] or 'of the model'}")
+    return ", ".join([*parts, f"seed {options['seed']}."])
+
+
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    return f'<div class="wide"><table>{_row(heads, "th")}{"".join(rows)}</table></div>'
+
+
+def _row(values: Iterable[object], tag: str = "td", kind: str = "") -> str:
+    cells = "".join(f"<{tag}>{value}</{tag}>" for value in values)
+    return f'<tr class="{kind}">{cells}</tr>'
+
+
+def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        found = "not measured" if row["found"] is None else f"{row['found']:.4f}"
+        holds = {None: "", True: "yes", False: "no"}[row["holds"]]
+        lines.append(_row((escape(row["what"]), escape(row["wanted"]), found, holds)))
+    return _table(("asked of the demo", "wanted", "found", "holds"), lines)
+
+
+def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
+    """Return the table of systems and of the papers' rows, a column for each metric."""
+    names = list(dict.fromkeys(name for row in (*systems.values(), *published) for name in row["metrics"]))
+    arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
+    counts = ("replies", "failed", "without a picture that is due", "without a text that is due")
+    heads = ("", "replies", "failed", "no picture", "no text", *(f"{escape(name)} {arrows[name]}" for name in names))
+    lines = []
+    for system, entry in systems.items():
+        numbers = [_number(entry["metrics"].get(name)) for name in names]
+        lines.append(_row((escape(system), *(entry[name] for name in counts), *numbers)))
+    for row in published:
+        who = f"{escape(row['model'])} <small>(theirs: {escape(row['source'])})</small>"
+        numbers = [row["metrics"].get(name, "") for name in names]
+        lines.append(_row((who, *("" for _ in counts), *numbers), kind="theirs"))
+    return _table(heads, lines)
+
+
+def _notes(systems: dict[str, Any]) -> list[str]:
+    """Return the first failures of each system, and metrics that this table has no number of."""
+    lines = [f"{system}, failed: {reason}" for system, entry in systems.items() for reason in entry["failures"]]
+    lines += [f"{system}, no {n}: {why}" for system, entry in systems.items() for n, why in entry["left_out"].items()]
+    return [f"<p><small>{escape(line)}</small></p>" for line in lines]
+
+
+def _number(number: dict[str, Any] | None) -> str:
+    if number is None:
+        return ""
+    spread = f" <small>{number['low']:.3f} to {number['high']:.3f}</small>" if "low" in number else ""
+    return f"{number['value']:.4f}{spread} <small>n {number['n']}</small>"
+
+
+def _charts(report: dict[str, Any]) -> list[str]:
+    """Return bars, with their intervals, of each metric that more than one table or system has."""
+    bars: dict[str, list[tuple[str, dict[str, Any], str]]] = {}  # metric -> labels, numbers, and whose they are
+    for table, systems in report["tables"].items():
+        for system, entry in systems.items():
+            for name, number in entry["metrics"].items():
+                bars.setdefault(name, []).append((f"{table}: {system}", number, ""))
+        for row in report["published"].get(table, []):
+            for name in row["metrics"].keys() & bars:
+                bars[name].append((f"{table}: {row['model']} (theirs)", {"value": row["metrics"][name]}, "theirs"))
+    charts = []
+    for name, rows in bars.items():
+        share = 100 / (max(max(number["value"], number.get("high", 0)) for _, number, _ in rows) or 1)  # percent
+        lines = []
+        for label, number, whose in rows:
+            bar = f'<div class="bar"><b style="width: {share * max(0, number["value"]):.1f}%"></b>'
+            if "low" in number:
+                low, high = (share * max(0, number[end]) for end in ("low", "high"))
+                bar += f'<i style="left: {low:.1f}%; width: {high - low:.1f}%"></i>'
+            lines.append(_row((escape(label), f"{bar}</div>", f"{number['value']:.4g}"), kind=whose))
+        charts += [_table((escape(name), "", ""), lines)] if len(rows) > 1 else []
+    return charts
+
+
+def _sample(conversation: Conversation, replies: dict[str, Message]) -> str:
+    *history, truth = conversation.messages
+    asked = [part for message in history if message.role != "system" for part in message.content]
+    cards = [_card("asked", asked, "asked"), _card("true reply", truth.content)]
+    cards += [_card(system, reply.content) for system, reply in replies.items()]
+    return f'<div class="row">{"".join(cards)}</div>'
+
+
+def _card(title: str, content: Sequence[Part], kind: str = "") -> str:
+    shown = "".join(f"<p>{escape(p.text)}</p>" if isinstance(p, Text) else _image(p, title) for p in content)
+    return f'<div class="card {kind}"><h3>{escape(title)}</h3>{shown}</div>'
+
+
+def _image(image: Image, title: str) -> str:
+    """Return a small JPEG in the page, or the reason why an image cannot be read."""
+    try:
+        uri, _ = data_uri(image, max_bytes=0, max_side=SIDE)
+    except Mgp5Error as error:
+        return f"<p>{escape(error.message)}</p>"
+    return f'<img src="{uri}" alt="{escape(title)}">'
