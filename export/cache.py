@@ -14,6 +14,7 @@ from .. import engines
 from ..device import user_cache
 from ..engines import Backend, BackendChoice
 from ..engines.engine import packing_pays
+from ..engines.exported import load_engine, weights_hash
 from ..errors import Mgp5Error
 from ..files import digest
 from .request import NEEDED, ExportRequest, missing
@@ -29,26 +30,21 @@ TINY = 1_000_000  # parameters; a denoiser below draws at once anyway
 def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
     """Attach an engine as `engines.apply` does, which for `onnx`, and for `auto` where it pays, is that of the cache.
 
-    Args:
-        exported: folder that `mgp5 export` wrote of this model, for `onnx` and `trt`; None takes the cache.
-
-    Raises:
-        Mgp5Error: see `engines.apply` and `cached_denoiser`.
+    A folder `exported` of this model takes the place of the cache. Raises Mgp5Error as `engines.apply` and
+    `cached_denoiser` do.
     """
-    if exported or backend not in ("auto", "onnx"):
-        return engines.apply(generator, backend, exported)
-    if backend == "onnx":
-        choice = engines.select_backend("onnx", generator.denoiser.device, generator.denoiser.dtype)
-        _attach(generator)
-        return choice
-    note = ""
-    if export_pays(generator):
+    note, denoiser = "", generator.denoiser
+    if not exported and (backend == "onnx" or (backend == "auto" and export_pays(generator))):
         try:
-            _attach(generator)
-            return BackendChoice("onnx", "by ONNX Runtime, the fastest on a CPU")
+            engines.select_backend("onnx", denoiser.device, denoiser.dtype)
+            engines.remove(generator)
+            generator.engine = load_engine(generator, cached_denoiser(generator), "onnx", same_weights=True)
+            return BackendChoice("onnx", "" if backend == "onnx" else "by ONNX Runtime, the fastest on a CPU")
         except Mgp5Error as error:
+            if backend == "onnx":
+                raise
             note = f" (not onnx: {error})"
-    choice = engines.apply(generator, "auto")
+    choice = engines.apply(generator, backend, exported)
     return replace(choice, why=choice.why + note)
 
 
@@ -58,26 +54,13 @@ def export_pays(generator: LatentDiffusion) -> bool:
     return packing_pays(generator.denoiser) and size > TINY and not missing()
 
 
-def _attach(generator: LatentDiffusion) -> None:
-    from ..engines.exported import load_engine
-
-    engines.remove(generator)
-    generator.engine = load_engine(generator, cached_denoiser(generator), "onnx", same_weights=True)
-
-
 def cached_denoiser(generator: LatentDiffusion) -> Path:
     """Return the folder of a generator's denoiser and VAE decoder, exported first where it is not there (stderr says
     so).
 
-    Args:
-        generator: on the CPU in float32.
-
-    Raises:
-        Mgp5Error: it is elsewhere, packages are missing, the folder cannot be written, or the files compute something
-            else.
+    Raises Mgp5Error if the generator is not on the CPU in float32, packages are missing, the folder cannot be written,
+    or the files compute something else.
     """
-    from ..engines.exported import weights_hash
-
     denoiser = generator.denoiser
     if denoiser.device.type != "cpu" or denoiser.dtype != torch.float32:
         hint = "export it: mgp5 export --onnx --split --precision fp16, and give --exported DIR"

@@ -19,23 +19,14 @@ from ..loading import CONFIG, WEIGHTS, read_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Exportable:
-    """What is exported of a model; its weights may be rounded on the way.
+    """What is exported of a model; its weights may be rounded on the way."""
 
-    Args:
-        name: of the model, for people.
-        generator: on the CPU in float32.
-        source: folder or hub id of the generator, for its scheduler's configuration; "" leaves that out.
-        mapper: None where there is none, or none is asked for.
-        unconditional: (1, L, C), the unconditional condition of guidance; None without a mapper.
-        num_vokens: n, how many states the mapper takes.
-    """
-
-    name: str
-    generator: LatentDiffusion
-    source: str = ""
+    name: str  # for people
+    generator: LatentDiffusion  # on the CPU in float32
+    source: str = ""  # folder or hub id of the generator, for its scheduler's configuration; "" leaves that out
     mapper: FeatureMapper | None = None
-    unconditional: Tensor | None = None
-    num_vokens: int = 8
+    unconditional: Tensor | None = None  # (1, L, C), the unconditional condition of guidance; with a mapper
+    num_vokens: int = 8  # how many states the mapper takes
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -47,12 +38,7 @@ class Exportable:
 def load_exportable(name: str, components: Sequence[str] = ()) -> Exportable:
     """Load the parts of a MiniGPT-5 that export needs, or of a model without a mapper those of its generator.
 
-    Args:
-        name: a name, a hub id or a folder.
-        components: names of those that are needed; empty: all.
-
-    Raises:
-        Mgp5Error: no such model, or the components need a mapper that it does not have.
+    Raises Mgp5Error if there is no such model, or the named components (none: all) need a mapper that it lacks.
     """
     parts = resolve(name)
     if parts.trained is None and (not components or {"mapper", "condition"} & {*components}):

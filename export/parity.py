@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from ..engines import Engine
+from ..engines.engine import Engine
 from ..engines.exported import Session
 from ..engines.onnx import OnnxSession
 from ..errors import Mgp5Error
@@ -32,19 +31,12 @@ CASES = (
 HINT = "nothing was written: try --precision fp32 or another --opset"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """How far files may be from PyTorch in float32 with the same (rounded) weights.
+class Limit(NamedTuple):
+    """How far files may be from PyTorch in float32 with the same (rounded) weights."""
 
-    Args:
-        relative: greatest difference, in units of the greatest value.
-        cosine: least cosine between the outputs as vectors.
-        psnr: least PSNR of the image, in dB.
-    """
-
-    relative: float
-    cosine: float
-    psnr: float
+    relative: float  # greatest difference, in units of the greatest value
+    cosine: float  # least cosine between the outputs as vectors
+    psnr: float  # least PSNR of the image, in dB
 
 
 # ONNX Runtime has no bf16 on a CPU: such a file is compared with its weights as they are and arithmetic in float32.
@@ -56,15 +48,9 @@ LIMITS = {
 
 
 def compare(component: Component, session: Session, limit: Limit, unit: int) -> list[dict[str, Any]]:
-    """Run a component by PyTorch and by its file at all sizes of CASES; return a row of differences for each.
+    """Run a component in float32 by PyTorch and by its file at all sizes of CASES; return the differences of each.
 
-    Args:
-        component: in float32.
-        session: runs the file.
-        unit: least height and width of latents.
-
-    Raises:
-        Mgp5Error: a difference exceeds the limit.
+    `unit` is the least height and width of latents. Raises Mgp5Error if a difference exceeds the limit.
     """
     rows = []
     for case in _cases(component, unit):
@@ -88,22 +74,14 @@ def compare(component: Component, session: Session, limit: Limit, unit: int) -> 
 
 def compare_image(
     generator: LatentDiffusion,
-    condition: Tensor,
-    unconditional: Tensor,
+    condition: Tensor,  # (1, L, C)
+    unconditional: Tensor,  # (1, L, C)
     engine: Engine,
     limit: Limit,
-    size: tuple[int, int],
+    size: tuple[int, int],  # (height, width) in pixels
 ) -> dict[str, Any]:
-    """Draw a guided image of STEPS steps from the same noise by PyTorch and by an engine; return the differences.
-
-    Args:
-        condition, unconditional: (1, L, D).
-        engine: of the exported files.
-        size: (height, width) in pixels.
-
-    Raises:
-        Mgp5Error: the images differ beyond the limit.
-    """
+    """Draw a guided image of STEPS steps from the same noise by PyTorch and by the engine of the exported files; return
+    the differences. Raises Mgp5Error if they exceed the limit."""
     results = []
     for attached in (None, engine):
         generator.engine = attached
@@ -169,8 +147,7 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _cases(component: Component, unit: int) -> Iterator[dict[str, int]]:
-    """Yield sizes of the dimensions that a component has, each combination once."""
+def _cases(component: Component, unit: int) -> Iterator[dict[str, int]]:  # of the dimensions that it has
     names = {name for axes in component.axes.values() for name in axes.values()}
     seen = []
     for case in CASES:

@@ -20,20 +20,12 @@ class EngineOptions:
     """How TensorRT engines are built; their precision is that of the ONNX files.
 
     Each component becomes one engine for all shapes between the smallest and the greatest of these; it is fastest at
-    the first of them.
-
-    Args:
-        batches: rows of the denoiser: 2 for one image with guidance, 1 without.
-        sizes: (height, width) of the latents; empty takes the model's native size.
-        level: of optimization, 0 to 5: higher searches longer for faster kernels.
-
-    Raises:
-        Mgp5Error: values out of range; all of them are named.
+    the first of them. Raises Mgp5Error, which names all values that are out of range.
     """
 
-    batches: tuple[int, ...] = (2, 1)
-    sizes: tuple[tuple[int, int], ...] = ()
-    level: int = 3
+    batches: tuple[int, ...] = (2, 1)  # rows of the denoiser: 2 for one image with guidance, 1 without
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents; empty takes the model's native size
+    level: int = 3  # of optimization, 0 to 5: higher searches longer for faster kernels
 
     def __post_init__(self) -> None:
         numbers = [*self.batches, *(side for size in self.sizes for side in size)]
@@ -48,37 +40,19 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export and where to.
+    """What to export and where to. Raises Mgp5Error, which names all that is wrong with it."""
 
-    Args:
-        model: a name, a hub id or a folder.
-        onnx: write ONNX files to `out` and compare them with PyTorch.
-        trt: build TensorRT engines, of the folder `source`, or of `out` after its ONNX files were written.
-        out: new folder for the ONNX files.
-        source: folder that was exported before.
-        components: names of COMPONENTS; empty takes all that the model has.
-        precision: dtype of weights and arithmetic, one of PRECISIONS.
-        opset: version of ONNX's operators, one of OPSETS.
-        split: also export `condition`, all that is constant over the steps, and `denoiser`, which takes it.
-        size: (height, width) in pixels of the image that is compared; None takes the native size, at most 256.
-        image: whether an image is compared.
-        engine: how engines are built.
-
-    Raises:
-        Mgp5Error: all that is wrong with the request.
-    """
-
-    model: str = "demo"
-    onnx: bool = False
-    trt: bool = False
-    out: Path | None = None
-    source: Path | None = None
-    components: tuple[str, ...] = ()
-    precision: str = "fp32"
-    opset: int = 23
-    split: bool = False
-    size: tuple[int, int] | None = None
-    image: bool = True
+    model: str = "demo"  # a name, a hub id or a folder
+    onnx: bool = False  # write ONNX files to `out` and compare them with PyTorch
+    trt: bool = False  # build TensorRT engines, of the folder `source`, or of `out` after its ONNX files were written
+    out: Path | None = None  # new folder for the ONNX files
+    source: Path | None = None  # folder that was exported before
+    components: tuple[str, ...] = ()  # of COMPONENTS; empty takes all that the model has
+    precision: str = "fp32"  # dtype of weights and arithmetic
+    opset: int = 23  # version of ONNX's operators
+    split: bool = False  # also `condition`, all that is constant over the steps, and `denoiser`, which takes it
+    size: tuple[int, int] | None = None  # (height, width) in pixels of the compared image; None: native, at most 256
+    image: bool = True  # whether an image is compared
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:

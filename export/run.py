@@ -20,6 +20,7 @@ from ..files import GiB, replacing, write_json
 from ..generators import PIPELINES
 from ..generators.latent_diffusion import load_part
 from ..hub import from_hub
+from .components import components, latent_unit
 from .exportable import Exportable, load_exportable
 from .request import NEEDED, ExportRequest, missing
 
@@ -29,20 +30,11 @@ PIPELINE_PARTS = ("unet", "transformer", "vae_decoder")  # that optimum's ONNX R
 Tell = Callable[[str], None]  # takes a line for the user
 
 
-def silent(line: str) -> None:
-    """Drop a line that is meant for the user."""
-
-
-def export(request: ExportRequest, tell: Tell = silent) -> Path:
+def export(request: ExportRequest, tell: Tell = lambda line: None) -> Path:
     """Export what a request says and return the folder with manifest.json.
 
-    Args:
-        request: what and where to.
-        tell: is given a line about each component and each engine.
-
-    Raises:
-        Mgp5Error: no such model or component, packages that are not installed, a folder that is not free, a full disk,
-            files that compute something else than PyTorch, or no TensorRT or GPU to build engines with.
+    Raises Mgp5Error if there is no such model or component, packages are not installed, the folder is not free, the
+    disk is full, files compute something else than PyTorch, or there is no TensorRT or GPU to build engines with.
     """
     folder = request.out or request.source
     if request.out:
@@ -60,8 +52,7 @@ def export(request: ExportRequest, tell: Tell = silent) -> Path:
 
 
 def _build_engines(folder: Path, request: ExportRequest, tell: Tell) -> list[Path]:
-    """Build the engines of an exported folder, from its files alone: those of the named components, or if none is
-    named those that `--backend trt` runs."""
+    """Build the engines of the named components, or if none is named of those that `--backend trt` runs."""
     manifest, device = read_manifest(folder), torch.device("cuda")
     entries = manifest["components"]
     if unknown := [name for name in request.components if name not in entries]:
@@ -93,17 +84,13 @@ def require_free(out: Path) -> None:
     raise Mgp5Error(f"--out {out} holds {content} already", "choose another --out, or remove it", usage=True)
 
 
-def write_export(model: Exportable, request: ExportRequest, out: Path, tell: Tell = silent) -> dict[str, Any]:
-    """Write components to `out` and compare them with PyTorch; `out` appears whole or not at all.
+def write_export(
+    model: Exportable, request: ExportRequest, out: Path, tell: Tell = lambda line: None
+) -> dict[str, Any]:
+    """Write components to `out`, which appears whole or not at all, compare them with PyTorch, return the manifest.
 
-    The model's weights are rounded to the requested precision in place.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        Mgp5Error: a component that the model lacks, a folder that is not free, a full disk, or files that compute
-            something else.
+    The model's weights are rounded to the requested precision in place. Raises Mgp5Error if the model lacks a
+    component, the folder is not free, the disk is full, or the files compute something else.
     """
     require_free(out)
     try:
@@ -118,9 +105,6 @@ def write_export(model: Exportable, request: ExportRequest, out: Path, tell: Tel
 
 
 def _fill(model: Exportable, request: ExportRequest, folder: Path, tell: Tell) -> dict[str, Any]:
-    """Write everything into `folder`, the manifest last."""
-    from .components import components
-
     generator, parts = model.generator, model.parts
     hashes = {name: weights_hash(part) for name, part in parts.items()}
     makers = components(model, request.split, request.opset)
@@ -156,7 +140,6 @@ def _fill(model: Exportable, request: ExportRequest, folder: Path, tell: Tell) -
 
 
 def _write(make: Callable[[], Any], folder: Path, request: ExportRequest, tell: Tell) -> dict[str, Any]:
-    """Write one component and return its entry in the manifest, without the comparison."""
     from .onnx import describe, write
 
     started, component = time.monotonic(), make()
@@ -178,7 +161,6 @@ def _compare(
 ) -> dict[str, Any]:
     """Add its differences to the entry of each component; return those of the image ({} without a denoiser)."""
     from . import parity
-    from .components import latent_unit
 
     limit, unit = parity.LIMITS[request.precision], latent_unit(model.generator)
     denoiser = next((name for name in DENOISERS if name in entries), None) if request.image else None

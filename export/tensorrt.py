@@ -15,7 +15,7 @@ import tensorrt as trt
 import torch
 
 from ..engines.exported import DENOISERS
-from ..engines.tensorrt import INFO, PLAN, machine, mismatch, onnx_hashes
+from ..engines.tensorrt import INFO, PLAN, built_with, mismatch
 from ..errors import Mgp5Error
 from ..files import sha256, write_bytes, write_json
 from .request import EngineOptions
@@ -32,13 +32,11 @@ class Log(trt.ILogger):
         self.errors: list[str] = []
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """Keep a message; called by TensorRT."""
         if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
             self.errors.append(" ".join(msg.split()))
 
     @property
-    def first(self) -> str:
-        """The first error, which the others follow from."""
+    def first(self) -> str:  # the others follow from it
         return self.errors[0] if self.errors else "TensorRT does not say why"
 
 
@@ -49,14 +47,11 @@ class Interruptible(trt.IProgressMonitor):
         trt.IProgressMonitor.__init__(self)
         self.stopped = False
 
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """Do nothing."""
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
 
-    def phase_finish(self, phase_name: str) -> None:
-        """Do nothing."""
+    def phase_finish(self, phase_name: str) -> None: ...
 
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        """Return whether the build goes on."""
+    def step_complete(self, phase_name: str, step: int) -> bool:  # whether the build goes on
         try:
             time.sleep(0)  # Python handles the signal here
         except KeyboardInterrupt:
@@ -74,19 +69,8 @@ def build_engine(
 ) -> Path:
     """Build the engine of a component and return its file, `<component>/model.plan`; one that still fits is kept.
 
-    Beside it a JSON file says what it depends on: see `engines.tensorrt.mismatch`.
-
-    Args:
-        folder: that `mgp5 export` wrote.
-        name: of the component.
-        manifest: of the folder.
-        options: shapes and level.
-        tell: is given a line when a build begins.
-        device: the GPU.
-
-    Raises:
-        Mgp5Error: the file cannot be parsed, or no engine can be built of it.
-        KeyboardInterrupt: after Ctrl-C.
+    Beside it a JSON file says what it depends on: see `engines.tensorrt.mismatch`. Raises Mgp5Error if the ONNX file
+    cannot be parsed, or no engine can be built of it; KeyboardInterrupt after Ctrl-C.
     """
     entry, plan, shapes = manifest["components"][name], folder / name / PLAN, _spans(name, manifest, options)
     built_for = {"shapes": {key: list(span) for key, span in shapes.items()}, "level": options.level}
@@ -97,8 +81,8 @@ def build_engine(
     began = time.monotonic()
     with torch.cuda.device(device):
         write_bytes(plan, _serialized(folder / name / "model.onnx", entry, shapes, options.level))
-    info = {"onnx": onnx_hashes(entry), **machine(device), **built_for, "sha256": sha256(plan)}
-    write_json(plan.with_name(INFO), info | {"seconds": round(time.monotonic() - began, 1)})
+    seconds = {"seconds": round(time.monotonic() - began, 1)}
+    write_json(plan.with_name(INFO), built_with(entry, device) | built_for | {"sha256": sha256(plan)} | seconds)
     return plan
 
 
@@ -119,7 +103,6 @@ def _spans(name: str, manifest: Mapping[str, Any], options: EngineOptions) -> di
 
 
 def _serialized(onnx: Path, entry: Mapping[str, Any], spans: Mapping[str, Span], level: int) -> trt.IHostMemory:
-    """Return the serialized engine of an ONNX file for one range of shapes."""
     log, monitor = Log(), Interruptible()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,26 +18,20 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from ..device import user_cache
 from ..errors import Mgp5Error
 from ..kernels import registry as kernels
 from ..options import Backend
-from .autotune import fastest_engine
-from .engine import Engine, compile_cache, keep_compiled, remove
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and `select_backend` needs none of it
     from ..generators.latent_diffusion import LatentDiffusion
 
-__all__ = ["Backend", "BackendChoice", "Engine", "apply", "keep_compiled", "remove", "select_backend", "trt_refusal"]
+__all__ = ["Backend", "BackendChoice", "apply", "keep_compiled", "remove", "select_backend", "trt_refusal"]
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that was selected, and why.
-
-    Attributes:
-        name: None where the denoiser runs by diffusers alone.
-        why: a sentence for the user, or "".
-    """
+    """The backend that was selected (None where the denoiser runs by diffusers alone), and why, for the user."""
 
     name: Backend | None
     why: str = ""
@@ -45,8 +40,7 @@ class BackendChoice:
 def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> BackendChoice:
     """Return the backend for a device and a dtype; `auto` prefers what is fastest with the time to start counted.
 
-    Raises:
-        Mgp5Error: the backend is unknown, or cannot run here.
+    Raises Mgp5Error if the backend is unknown, or cannot run here.
     """
     if backend not in get_args(Backend):
         raise Mgp5Error(f"no backend {backend!r}, expected {', '.join(get_args(Backend))}", "choose one", usage=True)
@@ -59,7 +53,7 @@ def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     if reason := refusals.get(backend):
         raise Mgp5Error(f"--backend {backend} cannot run here: {reason}", "take --backend auto", usage=True)
     if backend == "compile":
-        why = f"the first image waits for the compiler, whose results are kept in {compile_cache()}"
+        why = f"the first image waits for the compiler, whose results are kept in {_compile_cache()}"
         return BackendChoice("compile", why)
     if backend != "auto":
         return BackendChoice(backend)
@@ -71,19 +65,11 @@ def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
 
 
 def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
-    """Attach an engine to a generator, in place of the one it has; its weights must be on their device already.
+    """Attach an engine to a generator, in place of the one it has, and return what runs now (never "auto").
 
-    Args:
-        generator: `begin`, `step`, `draw` and `decode` run by the engine from now on.
-        backend: `auto` leaves a denoiser that engines do not know to diffusers.
-        exported: folder that `mgp5 export` wrote of this model; `onnx` and `trt` need one.
-
-    Returns:
-        What runs now, with `name` never "auto".
-
-    Raises:
-        Mgp5Error: the backend is unknown, cannot run here, lacks or does not take a folder, or does not know the
-            denoiser; or the folder holds another model's export, or a file in it is missing or damaged.
+    The weights must be on their device already. `auto` leaves a denoiser that engines do not know to diffusers; `onnx`
+    and `trt` need a folder that `mgp5 export` wrote of this model. Raises Mgp5Error if the backend is unknown, cannot
+    run here or does not know the denoiser, or if the folder is missing, not wanted, damaged or of another model.
     """
     if exported and backend not in ("onnx", "trt"):
         raise Mgp5Error(f"--backend {backend} takes no exported folder", "take --backend onnx or trt", usage=True)
@@ -91,23 +77,45 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
         way = "--onnx --split" if backend == "onnx" else "--trt --split --precision fp16"
         hint = f"mgp5 export {way} --out DIR makes one: give it as --exported DIR"
         raise Mgp5Error(f"--backend {backend} needs an exported folder", hint, usage=True)
+    from .autotune import fastest_engine
+    from .engine import Engine
+    from .exported import load_engine
+
     denoiser = generator.denoiser
     choice = select_backend(backend, denoiser.device, denoiser.dtype)
     remove(generator)
     try:
         if choice.name == "auto":
             choice = BackendChoice(*fastest_engine(generator, ("eager", "triton")))
-        if exported:
-            from .exported import load_engine
-
-            generator.engine = load_engine(generator, exported, choice.name)
-        else:
-            generator.engine = Engine(choice.name, denoiser)
+        if choice.name == "compile":
+            keep_compiled()
+        generator.engine = load_engine(generator, exported, choice.name) if exported else Engine(choice.name, denoiser)
     except Mgp5Error as error:
         if backend != "auto":
             raise
         return BackendChoice(None, error.message)
     return choice
+
+
+def remove(generator: LatentDiffusion) -> None:
+    """Remove a generator's engine; the model is then, bit for bit, what it was before."""
+    if generator.engine is not None:
+        generator.engine = None
+        for module in generator.denoiser.modules():
+            if isinstance(module, torch.nn.Conv2d):  # their memory layout is all that engines change
+                module.weight.data = module.weight.data.contiguous()
+
+
+def keep_compiled() -> None:
+    """Keep code that is compiled from now on for later processes."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compile_cache()
+
+
+def _compile_cache() -> str:
+    """Return the folder of compiled code: TORCHINDUCTOR_CACHE_DIR where the user set it, else the user's cache."""
+    configured = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")  # which PyTorch itself sets when it is imported
+    return configured if configured and not configured.startswith(default) else str(user_cache() / "inductor")
 
 
 def trt_refusal(device: torch.device) -> str:
@@ -140,9 +148,7 @@ def _onnx_refusal(device: torch.device) -> str:
 
 def _compile_refusal(device: torch.device) -> str:
     if device.type == "cuda":
-        from ..kernels.language import triton
-
-        return "" if triton else "Triton is not installed: pip install 'mgp5[triton]'"
+        return "" if find_spec("triton") else "Triton is not installed: pip install 'mgp5[triton]'"
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     return "" if any(map(shutil.which, compilers)) else "there is no C++ compiler: install g++ or set CXX"
 

@@ -1,18 +1,15 @@
 """Find the fastest engine that is right on this GPU: a few steps by each, compared with the first, once per machine.
 
-Letters: B images, Z latent channels, h and w latents.
+Letters: Z latent channels, h and w latents.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,23 +17,18 @@ from torch import Tensor
 from ..device import user_cache
 from ..errors import Mgp5Error
 from ..files import digest, lock, read_json, write_json
-from .engine import Engine, remove
-
-if TYPE_CHECKING:
-    from ..generators.latent_diffusion import LatentDiffusion
+from ..generators.latent_diffusion import LatentDiffusion
+from .engine import Engine
 
 STEPS = 6
 TRUSTED = 0.05  # relative error of the latents after these steps: rounding to bfloat16 stays well below
 
 
 def fastest(candidates: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
-    """Return the name of the fastest candidate whose result equals that of the first, and why it was chosen.
+    """Return the name of the fastest candidate whose latents equal those of the first, and why it was chosen.
 
-    Args:
-        candidates: each draws the same latents (B, Z, h, w) and is called twice, as the first call compiles and
-            records CUDA graphs. The first one is the reference: what it raises passes.
+    Each is called twice, as the first call compiles and records CUDA graphs. What the first candidate raises passes.
     """
-    baseline = next(iter(candidates))
     reference, seconds, refused = None, {}, []
     for name, draw in candidates.items():
         try:
@@ -45,7 +37,7 @@ def fastest(candidates: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
             latents = draw().float().cpu()  # waits for the device
             spent = time.perf_counter() - began
         except Exception as error:  # whatever a compiler or a driver raises: this candidate does not work here
-            if name == baseline:
+            if reference is None:
                 raise
             refused.append(f"{name} failed ({str(error).strip().partition(chr(10))[0] or type(error).__name__})")
             continue
@@ -55,9 +47,8 @@ def fastest(candidates: dict[str, Callable[[], Tensor]]) -> tuple[str, str]:
             seconds[name] = spent
         else:
             refused.append(f"{name} draws something else (relative difference {difference:.2g})")
-    best = min(seconds, key=seconds.get)
     times = ", ".join(f"{name} {1000 * spent / STEPS:.1f}" for name, spent in seconds.items())
-    return best, "; ".join([f"the fastest here (ms a step: {times})", *refused])
+    return min(seconds, key=seconds.get), "; ".join([f"the fastest here (ms a step: {times})", *refused])
 
 
 def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[str, str]:
@@ -65,13 +56,14 @@ def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[
 
     The generator has no engine afterwards.
     """
-    key, path = _key(generator, names), user_cache() / "engines.json"
-    results = _read(path)
+    key, path, results = _key(generator, names), user_cache() / "engines.json", {}
+    with suppress(Mgp5Error):  # the file only saves time
+        results = read_json(path)
     if key not in results:
         try:
             results[key] = list(fastest({name: partial(_draw, generator, name) for name in names}))
         finally:
-            remove(generator)
+            generator.engine = None
         with suppress(Mgp5Error), lock(path.with_suffix(".lock")):  # another process may be writing there
             write_json(path, results)
     name, why = results[key]
@@ -80,10 +72,8 @@ def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[
 
 def _draw(generator: LatentDiffusion, name: str) -> Tensor:  # (1, Z, h, w)
     if generator.engine is None or generator.engine.name != name:
-        remove(generator)
         generator.engine = Engine(name, generator.denoiser)
-    length, width = generator.condition_shape
-    condition = torch.randn(2, length, width, generator=torch.Generator().manual_seed(0))
+    condition = torch.randn(2, *generator.condition_shape, generator=torch.Generator().manual_seed(0))
     condition = condition.to(generator.device, generator.denoiser.dtype)
     *_, latents = generator.draw(
         condition[:1], condition[1:], steps=STEPS, guidance=7.5, generators=[torch.Generator().manual_seed(0)]
@@ -92,17 +82,9 @@ def _draw(generator: LatentDiffusion, name: str) -> Tensor:  # (1, Z, h, w)
 
 
 def _key(generator: LatentDiffusion, names: tuple[str, ...]) -> str:
-    """Return a hash of all that the result depends on: the card, the libraries, the model's configuration and dtype."""
+    """Return a hash of all that the result depends on."""
     denoiser = generator.denoiser
     card = torch.cuda.get_device_properties(denoiser.device).name if denoiser.device.type == "cuda" else "cpu"
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "mgp5")]
-    config = json.dumps(dict(denoiser.config), sort_keys=True, default=str)
-    return digest([card, *libraries, type(denoiser).__name__, str(denoiser.dtype), config, *names], size=8)
-
-
-def _read(path: Path) -> dict[str, list[str]]:
-    """Return earlier results; none where the file cannot be read, as it only saves time."""
-    try:
-        return read_json(path)
-    except Mgp5Error:
-        return {}
+    model = type(denoiser).__name__, str(denoiser.dtype), dict(denoiser.config)
+    return digest([card, *libraries, *model, *names], size=8)

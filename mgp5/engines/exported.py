@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
@@ -32,34 +31,28 @@ DENOISERS = ("denoiser", "unet", "transformer")  # components that denoise, the 
 GROUP_NORM = 21  # the first opset whose GroupNormalization has a dtype for its statistics
 
 
-class Session(Protocol):
-    """An exported component: tensors by the names of its inputs -> tensors by the names of its outputs."""
-
-    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]: ...
-
-
+Session = Callable[..., dict[str, Tensor]]  # an exported component: tensors by name of an input -> those of its outputs
 Load = Callable[[str], Session]  # name of a component -> what runs it
 
 
 class ExportedDenoiser:
     """An exported denoiser with the interface of `PrecomputedDenoiser`.
 
-    Args:
-        session: runs the file.
+    Attributes:
         model: the module that was exported, for its configuration and dtype.
-        constants: the module in two parts, where the file is the component `denoiser`, which takes their constants.
-            None for a whole `unet` or `transformer`: it takes timesteps (S = 1) and the condition.
+        parts: the module in two parts, where the file is the component `denoiser`, which takes their constants; None
+            for a whole `unet` or `transformer`, which takes timesteps (S = 1) and the condition.
     """
 
     layout = torch.contiguous_format
 
-    def __init__(self, session: Session, model: ModelMixin, constants: PrecomputedDenoiser | None) -> None:
-        self.session, self.parts, self.model, self.dtype = session, constants, model, model.dtype
-        self.deep = constants.deep if constants else 0  # steps that reuse features run by `ExportedEngine.fallback`
-        self.per_image = constants is not None and constants.per_image
+    def __init__(self, session: Session, model: ModelMixin, parts: PrecomputedDenoiser | None) -> None:
+        self.session, self.parts, self.model, self.dtype = session, parts, model, model.dtype
+        self.deep = parts.deep if parts else 0  # steps that reuse features run by `ExportedEngine.fallback`
+        self.per_image = parts is not None and parts.per_image
 
-    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return time embeddings (n, R, S) and inputs of cross-attention, see `PrecomputedDenoiser.constants`."""
+    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:  # (n,), (R, L, C)
+        """Return time embeddings (n, R, S) and inputs of cross-attention (R, ...)."""
         embeddings, cross_attention = timesteps[:, None, None], [condition]
         if self.parts is not None:
             embeddings, cross_attention = self.parts.constants(timesteps, condition)
@@ -68,7 +61,7 @@ class ExportedDenoiser:
     def __call__(
         self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Return the prediction (R, Z, h, w); see `PrecomputedDenoiser`."""
+        """Return the prediction (R, Z, h, w), and no deep feature."""
         time_embedding = time_embedding.expand(len(latents), -1)
         if self.parts is not None:
             named = {f"context_{i}": part for i, part in enumerate(cross_attention)}
@@ -79,22 +72,12 @@ class ExportedDenoiser:
             return self.session(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
         return self.session(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
 
-    def restore(self) -> None:
-        """Undo what was done to the module's weights."""
-        if self.parts is not None:
-            self.parts.restore()
-
 
 class ExportedEngine(Engine):
-    """An engine that runs exported files; steps that leave out layers (`reuse`) run by PyTorch.
-
-    Args:
-        name: "onnx" or "trt".
-        model: the exported denoiser.
-        decode: the exported VAE decoder, see `Engine`; None leaves decoding to PyTorch.
-    """
+    """An engine that runs exported files; steps that leave out layers (`reuse`) run by PyTorch."""
 
     def __init__(self, name: str, model: ExportedDenoiser, decode: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Prepare "onnx" or "trt"; without the exported VAE decoder, PyTorch decodes."""
         self.name, self.model, self.decode, self.graphed = name, model, decode, False
         self.fallback: Engine | None = None
         if name == "trt":
@@ -111,18 +94,13 @@ class ExportedEngine(Engine):
 
 
 class ExportedMapper(nn.Module):
-    """An exported feature mapper with the interface of the module: states (B, K, D) -> condition (B, L, C).
-
-    Args:
-        session: runs the file.
-        mapper: the module that was exported, for its configuration, dtype and device.
-    """
+    """An exported feature mapper with the interface of the module that was exported."""
 
     def __init__(self, session: Session, mapper: nn.Module) -> None:
         super().__init__()
         self.session, self.config, self.like = session, mapper.config, mapper.mlp[0].weight
 
-    def forward(self, states: Tensor) -> Tensor:  # (B, L, C)
+    def forward(self, states: Tensor) -> Tensor:  # (B, K, D) -> (B, L, C)
         """Return the condition, for Stable Diffusion 3 with the pooled vector in its last row."""
         outputs = self.session(states=states)
         return self._packed(outputs["condition"], outputs.get("pooled"))
@@ -146,7 +124,7 @@ def split_denoiser(generator: LatentDiffusion, opset: int = 23) -> PrecomputedDe
     model = generator.denoiser
     ops = operations("eager", model.device, model.dtype)
     if model.dtype == torch.float32 or opset < GROUP_NORM:
-        ops = replace(ops, group_norm=plain_group_norm)
+        ops.group_norm = plain_group_norm
     return precompute(model, ops, packed=False, layout=torch.contiguous_format)
 
 
@@ -154,9 +132,6 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
     """Return the group norm of x (B, C, *) with statistics in float32 at any precision, followed by SiLU if asked for.
 
     Exported in this form, ONNX Runtime runs it faster on a CPU than its own GroupNormalization.
-
-    Args:
-        weight, bias: (C).
     """
     flat = x.float().flatten(2).reshape(len(x), groups, -1)
     normed = nn.functional.instance_norm(flat, eps=eps).reshape(x.shape)
@@ -168,12 +143,9 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
 def load_engine(generator: LatentDiffusion, folder: Path, backend: str, same_weights: bool = False) -> ExportedEngine:
     """Return the engine of an exported folder, run by ONNX Runtime ("onnx") or TensorRT ("trt").
 
-    Args:
-        same_weights: the folder is known to be of these weights; do not compare their hashes.
-
-    Raises:
-        Mgp5Error: the folder holds another model's export or no denoiser, a file in it is missing or damaged, or a
-            TensorRT engine has not been built or was built for another machine.
+    With `same_weights` the folder is known to be of these weights, and their hashes are not compared. Raises Mgp5Error
+    if the folder holds another model's export or no denoiser, a file is missing or damaged, or a TensorRT engine has
+    not been built or was built for another machine.
     """
     manifest = open_folder(folder, {} if same_weights else {"denoiser": generator.denoiser, "vae": generator.vae})
     load = sessions(folder, manifest, backend, generator.denoiser.device)
@@ -183,17 +155,13 @@ def load_engine(generator: LatentDiffusion, folder: Path, backend: str, same_wei
 def engine_of(
     generator: LatentDiffusion, folder: Path, names: Collection[str], load: Load, backend: str = "onnx"
 ) -> ExportedEngine:
-    """Return the engine of a folder's components; without `vae_decoder` among the names PyTorch decodes.
-
-    Raises:
-        Mgp5Error: there is no denoiser among the names.
-    """
+    """Return the engine of a folder's components. Raises Mgp5Error if there is no denoiser among their names."""
     name = next((name for name in DENOISERS if name in names), None)
     if name is None:
         hint = "export it again with --component unet, or transformer for Stable Diffusion 3"
         raise Mgp5Error(f"{folder} has {', '.join(names)}, expected a denoiser", hint)
-    constants = split_denoiser(generator) if name == "denoiser" else None
-    model = ExportedDenoiser(load(name), generator.denoiser, constants)
+    parts = split_denoiser(generator) if name == "denoiser" else None
+    model = ExportedDenoiser(load(name), generator.denoiser, parts)
     if "vae_decoder" not in names:
         return ExportedEngine(backend, model)
     decoder = load("vae_decoder")
@@ -201,14 +169,7 @@ def engine_of(
 
 
 def attach_mapper(head: Any, folder: Path, backend: str) -> None:
-    """Run the mapper of a MiniGPT-5 head by its exported file, where the folder has one.
-
-    Args:
-        head: whose part `mapper` is replaced; other heads are left as they are.
-
-    Raises:
-        Mgp5Error: see `load_engine`.
-    """
+    """Run the mapper of a MiniGPT-5 head by its exported file, where both have one. Raises as `load_engine` does."""
     if (mapper := getattr(head, "mapper", None)) is None:
         return
     manifest = open_folder(folder, {"mapper": mapper})
@@ -231,13 +192,9 @@ def sessions(folder: Path, manifest: Mapping[str, Any], backend: str, device: to
 
 
 def open_folder(folder: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return the manifest of an exported folder, after its files and the model's weights were compared with it.
+    """Return the manifest of an exported folder after comparing its files and a model's parts, by name, with it.
 
-    Args:
-        parts: "denoiser", "vae" or "mapper" -> the loaded module.
-
-    Raises:
-        Mgp5Error: the folder holds another model's export, or a file is missing or damaged.
+    Raises Mgp5Error if the folder holds another model's export, or a file is missing or damaged.
     """
     manifest = read_manifest(folder)
     hashes = manifest.get("weights", {})
@@ -251,8 +208,7 @@ def open_folder(folder: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder that `mgp5 export` wrote.
 
-    Raises:
-        Mgp5Error: it is missing, broken, of another version, or names files outside the folder.
+    Raises Mgp5Error if it is missing, broken, of another version, or names files outside the folder.
     """
     try:
         manifest = read_json(folder / MANIFEST)
@@ -271,8 +227,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, manifest: Mapping[str, Any], names: Collection[str] = ()) -> None:
     """Compare the files of the named components, of all if none is named, with their hashes in the manifest.
 
-    Raises:
-        Mgp5Error: a file is missing or damaged.
+    Raises Mgp5Error if a file is missing or damaged.
     """
     for name in names or manifest["components"]:
         for file, expected in manifest["components"][name]["files"].items():

@@ -1,5 +1,4 @@
-"""Layers of a UNet that take constants as inputs: diffusers' layers over the same weights, without the work of making
-them.
+"""Layers of a UNet that take constants as inputs, over the weights of diffusers' layers.
 
 Letters: R rows of the guidance batch (2B), C channels, h and w of a map, T tokens (h w), D width, H heads, E width of a
 head, L length of the condition, S width of a step's time embedding.
@@ -7,8 +6,7 @@ head, L length of the condition, S width of a step's time embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,18 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import Mgp5Error
 
-
-@dataclass(frozen=True, kw_only=True)
-class Ops:
-    """The operations with fused kernels; `mgp5.kernels` has a PyTorch reference of each, with shapes."""
-
-    group_norm: Callable[..., Tensor]
-    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
-    geglu: Callable[..., Tensor]
-    adaln: Callable[..., Tensor]
-    gated_adaln: Callable[..., tuple[Tensor, Tensor]]
-    rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    guided_step: Callable[..., None]
+Ops = SimpleNamespace  # the operations with fused kernels, by their names in `kernels.registry.OPERATIONS`
 
 
 def require(*conditions: tuple[bool, str]) -> None:
@@ -44,45 +31,35 @@ class Passthrough(nn.Module):
     """A layer that returns its first input: the result of the layer it replaces was computed before."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        """Return the first input."""
         return x
 
 
 class Linear(nn.Module):
-    """A linear layer or a 1x1 convolution as a linear layer, over the weight of `source`."""
+    """A linear layer, or a 1x1 convolution as one, over the weight of `source`; `packed` for a CPU, which multiplies
+    few rows by a transposed copy of the weight a fifth faster."""
 
-    def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, source: nn.Linear | nn.Conv2d, packed: bool) -> None:
         super().__init__()
         self.source = source
+        self.packed = source.weight.flatten(1).t().contiguous() if packed else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        """Project the last axis."""
-        return F.linear(x, self.source.weight.flatten(1), self.source.bias)
-
-
-class PackedLinear(Linear):
-    """The same for a CPU, where few rows are multiplied by a transposed copy of the weight a fifth faster."""
-
-    def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
-        super().__init__(source)
-        self.packed = source.weight.flatten(1).t().contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        """Project the last axis."""
-        rows, bias = x.flatten(0, -2), self.source.bias
+        weight, bias = self.source.weight.flatten(1), self.source.bias
+        if self.packed is None:
+            return F.linear(x, weight, bias)
+        rows = x.flatten(0, -2)
         out = rows @ self.packed if bias is None else torch.addmm(bias, rows, self.packed)
         return out.view(*x.shape[:-1], -1)
 
 
 class Conv(nn.Module):
-    """A convolution over the weight of `source`, with its bias or another one."""
+    """A convolution over the weight of `source`, with its bias or another one; `packed` for a CPU, where oneDNN would
+    pack the weights again at every call."""
 
-    linear = Linear
-
-    def __init__(self, source: nn.Conv2d) -> None:
+    def __init__(self, source: nn.Conv2d, packed: bool) -> None:
         super().__init__()
-        self.source = source
-        self.pixel = self.linear(source) if source.kernel_size == (1, 1) else None
+        self.source, self.pack, self.packed = source, packed, None
+        self.pixel = Linear(source, packed) if source.kernel_size == (1, 1) else None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (R, C, h, w)
         """Convolve; a 1x1 convolution of a channels-last map is a matrix product."""
@@ -91,19 +68,10 @@ class Conv(nn.Module):
         return self.convolve(x, self.source.bias if bias is None else bias)
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
-        """Convolve by PyTorch."""
-        return F.conv2d(x, self.source.weight, bias, self.source.stride, self.source.padding)
-
-
-class PackedConv(Conv):
-    """The same by oneDNN on a CPU with weights packed once: by default they are packed again at every call."""
-
-    linear = PackedLinear
-    packed: Tensor | None = None
-
-    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:  # (R, C, h, w)
-        """Convolve by oneDNN; weights are packed for the first shape, and right for any."""
+        """Convolve with this bias; weights are packed for the first shape, and right for any."""
         source = self.source
+        if not self.pack:
+            return F.conv2d(x, source.weight, bias, source.stride, source.padding)
         reach = source.padding, source.stride, source.dilation, source.groups
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(source.weight, *reach, list(x.shape))
@@ -111,13 +79,7 @@ class PackedConv(Conv):
 
 
 class Resnet(nn.Module):
-    """A ResNet block that takes its projected time embedding as the bias of its first convolution.
-
-    Args:
-        block: of diffusers.
-        columns: of a step's time embedding that hold this bias.
-        ops: operations with fused kernels.
-    """
+    """A ResNet block that takes its projected time embedding as the bias of its first convolution."""
 
     def __init__(self, block: ResnetBlock2D, columns: slice, ops: Ops) -> None:
         super().__init__()
@@ -132,12 +94,10 @@ class Resnet(nn.Module):
 
     @staticmethod
     def bias(block: ResnetBlock2D, embedding: Tensor) -> Tensor:  # (n, 4C) -> (n, C)
-        """Return the bias of the first convolution at each step."""
         active = embedding if block.skip_time_act else block.nonlinearity(embedding)
         return block.time_emb_proj(active) + block.conv1.bias
 
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
-        """Run the block; with R rows in `time_embedding` each row of x has its own bias."""
         hidden, bias = _normed(self.ops, self.norm1, x), time_embedding[:, self.columns]
         if len(time_embedding) == 1:
             hidden = self.conv1(hidden, bias[0])
@@ -148,13 +108,7 @@ class Resnet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The transformer of one resolution, with keys and values of cross-attention as inputs.
-
-    Args:
-        model: of diffusers.
-        first: index of its first block among all blocks of the UNet.
-        ops: operations with fused kernels.
-    """
+    """The transformer of one resolution; its first block has the index `first` among all blocks of the UNet."""
 
     def __init__(self, model: Transformer2DModel, first: int, ops: Ops) -> None:
         super().__init__()
@@ -164,7 +118,7 @@ class Transformer(nn.Module):
         self.first, self.ops = first, ops
 
     def forward(self, x: Tensor, encoder_hidden_states: list[Tensor], **_: Any) -> tuple[Tensor]:  # (R, C, h, w)
-        """Run the blocks; `encoder_hidden_states` are keys and values of all blocks of the UNet, alternately."""
+        # encoder_hidden_states: keys and values of cross-attention of all blocks of the UNet, alternately
         hidden = _normed(self.ops, self.norm, x, silu=False).permute(0, 2, 3, 1)  # (R, h, w, C)
         _, height, width, _ = hidden.shape
         hidden = self.proj_in(hidden.flatten(1, 2))  # (R, T, D)
@@ -179,22 +133,18 @@ class Block(nn.Module):
 
     def __init__(self, block: BasicTransformerBlock, ops: Ops) -> None:
         super().__init__()
-        self_attention, cross = block.attn1, block.attn2
+        attentions = block.attn1, block.attn2
         require(
             (block.norm_type == "layer_norm" and block.pos_embed is None, "unusual transformer blocks"),
-            (not self_attention.is_cross_attention, "two cross-attentions in a block"),
-            (cross is not None and cross.is_cross_attention, "blocks without cross-attention"),
-            (
-                all(a.norm_q is None and a.added_kv_proj_dim is None for a in (self_attention, cross) if a),
-                "unusual attention",
-            ),
+            (not block.attn1.is_cross_attention, "two cross-attentions in a block"),
+            (block.attn2 is not None and block.attn2.is_cross_attention, "blocks without cross-attention"),
+            (all(a.norm_q is None and a.added_kv_proj_dim is None for a in attentions if a), "unusual attention"),
             (type(block.ff.net[0]).__name__ == "GEGLU", "feed-forward layers without GEGLU"),
         )
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1, self.attn2, self.ff, self.ops = self_attention, cross, block.ff, ops
+        (self.attn1, self.attn2), self.ff, self.ops = attentions, block.ff, ops
 
-    def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
-        """Run the block; key and value are (R, H, L, E)."""
+    def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D), (R, H, L, E) twice
         x = self.norm1(hidden)
         hidden, x = self._add_norm(_attend(self.attn1, x, *keys_and_values(self.attn1, x)), hidden, self.norm2)
         hidden, x = self._add_norm(_attend(self.attn2, x, key, value), hidden, self.norm3)
@@ -205,7 +155,6 @@ class Block(nn.Module):
 
 
 def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (R, L, D) -> (R, H, L, E) twice
-    """Return the keys and values of an attention layer for x."""
     return _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
 
 

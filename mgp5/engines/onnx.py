@@ -24,22 +24,22 @@ class OnnxSession:
 
     Tensors are bound at their addresses on the CPU or a GPU; only those of another dtype or layout are copied. On a GPU
     the work is queued on PyTorch's current stream, and the host does not wait for it.
-
-    Args:
-        path: the file; external data lies beside it.
-        device: where it runs.
-
-    Raises:
-        Mgp5Error: the file cannot be read, or this ONNX Runtime cannot run on the device.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        options = onnxruntime.SessionOptions()
+        """Load a file, with its external data beside it. Raises Mgp5Error if it cannot be read."""
+        options, self.run_options = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # errors are raised anyway
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers: list = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            stream = str(torch.cuda.current_stream().cuda_stream)
+            places = {"device_id": str(device.index or 0), "user_compute_stream": stream}
+            providers.insert(0, ("CUDAExecutionProvider", places))
+            self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=providers(device))
+            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no other base
             reason = str(error).strip().splitlines()[0]
             raise Mgp5Error(f"ONNX Runtime cannot load {path} ({reason})", "export it again") from error
@@ -47,17 +47,10 @@ class OnnxSession:
         self.types = {arg.name: TYPES[arg.type] for arg in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = [arg.name for arg in self.session.get_inputs()]
         self.outputs = [arg.name for arg in self.session.get_outputs()]
-        self.run_options = onnxruntime.RunOptions()
-        if device.type == "cuda":
-            self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.shapes: dict[tuple, list[tuple[int, ...]]] = {}  # shapes of the inputs -> shapes of the outputs
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Run the file on inputs of any dtype and device.
-
-        Raises:
-            Mgp5Error: the graph cannot run with these shapes.
-        """
+        """Run on inputs of any dtype and device. Raises Mgp5Error if the graph cannot run with these shapes."""
         inputs = {name: tensors[name].to(self.device, self.types[name][0]).contiguous() for name in self.inputs}
         key = tuple(value.shape for value in inputs.values())
         if key not in self.shapes:
@@ -73,8 +66,7 @@ class OnnxSession:
         for name, value in inputs.items():
             binding.bind_input(name, *device, self.types[name][1], tuple(value.shape), value.data_ptr())
         for name in self.outputs:
-            if name in outputs:
-                value = outputs[name]
+            if (value := outputs.get(name)) is not None:
                 binding.bind_output(name, *device, self.types[name][1], tuple(value.shape), value.data_ptr())
             else:
                 binding.bind_output(name, *device)
@@ -85,14 +77,3 @@ class OnnxSession:
             hint = "image sizes have to be multiples of what the denoiser halves them to"
             raise Mgp5Error(f"ONNX Runtime cannot run {self.path} with {sizes}", hint) from error
         return [tuple(value.shape()) for value in binding.get_outputs()]
-
-
-def providers(device: torch.device) -> list[str | tuple[str, dict[str, str]]]:
-    """Return ONNX Runtime's execution providers for a device. Raises Mgp5Error where it has none."""
-    if device.type == "cpu":
-        return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        message = f"this onnxruntime {onnxruntime.__version__} does not run on a {device.type} device"
-        raise Mgp5Error(message, "pip uninstall onnxruntime, then pip install 'mgp5[export-gpu]'")
-    stream = {"device_id": str(device.index or 0), "user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
-    return [("CUDAExecutionProvider", stream), "CPUExecutionProvider"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
 import torch
@@ -23,58 +23,28 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..generators.denoising import Denoiser
-from .layers import (
-    Conv,
-    Linear,
-    Ops,
-    PackedConv,
-    PackedLinear,
-    Passthrough,
-    Resnet,
-    Transformer,
-    keys_and_values,
-    require,
-)
+from .layers import Conv, Linear, Ops, Passthrough, Resnet, Transformer, keys_and_values, require
 from .sd3_blocks import JointBlock, ModulatedNorm
 
 ADAPTIVE = (AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX)
 
 
 class PrecomputedDenoiser(Denoiser, Protocol):
-    """A denoiser made of modules that share the weights of the original, which stays usable.
+    """A denoiser made of modules that share the weights of the original, which stays usable."""
 
-    Attributes:
-        model: the module that runs a step.
-        dtype: of its weights.
-        layout: memory format of its feature maps.
-    """
-
-    model: nn.Module
-    dtype: torch.dtype
-    layout: torch.memory_format
-
-    def restore(self) -> None:
-        """Undo changes to the memory layout of the weights."""
+    model: nn.Module  # runs a step
+    dtype: torch.dtype  # of its weights
+    layout: torch.memory_format  # of its feature maps
 
 
 class PrecomputedUNet:
     """A UNet; see `PrecomputedDenoiser`. Time embeddings are (n, 1, S), the inputs of cross-attention are its keys and
-    values, (R, H, L, E) for H heads of width E.
-
-    Args:
-        unet: of Stable Diffusion 1.x or 2.x.
-        ops: operations with fused kernels.
-        packed: copy weights into the layouts in which a CPU multiplies fastest.
-        layout: of feature maps, and unless packed of the weights of convolutions.
-
-    Raises:
-        Mgp5Error: the UNet has a part that engines do not know.
-    """
+    values, (R, H, L, E) for H heads of width E."""
 
     per_image = False
 
     def __init__(self, unet: UNet2DConditionModel, ops: Ops, packed: bool, layout: torch.memory_format) -> None:
-        unusual = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+        unusual = ["class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"]
         unusual += "time_cond_proj_dim", "time_embedding_act_fn"
         require(*((getattr(unet.config, name) is None, name) for name in unusual))
         self.source, self.dtype, self.layout = unet, unet.dtype, layout
@@ -84,15 +54,14 @@ class PrecomputedUNet:
         # The time embedding is passed as the timestep, and reaches the ResNet blocks unchanged.
         model.get_time_embed = lambda sample, timestep: timestep
         model.time_embedding = Passthrough()
-        self._replace_layers(model, ops, *((PackedConv, PackedLinear) if packed else (Conv, Linear)))
+        self._replace_layers(model, ops, packed)
         self.deep = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
         self.model = DeepCacheUNet(model)
-        convolutions = [] if packed else [m for m in unet.modules() if isinstance(m, nn.Conv2d)]
-        self.converted = [m for m in convolutions if not m.weight.is_contiguous(memory_format=layout)]
-        self._convert(layout)
+        for module in unet.modules():
+            if isinstance(module, nn.Conv2d) and not packed:  # `engines.remove` undoes this
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
-    def _replace_layers(self, model: nn.Module, ops: Ops, conv: type[Conv], linear: type[Linear]) -> None:
-        """Replace diffusers' layers by ours, in the order of `resnets` and `blocks`."""
+    def _replace_layers(self, model: nn.Module, ops: Ops, packed: bool) -> None:
         columns, first = iter(_slices([block.conv1.out_channels for block in self.resnets])), 0
         for name, module in list(model.named_modules()):
             if isinstance(module, ResnetBlock2D):
@@ -102,16 +71,12 @@ class PrecomputedUNet:
                 first += len(module.transformer_blocks)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) or name.endswith(("proj_in", "proj_out")):
-                model.set_submodule(name, linear(module))
+                model.set_submodule(name, Linear(module, packed))
             elif isinstance(module, nn.Conv2d):
-                model.set_submodule(name, conv(module))
-
-    def _convert(self, layout: torch.memory_format) -> None:
-        for module in self.converted:
-            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+                model.set_submodule(name, Conv(module, packed))
 
     @torch.no_grad()
-    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:  # (n,), (R, L, C)
         """Return the biases of the ResNet blocks at each step (n, 1, S), and keys and values of cross-attention."""
         unet, condition = self.source, condition.to(self.dtype)
         embedding = unet.time_embedding(unet.time_proj(timesteps).to(self.dtype))  # (n, 4C)
@@ -122,23 +87,16 @@ class PrecomputedUNet:
         self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run one step: prediction (R, Z, h, w) and deep feature (R, `deep`, h, w)."""
-        return self.model(
-            latents.to(self.dtype).contiguous(memory_format=self.layout), time_embedding, cross_attention, deep
-        )
-
-    def restore(self) -> None:
-        """Give the weights of convolutions their usual layout again."""
-        self._convert(torch.contiguous_format)
+        latents = latents.to(self.dtype).contiguous(memory_format=self.layout)
+        return self.model(latents, time_embedding, cross_attention, deep)
 
 
 class DeepCacheUNet(nn.Module):
     """A UNet whose inner blocks, all but the outermost skip connection and the last layers, can be left out of a step.
 
     Their output, the deep feature, changes slowly: a step may take that of an earlier one and run the outermost layers
-    alone (DeepCache, Ma et al., arXiv 2312.00858, section 3, with the shortest branch).
-
-    Args:
-        unet: its outermost layers are moved here.
+    alone (DeepCache, Ma et al., arXiv 2312.00858, section 3, with the shortest branch). The outermost layers of `unet`
+    are moved here.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -169,12 +127,7 @@ class DeepCacheUNet(nn.Module):
 class PrecomputedTransformer:
     """SD 3's transformer; see `PrecomputedDenoiser`. The time embeddings (n, R, S) are all modulations, which a third
     of the weights compute. The input of cross-attention is the embedded condition: each block changes it, so its
-    keys and values are not constant.
-
-    Args:
-        transformer: of Stable Diffusion 3 or 3.5.
-        ops: operations with fused kernels.
-    """
+    keys and values are not constant."""
 
     layout = torch.contiguous_format
     deep = 0
@@ -193,13 +146,9 @@ class PrecomputedTransformer:
         self.model.norm_out = ModulatedNorm(transformer.norm_out.norm, columns[transformer.norm_out], ops)
 
     @torch.no_grad()
-    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the modulations at each step (n, R, S) and the embedded condition.
-
-        Args:
-            timesteps: (n,).
-            condition: (R, L, C), with the pooled vector in its last row as in `StableDiffusion3`.
-        """
+    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:  # (n,), (R, L, C)
+        """Return the modulations at each step (n, R, S) and the embedded condition; its last row is the pooled vector,
+        as in `StableDiffusion3`."""
         source, condition = self.source, condition.to(self.dtype)
         embed = source.time_text_embed
         times = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))  # (n, D)
@@ -217,20 +166,12 @@ class PrecomputedTransformer:
         latents, (condition,) = latents.to(self.dtype), cross_attention
         return self.model(latents, condition, timestep=time_embedding, return_dict=False)[0], None
 
-    def restore(self) -> None:
-        """Do nothing: the weights are as they were."""
-
 
 def precompute(denoiser: nn.Module, ops: Ops, *, packed: bool, layout: torch.memory_format) -> PrecomputedDenoiser:
     """Return a denoiser with its constant work taken out of the steps.
 
-    Args:
-        denoiser: a UNet or SD 3's transformer.
-        ops: operations with fused kernels.
-        packed, layout: of a UNet, see `PrecomputedUNet`.
-
-    Raises:
-        Mgp5Error: a denoiser that engines do not know.
+    Of a UNet, `packed` copies weights into the layouts in which a CPU multiplies fastest; `layout` is that of its
+    feature maps, and unless packed of the weights of convolutions. Raises Mgp5Error if engines do not know it.
     """
     if isinstance(denoiser, UNet2DConditionModel):
         return PrecomputedUNet(denoiser, ops, packed, layout)
@@ -239,14 +180,9 @@ def precompute(denoiser: nn.Module, ops: Ops, *, packed: bool, layout: torch.mem
     raise Mgp5Error(f"engines do not know a denoiser that is a {type(denoiser).__name__}", "take --backend auto")
 
 
-def _share_weights(module: nn.Module) -> nn.Module:
-    """Return a copy of the modules that shares parameters and buffers."""
+def _share_weights(module: nn.Module) -> nn.Module:  # a copy, with the same parameters and buffers
     return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
 
 
-def _slices(widths: Sequence[int]) -> list[slice]:
-    """Return adjacent slices of these widths."""
-    ends = [0]
-    for width in widths:
-        ends.append(ends[-1] + width)
-    return [slice(*pair) for pair in pairwise(ends)]
+def _slices(widths: Sequence[int]) -> list[slice]:  # side by side
+    return [slice(*pair) for pair in pairwise(accumulate(widths, initial=0))]

@@ -26,19 +26,12 @@ class ModulatedNorm(nn.Module):
         self.eps, self.columns, self.ops = norm.eps, columns, ops
 
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, T, D), (R, S)
-        """Normalize and modulate x."""
         scale, shift = time_embedding[:, self.columns].chunk(2, dim=1)
         return self.ops.adaln(x, scale, shift, self.eps)
 
 
 class JointBlock(nn.Module):
-    """A block of both streams, image and context.
-
-    Args:
-        block: of diffusers.
-        columns: of a step's time embedding with the modulations of the image, and of the context.
-        ops: operations with fused kernels.
-    """
+    """A block of both streams, image and context; `columns` have the modulations of each."""
 
     def __init__(self, block: JointTransformerBlock, columns: tuple[slice, slice], ops: Ops) -> None:
         super().__init__()
@@ -48,8 +41,8 @@ class JointBlock(nn.Module):
             (block.norm2.weight is None and block.norm1.norm.weight is None, "adaptive norms with weights"),
         )
         self.attn, self.attn2, self.ff, self.ff_context = block.attn, block.attn2, block.ff, block.ff_context
-        self.image, self.context, self.eps, self.ops = columns[0], columns[1], block.norm2.eps, ops
-        self.last = ModulatedNorm(block.norm1_context.norm, columns[1], ops) if block.context_pre_only else None
+        (self.image, self.context), self.eps, self.ops = columns, block.norm2.eps, ops
+        self.last = ModulatedNorm(block.norm1_context.norm, self.context, ops) if block.context_pre_only else None
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
@@ -63,11 +56,12 @@ class JointBlock(nn.Module):
             y = self.ops.adaln(context, c_scale, c_shift, self.eps)
         else:
             y = self.last(context, temb)
-        attended, context_attended = self._attend(x, y)
-        if self.attn2 is not None:
+        attended, context_attended = self._attend_jointly(x, y)
+        if self.attn2 is not None:  # SD 3.5: once more, from the image to itself
             *mlp, shift, scale, second = mlp
             x = self.ops.adaln(hidden, scale, shift, self.eps)
-            hidden, gate, attended = hidden + gate[:, None] * attended, second, self._attend_again(x)
+            own = self.attn2.to_out[0](_attend(*self._heads(x, self.attn2)))
+            hidden, gate, attended = hidden + gate[:, None] * attended, second, own
         hidden = self._feed(self.ff, hidden, attended, gate, *mlp)
         return None if self.last else self._feed(self.ff_context, context, context_attended, c_gate, *c_mlp), hidden
 
@@ -77,28 +71,23 @@ class JointBlock(nn.Module):
         hidden, x = self.ops.gated_adaln(hidden, update, gate, scale, shift, self.eps)
         return hidden + last[:, None] * ff(x)
 
-    def _attend(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _attend_jointly(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attend from both streams to both; return image (R, T, D) and context (R, L, D)."""
         attn = self.attn
-        image = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
-        added = attn.add_q_proj(y), attn.add_k_proj(y), attn.add_v_proj(y)
-        context = self._heads(*added, attn.norm_added_q, attn.norm_added_k)
-        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, context, strict=True))
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (R, T + L, D)
+        pairs = zip(self._heads(x, attn), self._heads(y, attn, added=True), strict=True)
+        out = _attend(*(torch.cat(pair, dim=1) for pair in pairs))  # (R, T + L, D)
         image, context = out.split([x.shape[1], y.shape[1]], dim=1)
         return attn.to_out[0](image), None if self.last else attn.to_add_out(context)
 
-    def _attend_again(self, x: Tensor) -> Tensor:  # (R, T, D)
-        """Attend from the image to itself, as SD 3.5 does."""
-        attn = self.attn2
-        heads = self._heads(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
-        query, key, value = (part.transpose(1, 2) for part in heads)
-        return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, query_norm: Any, key_norm: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (R, T, H, E) each
-        query, key, value = (part.unflatten(-1, (self.attn.heads, -1)) for part in (query, key, value))
-        if query_norm is not None:
-            query, key = self.ops.rms_norm(query, key, query_norm.weight, key_norm.weight, query_norm.eps)
+    def _heads(self, x: Tensor, attn: Any, added: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # (R, T, H, E) each
+        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if added else (attn.to_q, attn.to_k, attn.to_v)
+        norms = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+        query, key, value = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in layers)
+        if norms[0] is not None:
+            query, key = self.ops.rms_norm(query, key, norms[0].weight, norms[1].weight, norms[0].eps)
         return query, key, value
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, H, E) each -> (R, T, D)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

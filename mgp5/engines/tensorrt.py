@@ -44,17 +44,14 @@ class TensorRTSession:
 
     Tensors are bound at their addresses and the host does not wait: the work is queued on PyTorch's current stream,
     where a CUDA graph can record it after the first call with the same shapes.
-
-    Args:
-        folder: of the component, with `model.plan`.
-        entry: of the component in the manifest.
-        workspace: shared with the other components.
-
-    Raises:
-        Mgp5Error: there is no engine, or it was built from another ONNX file, by another TensorRT or for another GPU.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], workspace: Workspace) -> None:
+        """Load the engine in a component's folder; `entry` is that of the component in the manifest.
+
+        Raises Mgp5Error if there is none, or it was built from another ONNX file, by another TensorRT or for another
+        GPU.
+        """
         self.plan, self.workspace = folder / PLAN, workspace
         if reason := mismatch(folder, entry, workspace.memory.device):
             raise Mgp5Error(f"{self.plan} {reason}", f"build it: mgp5 export --trt --from {folder.parent}")
@@ -69,11 +66,7 @@ class TensorRTSession:
         self.contexts: dict[tuple[torch.Size, ...], tuple[trt.IExecutionContext, Tensor]] = {}
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Run the engine; inputs of another dtype or layout are copied.
-
-        Raises:
-            Mgp5Error: the engine was not built for these shapes.
-        """
+        """Run on inputs of any dtype. Raises Mgp5Error if the engine was not built for these shapes."""
         device = self.workspace.memory.device
         bound = {name: tensors[name].to(device, self.types[name]).contiguous() for name in self.inputs}
         key = tuple(tensor.shape for tensor in bound.values())
@@ -111,31 +104,24 @@ class TensorRTSession:
             current.wait_stream(stream)
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Return what an engine is bound to: the version of TensorRT and the GPU."""
+def built_with(entry: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return what an engine is bound to: the SHA-256 of its ONNX files, the version of TensorRT and the GPU."""
     card = torch.cuda.get_device_properties(device)
-    return {"tensorrt": trt.__version__, "gpu": f"{card.name}, compute capability {card.major}.{card.minor}"}
+    hashes = [file["sha256"] for file in entry["files"].values()]
+    gpu = f"{card.name}, compute capability {card.major}.{card.minor}"
+    return {"onnx": hashes, "tensorrt": trt.__version__, "gpu": gpu}
 
 
 def mismatch(folder: Path, entry: Mapping[str, Any], device: torch.device, **wanted: Any) -> str:
-    """Return why the engine in a component's folder must not be used, or "".
-
-    Args:
-        entry: of the component in the manifest.
-        wanted: further values that the engine must have been built with.
-    """
+    """Return why the engine in a component's folder must not be used, or ""; `wanted` are further values that it must
+    have been built with."""
     if not (folder / PLAN).is_file():
         return "is missing"
     try:
         info = read_json(folder / INFO)
     except Mgp5Error as error:
         return f"cannot be trusted ({error.message})"
-    for name, value in {"onnx": onnx_hashes(entry), **machine(device), **wanted}.items():
+    for name, value in (built_with(entry, device) | wanted).items():
         if info.get(name) != value:
             return f"was built for {name} {str(info.get(name))[:60]}, here it is {str(value)[:60]}"
     return "" if sha256(folder / PLAN) == info.get("sha256") else "is damaged"
-
-
-def onnx_hashes(entry: Mapping[str, Any]) -> list[str]:
-    """Return the SHA-256 of a component's ONNX file and of its external data."""
-    return [file["sha256"] for file in entry["files"].values()]
