@@ -18,7 +18,7 @@ from ..engines.exported import DENOISERS, FORMAT, MANIFEST, Session, check_files
 from ..errors import Mgp5Error
 from ..files import GiB, replacing, write_json
 from ..generators import PIPELINES
-from ..generators.latent_diffusion import load_part
+from ..generators.pipeline import load_part
 from ..hub import from_hub
 from .components import components, latent_unit
 from .exportable import Exportable, load_exportable

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny import save_llava, save_pipeline, save_qwen
-from tiny_mllm import save_minigpt4, save_qwen3
+from tiny_mllm import save_llava, save_minigpt4, save_qwen, save_qwen3
+from tiny_sd3 import GENERATORS
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 QUICK = (  # files of `pytest -m quick`: a minute on two cores
-    "architecture", "collate", "convert", "data", "evaluation", "golden", "hub", "mapper", "model", "sampler", "sd2",
-    "storyland", "views",
+    "architecture", "collate", "convert", "data", "evaluation", "generators", "golden", "hub", "mapper", "model",
+    "sampler", "storyland", "views",
 )  # fmt: skip
 
 
@@ -84,8 +84,14 @@ def minigpt4_folder(shared):
 
 
 @pytest.fixture(scope="session")
-def diffusion_folder(shared):
-    return shared("diffusion", lambda folder: save_pipeline(folder, "v_prediction"))
+def generator_folder(shared) -> Callable[[str], Path]:
+    """Key of GENERATORS -> a folder of this generator."""
+    return lambda name: shared(name, GENERATORS[name])
+
+
+@pytest.fixture(scope="session")
+def diffusion_folder(generator_folder):
+    return generator_folder("v_prediction")
 
 
 @pytest.fixture(scope="session")

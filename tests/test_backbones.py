@@ -11,6 +11,7 @@ from tiny_mllm import QUERIES
 
 from mgp5 import Conversation, Image
 from mgp5.apps.open_model import load
+from mgp5.backbones.adapters import add_prefix
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.minigpt4 import compose
 from mgp5.config import LoraConfig, PrefixConfig
@@ -85,7 +86,7 @@ def test_only_the_language_model_is_in_training_mode(backbone):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_checkpointing_gives_the_same_gradients(backbone, prefix):
     if prefix:
-        backbone.add_prefix(3, 8)
+        add_prefix(backbone, 3, 8)
     backbone.train()
     batch = batch_of(backbone)
     embeds, positions = embedded(backbone, batch)
@@ -104,7 +105,7 @@ def test_checkpointing_gives_the_same_gradients(backbone, prefix):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
     plain = Session(llm_only(backbone)).read(TALK)
-    backbone.add_prefix(5, 16)
+    add_prefix(backbone, 5, 16)
     backbone.checkpointing(checkpointing)
     backbone.train()
     batch = batch_of(backbone)
@@ -126,7 +127,7 @@ def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
 
 @torch.no_grad()
 def test_a_rewound_session_keeps_its_prefix(backbone):
-    backbone.add_prefix(3, 8)
+    add_prefix(backbone, 3, 8)
     session = Session(llm_only(backbone))
     session.read(TALK.add("assistant", "no").add("user", "why?"))
     other = TALK.add("assistant", "no").add("user", "who?")

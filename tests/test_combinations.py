@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import picture, save_pipeline
-from tiny_sd3 import save_sd3
+from tiny import picture
+from tiny_sd3 import GENERATORS
 
 from mgp5 import Conversation, Image
 from mgp5.apps.open_model import load
@@ -19,24 +19,13 @@ from mgp5.options import reply_options
 from mgp5.training.batch import Collator
 
 MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
-GENERATORS = {
-    "epsilon": lambda folder: save_pipeline(folder, "epsilon"),  # SD 1.5, 2.1-base
-    "v": lambda folder: save_pipeline(folder, "v_prediction"),  # SD 2.1
-    "sd3": save_sd3,
-    "sd3.5": lambda folder: save_sd3(folder, sd35=True),
-}
-
-
-@pytest.fixture(scope="module")
-def generators(tmp_path_factory):
-    return {name: save(tmp_path_factory.mktemp(name)) for name, save in GENERATORS.items()}
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("mllm", MLLMS)
-def test_a_combination_trains_saves_loads_and_replies(mllm, generator, generators, request, tmp_path):
+def test_a_combination_trains_saves_loads_and_replies(mllm, generator, generator_folder, request, tmp_path):
     torch.manual_seed(0)
-    model = build(str(request.getfixturevalue(f"{mllm}_folder")), str(generators[generator]), num_vokens=2)
+    model = build(str(request.getfixturevalue(f"{mllm}_folder")), str(generator_folder(generator)), num_vokens=2)
     talk = Conversation().add("user", "a", Image(pixels=picture("blue")), "fox")
     sample = talk.add("assistant", "here", Image(pixels=picture(), caption="a fox"))
     batch = Collator(model.backbone, model.head, model.backbone.context_length)([sample])

@@ -9,6 +9,7 @@ import torch
 from tiny import llm_only, picture
 
 from mgp5 import Conversation, Image
+from mgp5.backbones.adapters import add_prefix
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.kv_cache import SMALLEST
 from mgp5.errors import Mgp5Error
@@ -168,7 +169,7 @@ def test_a_forced_run_is_one_forward_without_the_lm_head(model):
 
 @torch.inference_mode()
 def test_a_prefix_is_before_every_row(backbone):
-    backbone.add_prefix(3, 8)
+    add_prefix(backbone, 3, 8)
     try:
         decoder = Decoder(backbone, 2, tokens_per_sync=2, bucket=32)
         sessions = [Session(llm_only(backbone), decoder=decoder, row=row) for row in range(2)]

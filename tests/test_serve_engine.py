@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_decode import assert_same, finished
-from tiny import picture, save_llava, save_pipeline
+from tiny import picture, save_pipeline
+from tiny_mllm import save_llava
 
 from mgp5 import engines
 from mgp5.apps.open_model import load

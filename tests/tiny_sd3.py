@@ -1,7 +1,8 @@
-"""A tiny random Stable Diffusion 3 of the real classes, saved to disk (no network)."""
+"""A tiny random Stable Diffusion 3 of the real classes, saved to disk (no network); all generators by name."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny import LENGTH, SIZE, tiny_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from tiny import LENGTH, SIZE, save_pipeline, tiny_text_config, tiny_tokenizer, tiny_vae
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 CLIP_WIDTHS = {16: 12, 24: 20}  # hidden width -> projection
 WIDTH, POOLED = 48, sum(CLIP_WIDTHS.values())  # D of the condition, P of the pooled vector
@@ -36,32 +37,8 @@ def tiny_transformer(sd35: bool = False) -> SD3Transformer2DModel:
 
 
 def tiny_sd3_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        latent_channels=CHANNELS,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def tiny_clip(width: int, projection: int) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=width,
-        projection_dim=projection,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
-    return CLIPTextModelWithProjection(config)
+    scaling = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+    return tiny_vae(latent_channels=CHANNELS, use_quant_conv=False, use_post_quant_conv=False, **scaling)
 
 
 def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
@@ -75,7 +52,8 @@ def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
 def save_sd3(folder: Path, sd35: bool = False) -> Path:
     """Stable Diffusion 3 medium in small, or 3.5 medium with its normed queries and keys and dual attention."""
     torch.manual_seed(0)
-    encoder, encoder_2 = (tiny_clip(width, projection) for width, projection in CLIP_WIDTHS.items())
+    configs = [tiny_text_config(hidden_size=width, projection_dim=out) for width, out in CLIP_WIDTHS.items()]
+    encoder, encoder_2 = (CLIPTextModelWithProjection(config) for config in configs)
     encoder_3, tokenizer_3 = tiny_t5()
     pipeline = StableDiffusion3Pipeline(
         transformer=tiny_transformer(sd35),
@@ -90,3 +68,11 @@ def save_sd3(folder: Path, sd35: bool = False) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+GENERATORS = {
+    "epsilon": partial(save_pipeline, prediction="epsilon"),  # SD 1.5, 2.1-base
+    "v_prediction": partial(save_pipeline, prediction="v_prediction"),  # SD 2.1
+    "sd3": save_sd3,
+    "sd3.5": partial(save_sd3, sd35=True),
+}

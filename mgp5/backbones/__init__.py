@@ -19,87 +19,54 @@ if TYPE_CHECKING:
 
 
 class SideInputs(NamedTuple):
-    """Features that layers of the LLM attend to besides the sequence (MM-Interleaved: those of all earlier images).
+    """Features that layers of the LLM attend to besides the sequence (MM-Interleaved: those of all earlier images)."""
 
-    Attributes:
-        features: (B, N, ...), of N images in each row, padded with zeros.
-        visible: (B, T) int64, how many of these images, counted from the first, each token may attend to.
-    """
-
-    features: Tensor
-    visible: Tensor
+    features: Tensor  # (B, N, ...), of N images in each row, padded with zeros
+    visible: Tensor  # (B, T) int64, how many of these images, counted from the first, each token may attend to
 
 
 class Backbone(Protocol):
-    """The interface of a multimodal LLM; `hf.HFBackbone` implements it.
+    """The interface of a multimodal LLM; `hf.HFBackbone` implements it."""
 
-    Attributes:
-        tokenizer: tokenizer with a chat template.
-        width: D.
-        image_token: text that stands for one image in a chat template.
-        image_token_id: id of the token that is repeated once per slot of an image.
-        context_length: longest sequence, in tokens.
-        stop_ids: ids of tokens that end a reply.
-        compiled: whether tokens are decoded by compiled code.
-        capturable: whether the forward of one token can be captured as a CUDA graph.
-    """
-
-    tokenizer: Any
-    width: int
-    image_token: str
-    image_token_id: int
-    context_length: int
-    stop_ids: frozenset[int]
-    compiled: bool
-    capturable: bool
+    tokenizer: Any  # with a chat template
+    width: int  # D
+    image_token: str  # text that stands for one image in a chat template
+    image_token_id: int  # id of the token that is repeated once per slot of an image
+    context_length: int  # longest sequence, in tokens
+    stop_ids: frozenset[int]  # ids of tokens that end a reply
+    compiled: bool  # whether tokens are decoded by compiled code
+    capturable: bool  # whether the forward of one token can be captured as a CUDA graph
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
         """Convert N images to the tensors that `encode_images` takes; runs in data workers, without weights."""
-        ...
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
         """Return S, the number of token slots, of each of N preprocessed images."""
-        ...
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Encode N preprocessed images to features, one tensor (S, E) each."""
-        ...
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
         """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order."""
-        ...
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Return position ids of complete sequences, (B, T) or (3, B, T); `grids` (N, 3) is `image_grid_thw`."""
-        ...
 
     def forward(
         self,
-        embeds: Tensor,
-        positions: Tensor,
-        mask: Tensor | None = None,
+        embeds: Tensor,  # (B, T, E)
+        positions: Tensor,  # (B, T) or (3, B, T)
+        mask: Tensor | None = None,  # (B, T) of 1 and 0; with a cache (B, 1, T, attended slots), added to the scores
         cache: Any = None,
         side: SideInputs | None = None,
     ) -> Tensor:
-        """Return the last hidden states (B, T, D), after the final norm, of embeddings (B, T, E).
-
-        Args:
-            embeds: (B, T, E).
-            positions: (B, T) or (3, B, T).
-            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, attended slots), added to the scores.
-            cache: keys and values that the tokens attend to, and that theirs are written to.
-            side: see SideInputs.
-        """
-        ...
+        """Return the last hidden states (B, T, D), after the final norm; a cache is read and written."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D)."""
-        ...
 
     def new_cache(self, rows: int = 1) -> KVCache:
         """Return an empty key-value cache for a number of conversations; a trained prefix is in it already."""
-        ...
 
     def to(self, device: torch.device) -> Backbone:
         """Move the weights to a device."""
-        ...

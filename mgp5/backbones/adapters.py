@@ -1,11 +1,11 @@
-"""Adapters of the LLM by peft: rows of the head's new tokens, LoRA or a prefix; and merging them into the weights."""
+"""Trainable weights of the LLM by peft: rows of the head's new tokens, LoRA or a prefix; and merging them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .quantization import is_quantized, merge_rows
+from .quantization import is_quantized
 
 if TYPE_CHECKING:
     from ..config import LoraConfig, PrefixConfig
@@ -17,12 +17,7 @@ def adapt(
 ) -> None:
     """Add trainable weights to a frozen LLM: rows of embedding and LM head, and LoRA or a prefix.
 
-    LoRA: Hu et al., arXiv 2106.09685. Prefix tuning: Li & Liang, arXiv 2101.00190.
-
-    Args:
-        backbone: changed in place.
-        rows: token ids whose rows train; may be empty.
-        lora, prefix: at most one of them.
+    `rows` are token ids, maybe none. LoRA: Hu et al., arXiv 2106.09685. Prefix: Li & Liang, arXiv 2101.00190.
     """
     from peft import LoraConfig as PeftLora
     from peft import TrainableTokensConfig, get_peft_model
@@ -43,19 +38,39 @@ def adapt(
         )
     backbone.model = get_peft_model(backbone.core, adapter)
     if prefix:
-        backbone.add_prefix(prefix.tokens, prefix.hidden)
+        add_prefix(backbone, prefix.tokens, prefix.hidden)
 
 
 def merge(backbone: HFBackbone, keep_lora: bool) -> None:
-    """Merge trained rows and LoRA into the weights of the LLM.
+    """Merge trained rows and LoRA into the LLM; `keep_lora` leaves LoRA beside quantized weights, which would round
+    most of it away."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-    Args:
-        backbone: changed in place.
-        keep_lora: keep LoRA as separate layers if the weights are quantized: merging would round most of it away.
-    """
     if backbone.model is backbone.core:
         return
-    if keep_lora and is_quantized(backbone.core):
-        merge_rows(backbone.model)
-    else:
+    if not (keep_lora and is_quantized(backbone.core)):
         backbone.model = backbone.model.merge_and_unload()
+        return
+    for module in backbone.model.modules():
+        if isinstance(module, TrainableTokensLayer) and not module.merged:
+            module.merge()
+
+
+def add_prefix(backbone: HFBackbone, num_tokens: int, hidden: int) -> None:
+    """Add a trainable prefix in float32 (Li & Liang, arXiv 2101.00190, section 4.3): embeddings of virtual tokens, and
+    an MLP of width `hidden` to keys and values of all layers. Positions of the tokens do not shift."""
+    from peft import PrefixEncoder, PrefixTuningConfig
+
+    text = backbone.core.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    config = PrefixTuningConfig(
+        num_virtual_tokens=num_tokens,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_key_value_heads,
+        token_dim=text.num_key_value_heads * width,
+        encoder_hidden_size=hidden,
+        prefix_projection=True,
+    )
+    encoder = PrefixEncoder(config)
+    encoder.shape = (num_tokens, 2 * config.num_layers, config.num_attention_heads, width)
+    backbone.prefix = encoder.to(backbone.device)

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Cache
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
 from . import SideInputs
-from .image_processor import load_image_processor
-from .kv_cache import KVCache
-from .prefix import fixed_cache, prefix_encoder, prefix_states
+from .kv_cache import KVCache, PrefixLayer, prefix_states
 from .quantization import Quantize, is_quantized, keep_layout, quantization
 
 if TYPE_CHECKING:
@@ -42,12 +43,8 @@ IMAGE_MARKS = {
 class HFBackbone(nn.Module):
     """A frozen multimodal LLM of transformers; it implements Backbone.
 
-    Its parts are called one by one instead of by `generate`, because heads need hidden states and the cache.
-
-    Args:
-        model: an AutoModelForImageTextToText.
-        tokenizer: with a chat template.
-        image_processor: of the vision tower.
+    Its parts are called one by one instead of by `generate`, because heads need hidden states and the cache. `model` is
+    an AutoModelForImageTextToText, `tokenizer` has a chat template.
     """
 
     compiled = False
@@ -66,7 +63,7 @@ class HFBackbone(nn.Module):
         self.image_token_id: int = config.image_token_id
         mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.image_token: str = IMAGE_MARKS.get(mark, mark)
-        self.prefix: nn.Module | None = None
+        self.prefix: nn.Module | None = None  # see `adapters.add_prefix`
         stops = getattr(model.generation_config, "eos_token_id", None)
         listed = stops if isinstance(stops, list) else [stops]
         self.stop_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
@@ -82,23 +79,15 @@ class HFBackbone(nn.Module):
     ) -> HFBackbone:
         """Load a folder or hub id in the transformers layout, frozen and in evaluation mode.
 
-        Args:
-            name: a folder, or a hub id; only safetensors weights are read, and no code.
-            dtype: dtype of the weights.
-            quantize: quantization of the decoder's layers.
-            revision: branch, tag or commit on the hub.
-
-        Raises:
-            Mgp5Error: the tokenizer has no chat template.
-            OSError, ValueError: as transformers raises them.
+        Only safetensors weights are read, and no code. `revision` is a branch, tag or commit on the hub. Raises
+        Mgp5Error if the tokenizer has no chat template, OSError and ValueError as transformers does.
         """
-        options: dict[str, Any] = {"revision": revision}
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
-        image_processor = load_image_processor(name, **options)
-        options |= quantization(quantize, dtype)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        image_processor = load_image_processor(name, revision=revision)
+        options = {"dtype": dtype, "use_safetensors": True, "revision": revision, **quantization(quantize, dtype)}
+        model = AutoModelForImageTextToText.from_pretrained(name, **options)
         return cls(keep_layout(model).eval().requires_grad_(False), tokenizer, image_processor)
 
     @property
@@ -123,11 +112,7 @@ class HFBackbone(nn.Module):
         return self.compute_device or self.lm_head.weight.device
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Convert N images to the tensors that `encode_images` takes; runs in data workers, without weights.
-
-        Raises:
-            ValueError: the image processor refuses the shape of an image.
-        """
+        """Convert N images to the tensors that `encode_images` takes. Raises ValueError for an image too narrow."""
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
@@ -154,14 +139,9 @@ class HFBackbone(nn.Module):
         return list(features)
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
-        """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order.
+        """Return the embeddings (B, T, E) of tokens (B, T), with image features, each (S, E), in their slots in order.
 
-        Args:
-            ids: (B, T).
-            features: one tensor (S, E) for each image in `ids`; without any, slots keep the image token's embedding.
-
-        Raises:
-            ValueError: the number of slots in `ids` is not that of the features.
+        Without features, slots keep the image token's embedding. Raises ValueError if there are more or fewer slots.
         """
         embeds = self.language.get_input_embeddings()(ids)
         if features:
@@ -176,62 +156,43 @@ class HFBackbone(nn.Module):
         return embeds
 
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Return rotary position ids of complete sequences: (B, T), or (3, B, T) in time, height and width.
-
-        Args:
-            ids: (B, T).
-            grids: (N, 3), patches of each image in time, height and width (Qwen), else None.
-            mask: (B, T), 1 for tokens, 0 for padding.
+        """Return rotary position ids of complete sequences (B, T): (B, T), or for Qwen (3, B, T) in time, height and
+        width; `grids` (N, 3) are the patches of each image in these, and `mask` (B, T) is 1 for tokens, 0 for padding.
         """
         rope_index = getattr(getattr(self.core, "model", None), "get_rope_index", None)
-        if rope_index is not None:  # Qwen: positions in time, height and width
+        if rope_index is not None:
             token_types = (ids == self.image_token_id).int()
             mask = torch.ones_like(ids) if mask is None else mask
             return rope_index(ids, token_types, image_grid_thw=grids, attention_mask=mask)[0]
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
     def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
-        """Return the side inputs of complete sequences: a token may attend to images whose slots end before it.
+        """Return the side inputs of complete sequences (B, T): a token may attend to images whose slots end before it.
 
-        Args:
-            ids: (B, T).
-            slots: S of each of the N images, in reading order over the rows.
-            features: (N, ...), `ImageContext.side` of these images, or None.
+        `slots` holds S of each of the N images in reading order over the rows, `features` (N, ...) their
+        `ImageContext.side`, or None.
         """
         if features is None or not len(features):
             return None
         is_slot = ids == self.image_token_id
-        before = is_slot.cumsum(1) - is_slot.long()  # (B, T) slots before each token
-        ends: list[list[int]] = []  # for each row, the number of slots before the end of each image
-        images = iter(slots)
-        for total in is_slot.sum(1).tolist():
-            ends.append([])
-            while (ends[-1] or [0])[-1] < total:
-                ends[-1].append((ends[-1] or [0])[-1] + next(images))
-        padded = features.new_zeros(len(ids), max(map(len, ends)), *features.shape[1:])
-        visible, first = torch.zeros_like(ids), 0
-        for row, row_ends in enumerate(ends):
-            padded[row, : len(row_ends)] = features[first : first + len(row_ends)]
-            visible[row] = (before[row, :, None] >= torch.tensor(row_ends, device=ids.device)).sum(-1)
-            first += len(row_ends)
-        return SideInputs(padded, visible)
+        row_ends = is_slot.sum(1).cumsum(0)  # (B,), slots of the batch up to the end of each row
+        image_ends = torch.tensor(slots, device=ids.device).cumsum(0)  # (N,), and of each image
+        counts = torch.bincount(torch.searchsorted(row_ends, image_ends), minlength=len(ids))  # (B,), images of a row
+        before = is_slot.flatten().cumsum(0).view(ids.shape) - is_slot.long()  # (B, T), slots before each token
+        visible = torch.searchsorted(image_ends, before, right=True) - (counts.cumsum(0) - counts)[:, None]
+        return SideInputs(pad_sequence(features.split(counts.tolist()), batch_first=True), visible)
 
     def forward(
         self,
-        embeds: Tensor,
-        positions: Tensor,
-        mask: Tensor | None = None,
+        embeds: Tensor,  # (B, T, E)
+        positions: Tensor,  # (B, T) or (3, B, T)
+        mask: Tensor | None = None,  # (B, T) of 1 and 0; with a cache (B, 1, T, attended slots), added to the scores
         cache: Cache | None = None,
         side: SideInputs | None = None,
     ) -> Tensor:
-        """Return the last hidden states (B, T, D), after the final norm, of embeddings (B, T, E).
+        """Return the last hidden states (B, T, D), after the final norm; a cache is read and written.
 
-        Args:
-            embeds: (B, T, E).
-            positions: (B, T) or (3, B, T).
-            mask: (B, T), 1 for tokens, 0 for padding; with a cache (B, 1, T, attended slots), added to the scores.
-            cache: keys and values that the tokens attend to, and that theirs are written to.
-            side: inputs of a head's layer hooks, which read them from `self.side`.
+        Layer hooks of a head read `side` from `self.side`.
         """
         if side is not None or self.side is not None:
             self.side = side
@@ -241,7 +202,7 @@ class HFBackbone(nn.Module):
             options["visual_pos_masks"] = torch.ones_like(deep[..., 0], dtype=torch.bool)
             options["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in deep.split(self.width, dim=-1)]
         if self.prefix is not None and cache is None:
-            cache = fixed_cache(prefix_states(self.prefix, len(embeds)))
+            cache = Cache(layers=[PrefixLayer(*pair) for pair in prefix_states(self.prefix, len(embeds))])
             if mask is not None:
                 mask = nn.functional.pad(mask, (cache.get_seq_length(), 0), value=1)
         output = self.language(
@@ -256,15 +217,13 @@ class HFBackbone(nn.Module):
     def new_cache(self, rows: int = 1) -> KVCache:
         """Return an empty key-value cache for a number of conversations; a trained prefix is in it already.
 
-        Raises:
-            Mgp5Error: the LLM has sliding-window or linear attention.
+        Raises Mgp5Error if the LLM has sliding-window or linear attention.
         """
         text = self.core.config.get_text_config()
         kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
         if kinds and (getattr(text, "sliding_window", None) or 0) < self.context_length:
-            raise Mgp5Error(
-                f"the LLM has layers of {', '.join(kinds)}", "expected full attention: take another --model"
-            )
+            case = f"the LLM has layers of {', '.join(kinds)}"
+            raise Mgp5Error(case, "expected full attention: take another --model")
         states = None if self.prefix is None else prefix_states(self.prefix, 1, self.lm_head.weight.dtype)
         return KVCache(text.num_hidden_layers, rows, states)
 
@@ -273,15 +232,6 @@ class HFBackbone(nn.Module):
         """Return whether the forward of one token can be a CUDA graph: nothing is offloaded or read by the host."""
         rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
         return not (self.compute_device or is_quantized(self.core) or "dynamic" in str(rotary))
-
-    def add_prefix(self, num_tokens: int, hidden: int) -> None:
-        """Add a trainable prefix in float32 (Li & Liang, arXiv 2101.00190); positions of the tokens do not shift.
-
-        Args:
-            num_tokens: virtual tokens before all tokens, with keys and values in every layer.
-            hidden: hidden width of the MLP that computes them.
-        """
-        self.prefix = prefix_encoder(self.core.config.get_text_config(), num_tokens, hidden).to(self.device)
 
     def checkpointing(self, on: bool) -> None:
         """Turn gradient checkpointing of the language model on or off; it applies in training mode."""
@@ -317,3 +267,14 @@ class HFBackbone(nn.Module):
                     weight[rows] = weight[:known].float().mean(dim=0).to(weight.dtype)
         core.requires_grad_(False)
         return ids
+
+
+def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
+    """Load the image processor of a folder or hub id in its PIL form: the same pixels with torchvision and without.
+
+    `AutoImageProcessor` would prefer torchvision, which resizes otherwise than PIL; that of transformers 5.17 needs it.
+    """
+    config, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+    kind = config.get("image_processor_type", "").removesuffix("Pil").removesuffix("Fast")
+    loader = getattr(transformers, f"{kind}Pil", None) or transformers.AutoImageProcessor
+    return loader.from_pretrained(name, revision=revision)

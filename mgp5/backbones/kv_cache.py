@@ -1,4 +1,4 @@
-"""A static key-value cache for rows of different lengths; reading or removing tokens copies nothing.
+"""A static key-value cache for rows of different lengths; reading or removing tokens copies nothing. And a prefix.
 
 A row holds one conversation, a slot of a row one token. Letters: B rows of the cache, b rows of one forward, T new
 tokens of a row; other dimensions are named as in transformers.
@@ -10,34 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from .prefix import States
-
+States = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, both (B, num_heads, num_tokens, head_dim)
 SMALLEST = 256  # initial slots of a row
 
 
 @dataclass
 class CacheIndex:
-    """The rows and slots that a forward reads and writes, shared by all layers.
+    """The rows and slots that a forward reads and writes, shared by all layers."""
 
-    Attributes:
-        num_rows: B.
-        capacity: slots of a row.
-        rows: (b,), the rows of the next forward.
-        slots: (b, T), the slots of their new tokens.
-        width: how many slots, counted from the first, the next forward attends to.
-        all_rows: whether `rows` are all rows in order, so that none have to be gathered.
-    """
-
-    num_rows: int
-    capacity: int = SMALLEST
-    rows: Tensor | None = None
-    slots: Tensor | None = None
-    width: int = 0
-    all_rows: bool = True
+    num_rows: int  # B
+    capacity: int = SMALLEST  # slots of a row
+    rows: Tensor | None = None  # (b,), the rows of the next forward
+    slots: Tensor | None = None  # (b, T), the slots of their new tokens
+    width: int = 0  # how many slots, counted from the first, the next forward attends to
+    all_rows: bool = True  # whether `rows` are all rows in order, so that none have to be gathered
 
     def at(self, rows: Tensor, slots: Tensor, width: int, all_rows: bool) -> None:
         """Set the rows and slots of the next forward."""
@@ -45,12 +35,8 @@ class CacheIndex:
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, each (B, num_heads, capacity, head_dim).
-
-    Args:
-        index: rows and slots of the next forward.
-        prefix: keys and values (1, num_heads, prefix length, head_dim) for the first slots of every row.
-    """
+    """Keys and values of one layer, each (B, num_heads, capacity, head_dim); a prefix (1, num_heads, prefix length,
+    head_dim) fills the first slots of every row."""
 
     is_sliding = False
 
@@ -101,19 +87,12 @@ class KVCacheLayer(CacheLayerMixin):
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
         with torch.inference_mode(False):  # else the buffers could only be written in inference mode
-            return torch.zeros(
-                self.index.num_rows, heads, self.index.capacity, width, dtype=like.dtype, device=like.device
-            )
+            return like.new_zeros(self.index.num_rows, heads, self.index.capacity, width)
 
 
 class KVCache(Cache):
-    """A static key-value cache of all layers, as models of transformers take it.
-
-    Args:
-        num_layers: layers of the LLM.
-        rows: B.
-        prefix: keys and values of each layer, (1, num_heads, prefix length, head_dim).
-    """
+    """A static key-value cache of all layers for B rows, as models of transformers take it; `prefix` fills the first
+    slots of every row with keys and values (1, num_heads, prefix length, head_dim) of each layer."""
 
     def __init__(self, num_layers: int, rows: int, prefix: States | None = None) -> None:
         self.index = CacheIndex(rows)
@@ -131,3 +110,26 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.grow()
         return True
+
+
+def prefix_states(encoder: nn.Module, batch: int, dtype: torch.dtype = torch.float32) -> States:
+    """Return the keys and values of a prefix (see `adapters.add_prefix`) in each layer, for `batch` rows."""
+    tokens = torch.arange(encoder.shape[0], device=encoder.embedding.weight.device)
+    states = encoder(tokens).to(dtype).view(encoder.shape)  # (num_tokens, 2 num_layers, num_heads, head_dim)
+    states = states.permute(1, 2, 0, 3)[:, None].expand(-1, batch, -1, -1, -1)
+    return [(keys, values) for keys, values in states.split(2)]
+
+
+class PrefixLayer(DynamicLayer):
+    """A cache layer for training: it gives a prefix to one layer of the LLM and does not grow, as with gradient
+    checkpointing a layer runs twice on the same keys and values."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        super().update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the prefix and the new keys and values (B, num_heads, tokens, head_dim), joined along the tokens."""
+        states = (self.keys, key_states), (self.values, value_states)
+        keys, values = (torch.cat([prefix.to(new.dtype), new], dim=-2) for prefix, new in states)
+        return keys, values

@@ -42,22 +42,14 @@ def compose(
 ) -> Path:
     """Write a MiniGPT-4 folder: BLIP-2's vision tower and Q-Former, a LLaMA, and the linear layer between them.
 
+    `blip2` and `llm` are folders or hub ids; the paper's are Salesforce/blip2-flan-t5-xxl (its T5 is not read) and
+    Vision-CAIR/vicuna-7b (Vicuna v0). `projection` is MiniGPT-4's prerained_minigpt4_7b.pth; None leaves the linear
+    layer random. Weights are written in `dtype`, but the Q-Former stays float32. Returns `out`. Raises Mgp5Error if
+    `out` exists, or the shapes of the projection do not fit these parts.
+
     A turn ends with "###". If the vocabulary has " ###" as a token, it becomes the tokenizer's end of text, which
     training targets end with. Generation also stops at the end of text of the LLM, and at "##", the first token of
     "###" in LLaMA's vocabulary after any character but a blank.
-
-    Args:
-        blip2: folder or hub id; the paper's is Salesforce/blip2-flan-t5-xxl (its T5 is not read).
-        llm: folder or hub id; the paper's is Vision-CAIR/vicuna-7b (Vicuna v0).
-        out: a new folder.
-        projection: MiniGPT-4's prerained_minigpt4_7b.pth; None leaves the linear layer random, to be trained later.
-        dtype: dtype of the weights on disk; the Q-Former stays float32.
-
-    Returns:
-        `out`.
-
-    Raises:
-        Mgp5Error: `out` exists, or the shapes of the projection do not fit these parts.
     """
     if out.exists():
         raise Mgp5Error(f"{out} exists already", "choose another folder", usage=True)
@@ -70,8 +62,11 @@ def compose(
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     model.language_projection = _linear(model.config, projection).to(dtype)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
+    # As in the released code: resize the shorter side (bilinear), center-crop, normalize.
+    size = model.config.vision_config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)
     with replacing(out) as part:
-        for piece in (model, tokenizer, _image_processor(model.config.vision_config.image_size)):
+        for piece in (model, tokenizer, processor):
             piece.save_pretrained(part)
     return out
 
@@ -130,8 +125,3 @@ def _linear(config: Blip2Config, path: Path | None) -> nn.Linear:
             raise Mgp5Error(f"{path} holds llama_proj of shapes {shapes}, expected {expected}", "use the LLM it is for")
         linear.load_state_dict(tensors)
     return linear
-
-
-def _image_processor(size: int) -> CLIPImageProcessorPil:
-    """Build the image processor of the released code: resize the shorter side (bilinear), center-crop, normalize."""
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)

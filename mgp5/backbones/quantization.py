@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import Mgp5Error
+from ..options import Quantize
 
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
-
-Quantize = Literal["none", "4bit", "8bit"]
 # Not quantized: embedding and LM head, which have rows that train, and vision towers, which lose most quality.
 KEEP = ["lm_head", r"(?!.*language_model\.).*"]
 
 
-def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[str, BitsAndBytesConfig]:
+def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return arguments for `from_pretrained` that quantize the decoder's layers.
 
-    "4bit" is NF4 with double quantization (Dettmers et al., arXiv 2305.14314), "8bit" is LLM.int8() (Dettmers et al.,
-    arXiv 2208.07339).
-
-    Args:
-        kind: "none", "4bit" or "8bit".
-        dtype: dtype in which 4-bit layers compute; float32 is replaced by bfloat16.
-
-    Raises:
-        Mgp5Error: bitsandbytes is not installed.
+    "4bit" is NF4 with double quantization (Dettmers et al., arXiv 2305.14314), which computes in `dtype`, bfloat16 for
+    float32. "8bit" is LLM.int8() (arXiv 2208.07339). Raises Mgp5Error if bitsandbytes is not installed.
     """
     if kind == "none":
         return {}
@@ -43,7 +33,7 @@ def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[st
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == torch.float32 else dtype,
     }
-    options: dict[str, Any] = nf4 if kind == "4bit" else {"load_in_8bit": True}
+    options = nf4 if kind == "4bit" else {"load_in_8bit": True}
     return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=KEEP, **options)}
 
 
@@ -58,12 +48,3 @@ def keep_layout(model: nn.Module) -> nn.Module:
 def is_quantized(model: nn.Module) -> bool:
     """Return whether transformers loaded this model with quantized layers."""
     return getattr(model, "is_quantized", False)
-
-
-def merge_rows(model: nn.Module) -> None:
-    """Merge trained rows of embedding and LM head, but not LoRA: quantized weights would round most of it away."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer) and not module.merged:
-            module.merge()

@@ -7,7 +7,7 @@ Z latent channels, h and w latents, L condition length, C condition width, S wid
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from .sampler import SamplerTable
-
-# Latents (R, Z, h, w), timesteps (R,) or (1,), condition (R, L, C) -> prediction (R, Z, h, w)
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Denoiser(Protocol):
@@ -27,60 +24,37 @@ class Denoiser(Protocol):
     per_image: bool  # whether a time embedding holds something of the image, as SD 3's holds its pooled text
 
     def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Compute everything that does not depend on the latents.
-
-        Args:
-            timesteps: (n,) float32.
-            condition: (R, L, C).
-
-        Returns:
-            Time embeddings (n, 1 or R, S), and the inputs of cross-attention, tensors (R, ...).
-        """
-        ...
+        """Compute from timesteps (n,) float32 and a condition (R, L, C) what does not depend on the latents: time
+        embeddings (n, 1 or R, S), and the inputs of cross-attention, tensors (R, ...)."""
 
     def __call__(
-        self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
+        self,
+        latents: Tensor,  # (R, Z, h, w), any float dtype
+        time_embedding: Tensor,  # (1 or R, S), rows of what `constants` returned
+        cross_attention: list[Tensor],  # tensors (R, ...), from `constants`
+        deep: Tensor | None = None,  # (R, `deep`, h, w) of an earlier step: the layers that compute it are skipped
     ) -> tuple[Tensor, Tensor | None]:
-        """Run one step; return the prediction (R, Z, h, w) and its deep feature (R, `deep`, h, w), or None.
-
-        Args:
-            latents: (R, Z, h, w), any float dtype.
-            time_embedding: (1 or R, S), rows of what `constants` returned.
-            cross_attention: tensors (R, ...), from `constants`.
-            deep: (R, `deep`, h, w), the deep feature of an earlier step; the layers that compute it are then skipped.
-        """
-        ...
+        """Run one step; return the prediction (R, Z, h, w) and its deep feature (R, `deep`, h, w), or None."""
 
 
 class DenoisingEngine(Protocol):
-    """A faster implementation of a denoiser, see `mgp5.engines`; it is attached to a generator from outside.
-
-    Attributes:
-        model: the denoiser.
-        decode: decodes scaled latents (B, Z, h, w) to pixels (B, 3, H, W); None: the VAE of the generator does.
-    """
+    """A faster implementation of a denoiser, see `mgp5.engines`; it is attached to a generator from outside."""
 
     model: Denoiser
-    decode: Callable[[Tensor], Tensor] | None
+    decode: Callable[[Tensor], Tensor] | None  # scaled latents (B, Z, h, w) to pixels (B, 3, H, W); None: by the VAE
 
     def model_for(self, reuse: int) -> Denoiser:
         """Return the denoiser for the steps of an image with this `reuse`."""
-        ...
 
     def advance(self, states: Sequence[DenoisingState]) -> None:
         """Advance images with equal `key` by one step each; see the function `advance`."""
-        ...
 
 
 @dataclass(frozen=True)
 class PlainDenoiser:
-    """A denoising model with nothing precomputed.
+    """A denoising model with nothing precomputed; it implements Denoiser."""
 
-    Args:
-        predict: the model: latents (R, Z, h, w), timesteps (R,) or (1,), condition (R, L, C) -> (R, Z, h, w).
-    """
-
-    predict: Predict
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor]  # as LatentDiffusion.predict
     deep: ClassVar[int] = 0
     per_image: ClassVar[bool] = False
 
@@ -91,48 +65,27 @@ class PlainDenoiser:
     def __call__(
         self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Return the model's prediction (R, Z, h, w) and no deep feature.
-
-        Args:
-            latents: (R, Z, h, w).
-            time_embedding: (1 or R, 1), timesteps.
-            cross_attention: the condition (R, L, C) alone.
-            deep: not used.
-        """
+        """Return the prediction (R, Z, h, w) of `predict` for timesteps (1 or R, 1), and no deep feature."""
         return self.predict(latents, time_embedding[:, 0], cross_attention[0]), None
 
 
 @dataclass(eq=False)
 class DenoisingState:
-    """The state of one image between two denoising steps.
+    """The state of one image between two denoising steps; r is 2 with classifier-free guidance, else 1."""
 
-    Attributes:
-        latents: (1, Z, h, w), float32.
-        table: the sampler's coefficients, n steps.
-        time_embeddings: (n, 1 or r, S), see `Denoiser.constants`; r is 2 with guidance, else 1.
-        cross_attention: tensors (r, ...), the unconditional row first.
-        guidance: scale of classifier-free guidance.
-        guided: number of steps that are guided, counted from the first.
-        reuse: every `reuse`-th step runs the full UNet; the others take its deep feature (DeepCache).
-        model: the denoiser.
-        step: number of steps done.
-        history: at most M kept predictions (1, Z, h, w), newest first.
-        deep: (r, channels, h, w), deep feature of the last full step.
-        joined: the images of the last call that this one was the first of, their rows, and their concatenated inputs
-            of cross-attention; kept as long as the same images share their calls.
-    """
-
-    latents: Tensor
-    table: SamplerTable
-    time_embeddings: Tensor
-    cross_attention: list[Tensor]
-    guidance: float
-    guided: int
-    reuse: int
+    latents: Tensor  # (1, Z, h, w), float32
+    table: SamplerTable  # n steps
+    time_embeddings: Tensor  # (n, 1 or r, S), see `Denoiser.constants`
+    cross_attention: list[Tensor]  # tensors (r, ...), the unconditional row first
+    guidance: float  # scale
+    guided: int  # number of steps that are guided, counted from the first
+    reuse: int  # every `reuse`-th step runs the full UNet; the others take its deep feature (DeepCache)
     model: Denoiser
-    step: int = 0
-    history: list[Tensor] = field(default_factory=list)
-    deep: Tensor | None = None
+    step: int = 0  # number of steps done
+    history: list[Tensor] = field(default_factory=list)  # at most M kept predictions (1, Z, h, w), newest first
+    deep: Tensor | None = None  # (r, channels, h, w), deep feature of the last full step
+    # The images of the last call that this one was the first of, their rows, and their concatenated inputs of
+    # cross-attention; kept as long as the same images share their calls.
     joined: tuple[list[tuple[weakref.ref[DenoisingState], int]], list[Tensor]] | None = None
 
     @property
@@ -156,11 +109,7 @@ class DenoisingState:
         return tuple(self.latents.shape), self.takes_deep, self.reuse > 1, self.model
 
     def advance(self, prediction: Tensor) -> None:
-        """Update the latents by one step of the sampler.
-
-        Args:
-            prediction: (r, Z, h, w), the unconditional row first.
-        """
+        """Update the latents by one step of the sampler with a prediction (r, Z, h, w), the unconditional row first."""
         coefficients, conversion = self.table.coefficients[self.step], self.table.conversion[self.step]
         self.latents, kept = linear_update(
             self.latents, prediction, self.history, coefficients.tolist(), conversion.tolist(), self.guidance
@@ -172,9 +121,9 @@ class DenoisingState:
 @torch.no_grad()
 def begin(
     model: Denoiser,
-    noise: Tensor,
-    condition: Tensor,
-    unconditional: Tensor | None,
+    noise: Tensor,  # (1, Z, h, w), standard normal
+    condition: Tensor,  # (1, L, C)
+    unconditional: Tensor | None,  # (1, L, C); not needed with guidance 1
     table: SamplerTable,
     guidance: float,
     guided: int | None = None,
@@ -182,16 +131,8 @@ def begin(
 ) -> DenoisingState:
     """Return the state of an image before its first step.
 
-    Args:
-        model: the denoiser.
-        noise: (1, Z, h, w), standard normal.
-        condition: (1, L, C).
-        unconditional: (1, L, C), the unconditional condition of classifier-free guidance; not needed with guidance 1.
-        table: coefficients of the sampler.
-        guidance: scale; with 1.0 only the conditional row is computed.
-        guided: number of guided steps, counted from the first; None: all. At low noise guidance is hardly needed
-            (Kynkaanniemi et al., arXiv 2404.07724).
-        reuse: see DenoisingState.
+    The first `guided` steps are guided, None means all: at low noise guidance is hardly needed (Kynkaanniemi et al.,
+    arXiv 2404.07724). With guidance 1 only the conditional row is computed.
     """
     batch = guidance_batch(condition, unconditional, guidance)
     guided = 0 if batch is condition else len(table) if guided is None else guided
@@ -233,80 +174,24 @@ def _join(states: Sequence[DenoisingState]) -> list[Tensor]:
     return first.joined[1]
 
 
-def denoise(
-    predict: Predict,
-    noise: Tensor,
-    condition: Tensor,
-    unconditional: Tensor | None,
-    table: SamplerTable,
-    guidance: float,
-    guided: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield the latents (B, Z, h, w) of B images after each of the `len(table)` steps; the last ones are the result.
-
-    Args:
-        predict: the model; the unconditional row of an image comes before its conditional one.
-        noise: (B, Z, h, w), standard normal.
-        condition: (B, L, C).
-        unconditional: (1 or B, L, C); None with guidance 1.
-        table, guidance, guided: see `begin`.
-    """
-    model = PlainDenoiser(predict)
-    states = [
-        begin(model, noise[i : i + 1], condition[i : i + 1], pick(unconditional, i), table, guidance, guided)
-        for i in range(len(noise))
-    ]
-    yield from run(states)
-
-
-def run(states: Sequence[DenoisingState]) -> Iterator[Tensor]:
-    """Yield the latents (B, Z, h, w) of B images after each step; all of them begin and end together."""
-    while not states[0].done:
-        advance(states)
-        yield torch.cat([state.latents for state in states])
-
-
-def pick(unconditional: Tensor | None, image: int) -> Tensor | None:
-    """Return the unconditional condition (1, L, C) of one image from that of a batch, (1 or B, L, C)."""
-    if unconditional is None or len(unconditional) == 1:
-        return unconditional
-    return unconditional[image : image + 1]
-
-
 def guidance_batch(condition: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
-    """Return the condition of both guidance branches (R, L, C), the B unconditional rows first; guidance 1: (B, L, C).
-
-    Args:
-        condition: (B, L, C).
-        unconditional: (1 or B, L, C), or None.
-        guidance: scale of classifier-free guidance.
-    """
+    """Return the condition of both guidance branches: (B, L, C) and (1 or B, L, C) to (2B, L, C), the unconditional
+    rows first; (B, L, C) with guidance 1."""
     if guidance == 1.0 or unconditional is None:
         return condition
     return torch.cat([unconditional.expand_as(condition).to(condition), condition])
 
 
 def linear_update(
-    latents: Tensor,
-    prediction: Tensor,
-    history: Sequence[Tensor],
-    coefficients: Sequence[float],
-    conversion: Sequence[float],
+    latents: Tensor,  # (B, Z, h, w)
+    prediction: Tensor,  # (B or 2B, Z, h, w), the unconditional rows first
+    history: Sequence[Tensor],  # at most M tensors (B, Z, h, w), newest first
+    coefficients: Sequence[float],  # (2 + M,), of latents, prediction and history
+    conversion: Sequence[float],  # (2,), of latents and prediction
     guidance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598) and one step of a sampler's table.
-
-    Args:
-        latents: (B, Z, h, w).
-        prediction: (B or 2B, Z, h, w), the unconditional rows first.
-        history: at most M tensors (B, Z, h, w), newest first.
-        coefficients: (2 + M,), of latents, prediction and history.
-        conversion: (2,), of latents and prediction.
-        guidance: scale.
-
-    Returns:
-        The next latents and the prediction to keep, both (B, Z, h, w).
-    """
+    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598) and one step of a sampler's table; return the
+    next latents and the prediction to keep, both (B, Z, h, w)."""
     prediction = prediction.to(latents.dtype)
     if len(prediction) == 2 * len(latents):
         unconditional, conditional = prediction.chunk(2)

@@ -20,12 +20,11 @@ from .schedule import Route, disagreements, without_defaults
 # Settings of FlowMatchEulerDiscreteScheduler that change the timesteps, with the values that are implemented here.
 ACCEPTED = {
     "_class_name": (None, "FlowMatchEulerDiscreteScheduler"),
-    "use_dynamic_shifting": (None, False),
     "shift_terminal": (None, 0),
-    "invert_sigmas": (None, False),
-    "use_karras_sigmas": (None, False),
-    "use_exponential_sigmas": (None, False),
-    "use_beta_sigmas": (None, False),
+    **dict.fromkeys(
+        ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+        (None, False),
+    ),
     "stochastic_sampling": (None, False),
 }
 
@@ -34,17 +33,12 @@ ACCEPTED = {
 class FlowSchedule:
     """The schedule of rectified flow (Esser et al., arXiv 2403.03206), whose model predicts noise - latents.
 
-    Args:
-        num_train_timesteps: the model gets `t * num_train_timesteps`, not rounded.
-        shift: s of the time shift t -> s t / (1 + (s - 1) t), which puts larger images at more noise (section 5.3.2);
-            3 for Stable Diffusion 3 at 1024 pixels.
-
-    Raises:
-        Mgp5Error: a value is out of range.
+    The time shift t -> s t / (1 + (s - 1) t) puts larger images at more noise (section 5.3.2). Raises Mgp5Error for a
+    value out of range.
     """
 
-    num_train_timesteps: int = 1000
-    shift: float = 1.0
+    num_train_timesteps: int = 1000  # the model gets `t * num_train_timesteps`, not rounded
+    shift: float = 1.0  # s; 3 for Stable Diffusion 3 at 1024 pixels
 
     prediction_type: ClassVar[str] = "flow_prediction"
     samplers: ClassVar[tuple[str, ...]] = ("dpm++", "euler", "flow-euler")
@@ -56,13 +50,9 @@ class FlowSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
-        """Build the schedule from the configuration of a diffusers FlowMatchEulerDiscreteScheduler.
+        """Build the schedule from the contents of `scheduler_config.json`, or the `config` of a diffusers scheduler.
 
-        Args:
-            config: contents of `scheduler_config.json`, or the scheduler's `config`.
-
-        Raises:
-            Mgp5Error: the configuration is of another scheduler or has settings that are not implemented here.
+        Raises Mgp5Error if it is no FlowMatchEulerDiscreteScheduler, or has settings that are not implemented here.
         """
         settings = without_defaults(config)
         if problems := disagreements(settings, ACCEPTED):
@@ -70,14 +60,10 @@ class FlowSchedule:
         return cls(**{name: settings[name] for name in ("num_train_timesteps", "shift") if name in settings})
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:  # (B,)
-        """Draw timesteps to train on, float32 on the CPU, in [0, num_train_timesteps].
+        """Draw `count` timesteps to train on, float32 on the CPU, in [0, num_train_timesteps].
 
         Their density is logit-normal (0, 1), the best of section 3.1. The shift is applied as in sampling (section
         5.3.2), so that the frozen model gets the noise levels that it was trained on.
-
-        Args:
-            count: B.
-            generator: on the CPU.
         """
         return self._shifted(torch.randn(count, generator=generator).sigmoid()) * self.num_train_timesteps
 
@@ -91,11 +77,7 @@ class FlowSchedule:
         return noise - latents
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Refuse: the density of `draw_timesteps` is the weighting of flow matching.
-
-        Raises:
-            Mgp5Error: always.
-        """
+        """Raise Mgp5Error: the density of `draw_timesteps` is the weighting of flow matching."""
         raise Mgp5Error(
             f"min_snr is {gamma}, but this diffusion model is trained by flow matching, which has its own weighting",
             "leave min_snr out",
@@ -103,18 +85,15 @@ class FlowSchedule:
         )
 
     def euler_route(self, steps: int) -> Route:
-        """Return the route of Euler's method, which starts at t = 1.
-
-        The smallest training time is shifted twice, as FlowMatchEulerDiscreteScheduler does.
-        """
+        """Return the route of Euler's method, which starts at t = 1; as in FlowMatchEulerDiscreteScheduler the smallest
+        training time is shifted twice."""
         smallest = self._shifted(1 / self.num_train_timesteps)
         return self._route(np.linspace(1, smallest, steps))
 
     def dpm_route(self, steps: int) -> Route:
         """Return the route of DPM-Solver++: the levels of DPMSolverMultistepScheduler with `use_flow_sigmas`.
 
-        It starts below t = 1, where the SNR is zero. Timesteps are not rounded down as there, since the model was
-        trained on fractions.
+        It starts below t = 1, where the SNR is zero. Timesteps are not rounded: the model was trained on fractions.
         """
         return self._route(1 - np.linspace(1 / self.num_train_timesteps, 1, steps + 1)[:-1])
 

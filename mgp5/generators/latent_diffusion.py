@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, pick
+from .denoising import DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin
+from .pipeline import load_part, read_index
 from .sampler import SamplerTable, Schedule, sampler_table
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -27,22 +28,51 @@ class LatentDiffusion(nn.Module):
     """A frozen denoiser in the latent space of a VAE (Rombach et al., arXiv 2112.10752).
 
     Subclasses add the denoiser, `condition_shape`, `encode_text` and `predict`.
-
-    Attributes:
-        vae: encodes pixels to latents and decodes latents to pixels.
-        schedule: noise schedule that the denoiser was trained with.
-        pooled_width: width of the pooled vector in the last row of a condition; 0 for a model without one.
     """
+
+    denoiser_name: ClassVar[str]  # of the attribute and of the pipeline's folder
+    denoiser_class: ClassVar[type[ModelMixin]]
+    schedule_class: ClassVar[type[Schedule]]
+    text_parts: ClassVar[dict[str, tuple[Any, str, Any]]]  # name of an encoder -> class; tokenizer's name and class
 
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
-    pooled_width = 0
+    pooled_width = 0  # width of the pooled vector in the last row of a condition; 0 for a model without one
     engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
     compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
+
+    @classmethod
+    def load(cls, name: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Self:
+        """Load a folder or hub id in the layout of the diffusers pipeline; text encoders may be missing.
+
+        Only safetensors files are read, as other formats can run code. Raises Mgp5Error if a part is missing or cannot
+        be read, or the configuration of scheduler or VAE is not supported.
+        """
+        weights = {"dtype": dtype or torch.float32, "use_safetensors": True}
+        scheduler = load_part(DDIMScheduler.load_config, name, "scheduler", revision)
+        parts: dict[str, Any] = {"schedule": cls.schedule_class.from_config(scheduler)}
+        load = cls.denoiser_class.from_pretrained
+        parts[cls.denoiser_name] = load_part(load, name, cls.denoiser_name, revision, **weights)
+        kind = load_part(AutoencoderKL.load_config, name, "vae", revision).get("_class_name")
+        if kind not in AUTOENCODERS:
+            raise Mgp5Error(f"vae is a {kind}, expected one of {', '.join(AUTOENCODERS)}", "choose another model")
+        parts["vae"] = load_part(AUTOENCODERS[kind].from_pretrained, name, "vae", revision, **weights)
+        index = read_index(name, revision)
+        for encoder, (encoder_class, tokenizer, tokenizer_class) in cls.text_parts.items():
+            listed = (index.get(encoder) or [None])[-1] is not None
+            if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
+                parts[encoder] = load_part(encoder_class.from_pretrained, name, encoder, revision, **weights)
+                parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, revision)
+        return cls(**parts)
 
     @property
     def denoiser(self) -> ModelMixin:
         """Return the UNet or transformer."""
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def condition_shape(self) -> tuple[int, int]:
+        """Return (L, C) of a condition."""
         raise NotImplementedError
 
     @property
@@ -50,13 +80,14 @@ class LatentDiffusion(nn.Module):
         """Return the device of the computation, also while weights are offloaded."""
         return self.compute_device or self.denoiser.device
 
+    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+        """Encode B texts to conditions. Raises Mgp5Error if the model has no text encoder."""
+        raise NotImplementedError
+
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
         """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.
 
-        Args:
-            latents: (B, Z, h, w), noisy.
-            timesteps: (B,) or (), in [0, num_train_timesteps].
-            condition: (B, L, C).
+        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, num_train_timesteps], condition (B, L, C).
         """
         raise NotImplementedError
 
@@ -65,10 +96,7 @@ class LatentDiffusion(nn.Module):
         return super().train(False)
 
     def checkpointing(self, on: bool) -> None:
-        """Turn gradient checkpointing of the denoiser on or off.
-
-        It works on a frozen model in evaluation mode: diffusers checks only whether gradients are enabled.
-        """
+        """Turn gradient checkpointing of the denoiser on or off; it works on a frozen model in evaluation mode."""
         (self.denoiser.enable_gradient_checkpointing if on else self.denoiser.disable_gradient_checkpointing)()
 
     @property
@@ -88,10 +116,9 @@ class LatentDiffusion(nn.Module):
         return self._factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (Z, h, w) of the latents of an image of height x width pixels.
+        """Return (Z, h, w) of the latents of an image; height and width in pixels.
 
-        Raises:
-            Mgp5Error: height or width is not a positive multiple of the VAE's factor.
+        Raises Mgp5Error if one of them is not a positive multiple of the VAE's factor.
         """
         unit = self._unit
         if min(height, width) < unit or height % unit or width % unit:
@@ -103,12 +130,9 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:  # (B, 2Z, h, w)
-        """Return mean and standard deviation of the VAE's posterior in float32, concatenated along the channels.
+        """Return mean and standard deviation of the VAE's posterior, for pixels (B, 3, H, W) in [-1, 1], in float32.
 
         A feature cache stores these of each image. AutoencoderTiny has no posterior: its deviation is zero.
-
-        Args:
-            pixels: (B, 3, H, W) in [-1, 1].
         """
         with self._without_autocast():
             encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
@@ -120,12 +144,8 @@ class LatentDiffusion(nn.Module):
         return torch.cat(moments, dim=1).float().contiguous()
 
     def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (B, Z, h, w)
-        """Return float32 latents of about unit variance: a sample of the VAE's posterior, or its mean.
-
-        Args:
-            moments: (B, 2Z, h, w), from `moments`.
-            generator: on the CPU; None returns the mean.
-        """
+        """Return float32 latents of about unit variance, from moments (B, 2Z, h, w) of the VAE's posterior: a sample by
+        a generator on the CPU, or the mean."""
         latents, deviation = moments.float().chunk(2, dim=1)
         if generator is not None:
             latents = latents + deviation * torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -150,19 +170,11 @@ class LatentDiffusion(nn.Module):
     def loss(
         self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None
     ) -> Tensor:  # (B,)
-        """Return the denoising loss of each image, the mean squared error of the prediction.
+        """Return the mean squared error of the prediction of each image, differentiable in the condition.
 
-        It is differentiable in the condition. Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser
-        et al., arXiv 2403.03206, section 2.
-
-        Args:
-            latents: (B, Z, h, w), from `encode` or `sample`.
-            condition: (B, L, C).
-            generator: on the CPU; draws timesteps and noise.
-            min_snr: gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); None: no weights.
-
-        Raises:
-            Mgp5Error: min_snr with flow matching.
+        Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser et al., arXiv 2403.03206, section 2.
+        Latents (B, Z, h, w) from `sample`, condition (B, L, C); the generator on the CPU draws timesteps and noise.
+        `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); Mgp5Error with flow matching.
         """
         timesteps = self.schedule.draw_timesteps(len(latents), generator)
         weight = None if min_snr is None else self.schedule.min_snr_weight(timesteps, min_snr)
@@ -184,9 +196,8 @@ class LatentDiffusion(nn.Module):
     def check(self, options: DiffusionOptions) -> SamplerTable:
         """Return the sampler's table for an image with these options.
 
-        Raises:
-            Mgp5Error: the model cannot draw this size, sampler or number of steps, or `reuse` is set without an engine
-                that supports it.
+        Raises Mgp5Error for a size, sampler or number of steps that the model cannot draw, or if `reuse` is set without
+        an engine that supports it.
         """
         if options.reuse != 1 and not (self.engine and self.engine.model.deep):
             case = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
@@ -201,19 +212,13 @@ class LatentDiffusion(nn.Module):
     ) -> DenoisingState:
         """Return the state of an image before its first denoising step.
 
-        Args:
-            condition: (1, L, C).
-            unconditional: (1, L, C); not needed with guidance 1.
-            options: image options; `guidance` must not be None.
-            rng: draws the noise; on the CPU, so that an image does not depend on the device.
-
-        Raises:
-            Mgp5Error: see `check`; or guidance without an unconditional condition.
+        Condition and unconditional (1, L, C), the latter not needed with guidance 1; `options.guidance` must not be
+        None; `rng` on the CPU draws the noise, so that an image does not depend on the device. Raises Mgp5Error as
+        `check`, or for guidance without an unconditional condition.
         """
         if unconditional is None and options.guidance != 1.0:
-            raise Mgp5Error(
-                f"guidance {options.guidance} without an unconditional condition", "give one, or guidance 1"
-            )
+            case = f"guidance {options.guidance} without an unconditional condition"
+            raise Mgp5Error(case, "give one, or guidance 1")
         table = self.check(options)
         shape = self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         noise = torch.randn(shape, generator=rng)[None].to(self.device)
@@ -236,88 +241,24 @@ class LatentDiffusion(nn.Module):
     ) -> Iterator[Tensor]:
         """Denoise B images together; yield the float32 latents (B, Z, h, w) after each step.
 
-        Args:
-            condition: (B, L, C).
-            unconditional: (1 or B, L, C); not needed with guidance 1.
-            generators: one for each image, see `begin`.
-            options: fields of DiffusionOptions; guidance defaults to 7.5, steps to 25.
-
-        Raises:
-            Mgp5Error: see `begin`; before the first step is asked for.
+        Condition (B, L, C), unconditional (1 or B, L, C), a generator for each image; options are fields of
+        DiffusionOptions, guidance defaults to 7.5 and steps to 25. Raises Mgp5Error as `begin`, at the call.
         """
         if len(generators) != len(condition):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
         each = DiffusionOptions(**{"guidance": 7.5, "steps": 25, **options})
+        free = [None] * len(condition) if unconditional is None else unconditional.expand_as(condition).split(1)
         states = [
-            self.begin(condition[i : i + 1], pick(unconditional, i), each, rng) for i, rng in enumerate(generators)
+            self.begin(*conditions, each, rng)
+            for *conditions, rng in zip(condition.split(1), free, generators, strict=True)
         ]
-        return self._run(states)
 
-    def _run(self, states: list[DenoisingState]) -> Iterator[Tensor]:
-        while not states[0].done:
-            self.step(states)
-            yield torch.cat([state.latents for state in states])
+        def steps() -> Iterator[Tensor]:
+            while not states[0].done:
+                self.step(states)
+                yield torch.cat([state.latents for state in states])
 
-
-def load_vae(name: str, revision: str | None, **options: Any) -> AutoencoderKL | AutoencoderTiny:
-    """Load the VAE of a pipeline; `options` are passed to `from_pretrained`.
-
-    Raises:
-        Mgp5Error: the VAE is missing, cannot be read, or its class is not supported.
-    """
-    kind = load_part(AutoencoderKL.load_config, name, "vae", revision).get("_class_name")
-    if kind not in AUTOENCODERS:
-        raise Mgp5Error(f"vae is a {kind}, expected one of {', '.join(AUTOENCODERS)}", "choose another model")
-    return load_part(AUTOENCODERS[kind].from_pretrained, name, "vae", revision, **options)
-
-
-def load_text_parts(
-    name: str,
-    index: dict[str, Any],
-    classes: dict[str, tuple[type, str, type]],
-    revision: str | None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Load the text encoders and tokenizers that a pipeline has; return them by name.
-
-    Args:
-        name: a folder, or a hub id.
-        index: the pipeline's model_index.json.
-        classes: name of an encoder -> its class, name of its tokenizer, the tokenizer's class.
-        revision: branch, tag or commit on the hub.
-        options: passed to `from_pretrained` of the encoders.
-
-    Raises:
-        Mgp5Error: a part cannot be read.
-    """
-    parts = {}
-    for encoder, (model, tokenizer, tokenizer_class) in classes.items():
-        listed = (index.get(encoder) or [None])[-1] is not None
-        if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
-            parts[encoder] = load_part(model.from_pretrained, name, encoder, revision, **options)
-            parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, revision)
-    return parts
-
-
-def load_part(load: Any, name: str, part: str, revision: str | None, **options: Any) -> Any:
-    """Load one part of a pipeline.
-
-    Args:
-        load: a `from_pretrained` or `load_config`; `options` are passed to it.
-        name: a folder, or a hub id.
-        part: subfolder of the pipeline.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        Mgp5Error: the part is missing or cannot be read.
-    """
-    if Path(name).is_dir() and not (Path(name) / part).is_dir():
-        raise Mgp5Error(f"{name} has no folder {part}, expected one for each part", "copy the whole model")
-    try:
-        return load(str(name), subfolder=part, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise Mgp5Error(f"cannot load {part} of {name} ({reason})", "only safetensors weights are read") from error
+        return steps()
 
 
 def no_text_encoder() -> Mgp5Error:

@@ -33,25 +33,16 @@ Schedule = NoiseSchedule | FlowSchedule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplerTable:
-    """The coefficients of one sampler, schedule and number of steps, on the CPU in float64.
+    """The coefficients of one sampler, schedule and number of steps, on the CPU in float64."""
 
-    Args:
-        name: key of SAMPLERS.
-        timesteps: (n,), at which the model is called; PNDM makes one call more than it has steps.
-        coefficients: (n, 2 + M), of the latents, the prediction and M kept predictions, newest first; their weighted
-            sum is the next latents.
-        conversion: (n, 2), of the latents and the prediction; their weighted sum is the prediction to keep.
-        noise_scale: standard deviation of the initial noise.
-    """
-
-    name: str
-    timesteps: Tensor
-    coefficients: Tensor
-    conversion: Tensor
-    noise_scale: float = 1.0
+    name: str  # key of SAMPLERS
+    timesteps: Tensor  # (n,), at which the model is called; PNDM makes one call more than it has steps
+    coefficients: Tensor  # (n, 2 + M), of latents, prediction and M kept predictions, newest first, in the next latents
+    conversion: Tensor  # (n, 2), of latents and prediction in the prediction to keep
+    noise_scale: float = 1.0  # standard deviation of the initial noise
 
     def __len__(self) -> int:
-        """Return n, the number of model calls, which is how many latents `denoise` yields."""
+        """Return n, the number of model calls."""
         return len(self.timesteps)
 
     @property
@@ -61,15 +52,9 @@ class SamplerTable:
 
 
 def sampler_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
-    """Return the table of a sampler for a schedule; tables are cached.
+    """Return the table of a sampler for a schedule and 1 to `num_train_timesteps` steps; tables are cached.
 
-    Args:
-        name: key of SAMPLERS.
-        schedule: of the diffusion model.
-        steps: number of denoising steps, 1 to `num_train_timesteps`.
-
-    Raises:
-        Mgp5Error: the sampler is unknown, or cannot sample this schedule in so many steps.
+    Raises Mgp5Error if the sampler is unknown, or cannot sample this schedule in so many steps.
     """
     if name not in schedule.samplers:
         names = ", ".join(schedule.samplers)
@@ -184,15 +169,10 @@ def _table(
     conversion: Sequence[Sequence[float]] | None = None,  # (n, 2)
     noise_scale: float = 1.0,
 ) -> SamplerTable:
-    coefficients = torch.from_numpy(np.array(rows, dtype=np.float64))
-    kept = np.zeros((len(rows), 2)) if conversion is None else np.array(conversion, dtype=np.float64)
-    return SamplerTable(
-        name=name,
-        timesteps=torch.from_numpy(np.array(timesteps, dtype=np.float64)),
-        coefficients=coefficients,
-        conversion=torch.from_numpy(kept),
-        noise_scale=float(noise_scale),
-    )
+    conversion = np.zeros((len(rows), 2)) if conversion is None else conversion
+    arrays = {"timesteps": timesteps, "coefficients": rows, "conversion": conversion}
+    tensors = {key: torch.from_numpy(np.array(value, dtype=np.float64)) for key, value in arrays.items()}
+    return SamplerTable(name=name, noise_scale=float(noise_scale), **tensors)
 
 
 def _clean_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:

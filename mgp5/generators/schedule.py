@@ -53,17 +53,11 @@ Level = tuple[float, float]  # (alpha, sigma)
 
 
 class Route(NamedTuple):
-    """The timesteps and noise levels of a sampler.
+    """The timesteps and noise levels of a sampler."""
 
-    Attributes:
-        timesteps: (n,), at which the model is called.
-        levels: n + 1 pairs (alpha, sigma) of the latents before each step and after the last, which is (1, 0).
-        noise_scale: standard deviation of the initial noise.
-    """
-
-    timesteps: np.ndarray
-    levels: list[Level]
-    noise_scale: float = 1.0
+    timesteps: np.ndarray  # (n,), at which the model is called
+    levels: list[Level]  # n + 1, of the latents before each step and after the last, which is (1, 0)
+    noise_scale: float = 1.0  # standard deviation of the initial noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +65,7 @@ class NoiseSchedule:
     """A variance-preserving noise schedule; the fields are those of diffusers' scheduler configurations.
 
     `timestep_spacing` and `set_alpha_to_one` may be None: then each sampler uses the default of the diffusers scheduler
-    of its name, as `Scheduler.from_config` does.
-
-    Raises:
-        Mgp5Error: a value is not supported; the message names all of them.
+    of its name, as `Scheduler.from_config` does. Raises Mgp5Error, which names all values that are not supported.
     """
 
     num_train_timesteps: int = 1000
@@ -100,23 +91,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Build the schedule from the configuration of a diffusers scheduler.
+        """Build the schedule from the contents of `scheduler_config.json`, or the `config` of a diffusers scheduler.
 
-        `clip_sample` is ignored: StableDiffusionPipeline turns it off too, as latents are not in [-1, 1].
-
-        Args:
-            config: contents of `scheduler_config.json`, or the scheduler's `config`.
-
-        Raises:
-            Mgp5Error: the scheduler is of another kind (such as flow matching) or has settings that are not
-                implemented here.
+        `clip_sample` is ignored: StableDiffusionPipeline turns it off too, as latents are not in [-1, 1]. Raises
+        Mgp5Error for a scheduler of another kind (such as flow matching) or settings that are not implemented here.
         """
         settings = without_defaults(config)
         problems = disagreements(settings, ACCEPTED)
         if settings.get("_class_name", "DDIMScheduler") not in UNDERSTOOD:
-            problems.append(
-                f"_class_name is {settings['_class_name']}, expected one of {', '.join(sorted(UNDERSTOOD))}"
-            )
+            expected = ", ".join(sorted(UNDERSTOOD))
+            problems.append(f"_class_name is {settings['_class_name']}, expected one of {expected}")
         if problems:
             raise Mgp5Error("scheduler config: " + "; ".join(problems), "take a Stable Diffusion 1.x or 2.x config")
         known = {field.name for field in fields(cls)}
@@ -151,12 +135,7 @@ class NoiseSchedule:
         return torch.randint(self.num_train_timesteps, (count,), generator=generator)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
-        """Return noisy latents (B, Z, h, w).
-
-        Args:
-            latents, noise: (B, Z, h, w).
-            timesteps: (B,) int64 in [0, num_train_timesteps); on the CPU they need no synchronization with the device.
-        """
+        """Return noisy latents (B, Z, h, w) at timesteps (B,) int64; on the CPU they need no wait for the device."""
         alpha, sigma = self._levels(timesteps, latents)
         return alpha * latents + sigma * noise
 
@@ -164,10 +143,6 @@ class NoiseSchedule:
         """Return the training target (B, Z, h, w): the noise, the velocity or the latents, by `prediction_type`.
 
         The velocity is alpha * noise - sigma * latents (Salimans and Ho, arXiv 2202.00512).
-
-        Args:
-            latents, noise: (B, Z, h, w).
-            timesteps: (B,) int64.
         """
         if self.prediction_type == "epsilon":
             return noise
@@ -176,17 +151,13 @@ class NoiseSchedule:
         alpha, sigma = self._levels(timesteps, latents)
         return alpha * noise - sigma * latents
 
-    def snr(self, timesteps: Tensor) -> Tensor:  # (B,) -> (B,)
-        """Return the signal-to-noise ratio alpha^2 / sigma^2 in float32, on the device of `timesteps`."""
-        alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
-        return (alpha_bar / (1 - alpha_bar)).to(timesteps.device, torch.float32)
-
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # (B,) -> (B,)
-        """Return the min-SNR weights of the loss (Hang et al., arXiv 2303.09556, section 3.4).
+        """Return the min-SNR weights of the loss in float32 (Hang et al., arXiv 2303.09556, section 3.4).
 
         They are min(SNR, gamma) for a loss on the clean latents, converted to the model's `prediction_type`.
         """
-        snr = self.snr(timesteps)
+        alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
+        snr = (alpha_bar / (1 - alpha_bar)).to(timesteps.device, torch.float32)
         if self.prediction_type == "epsilon":
             return (gamma / snr).clamp(max=1)
         return snr.clamp(max=gamma) / (snr + 1 if self.prediction_type == "v_prediction" else 1)
@@ -210,13 +181,8 @@ class NoiseSchedule:
         return Route(timesteps, [self._ratio_level(t) for t in timesteps] + [(1.0, 0.0)])
 
     def spaced_timesteps(self, steps: int, default: str, rounded: bool = True) -> np.ndarray:  # (steps,)
-        """Return falling timesteps of the schedule's spacing (Lin et al., arXiv 2305.08891, table 2).
-
-        Args:
-            steps: n.
-            default: the spacing when the schedule names none.
-            rounded: round "linspace" to integers.
-        """
+        """Return falling timesteps of the schedule's spacing, or else of `default` (Lin et al., arXiv 2305.08891, table
+        2); those of "linspace" are integers if `rounded`."""
         spacing, total = self.timestep_spacing or default, self.num_train_timesteps
         if spacing == "linspace":
             timesteps = np.linspace(0, total - 1, steps)[::-1]

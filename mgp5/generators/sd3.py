@@ -8,23 +8,19 @@ Letters: B batch, Z latent channels, h and w latents, L condition length, C cond
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..errors import Mgp5Error
-from . import read_index
 from .flow import FlowSchedule
-from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, load_part, load_text_parts, load_vae, no_text_encoder
+from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, no_text_encoder
 
 T5_LENGTH = 256  # tokens for T5, the default of StableDiffusion3Pipeline, unless the tokenizer allows fewer
-TEXT_PARTS = {
-    "text_encoder": (CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
-    "text_encoder_2": (CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
-    "text_encoder_3": (T5EncoderModel, "tokenizer_3", T5TokenizerFast),
-}
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -32,18 +28,18 @@ class StableDiffusion3(LatentDiffusion):
 
     Its condition is one tensor (B, L, C): the states of both CLIPs, concatenated along the width and padded with zeros
     to C, then those of T5, and in the last row the pooled vector, padded too. Only `encode_text`, `predict` and the
-    feature mapper depend on this layout.
+    feature mapper depend on this layout. Text encoders may be None; without a T5 its rows are zeros. A module with the
+    same call, `config`, `device` and `dtype` may replace the transformer.
 
-    Args:
-        transformer: the denoiser; a module with the same call, `config`, `device` and `dtype` may replace it.
-        vae: encodes pixels to latents and decodes latents to pixels.
-        schedule: noise schedule.
-        text_encoder, tokenizer, text_encoder_2, tokenizer_2: the two CLIPs; None where the model has none.
-        text_encoder_3, tokenizer_3: T5; None: its rows of the condition are zeros.
-
-    Raises:
-        Mgp5Error: the pooled vector is wider than the condition.
+    Raises Mgp5Error if the pooled vector is wider than the condition.
     """
+
+    denoiser_name, denoiser_class, schedule_class = "transformer", SD3Transformer2DModel, FlowSchedule
+    text_parts: ClassVar = {
+        "text_encoder": (CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
+        "text_encoder_2": (CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
+        "text_encoder_3": (T5EncoderModel, "tokenizer_3", T5TokenizerFast),
+    }
 
     def __init__(
         self,
@@ -58,9 +54,7 @@ class StableDiffusion3(LatentDiffusion):
         tokenizer_3: T5TokenizerFast | None = None,
     ) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.vae = vae
-        self.schedule = schedule
+        self.transformer, self.vae, self.schedule = transformer, vae, schedule
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
@@ -68,34 +62,6 @@ class StableDiffusion3(LatentDiffusion):
         if self.pooled_width > self.condition_shape[1]:
             widths = f"the pooled vector has {self.pooled_width} numbers and a row {self.condition_shape[1]}"
             raise Mgp5Error(f"{widths}, expected no more than in a row", "choose another diffusion model")
-
-    @classmethod
-    def load(cls, name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> StableDiffusion3:
-        """Load a model in the layout of StableDiffusion3Pipeline; text encoders may be missing.
-
-        Only safetensors files are read, as other formats can run code.
-
-        Args:
-            name: a folder, or a hub id.
-            dtype: dtype of the weights.
-            revision: branch, tag or commit on the hub.
-
-        Raises:
-            Mgp5Error: a part is missing or cannot be read, or the scheduler configuration is not supported.
-        """
-        weights = {"dtype": dtype, "use_safetensors": True}
-        scheduler = load_part(FlowMatchEulerDiscreteScheduler.load_config, name, "scheduler", revision)
-        return cls(
-            schedule=FlowSchedule.from_config(scheduler),
-            transformer=load_part(SD3Transformer2DModel.from_pretrained, name, "transformer", revision, **weights),
-            vae=load_vae(name, revision, **weights),
-            **load_text_parts(name, read_index(name, revision), TEXT_PARTS, revision, **weights),
-        )
-
-    @property
-    def denoiser(self) -> SD3Transformer2DModel:
-        """Return the transformer."""
-        return self.transformer
 
     @property
     def condition_shape(self) -> tuple[int, int]:
@@ -120,11 +86,10 @@ class StableDiffusion3(LatentDiffusion):
         return self._factor * self.transformer.config.patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (Z, h, w) of the latents of an image of height x width pixels.
+        """Return (Z, h, w) of the latents of an image; height and width in pixels.
 
-        Raises:
-            Mgp5Error: height or width is not a positive multiple of 16 (for the published models), or is too large
-                for the transformer's position embeddings.
+        Raises Mgp5Error for one that is not a positive multiple of 16 (for the published models), or that is too large
+        for the transformer's position embeddings.
         """
         limit = self.transformer.config.pos_embed_max_size * self._unit
         if max(height, width) > limit:
@@ -136,8 +101,7 @@ class StableDiffusion3(LatentDiffusion):
     def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
         """Encode B texts as StableDiffusion3Pipeline does, with the pooled vector as last row; zeros without a T5.
 
-        Raises:
-            Mgp5Error: the model has no weights of a CLIP.
+        Raises Mgp5Error if the model has no weights of a CLIP.
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise no_text_encoder()
@@ -159,10 +123,7 @@ class StableDiffusion3(LatentDiffusion):
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
         """Predict the velocity with one call of the transformer, in float32.
 
-        Args:
-            latents: (B, Z, h, w), noisy.
-            timesteps: (B,) or (), in [0, 1000], fractions allowed.
-            condition: (B, L, C).
+        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, 1000], fractions allowed, condition (B, L, C).
         """
         condition = condition.to(self.transformer.dtype)
         outputs = self.transformer(

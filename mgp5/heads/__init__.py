@@ -35,56 +35,32 @@ HEADS: dict[str, tuple[str, str]] = {"minigpt5": ("mgp5.heads.minigpt5", "MiniGP
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """The constants of a head.
+    """The constants of a head."""
 
-    Args:
-        name: key of HEADS.
-        new_tokens: special tokens that it adds to the vocabulary; the first is the trigger, with which the LLM begins
-            an image.
-        positions: number of positions in the sequence that one drawn image takes.
-        stages: names of the training stages, in order.
-        losses: names of its loss terms, without "text".
-        image_options: class of its image options.
-        reads_prefix: whether it yields `Prefix`; only then the states of all tokens are kept.
-        reads_side: whether layers of the LLM attend to `ImageContext.side` of the context images.
-    """
-
-    name: str
-    new_tokens: tuple[str, ...]
-    positions: int
-    stages: tuple[str, ...]
-    losses: tuple[str, ...]
+    name: str  # key of HEADS
+    new_tokens: tuple[str, ...]  # special tokens that it adds; the first is the trigger, which begins an image
+    positions: int  # number of positions in the sequence that one drawn image takes
+    stages: tuple[str, ...]  # names of the training stages, in order
+    losses: tuple[str, ...]  # names of its loss terms, without "text"
     image_options: type[ImageOptions]
-    reads_prefix: bool = False
-    reads_side: bool = False
+    reads_prefix: bool = False  # whether it yields `Prefix`; only then the states of all tokens are kept
+    reads_side: bool = False  # whether layers of the LLM attend to `ImageContext.side` of the context images
 
 
 class Part(NamedTuple):
-    """A part of a model that is loaded, counted, moved or saved as one.
-
-    Attributes:
-        module: module with the weights.
-        phase: when it computes: "encode", "read", "draw" or "decode"; "": it stays where it was loaded.
-        saved: whether it is trained and stored in checkpoints; frozen parts are loaded from their own repository.
-    """
+    """A part of a model that is loaded, counted, moved or saved as one."""
 
     module: nn.Module
-    phase: str
-    saved: bool
+    phase: str  # when it computes: "encode", "read", "draw" or "decode"; "": it stays where it was loaded
+    saved: bool  # whether it is trained and stored in checkpoints; frozen parts are loaded from their own repository
 
 
 class TrainRule(NamedTuple):
-    """How the parameters whose names match a pattern are trained.
+    """How the parameters whose names match a pattern are trained."""
 
-    Attributes:
-        pattern: regular expression, searched in the parameter's name.
-        lr: peak learning rate; None: they do not train.
-        weight_decay: of AdamW.
-    """
-
-    pattern: str
-    lr: float | None
-    weight_decay: float = 0.0
+    pattern: str  # regular expression, searched in the parameter's name
+    lr: float | None  # peak learning rate; None: they do not train
+    weight_decay: float = 0.0  # of AdamW
 
 
 @dataclass(frozen=True)
@@ -96,21 +72,13 @@ class Forced:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Sample `count` tokens one by one inside the decoding loop, batched with the text of other replies (SEED).
+    """Sample `count` tokens one by one inside the decoding loop, batched with the text of other replies (SEED)."""
 
-    Args:
-        count: number of tokens (32 codes for SEED).
-        allowed: for each token, the ids that may be sampled.
-        rng: on the CPU.
-        temperature: 0 takes the most likely token.
-        top_p: nucleus sampling, in (0, 1].
-    """
-
-    count: int
-    allowed: Sequence[Sequence[int]]
-    rng: torch.Generator
-    temperature: float = 1.0
-    top_p: float = 1.0
+    count: int  # 32 codes for SEED
+    allowed: Sequence[Sequence[int]]  # for each token, the ids that may be sampled
+    rng: torch.Generator  # on the CPU
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_p: float = 1.0  # nucleus sampling, in (0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,30 +95,19 @@ class Prefix:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Run `Head.step` on `inputs`, together with all Steps of other images that have the same key.
+    """Run `Head.step` on `inputs`, together with all Steps of other images that have the same key."""
 
-    Args:
-        key: name of the step, then whatever must agree for inputs to share a call, such as shapes.
-        inputs: inputs of one image; what `step` returns for it is the response's `output`.
-    """
-
-    key: tuple[Any, ...]
-    inputs: Any
+    key: tuple[Any, ...]  # name of the step, then whatever must agree for inputs to share a call, such as shapes
+    inputs: Any  # of one image; what `step` returns for it is the response's `output`
 
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Report the progress of an image; the scheduler computes nothing.
+    """Report the progress of an image; the scheduler computes nothing."""
 
-    Args:
-        step: 1 to total.
-        total: number of previews of this image.
-        latents: (1, Z, h, w), the image so far, or None.
-    """
-
-    step: int
-    total: int
-    latents: Tensor | None = None
+    step: int  # 1 to total
+    total: int  # number of previews of this image
+    latents: Tensor | None = None  # (1, Z, h, w), the image so far
 
 
 Request = Forced | Sample | Embeds | Prefix | Step | Preview
@@ -160,67 +117,42 @@ Request = Forced | Sample | Embeds | Prefix | Step | Preview
 class Response:
     """The scheduler's answer to a request.
 
-    Attributes:
-        hidden: (1, T, D). Forced and Embeds: the state after each of T tokens. Sample: the state that predicted each.
-            Prefix: the state after each token so far.
-        ids: tokens that were read or sampled. The last sampled one has not been read yet: it goes before whatever is
-            read next.
-        output: output of a Step.
+    Forced and Embeds get the state after each of T tokens, Sample the state that predicted each, Prefix the state after
+    each token so far. The last sampled token has not been read yet: it goes before whatever is read next.
     """
 
-    hidden: Tensor | None = None
-    ids: tuple[int, ...] = ()
-    output: Any = None
+    hidden: Tensor | None = None  # (1, T, D)
+    ids: tuple[int, ...] = ()  # tokens that were read or sampled
+    output: Any = None  # of a Step
 
 
 @dataclass(frozen=True)
 class DrawContext:
-    """The inputs of `Head.draw`.
+    """The inputs of `Head.draw`."""
 
-    Attributes:
-        state: (1, 1, D), the state that predicted the trigger. The trigger itself has not been read.
-        options: image options.
-        rng: returns a generator on the CPU for one use of random numbers in this image: `rng("noise")`.
-    """
-
-    state: Tensor
+    state: Tensor  # (1, 1, D), the state that predicted the trigger; the trigger itself has not been read
     options: ImageOptions
-    rng: Callable[[str], torch.Generator] = field(compare=False)
+    rng: Callable[[str], torch.Generator] = field(compare=False)  # "noise" -> a generator on the CPU for this use
 
 
 class ImageContext(NamedTuple):
-    """N context images as the LLM gets them.
+    """N context images as the LLM gets them."""
 
-    Attributes:
-        tokens: N tensors (S, E), the embeddings in the S slots of each image.
-        side: (N, ...), features that layers of the LLM attend to besides the sequence, or None.
-    """
-
-    tokens: list[Tensor]
-    side: Tensor | None = None
+    tokens: list[Tensor]  # N tensors (S, E), the embeddings in the S slots of each image
+    side: Tensor | None = None  # (N, ...), features that layers of the LLM attend to besides the sequence
 
 
 class Head(nn.Module):
-    """The base class of all heads, with defaults that fit most of them.
-
-    Attributes:
-        spec: constants of the head.
-        ids: token ids of `spec.new_tokens`, set by `install`.
-    """
+    """The base class of all heads, with defaults that fit most of them."""
 
     spec: HeadSpec
-    ids: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()  # of `spec.new_tokens`, set by `install`
 
     @classmethod
     def load(cls, config: ModelConfig, dtype: torch.dtype) -> Head:
-        """Build the head of a configuration: frozen parts from disk or the hub, trained parts fresh.
+        """Build the head of `config.head_config`: frozen parts in `dtype` from disk or the hub, trained parts fresh.
 
-        Args:
-            config: configuration of the model; `config.head_config` is that of the head.
-            dtype: dtype of frozen weights.
-
-        Raises:
-            Mgp5Error: a part is missing or does not fit.
+        Raises Mgp5Error if a part is missing or does not fit.
         """
         raise NotImplementedError
 
@@ -270,14 +202,8 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def losses(self, hidden: Tensor, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
-        """Return the named, weighted loss terms of a batch's target images.
-
-        Args:
-            hidden: (B, T, D), last states of the LLM.
-            batch: has P >= 1 target images.
-            config: of the training stage.
-            rng: on the CPU.
-        """
+        """Return the named, weighted loss terms of a batch with P >= 1 target images, from the LLM's last states
+        (B, T, D); `rng` is on the CPU."""
         raise NotImplementedError
 
     # --- inference ---
@@ -310,13 +236,10 @@ def head_class(name: str) -> type[Head]:
 def rng(seed: int, image: int, use: str) -> torch.Generator:
     """Return a random generator on the CPU for one use in a reply; no two uses share random numbers.
 
-    Args:
-        seed: seed of the reply's text, or of its first image.
-        image: index of the image in the reply, from 0.
-        use: purpose of the numbers. Text and noise have plain seeds, which image files note so that other programs can
-            repeat them: "text" `seed`, "noise" `seed + image`. All other uses hash the three arguments.
+    `seed` is that of the reply's text or of its first image, `image` the index of the image in the reply. "text" and
+    "noise" have the plain seeds `seed` and `seed + image`, which image files note so that other programs can repeat
+    them; all other uses hash the three arguments.
     """
     if use in ("text", "noise"):
         return torch.Generator().manual_seed(seed + image)
-    mixed = int(digest(f"{seed} {image} {use}", size=8), 16)
-    return torch.Generator().manual_seed(mixed >> 1)
+    return torch.Generator().manual_seed(int(digest(f"{seed} {image} {use}", size=8), 16) >> 1)

@@ -31,12 +31,8 @@ class Losses:
 
 
 def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states (J, D) that predict a label, and these labels (J,).
-
-    Args:
-        hidden: (B, T, D).
-        labels: (B, T), not shifted, IGNORE where there is no loss.
-    """
+    """Return the states (J, D) that predict a label, and these labels (J,), from hidden (B, T, D) and labels (B, T),
+    which are not shifted and IGNORE where there is no loss."""
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     return hidden[:, :-1][chosen], targets[chosen]

@@ -10,6 +10,7 @@ pixels, Z latent channels, h and w latents.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,12 +59,7 @@ def predicting_states(
 
 
 class MiniGPT5Head(Head):
-    """Draw an image from the states that predict a run of vokens (MiniGPT-5, section 3.2).
-
-    Args:
-        generator: frozen latent-diffusion model.
-        config: number of vokens, shape of the mapper, and source of the unconditional condition.
-    """
+    """Draw an image from the states that predict a run of vokens (MiniGPT-5, section 3.2); the generator is frozen."""
 
     def __init__(self, generator: LatentDiffusion, config: MiniGPT5Config) -> None:
         super().__init__()
@@ -78,7 +74,6 @@ class MiniGPT5Head(Head):
         )
         self.mapper = FeatureMapper(config.mapper)
         self.generator = generator
-        self.empty_text = config.unconditional == "text"
         self._unconditional: Tensor | None = None
 
     @classmethod
@@ -122,23 +117,22 @@ class MiniGPT5Head(Head):
         "pretrain": voken rows of embedding and LM head, and the mapper. "finetune": voken rows, LoRA or prefix, and the
         mapper's transformer; its MLP and queries keep the values of the first stage.
         """
-        frozen = TrainRule(r"^head\.mapper\.(mlp\.|queries$)", None)
-        if config.stage == "pretrain":
-            frozen = TrainRule(r"^head\.mapper\.queries$", None)
+        frozen = []
+        if config.stage == "finetune":
+            frozen = [TrainRule(r"^head\.mapper\.(mlp\.|queries$)", None)]
+        elif not config.train_queries:
+            frozen = [TrainRule(r"^head\.mapper\.queries$", None)]
         return (
             TrainRule("trainable_tokens", config.rows_lr, 0.0),  # rows of embedding and LM head: no decay
             TrainRule(r"^backbone\..*lora_|^backbone\.prefix\.", config.lr, config.weight_decay),
-            *([frozen] if config.stage == "finetune" or not config.train_queries else []),
+            *frozen,
             TrainRule(r"^head\.mapper\.", config.lr, config.weight_decay),
         )
 
     def prepare(self, config: TrainConfig) -> None:
         """Choose the source of the unconditional condition, and set gradient checkpointing of the generator."""
         # Without guidance dropout the mapper does not learn it: the encoding of the empty text takes its place.
-        self.empty_text = not config.guidance_dropout
-        self.config = MiniGPT5Config(
-            num_vokens=self.num_vokens, mapper=self.config.mapper, unconditional="text" if self.empty_text else "mapper"
-        )
+        self.config = replace(self.config, unconditional="mapper" if config.guidance_dropout else "text")
         self.generator.checkpointing(config.checkpointing)
 
     def target(self, image: pil.Image) -> dict[str, Tensor]:
@@ -162,12 +156,8 @@ class MiniGPT5Head(Head):
         `config.guidance_dropout` the states of an image are replaced by zeros, which trains the unconditional
         condition. This happens before the MLP, as at inference; the caption target is then the empty text.
 
-        Args:
-            hidden: (B, T, D), last states of the LLM.
-            batch: `targets` has "pixels" (P, 3, H, W), or from a cache "moments" (P, 2Z, h, w); "encodings" (P, L, C)
-                of the captions where a cache has them.
-            config: of the stage.
-            rng: on the CPU; draws dropout, timesteps and noise.
+        `batch.targets` has "pixels" (P, 3, H, W), or from a cache "moments" (P, 2Z, h, w) and maybe "encodings"
+        (P, L, C) of the captions. `rng` on the CPU draws dropout, timesteps and noise.
         """
         states = predicting_states(hidden, batch.target_rows, batch.target_starts, self.num_vokens)  # (P, K, D)
         dropped = torch.rand(len(states), generator=rng) < config.guidance_dropout  # (P,)
@@ -200,7 +190,8 @@ class MiniGPT5Head(Head):
         """Return the unconditional condition on device and in dtype of `condition`; kept until the mapper trains."""
         cached = self._unconditional
         if cached is None or cached.device != condition.device or self.training:
-            new = self.generator.encode_text([""]) if self.empty_text else self.mapper.unconditional(self.num_vokens)
+            from_text = self.config.unconditional == "text"
+            new = self.generator.encode_text([""]) if from_text else self.mapper.unconditional(self.num_vokens)
             self._unconditional = cached = new.to(condition)
         return cached
 
@@ -232,13 +223,12 @@ class MiniGPT5Head(Head):
     def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
         """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
 
-        Args:
-            key: its first item says what is done.
-            inputs: of each image. "begin": its condition (1, L, C) and DrawContext, for its DenoisingState.
-                "denoising": that state, which advances. "decode": latents (1, Z, h, w), for pixels as from `draw`.
+        By the first item of `key`, the inputs of an image and its output are: "begin", condition (1, L, C) and
+        DrawContext to DenoisingState; "denoising", that state, which advances; "decode", latents (1, Z, h, w) to pixels
+        (3, H, W) in [-1, 1].
         """
         if key[0] == "begin":
-            return [self._begin(condition, context) for condition, context in inputs]
+            return [self._begin(*each) for each in inputs]
         if key[0] == "denoising":
             self.generator.step(inputs)
             return inputs
@@ -253,12 +243,12 @@ class FeatureMapper(nn.Module):
     """Map the states that predict the vokens to a condition (MiniGPT-5, section 3.2).
 
     An MLP, then an encoder-decoder transformer whose decoder inputs are L learned queries. The vokens have no position
-    embedding and no mask. For Stable Diffusion 1 and 2 the decoder's output is the condition. Stable Diffusion 3 needs
-    333 rows of width 4096 and a pooled vector of 2048. A transformer of that width would have 16 times the parameters,
-    so its width is 1024 (`config.inner`), as for 2.1, with a projection to C after it; one more query with another
-    projection gives the pooled vector. (The paper does not cover it; examples/storyland/README.md tries it.)
+    embedding and no mask. The stages train different parts, which are named `mlp`, `transformer` and `queries`.
 
-    The stages train different parts, which are named `mlp`, `transformer` and `queries`.
+    For Stable Diffusion 1 and 2 the decoder's output is the condition. Stable Diffusion 3, which the paper does not
+    cover, needs 333 rows of width 4096 and a pooled vector of 2048. A transformer of that width would have 16 times the
+    parameters, so its width is 1024 (`config.inner`) with a projection to C after it; one more query with another
+    projection gives the pooled vector.
     """
 
     def __init__(self, config: MapperConfig) -> None:
@@ -326,20 +316,16 @@ def _transformer(config: MapperConfig) -> nn.Transformer:
 
 
 def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
-    """Return the distance of the mapper's condition to the generator's encoding of the caption (eq. 4).
+    """Return the distance of the mapper's condition to the encoding of the caption, both (P, L, C) (eq. 4).
 
-    Args:
-        condition, encoding: (P, L, C).
-        pooled: width of the pooled vector in the last row, 0 without one. It is a separate term: as one row among 334
-            it would hardly count, although it modulates every layer of the generator.
-        distance: "mse", or "l2", the mean Euclidean distance of rows of GILL (arXiv 2305.17216).
+    The pooled vector of width `pooled` in the last row, if there is one, is a separate term: as one row among 334 it
+    would hardly count, although it modulates every layer of the generator. `distance` is "mse", or "l2", the mean
+    Euclidean distance of rows of GILL (arXiv 2305.17216).
     """
     difference = condition.float() - encoding.float()
-    rows = difference[:, :-1] if pooled else difference
-    parts = [rows, difference[:, -1:, :pooled]] if pooled else [rows]
-    if distance == "l2":
-        return torch.stack([part.norm(dim=-1).mean() for part in parts]).sum()
-    return torch.stack([part.square().mean() for part in parts]).sum()
+    parts = [difference[:, :-1], difference[:, -1:, :pooled]] if pooled else [difference]
+    measure = (lambda part: part.norm(dim=-1)) if distance == "l2" else torch.square
+    return torch.stack([measure(part).mean() for part in parts]).sum()
 
 
 def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)

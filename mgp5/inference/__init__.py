@@ -1,1 +1,1 @@
-"""inference"""
+"""Inference: one loop that serves many replies."""

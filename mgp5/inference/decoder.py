@@ -1,7 +1,7 @@
 """Decoding: conversations as rows of one batch, token after token on the device without waiting for the host.
 
-R rows, r rows that take part, k tokens read at once, n tokens decoded per sync, D width of the LLM, E of embeddings (D
-or more), V vocabulary, W slots that attention sees, N images that a row attends to beside.
+Letters: R rows, r rows that take part, k tokens read at once, n tokens decoded per sync, D LLM width, E embedding
+width, V vocabulary, W slots that attention sees, N images that layers of the LLM attend to besides the sequence.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from ..backbones import SideInputs
 from ..backbones.kv_cache import SMALLEST
@@ -23,29 +24,22 @@ from .token_sampling import PAUSED, SamplingParams, penalise, sample
 if TYPE_CHECKING:
     from ..backbones import Backbone
 
-TOKENS_PER_SYNC = 8  # tokens between two looks of the host at what was sampled, on a GPU; on a CPU it is 1
+TOKENS_PER_SYNC = 8  # on a GPU
 GRAPHS = 6  # kept; each holds little memory, as all share one pool
 
 
 @dataclass
 class Row:
-    """One conversation of the batch.
+    """One conversation of the batch."""
 
-    Attributes:
-        length: tokens in its cache.
-        position: the next rotary position.
-        sampling: how it samples its tokens.
-        side: (N, ...) what layers of the LLM attend to beside, of all images so far; None for none.
-    """
-
-    length: int = 0
-    position: int = 0
+    length: int = 0  # tokens in its cache
+    position: int = 0  # the next rotary position
     sampling: SamplingParams | None = None
-    side: Tensor | None = None
+    side: Tensor | None = None  # (N, ...), `SideInputs.features` of all its images so far
 
 
 class SamplingMode(NamedTuple):
-    """What sampling the rows of a step need; the rest is left out of it."""
+    """What the rows of a step need to sample; the rest is left out of it."""
 
     random: bool  # some sample
     greedy: bool  # some take the most likely token
@@ -53,22 +47,22 @@ class SamplingMode(NamedTuple):
 
 
 class Decoder:
-    """The rows of one batch, which read, decode and are cut back independently of each other.
+    """The R rows of one batch, which read, decode and are cut back independently of each other.
 
-    Args:
-        backbone: the LLM.
-        rows: R; they may begin and end at any time.
-        tokens_per_sync: the most tokens to decode between two looks of the host; None: 8 on a GPU, 1 on a CPU.
-        bucket: 1 runs the rows that decode over the slots they fill. Otherwise all rows run, paused ones too, over a
-            power of two of slots, at least this number: the shapes of CUDA graphs and compiled code. None: what fits.
+    With `bucket` 1 only the rows that decode run, over the slots they fill. Otherwise all rows run, paused ones too,
+    over a power of two of slots, at least this number: the shapes of CUDA graphs and compiled code.
     """
 
     def __init__(
-        self, backbone: Backbone, rows: int = 1, *, tokens_per_sync: int | None = None, bucket: int | None = None
+        self,
+        backbone: Backbone,
+        rows: int = 1,
+        *,
+        tokens_per_sync: int | None = None,  # between two looks of the host at the tokens; None: 8 on a GPU, else 1
+        bucket: int | None = None,  # None: what fits
     ) -> None:
-        device, width, dtype = backbone.device, backbone.width, backbone.lm_head.weight.dtype
-        self.backbone, self.device = backbone, device
-        self.on_gpu = device.type == "cuda"
+        self.backbone, self.device = backbone, backbone.device
+        self.on_gpu = self.device.type == "cuda"
         self.tokens_per_sync = tokens_per_sync or (TOKENS_PER_SYNC if self.on_gpu else 1)
         self.bucket = bucket or (SMALLEST if self.on_gpu or backbone.compiled else 1)
         self.rows = [Row() for _ in range(rows)]
@@ -79,21 +73,13 @@ class Decoder:
         self._buffers: dict[int, DecodeBuffers] = {}  # by number of rows
         with torch.inference_mode(False):
             shape = 2, rows, len(backbone.lm_head.weight)
-            self.banned, self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
-            self._new_buffers = partial(
-                DecodeBuffers, tokens=self.tokens_per_sync, width=width, device=device, dtype=dtype
-            )
+            self.banned, self.generated = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._language = _compiled(backbone, self.on_gpu) if backbone.compiled else backbone
 
     def set_sampling(
         self, row: int, params: SamplingParams, *, banned: Iterable[int] = (), allowed: Any = None
     ) -> None:
-        """Set how a row samples its tokens.
-
-        Args:
-            banned: ids that it must not sample.
-            allowed: the only ids that it may sample; None: all but the banned.
-        """
+        """Set how a row samples its tokens: of the `allowed` ids, None for all, but the banned ones."""
         self.rows[row].sampling = params
         self.banned[row] = allowed is not None
         if allowed is not None:
@@ -107,13 +93,7 @@ class Decoder:
         state.length = length
 
     def read(self, row: int, embeds: Tensor, positions: Tensor, side: SideInputs | None = None) -> Tensor:  # (1, k, D)
-        """Read a prompt; return the state after each token.
-
-        Args:
-            embeds: (1, k, E).
-            positions: (1, k) or (3, 1, k) rotary positions.
-            side: for these tokens.
-        """
+        """Read embeddings (1, k, E) at rotary positions (1, k) or (3, 1, k); return the state after each token."""
         self._axes = positions.shape[:-2]
         hidden = self._read([row], embeds, positions, side)
         self.rows[row].position = int(positions.max()) + 1
@@ -139,12 +119,8 @@ class Decoder:
     def steps(self, tokens: dict[int, int], count: int) -> dict[int, tuple[list[int], Tensor]]:
         """Read a token of each row, sample the next, read that, and so on, without waiting for the device.
 
-        Args:
-            tokens: row -> the token to begin with.
-            count: n, at most `tokens_per_sync`.
-
-        Returns:
-            row -> n sampled tokens, of which the last is not read yet, and the states (n, D) that predict them.
+        `tokens` has the first token of each row, `count` is n, at most `tokens_per_sync`. Returns for each row n
+        sampled tokens, of which the last is not read yet, and the states (n, D) that predict them.
         """
         rows = sorted(tokens) if self.bucket == 1 else list(range(len(self.rows)))
         end = max(self.rows[row].length for row in tokens) + self.cache.prefix_length + count
@@ -185,23 +161,24 @@ class Decoder:
         return hidden
 
     def _side(self, rows: Sequence[int], tokens: int) -> SideInputs | None:
-        """Return what the next tokens of rows attend to beside: all images of each row so far."""
-        sides = {row: self.rows[row].side for row in rows if self.rows[row].side is not None}
-        if not sides:
+        """Return the side inputs of the next tokens of rows: all images of each row so far."""
+        sides = [self.rows[row].side for row in rows]
+        first = next((side for side in sides if side is not None), None)
+        if first is None:
             return None
-        first = next(iter(sides.values()))
-        counts = [len(sides[row]) if row in sides else 0 for row in rows]
-        features = first.new_zeros(len(rows), max(counts), *first.shape[1:])
-        for i, row in enumerate(rows):
-            if row in sides:
-                features[i, : counts[i]] = sides[row]
-        return SideInputs(features, torch.tensor(counts, device=self.device)[:, None].expand(-1, tokens))
+        sides = [first[:0] if side is None else side for side in sides]
+        counts = torch.tensor([len(side) for side in sides], device=self.device)
+        return SideInputs(pad_sequence(sides, batch_first=True), counts[:, None].expand(-1, tokens))
+
+    def _buffers_for(self, rows: int) -> DecodeBuffers:
+        if rows not in self._buffers:
+            dtype = self.backbone.lm_head.weight.dtype
+            self._buffers[rows] = DecodeBuffers(rows, self.tokens_per_sync, self.backbone.width, self.device, dtype)
+        return self._buffers[rows]
 
     def _load(self, tokens: dict[int, int], rows: list[int], count: int) -> DecodeBuffers:
         """Fill buffers with what the host knows of some rows; those without a token pause."""
-        if len(rows) not in self._buffers:
-            self._buffers[len(rows)] = self._new_buffers(len(rows))
-        buffers, integers, settings = self._buffers[len(rows)], [], []
+        buffers, integers, settings = self._buffers_for(len(rows)), [], []
         for row in rows:
             state = self.rows[row]
             slot = state.length + self.cache.prefix_length if row in tokens else self.cache.index.capacity - 1
@@ -219,15 +196,12 @@ class Decoder:
 
     def _advance(self, rows: list[int], width: int, mode: SamplingMode) -> Callable[[], None]:
         """Return what runs one step: on a GPU a CUDA graph, where the LLM can be captured."""
-        count = len(rows)
-        if count not in self._buffers:
-            self._buffers[count] = self._new_buffers(count)
-        side = self._side(rows, 1)
-        step = partial(self._step, self._buffers[count], width, mode, side)
+        buffers, side = self._buffers_for(len(rows)), self._side(rows, 1)
+        step = partial(self._step, buffers, width, mode, side)
         if side is not None or not (self.on_gpu and self.backbone.capturable):
             return step
         key = width, mode
-        graph = self._graphs.pop(key, None) or self._capture(step, self._buffers[count])
+        graph = self._graphs.pop(key, None) or self._capture(step, buffers)
         self._graphs[key] = graph
         while len(self._graphs) > GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
@@ -282,23 +256,17 @@ class Decoder:
 
 
 class DecodeBuffers:
-    """Buffers of r rows that decode together; their addresses stay, as a CUDA graph needs.
-
-    Attributes:
-        integers: (5, r) row, slot, rotary position, whether it is active, and the token to be read.
-        settings: (4 + n, r) temperature, whether it was not 0, top_p, penalty, a number in [0, 1) for each step.
-        tokens: (n, r) sampled.
-        states: (n, r, D) that predict them.
-        step: (1,) steps since the last sync.
-    """
+    """Buffers of r rows that decode together; their addresses stay, as a CUDA graph needs."""
 
     def __init__(self, rows: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
+            # (5, r): row, slot, rotary position, whether it is active, and the token to be read
             self.integers = torch.zeros(5, rows, dtype=torch.long, device=device)
+            # (4 + n, r): temperature, whether it was not 0, top_p, penalty, a number in [0, 1) for each step
             self.settings = torch.ones(4 + tokens, rows, device=device)
-            self.tokens = torch.zeros(tokens, rows, dtype=torch.long, device=device)
-            self.states = torch.zeros(tokens, rows, width, dtype=dtype, device=device)
-            self.step = torch.zeros(1, dtype=torch.long, device=device)
+            self.tokens = torch.zeros(tokens, rows, dtype=torch.long, device=device)  # (n, r), sampled
+            self.states = torch.zeros(tokens, rows, width, dtype=dtype, device=device)  # (n, r, D), that predict them
+            self.step = torch.zeros(1, dtype=torch.long, device=device)  # steps since the last sync
             self.rows, self.slot, self.position, self.active, self.token = self.integers
             self.temperature, self.random, self.top_p, self.penalty = self.settings[:4, :, None]
             self.counters, self.numbers = self.integers[1:3], self.settings[4:]

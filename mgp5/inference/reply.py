@@ -24,14 +24,8 @@ def generate(
 ) -> Iterator[Event]:
     """Generate the assistant's next turn as events; the last one is Finished and carries the message.
 
-    Args:
-        model: from `mgp5.load`.
-        conversation: ends with the user's turn.
-        options: how to reply.
-        session: pass the same one again on the next turn, and only what is new is read.
-
-    Raises:
-        Mgp5Error: the conversation does not fit the model's context, or an image cannot be read.
+    The conversation ends with the user's turn. Pass the same session again on the next turn, and only what is new is
+    read. Raises Mgp5Error if the conversation does not fit the model's context, or an image cannot be read.
     """
     for _, event in generate_batch(model, [conversation], options, session and [session]):
         yield event
@@ -46,33 +40,21 @@ def generate_batch(
 ) -> Iterator[tuple[int, Event]]:
     """Generate the next turn of several conversations together: (index of the conversation, event).
 
-    Tokens are decoded together, and images are drawn together as soon as no text can be written without them. Each
-    conversation gets what `generate` gives it alone: the same tokens, images but for rounding.
-
-    Args:
-        options: for all, or one for each.
-        sessions: one for each, on rows of one decoder; None makes them.
-        images_at_once: the most images in one call of the head.
-
-    Raises:
-        Mgp5Error: as `generate`, for any of them; then all end.
+    Tokens are decoded together, and images are drawn together, at most `images_at_once` in one call of the head, as
+    soon as no text can be written without them. Each conversation gets what `generate` gives it alone: the same tokens,
+    images but for rounding. Options are for all or one for each; sessions are on rows of one decoder. Raises Mgp5Error
+    as `generate` for any of them; then all end.
     """
-    each = (
-        options
-        if isinstance(options, Sequence)
-        else [options or Options(image=model.head.spec.image_options())] * len(conversations)
-    )
+    if not isinstance(options, Sequence):
+        options = [options or Options(image=model.head.spec.image_options())] * len(conversations)
     if sessions and len({id(session.decoder) for session in sessions}) > 1:
         raise Mgp5Error("sessions on several decoders", "make them on rows of one: Session(..., decoder=..., row=...)")
     decoder = sessions[0].decoder if sessions else None
     scheduler = Scheduler(model, len(conversations), decoder=decoder, images_at_once=images_at_once)
-    requests = [
-        scheduler.submit(conversation, one, session)
-        for conversation, one, session in zip(conversations, each, sessions or [None] * len(conversations), strict=True)
-    ]
-    index = {id(request): number for number, request in enumerate(requests)}
+    sessions = sessions or [None] * len(conversations)
+    requests = [scheduler.submit(*each) for each in zip(conversations, options, sessions, strict=True)]
     while scheduler.busy:
         for request, event in scheduler.step():
             if isinstance(event, Exception):
                 raise event
-            yield index[id(request)], event
+            yield requests.index(request), event

@@ -1,17 +1,19 @@
 """One reply while it is generated: what it waits for, and what it does with what it gets.
 
-k tokens of a row, D width of the LLM, E of embeddings.
+Letters: k tokens of a row, D LLM width, E embedding width, H and W pixels.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image as pil
 from torch import Tensor
 
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
@@ -27,28 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class ReplyText:
-    """The reply so far: its parts, and the tokens of the text part that is being written.
+    """The reply so far: its parts, and the tokens of the text part that is being written."""
 
-    Attributes:
-        parts: finished ones, in order.
-        ids: tokens of the part that is being written.
-        shown: its text, as far as it was given out.
-        num_tokens: of text in the whole reply.
-    """
-
-    parts: list[Text | Image] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    shown: str = ""
-    num_tokens: int = 0
+    parts: list[Text | Image] = field(default_factory=list)  # finished ones, in order
+    ids: list[int] = field(default_factory=list)  # tokens of the part that is being written
+    shown: str = ""  # its text, as far as it was given out
+    num_tokens: int = 0  # of text in the whole reply
 
     @property
     def num_images(self) -> int:
-        """Number of finished images."""
+        """Return the number of finished images."""
         return sum(isinstance(part, Image) for part in self.parts)
 
     @property
     def text(self) -> str:
-        """All text so far, joined by blanks."""
+        """Return all text so far, joined by blanks."""
         return " ".join([p.text for p in self.parts if isinstance(p, Text)] + ([self.shown] if self.shown else []))
 
     def add(self, tokenizer: Any, token: int) -> str:
@@ -69,32 +64,14 @@ class ReplyText:
 
 
 @dataclass(frozen=True)
-class Pick:
-    """Sample the next token from the state that is known: all tokens are read."""
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Read a token that was sampled, and sample the next."""
-
-    token: int
-
-
-Need = Pick | Decode | Forced | Embeds | Step
+class NextToken:
+    """Sample the next token; the one that was sampled before it, if there is one, is read first."""
 
 
 class ActiveRequest:
     """A reply: text that is decoded token by token, and images that the head draws between.
 
-    Args:
-        model: LLM and head.
-        conversation: ends with the user's turn.
-        options: how to reply.
-        session: its conversation so far; None gets one from the scheduler.
-
-    Attributes:
-        need: what it waits for; None once it has ended.
-        closed: whether it was given up.
+    The scheduler serves what it `need`s, calls the method that takes the result, and delivers the `events` of that.
     """
 
     def __init__(
@@ -102,8 +79,8 @@ class ActiveRequest:
     ) -> None:
         self.model, self.head, self.conversation = model, model.head, conversation
         self.options, self.session = complete(model, options), session
-        self.need: Need | None = None
-        self.closed = False
+        self.need: NextToken | Forced | Embeds | Step | None = None  # None before the start and after the end
+        self.events: list[Event | Exception] = []  # not delivered yet
         self.writer = ReplyText()
         self.token: int | None = None  # sampled, not read yet
         self.drawing: Generator[Request, Response, Tensor] | None = None
@@ -113,55 +90,50 @@ class ActiveRequest:
 
     @property
     def row(self) -> int:
-        """Row of the decoder, -1 before it has one."""
+        """Return the row of the decoder, -1 before there is one."""
         return self.session.row if self.session else -1
 
     @property
-    def same_mask(self) -> int:
-        """How many tokens may be decoded before the set of allowed ones changes."""
+    def same_mask(self) -> float:
+        """Return how many tokens may be decoded before the set of allowed ones changes."""
         if self.sample is None:
-            return 1 << 30
-        at, allowed = len(self.sampled), self.sample.allowed
-        changes = (i for i in range(at, self.sample.count) if allowed[i] is not allowed[at])
-        return next(changes, at + (1 << 30)) - at
+            return math.inf
+        start, allowed = len(self.sampled), self.sample.allowed
+        changes = (i - start for i in range(start, self.sample.count) if allowed[i] is not allowed[start])
+        return next(changes, math.inf)
 
-    def start(self, session: Session) -> Iterator[Event]:
+    def start(self, session: Session) -> None:
         """Read the conversation, and begin with the text."""
         self.session, self.started = session, time.monotonic()
-        if self.options.draw != "never" and self.options.max_images > 0:
-            self.head.check(self.options.image)
-        session.read(self.conversation, reply=self.head.spec.positions)
         options = self.options
+        if options.draw != "never" and options.max_images > 0:
+            self.head.check(options.image)
+        session.read(self.conversation, reply=self.head.spec.positions)
         self.params = SamplingParams(
             options.temperature, options.top_p, options.repetition_penalty, rng(options.seed, 0, "text")
         )
         self._set_text_sampling()
-        yield from self._continue_text()
+        self._continue_text()
 
-    def take(self, token: int, state: Tensor) -> Iterator[Event]:
-        """Take a sampled token, of the text or of an image.
-
-        Args:
-            state: (1, 1, D) that predicts it.
-        """
+    def take(self, token: int, state: Tensor) -> None:
+        """Take a sampled token, of the text or of an image, and the state (1, 1, D) that predicts it."""
         self.session.decoder.rows[self.row].sampling.used()
-        if self.sample is not None:
-            yield from self._take_sampled(token, state)
+        if self.sample is None:
+            self._take_text(token)
         else:
-            yield from self._take_text(token)
+            self._take_sampled(token, state)
 
     def run(self) -> tuple[Tensor, list[Key]]:
         """Return embeddings (1, k, E) and keys of what is to be read; a token that was not read yet goes first."""
         if isinstance(self.need, Forced):
-            ids = self.need.ids if self.token is None else (self.token, *self.need.ids)
-            return self.session.embed(ids)
+            return self.session.embed(self.need.ids if self.token is None else (self.token, *self.need.ids))
         embeds, keys = self.need.embeds, [(-1, "embeds")] * self.need.embeds.shape[1]
         if self.token is not None:
             first, own = self.session.embed((self.token,))
             embeds, keys = torch.cat([first, embeds], dim=1), own + keys
         return embeds, keys
 
-    def take_run(self, hidden: Tensor, keys: list[Key]) -> Iterator[Event]:
+    def take_run(self, hidden: Tensor, keys: list[Key]) -> None:
         """Take the states (1, k, D) after a run was read."""
         self.session.append(hidden, keys)
         ids = self.need.ids if isinstance(self.need, Forced) else ()
@@ -169,21 +141,21 @@ class ActiveRequest:
             hidden, self.token = hidden[:, 1:], None
         if self.committing:
             self.committing = False
-            yield from self._continue_text()
+            self._continue_text()
         elif self.drawing is None:  # the last text token before an image that must come
-            yield from self._begin_image()
+            self._begin_image()
         else:
-            yield from self._draw(Response(hidden=hidden, ids=ids))
+            self._draw(Response(hidden=hidden, ids=ids))
 
-    def take_output(self, output: Any) -> Iterator[Event]:
+    def take_output(self, output: Any) -> None:
         """Take the output of a Step; an exception ends the reply."""
         if isinstance(output, Exception):
             raise output
-        yield from self._draw(Response(output=output))
+        self._draw(Response(output=output))
 
     def close(self) -> None:
-        """Give the reply up; it says nothing more."""
-        self.need, self.closed = None, True
+        """Give the reply up."""
+        self.need = None
         if self.drawing is not None:
             self.drawing.close()
 
@@ -199,41 +171,40 @@ class ActiveRequest:
         return self.writer.num_tokens >= self.options.max_tokens
 
     def _set_text_sampling(self) -> None:
-        """Text holds no special token of the head but the trigger, nor that when there must be no more images."""
+        """Ban all special tokens of the head but the trigger, and that too when there must be no more images."""
         last = self.options.draw == "never" or self.writer.num_images >= self.options.max_images
         banned = [*self.head.ids[0 if last else 1 :], self.model.backbone.image_token_id]
         self.session.decoder.set_sampling(self.row, self.params, banned=banned)
 
-    def _continue_text(self) -> Iterator[Event]:
+    def _continue_text(self) -> None:
         """Wait for the next token, unless the context or the text is full."""
         limit = self.model.backbone.context_length - self.head.spec.positions
         if self.session.length + (self.token is not None) >= limit:
-            yield from self._finish("length")
-        elif self._full and self._wants_image:
-            if self.token is None:
-                yield from self._begin_image()
-            else:
-                self.need = Forced(())  # reads the last token, whose state predicts the trigger
+            self._finish("length")
+        elif not (self._full and self._wants_image):
+            self.need = NextToken()
+        elif self.token is None:
+            self._begin_image()
         else:
-            self.need = Pick() if self.token is None else Decode(self.token)
+            self.need = Forced(())  # reads the last token, whose state predicts the trigger
 
-    def _take_text(self, token: int) -> Iterator[Event]:
+    def _take_text(self, token: int) -> None:
         stops = self.model.backbone.stop_ids
-        self.token = None  # that before it has been read
+        self.token = None  # the one before has been read
         if token == self.head.ids[0] or (self._wants_image and token in stops):
-            yield from self._begin_image()  # an image that must come, comes where text would end
+            self._begin_image()  # an image that must come, comes where text would end
         elif token in stops:
-            yield from self._finish("stop")
+            self._finish("stop")
         elif self._full:
-            yield from self._finish("length")
+            self._finish("length")
         else:
             self.params.generated_ids.add(token)
             if chunk := self.writer.add(self.model.backbone.tokenizer, token):
-                yield TextChunk(chunk)
+                self.events.append(TextChunk(chunk))
             self.token = token
-            yield from self._continue_text()
+            self._continue_text()
 
-    def _finish(self, reason: str) -> Iterator[Event]:
+    def _finish(self, reason: str) -> None:
         self.writer.close()
         self.need = None
         metadata = {
@@ -242,75 +213,68 @@ class ActiveRequest:
             "prefilled": self.session.prefilled,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        yield Finished(Message("assistant", tuple(self.writer.parts)), reason, metadata)
+        self.events.append(Finished(Message("assistant", tuple(self.writer.parts)), reason, metadata))
 
     # --- images ---
 
     @property
     def _image_seed(self) -> int:
-        """Seed of the reply's first image."""
+        """Return the seed of the reply's first image."""
         return self.options.seed if self.options.image_seed is None else self.options.image_seed
 
-    def _begin_image(self) -> Iterator[Event]:
+    def _begin_image(self) -> None:
         self.writer.close()
         random = partial(rng, self._image_seed, self.writer.num_images)
         context = DrawContext(state=self.session.state, options=self.options.image, rng=random)
         self.drawing = self.head.draw(context)
-        yield from self._draw(None)
+        self._draw(None)
 
-    def _draw(self, response: Response | None) -> Iterator[Event]:
+    def _draw(self, response: Response | None) -> None:
         """Go on with the head's drawing until it waits for the LLM or a step."""
         while True:
             try:
                 request = self.drawing.send(response)
             except StopIteration as done:
-                yield from self._end_image(done.value)
+                self._end_image(done.value)
                 return
             response = None
             if isinstance(request, Preview):
-                yield ImageStep(self.writer.num_images, request.step, request.total, request.latents)
+                self.events.append(ImageStep(self.writer.num_images, request.step, request.total, request.latents))
             elif isinstance(request, Prefix):
                 response = Response(hidden=self.session.states)
             elif isinstance(request, Sample):
-                self.sample, self.sampled = request, []
-                params = SamplingParams(request.temperature, request.top_p, 1.0, request.rng)
-                self._set_allowed(params)
-                self.need = Pick() if self.token is None else Decode(self.token)
+                self.sample, self.sampled, self.need = request, [], NextToken()
+                self._set_allowed(SamplingParams(request.temperature, request.top_p, 1.0, request.rng))
                 return
             else:
                 self.need = request
                 return
 
     def _set_allowed(self, params: SamplingParams) -> None:
-        allowed = self.sample.allowed[len(self.sampled)]
-        self.session.decoder.set_sampling(self.row, params, allowed=allowed)
+        self.session.decoder.set_sampling(self.row, params, allowed=self.sample.allowed[len(self.sampled)])
 
-    def _take_sampled(self, token: int, state: Tensor) -> Iterator[Event]:
+    def _take_sampled(self, token: int, state: Tensor) -> None:
         self.sampled.append((token, state))
         self.token = token
-        sample, count = self.sample, len(self.sampled)
-        if count < sample.count:
-            if sample.allowed[count] is not sample.allowed[count - 1]:
-                self._set_allowed(self.session.decoder.rows[self.row].sampling)
-            self.need = Decode(token)
-            return
-        ids, states = zip(*self.sampled, strict=True)
-        self.sample = None
-        yield from self._draw(Response(hidden=torch.cat(states, dim=1), ids=ids))
+        allowed, count = self.sample.allowed, len(self.sampled)
+        if count == self.sample.count:
+            ids, states = zip(*self.sampled, strict=True)
+            self.sample = None
+            self._draw(Response(hidden=torch.cat(states, dim=1), ids=ids))
+        elif allowed[count] is not allowed[count - 1]:
+            self._set_allowed(self.session.decoder.rows[self.row].sampling)
 
-    def _end_image(self, pixels: Tensor) -> Iterator[Event]:
+    def _end_image(self, pixels: Tensor) -> None:
         index = self.writer.num_images
         image = to_image(pixels, self._metadata(self._image_seed + index))
-        yield ImageDone(index, image)
+        self.events.append(ImageDone(index, image))
         self.writer.parts.append(image)
         self.drawing = None
         self._set_text_sampling()
         if self.options.max_tokens == 0:
-            yield from self._finish("stop")
-            return
-        commit = self.head.commit(pixels)
-        if commit is None:
-            yield from self._continue_text()
+            self._finish("stop")
+        elif (commit := self.head.commit(pixels)) is None:
+            self._continue_text()
         else:
             self.need, self.committing = commit, True
 
@@ -337,8 +301,6 @@ def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
     return Image(pixels=to_picture(pixels), meta=metadata or {})
 
 
-def to_picture(pixels: Tensor) -> Any:
+def to_picture(pixels: Tensor) -> pil.Image:
     """Return pixels (3, H, W) in [-1, 1] as a PIL image."""
-    from PIL import Image as pil
-
     return pil.fromarray(pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())

@@ -1,6 +1,6 @@
 """What the LLM has read of a conversation: tokens, images and their keys and values, kept across turns.
 
-T tokens, k new tokens, S slots of one image, D width of the LLM, E of embeddings.
+Letters: T tokens, k new tokens, S slots of one image, D LLM width, E embedding width.
 """
 
 from __future__ import annotations
@@ -24,44 +24,26 @@ Key = tuple[int, str]  # a token, and the image that it stands for, "" for text
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A context image as the LLM gets it.
+    """A context image as the LLM gets it."""
 
-    Attributes:
-        image: holds the image, so that its id() is not used again.
-        key: tells the same image from another one.
-        tokens: (S, E).
-        grid: (1, 3) patches in time, height and width, for backbones of any resolution.
-        side: (1, ...) what layers of the LLM attend to beside, or None.
-    """
-
-    image: Image
-    key: str
-    tokens: Tensor
-    grid: Tensor | None
-    side: Tensor | None
+    image: Image  # held, so that its id() is not used again
+    key: str  # tells the same image from another one
+    tokens: Tensor  # (S, E)
+    grid: Tensor | None  # (1, 3) patches in time, height and width, for backbones of any resolution
+    side: Tensor | None  # (1, ...), features that layers of the LLM attend to besides the sequence
 
 
 @dataclass
 class Session:
-    """The state of one conversation, on a row of a decoder. `read` prefills only what is new since the last turn.
-
-    Attributes:
-        model: LLM and head.
-        reuse: False forgets the cache at every turn.
-        decoder: None makes one of its own.
-        row: of the decoder.
-        keys: what the cache holds.
-        prefilled: tokens that the last `read` had to run.
-        state: (1, 1, D) after the last token read.
-    """
+    """The state of one conversation, on a row of a decoder. `read` prefills only what is new since the last turn."""
 
     model: InterleavedModel
-    reuse: bool = True
-    decoder: Decoder | None = None
-    row: int = 0
-    keys: list[Key] = field(default_factory=list)
-    prefilled: int = 0
-    state: Tensor | None = None
+    reuse: bool = True  # False forgets the cache at every turn
+    decoder: Decoder | None = None  # None makes one of its own
+    row: int = 0  # of the decoder
+    keys: list[Key] = field(default_factory=list)  # what the cache holds
+    prefilled: int = 0  # tokens that the last `read` had to run
+    state: Tensor | None = None  # (1, 1, D), after the last token read
     _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, (1, k, D); where the head reads it
     _encoded: dict[int, EncodedImage] = field(default_factory=dict)
 
@@ -73,11 +55,7 @@ class Session:
     def read(self, conversation: Conversation, reply: int = 0) -> Tensor:  # (1, 1, D)
         """Read up to where the assistant's reply begins; return the state that predicts its first token.
 
-        Args:
-            reply: how many tokens the reply may take, to check that both fit the context.
-
-        Raises:
-            Mgp5Error: the conversation does not fit the context, or an image cannot be read.
+        Raises Mgp5Error if the conversation and `reply` more tokens do not fit the context, or an image cannot be read.
         """
         rendered = prompt(self.backbone, conversation)
         images = self._encode(rendered.images)
@@ -91,12 +69,10 @@ class Session:
         positions = self.backbone.positions(tokens, grids)
         # Images whose slots are all kept need no features; an image cut in two is embedded whole and then sliced.
         embeds = self.backbone.embed(tokens, [image.tokens for image in images])
-        side = None
-        if images and images[0].side is not None:
-            features = torch.cat([image.side for image in images])
-            side = self.backbone.side_inputs(tokens, slots, features)
+        features = torch.cat([image.side for image in images]) if images and images[0].side is not None else None
+        self.decoder.rows[self.row].side = features
+        if side := self.backbone.side_inputs(tokens, slots, features):
             side = side._replace(visible=side.visible[:, kept:])
-            self.decoder.rows[self.row].side = features
         hidden = self.decoder.read(self.row, embeds[:, kept:], positions[..., kept:], side)
         self.append(hidden, keys[kept:])
         self.prefilled = len(ids) - kept
@@ -124,13 +100,13 @@ class Session:
 
     @property
     def states(self) -> Tensor:  # (1, T, D)
-        """The states of all tokens so far; only for a head that reads them."""
+        """Return the states of all tokens so far; only for a head that reads them."""
         self._states = [torch.cat(self._states, dim=1)]
         return self._states[0]
 
     @property
     def length(self) -> int:
-        """Number of tokens in the cache."""
+        """Return the number of tokens in the cache."""
         return len(self.keys)
 
     def _rewind(self, keys: list[Key]) -> int:
@@ -140,7 +116,6 @@ class Session:
         self._states = [self.states[:, :kept]] if kept and self._states else []
         self.keys = self.keys[:kept]
         self.decoder.cut(self.row, kept)
-        self.decoder.rows[self.row].side = None
         return kept
 
     def _keys(self, ids: list[int], images: list[EncodedImage]) -> list[Key]:

@@ -1,6 +1,6 @@
 """Token sampling for rows that differ in temperature and all else, the same on any device.
 
-r rows, V vocabulary.
+Letters: r rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,21 +13,13 @@ from torch import Tensor
 
 @dataclass
 class SamplingParams:
-    """How a row of the decoder samples its tokens.
+    """How a row of the decoder samples its tokens."""
 
-    Args:
-        temperature: 0 takes the most likely token.
-        top_p: in (0, 1].
-        penalty: divides the logits of `generated_ids`; 1 is off.
-        rng: on the CPU; one number for each token, so that a reply depends on neither batch nor tokens per sync.
-        generated_ids: tokens of the reply so far; whoever records the reply adds to it.
-    """
-
-    temperature: float
-    top_p: float
-    penalty: float
-    rng: torch.Generator
-    generated_ids: set[int] = field(default_factory=set)
+    temperature: float  # 0 takes the most likely token
+    top_p: float  # in (0, 1]
+    penalty: float  # divides the logits of `generated_ids`; 1 is off
+    rng: torch.Generator  # on the CPU; one number for each token, whatever the batch and tokens_per_sync are
+    generated_ids: set[int] = field(default_factory=set)  # of the reply so far; whoever records the reply adds to it
     _drawn: list[float] = field(default_factory=list)
 
     def numbers(self, count: int) -> list[float]:
@@ -49,7 +41,7 @@ PAUSED = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator()
 
 def penalise(logits: Tensor, generated: Tensor, penalty: Tensor) -> Tensor:  # (r, V)
     """Make generated tokens (r, V) less likely by penalties (r, 1): divide positive logits, multiply negative ones
-    (Keskar et al., 2019)."""
+    (Keskar et al., arXiv 1909.05858)."""
     penalty = torch.where(generated, penalty, 1.0)
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
@@ -57,10 +49,8 @@ def penalise(logits: Tensor, generated: Tensor, penalty: Tensor) -> Tensor:  # (
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:  # (r,)
     """Sample a token of each row from the smallest set that reaches top_p (Holtzman et al., arXiv 1904.09751).
 
-    Args:
-        logits: (r, V).
-        temperature, top_p: (r, 1), 0 or more: what is above 0 for the one who asked may be 0 in single precision.
-        numbers: (r, 1) in [0, 1): where to look in the cumulative distribution of the set, likely tokens first.
+    Logits (r, V), the others (r, 1). Temperature and top_p may be 0 in single precision. Numbers in [0, 1) say where to
+    look in the cumulative distribution of the set, likely tokens first.
     """
     values, order = torch.softmax(logits / temperature.clamp(min=COLDEST), dim=-1).sort(descending=True, stable=True)
     reached = values.cumsum(-1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from diffusers import DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -24,16 +24,12 @@ from transformers import (
 )
 from transformers.modeling_utils import local_torch_dtype
 
-from ..backbones.hf import HFBackbone
-from ..backbones.image_processor import load_image_processor
+from ..backbones.hf import HFBackbone, load_image_processor
 from ..config import model_config_from
-from ..errors import Mgp5Error
 from ..files import read_json
-from ..generators import PIPELINES, read_index, sd3
-from ..generators import stable_diffusion as sd2
-from ..generators.flow import FlowSchedule
-from ..generators.latent_diffusion import AUTOENCODERS, CLIP_LENGTH, load_part
-from ..generators.schedule import NoiseSchedule
+from ..generators import generator_class
+from ..generators.latent_diffusion import AUTOENCODERS, CLIP_LENGTH
+from ..generators.pipeline import load_part, read_index
 from ..heads import head_class
 from ..hub import REPOS, Parts, explain, read_config
 from ..loading import CONFIG, assemble
@@ -126,31 +122,26 @@ def generator_shape(name: str) -> Any:
     """
     known = known_models("generator").get(_known_name(name))
     index = known or read_index(name)
-    if index.get("_class_name") not in PIPELINES:
-        found = f"{name} holds a {index.get('_class_name')}"
-        raise Mgp5Error(f"{found}, expected one of {', '.join(PIPELINES)}", "choose another model")
+    model_class = generator_class(name, index.get("_class_name"))
+    denoiser, denoiser_class = model_class.denoiser_name, model_class.denoiser_class
 
     def config(kind: Any, part: str) -> dict[str, Any]:
         return known[part] if known else load_part(kind.load_config, name, part, None)
 
-    vae, scheduler = config(AUTOENCODERS["AutoencoderKL"], "vae"), config(DDIMScheduler, "scheduler")
-    parts: dict[str, Any] = {"vae": AUTOENCODERS[vae["_class_name"]].from_config(vae)}
-    if index["_class_name"] == "StableDiffusionPipeline":
-        kind, text_parts = sd2.StableDiffusion, sd2.TEXT_PARTS
-        parts["unet"] = UNet2DConditionModel.from_config(config(UNet2DConditionModel, "unet"))
-        parts["schedule"] = NoiseSchedule.from_config(scheduler)
-    else:
-        kind, text_parts = sd3.StableDiffusion3, sd3.TEXT_PARTS
-        parts["transformer"] = SD3Transformer2DModel.from_config(config(SD3Transformer2DModel, "transformer"))
-        parts["schedule"] = FlowSchedule.from_config(scheduler)
-    for encoder, (encoder_class, tokenizer, tokenizer_class) in text_parts.items():
+    vae = config(AUTOENCODERS["AutoencoderKL"], "vae")
+    parts: dict[str, Any] = {
+        denoiser: denoiser_class.from_config(config(denoiser_class, denoiser)),
+        "vae": AUTOENCODERS[vae["_class_name"]].from_config(vae),
+        "schedule": model_class.schedule_class.from_config(config(DDIMScheduler, "scheduler")),
+    }
+    for encoder, (encoder_class, tokenizer, tokenizer_class) in model_class.text_parts.items():
         if known:
             parts[encoder] = encoder_class(encoder_class.config_class(**known[encoder]))
             parts[tokenizer] = _clip_tokenizer() if tokenizer_class is CLIPTokenizer else None
         elif (index.get(encoder) or [None])[-1] is not None:
             parts[encoder] = encoder_class(load_part(encoder_class.config_class.from_pretrained, name, encoder, None))
             parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, None)
-    return kind(**parts)
+    return model_class(**parts)
 
 
 def _known_name(name: str) -> str:
