@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny import TargetHead, llm_only, picture
 from tiny_mllm import QUERIES
+from transformers import Blip2ForConditionalGeneration, LlamaForCausalLM
 
 from mgp5 import Conversation, Image
 from mgp5.apps.open_model import load
 from mgp5.backbones.adapters import add_prefix
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.minigpt4 import compose
-from mgp5.config import LoraConfig, PrefixConfig
+from mgp5.config import PrefixConfig
 from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
@@ -138,10 +139,8 @@ def test_a_rewound_session_keeps_its_prefix(backbone):
 def test_minigpt4_is_composed_of_its_parts(minigpt4_folder):
     backbone = HFBackbone.load(minigpt4_folder)
     parts = minigpt4_folder.parent
-    from transformers import Blip2ForConditionalGeneration, LlamaForCausalLM
-
-    blip2, llama = Blip2ForConditionalGeneration.from_pretrained(parts / "blip2"), parts / "llama"
-    llama = LlamaForCausalLM.from_pretrained(llama)
+    blip2 = Blip2ForConditionalGeneration.from_pretrained(parts / "blip2")
+    llama = LlamaForCausalLM.from_pretrained(parts / "llama")
     ours = backbone.core.state_dict()
     for name, value in blip2.state_dict().items():
         if not name.startswith("language_"):
@@ -177,15 +176,14 @@ def test_a_projection_of_another_llm_is_refused(minigpt4_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("adapter", [(LoraConfig(), None), (None, PrefixConfig(tokens=4, hidden=8))])
-@pytest.mark.parametrize("name", ["qwen3", "minigpt4"])  # tests/test_training.py has the others
-def test_trained_weights_are_saved_and_loaded(name, adapter, request, diffusion_folder, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3", "minigpt4"])  # tests/test_combinations.py has LoRA
+def test_a_trained_prefix_is_saved_and_loaded(name, request, diffusion_folder, tmp_path):
     model = build(str(request.getfixturevalue(f"{name}_folder")), str(diffusion_folder))
     conversation = TALK.add("assistant", Image(pixels=picture()))
     batch = Collator(model.backbone, model.head, 1000)([conversation])
     with torch.no_grad():
         untrained = model.hidden(batch)
-        model.adapt(*adapter)
+        model.adapt(None, PrefixConfig(tokens=4, hidden=8))
         trained = [p for p in model.backbone.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.add_(torch.randn(parameter.shape), alpha=0.3)

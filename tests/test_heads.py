@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from mgp5 import Conversation, Image
 from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished, ImageDone, ImageStep
-from mgp5.heads import rng
+from mgp5.heads import Step, rng
 from mgp5.hub import resolve
 from mgp5.inference.reply import generate, generate_batch
 from mgp5.inference.scheduler import Scheduler
@@ -104,6 +105,22 @@ def test_codes_beside_others_at_other_steps_are_as_alone(codes):
         assert all(same_reply(ends[id(r)], end) for r, end in zip(requests, alone, strict=True))
     batch = [event for _, event in generate_batch(codes, talks[:2], replace(ways[0], seed=3, image_seed=3))]
     assert 2 in codes.head.calls and sum(isinstance(event, Finished) for event in batch) == 2
+
+
+def test_an_image_given_up_while_a_worker_draws_it_ends_nobody_else(codes):
+    prefer_trigger(codes)
+    cancelled, step = threading.Event(), codes.head.step
+    codes.head.step = lambda key, inputs: step(key, inputs) if cancelled.wait(30) else None
+    scheduler, ended = Scheduler(codes, 2, text_steps=1, workers=2), []
+    drawn, told = (scheduler.submit(TALK, options(max_tokens=40, image=image)) for image in ("always", "never"))
+    while scheduler.busy:
+        for request, event in scheduler.step():
+            assert request is told
+            if isinstance(drawn.need, Step):
+                scheduler.cancel(drawn)
+                cancelled.set()
+            ended += [event] if isinstance(event, Finished) else []
+    assert cancelled.is_set() and len(ended) == 1
 
 
 def test_codes_are_served(codes):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from mgp5.backbones.hf import HFBackbone
 from mgp5.errors import Mgp5Error
-from mgp5.generators import _load
+from mgp5.generators.stable_diffusion import StableDiffusion
 from mgp5.hub import REPOS, bases, from_hub, resolve
 
 
@@ -37,9 +35,7 @@ def test_what_is_no_model_is_told_with_all_names(name):
     assert error.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "name, load", [("llava-1.5-7b", HFBackbone.load), ("sd-2.1-base", partial(_load, dtype=torch.float32))]
-)
+@pytest.mark.parametrize("name, load", [("llava-1.5-7b", HFBackbone.load), ("sd-2.1-base", StableDiffusion.load)])
 def test_a_mirror_serves_where_the_first_cannot(name, load, llava_folder, diffusion_folder, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = str(llava_folder if load == HFBackbone.load else diffusion_folder)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import mgp5
 from mgp5 import engines
-from mgp5.generators import denoising
-from mgp5.generators.denoising import PlainDenoiser, begin
+from mgp5.generators.denoising import PlainDenoiser, advance, begin
 from mgp5.generators.sampler import SamplerTable
 from mgp5.generators.schedule import NoiseSchedule
 from mgp5.generators.stable_diffusion import StableDiffusion
@@ -24,7 +23,6 @@ DEMO = Path(mgp5.__file__).parent / "demo" / "diffusion"
 GUIDANCE = 3.0
 # A step whose result is the guided prediction itself.
 PROBE = SamplerTable(
-    name="probe",
     timesteps=torch.tensor([500.0]),
     coefficients=torch.tensor([[0.0, 1.0]]),
     conversion=torch.zeros(1, 2),
@@ -55,10 +53,11 @@ def run(diffusion: StableDiffusion, steps: int) -> dict[str, Tensor]:
     condition = torch.randn(2, LENGTH, diffusion.unet.config.cross_attention_dim, generator=seeded)
     noise = torch.randn(1, *diffusion.latent_shape(diffusion.native_size, diffusion.native_size), generator=seeded)
     model = diffusion.engine.model if diffusion.engine else PlainDenoiser(diffusion.predict)
-    (prediction,) = denoising.run([begin(model, noise, condition[1:], condition[:1], PROBE, GUIDANCE)])
+    probe = begin(model, noise, condition[1:], condition[:1], PROBE, GUIDANCE)
+    advance([probe])
     settings = {"steps": steps, "guidance": GUIDANCE, "sampler": "ddim"}
     *_, latents = diffusion.draw(condition[1:], condition[:1], generators=[seeded], **settings)
-    return {"prediction": prediction, "latents": latents, "image": diffusion.decode(latents)}
+    return {"prediction": probe.latents, "latents": latents, "image": diffusion.decode(latents)}
 
 
 @cache

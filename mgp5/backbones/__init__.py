@@ -8,12 +8,13 @@ DeepStack features of k vision layers, which `forward` adds to the states of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import PIL.Image
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .kv_cache import KVCache
 
@@ -30,6 +31,8 @@ class Backbone(Protocol):
 
     tokenizer: Any  # with a chat template
     width: int  # D
+    lm_head: nn.Module  # projection from D to V
+    device: torch.device  # of the computation, also while weights are offloaded
     image_token: str  # text that stands for one image in a chat template
     image_token_id: int  # id of the token that is repeated once per slot of an image
     context_length: int  # longest sequence, in tokens
@@ -52,6 +55,9 @@ class Backbone(Protocol):
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Return position ids of complete sequences, (B, T) or (3, B, T); `grids` (N, 3) is `image_grid_thw`."""
 
+    def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
+        """Return the side inputs of complete sequences (B, T) with N images, of S slots and features (N, ...)."""
+
     def forward(
         self,
         embeds: Tensor,  # (B, T, E)
@@ -68,5 +74,5 @@ class Backbone(Protocol):
     def new_cache(self, rows: int = 1) -> KVCache:
         """Return an empty key-value cache for a number of conversations; a trained prefix is in it already."""
 
-    def to(self, device: torch.device) -> Backbone:
-        """Move the weights to a device."""
+    def add_tokens(self, tokens: list[str]) -> list[int]:
+        """Add special tokens, whose rows of embedding and LM head start at the mean of the others; return their ids."""

@@ -53,15 +53,13 @@ class HFBackbone(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         config = model.config
         text = config.get_text_config()
         self.width: int = text.hidden_size
         self.context_length: int = text.max_position_embeddings
         self.image_token_id: int = config.image_token_id
-        mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        mark = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.image_token: str = IMAGE_MARKS.get(mark, mark)
         self.prefix: nn.Module | None = None  # see `adapters.add_prefix`
         stops = getattr(model.generation_config, "eos_token_id", None)

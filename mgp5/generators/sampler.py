@@ -35,7 +35,6 @@ Schedule = NoiseSchedule | FlowSchedule
 class SamplerTable:
     """The coefficients of one sampler, schedule and number of steps, on the CPU in float64."""
 
-    name: str  # key of SAMPLERS
     timesteps: Tensor  # (n,), at which the model is called; PNDM makes one call more than it has steps
     coefficients: Tensor  # (n, 2 + M), of latents, prediction and M kept predictions, newest first, in the next latents
     conversion: Tensor  # (n, 2), of latents and prediction in the prediction to keep
@@ -87,7 +86,7 @@ def ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     for t in timesteps:
         target = t - schedule.num_train_timesteps // steps
         rows.append(_first_order(schedule, _level(schedule, t), _level(schedule, target, final)))
-    return _table("ddim", timesteps, rows)
+    return _table(timesteps, rows)
 
 
 def euler(schedule: Schedule, steps: int) -> SamplerTable:
@@ -99,7 +98,7 @@ def euler(schedule: Schedule, steps: int) -> SamplerTable:
     """
     timesteps, levels, noise_scale = schedule.euler_route(steps)
     rows = [_first_order(schedule, source, target) for source, target in pairwise(levels)]
-    return _table("euler", timesteps, rows, noise_scale=noise_scale)
+    return _table(timesteps, rows, noise_scale=noise_scale)
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
@@ -118,7 +117,7 @@ def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
         x, p = gain * (1 + extra) * clean + (next_sigma / sigma, 0.0)
         rows.append((x, p, -gain * extra))
         conversion.append(clean)
-    return _table("dpm++", timesteps, rows, conversion)
+    return _table(timesteps, rows, conversion)
 
 
 def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
@@ -150,7 +149,7 @@ def pndm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         if i == 1:  # x0 = (x1 - p' m1) / x', of the first row x', p'
             row[0], row[2] = x / rows[0][0], row[2] - x * rows[0][1] / rows[0][0]
         rows.append(row)
-    return _table("pndm", timesteps, rows, conversion=[(0.0, 1.0)] * len(rows))
+    return _table(timesteps, rows, conversion=[(0.0, 1.0)] * len(rows))
 
 
 SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
@@ -163,7 +162,6 @@ SAMPLERS: dict[str, Callable[[Any, int], SamplerTable]] = {
 
 
 def _table(
-    name: str,
     timesteps: np.ndarray,  # (n,)
     rows: Sequence[Sequence[float]],  # (n, 2 + M)
     conversion: Sequence[Sequence[float]] | None = None,  # (n, 2)
@@ -172,7 +170,7 @@ def _table(
     conversion = np.zeros((len(rows), 2)) if conversion is None else conversion
     arrays = {"timesteps": timesteps, "coefficients": rows, "conversion": conversion}
     tensors = {key: torch.from_numpy(np.array(value, dtype=np.float64)) for key, value in arrays.items()}
-    return SamplerTable(name=name, noise_scale=float(noise_scale), **tensors)
+    return SamplerTable(noise_scale=float(noise_scale), **tensors)
 
 
 def _clean_and_noise(schedule: Schedule, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:

@@ -155,7 +155,7 @@ class Decoder:
         slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(length, device=self.device)
         index = torch.tensor(rows, device=self.device)
         self.cache.index.at(index, slots, width, list(rows) == list(range(len(self.rows))))
-        hidden = self.backbone(embeds, positions, visible(slots, width, embeds.dtype), self.cache, side)
+        hidden = self.backbone(embeds, positions, causal_mask(slots, width, embeds.dtype), self.cache, side)
         for row in rows:
             self.rows[row].length += length
         return hidden
@@ -212,7 +212,7 @@ class Decoder:
         if mode.penalised:
             self.generated[buffers.rows, buffers.token] |= buffers.active.bool()
         embeds, slots = self.backbone.embed(buffers.token[:, None], []), buffers.slot[:, None]
-        mask = visible(slots, width, embeds.dtype)
+        mask = causal_mask(slots, width, embeds.dtype)
         self.cache.index.at(buffers.rows, slots, width, len(buffers.rows) == len(self.rows))
         positions = buffers.position[:, None].expand(*self._axes, -1, 1)
         language = self._language if side is None else partial(self.backbone, side=side)
@@ -272,7 +272,7 @@ class DecodeBuffers:
             self.counters, self.numbers = self.integers[1:3], self.settings[4:]
 
 
-def visible(slots: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # (r, 1, k, W)
+def causal_mask(slots: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # (r, 1, k, W)
     """Return what is added to attention scores: a token in slot s (r, k) attends to the slots up to s."""
     hidden = torch.arange(width, device=slots.device) > slots[:, None, :, None]
     return torch.where(hidden, -torch.inf, 0.0).to(dtype)
