@@ -85,33 +85,28 @@ def shape(conversation: Conversation) -> list[str]:
 
 
 @needs_real
-def test_real_cc3m() -> None:
-    data = load_data("cc3m", REAL / "CC3M", "val")
-    assert len(data) == 2 and data.problems == {}
-    assert data[0].messages[0].text == "burning candle on the background of the aquarium with small fish"
-    picture = data[1].messages[-1].images[0]
-    assert picture.caption == "shot of the full tree" and picture.load().mode == "RGB"
-    assert data.key(1) == "val/000009256.jpg"
-
-
-@needs_real
-def test_real_vist() -> None:
-    data = load_data("vist", REAL / "VIST", "test")  # there is only val, which stands in
-    assert len(data) == 5 + 4 + 4 and data.problems == {}
-    pictures = data[len(data) - 2].images
-    assert [picture.path.stem[-1] for picture in pictures] == list("57340")
-    assert all(picture.load().mode == "RGB" for picture in pictures)
-
-
-@needs_real
-@pytest.mark.parametrize("folder", ["MMDialog", "MMDialog/test", "MMDialog/test/test_conversations.txt"])
-def test_real_mmdialog(folder: str) -> None:
-    data = load_data("mmdialog", REAL / folder, "test")
-    assert len(data) == 4 and data.problems == {}
-    assert [len(data[index].messages) for index in range(4)] == [3, 5, 7, 9]
-    assert shape(data[0]) == ["ti", "ti"] and shape(data[2]) == ["t", "t"]
-    assert data[0].messages[-1].images[0].load().mode == "RGB"
-    assert len(load_data("mmdialog", REAL / folder, "test", user_targets=True)) == 8
+@pytest.mark.parametrize(
+    ("format", "folder", "lengths"),
+    [
+        ("cc3m", "CC3M", [2] * 2),
+        ("vist", "VIST", [3] * 13),
+        ("mmdialog", "MMDialog", [3, 5, 7, 9]),
+        ("mmdialog", "MMDialog/test", [3, 5, 7, 9]),
+        ("mmdialog", "MMDialog/test/test_conversations.txt", [3, 5, 7, 9]),
+    ],
+)
+def test_real_data(format: str, folder: str, lengths: list[int]) -> None:
+    data = load_data(format, REAL / folder, "test")  # of CC3M and VIST there is only val, which stands in
+    assert [len(sample.messages) for sample in data] == lengths and data.problems == {}
+    assert all(image.load().mode == "RGB" for sample in data for image in sample.images)
+    if format == "cc3m":
+        assert data[0].messages[0].text == "burning candle on the background of the aquarium with small fish"
+        assert data[1].images[0].caption == "shot of the full tree" and data.key(1) == "val/000009256.jpg"
+    elif format == "vist":
+        assert [image.path.stem[-1] for image in data[11].images] == list("57340")
+    else:
+        assert shape(data[0]) == ["ti", "ti"] and shape(data[2]) == ["t", "t"]
+        assert len(load_data("mmdialog", REAL / folder, "test", user_targets=True)) == 8
 
 
 def make(format: str, folder: Path) -> Path:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_training import fork
+from tiny_training import fork, join
 
 from mgp5 import cli
 from mgp5.apps.open_model import load
@@ -28,12 +28,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def usual(llava_folder, diffusion_folder, storyland, tmp_path_factory) -> list[str]:
     """Arguments of a run whose microbatches are one sample: with pictures, without, and broken ones."""
     folder = tmp_path_factory.mktemp("parallel")
-    (folder / "base").mkdir()
-    (folder / "base/mllm").symlink_to(llava_folder)
-    (folder / "base/diffusion").symlink_to(diffusion_folder)
+    base = join(folder / "base", llava_folder, diffusion_folder)
     shutil.copytree(storyland / "vist", folder / "vist")
     (folder / "vist/train_images/000000003.jpg").write_bytes(b"not a picture")
-    given = ["train", "--stage", "finetune", "--preset", "demo", "--model", f"{folder}/base", "--vokens", "4", "--json"]
+    given = ["train", "--stage", "finetune", "--preset", "demo", "--model", str(base), "--vokens", "4", "--json"]
     given += ["--data", f"{folder}/vist", "--format", "vist", "--data", f"{storyland}/mmdialog", "--format", "mmdialog"]
     for item in ("batch=1", "log_every=1", "precision=fp32", "lora.dropout=0.3", "ema=0.8", "sample_every=6"):
         given += ["--set", item]

@@ -19,10 +19,8 @@ from torch.utils.data import DataLoader
 
 from mgp5.data import Skipped, load_data, shards
 from mgp5.errors import Mgp5Error
-from mgp5.messages import Conversation
 from mgp5.prompts import CAPTION_INSTRUCTIONS, caption_to_image
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/real/CC3M"
 Member = tuple[str, bytes]
 
 
@@ -269,15 +267,3 @@ def test_shards_that_vanish_end_the_stream_with_an_error(tmp_path: Path) -> None
         path.unlink()
     with pytest.raises(Mgp5Error, match=r"no usable sample for reader 0 of 1 \(broken shard: .*tar"):
         batches(data, 100)
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
-def test_real_pictures_come_out_as_from_the_table(tmp_path: Path) -> None:
-    table = load_data("cc3m", REAL, "val")
-    names = [table.key(index).removeprefix("val/").removesuffix(".jpg") for index in range(len(table))]
-    members = [(f"{n}.{suffix}", (REAL / f"val/{n}.{suffix}").read_bytes()) for n in names for suffix in ("jpg", "txt")]
-    write_tar(tmp_path / "00000.tar", *members)
-    found: list[Conversation] = [item[1] for item in load_data("shards", tmp_path, "val")]
-    assert [talk.messages[0] for talk in found] == [talk.messages[0] for talk in table]
-    for ours, theirs in zip(found, table, strict=True):
-        assert ours.images[0].load() == theirs.images[0].load() and ours.images[0].digest() == theirs.images[0].digest()

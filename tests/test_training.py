@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,87 +23,41 @@ def llava(llava_folder, diffusion_folder) -> InterleavedModel:
     return fresh(llava_folder, diffusion_folder)
 
 
-def weights(model: InterleavedModel) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(model: InterleavedModel, before: dict[str, torch.Tensor]) -> set[str]:
-    """Return the names of weights that changed, with adapters merged."""
-    model.merge()
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
-
-
-def check_rows(model: InterleavedModel, before: dict[str, torch.Tensor]) -> None:
-    """Check that only voken rows of embedding and LM head have changed, although weight decay is on."""
-    ids, core = list(model.head.ids), model.backbone.core
-    old = fresh_rows(before)
-    for name, weight in (("embed", core.get_input_embeddings().weight), ("head", core.lm_head.weight)):
-        same = (weight == old[name]).all(dim=1)
-        assert not same[ids].any()
-        same[ids] = True
-        assert same.all()
-
-
-def fresh_rows(before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    embed = next(value for name, value in before.items() if name.endswith("embed_tokens.weight"))
-    head = next(value for name, value in before.items() if name.endswith("lm_head.weight"))
-    return {"embed": embed, "head": head}
-
-
 # What trains
 
 
-def test_pretraining_trains_voken_rows_and_mapper_only(mllm_folder, diffusion_folder, pairs, tmp_path):
-    model = fresh(mllm_folder, diffusion_folder)
-    before = weights(model)
-    finish(model, pairs, config("pretrain"), tmp_path / "run")
-    names = changed(model, before)
-    assert all("mapper" in name or name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in names)
-    for part in ("mapper.mlp.0.weight", "mapper.mlp.2.weight", "mapper.queries", "mapper.transformer.encoder"):
-        assert any(part in name for name in names)
-    check_rows(model, before)
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen"])
-def test_finetuning_trains_rows_lora_and_the_mappers_transformer(
-    family, llava_folder, qwen_folder, diffusion_folder, tales, tmp_path
-):
-    model = fresh({"llava": llava_folder, "qwen": qwen_folder}[family], diffusion_folder)
-    before = weights(model)
-    finish(model, tales, config("finetune"), tmp_path / "run")
-    rows = ("embed_tokens.weight", "lm_head.weight")
-    names = {name for name in changed(model, before) if not name.endswith(rows)}
-    assert {name for name in names if "mapper" not in name} == {
-        name for name in before if "language_model" in name and name.endswith(("q_proj.weight", "v_proj.weight"))
-    }
-    assert all("mapper.transformer" in name for name in names if "mapper" in name)
-    assert any("mapper.transformer.decoder" in name for name in names)
-    check_rows(model, before)
-
-
 @pytest.mark.parametrize(
-    "stage, adapter, trained",
+    "stage, family, adapter, trained",
     [
-        ("pretrain", {}, "head.mapper."),
-        ("finetune", {"lora": LoraConfig()}, "head.mapper.transformer."),
-        ("finetune", {"lora": None, "prefix": PrefixConfig(tokens=2, hidden=8)}, "head.mapper.transformer."),
+        ("pretrain", "llava", {}, "head.mapper."),
+        ("pretrain", "qwen", {}, "head.mapper."),
+        ("finetune", "llava", {"lora": LoraConfig()}, "head.mapper.transformer."),
+        ("finetune", "qwen", {"lora": LoraConfig()}, "head.mapper.transformer."),
+        ("finetune", "llava", {"lora": None, "prefix": PrefixConfig(tokens=2, hidden=8)}, "head.mapper.transformer."),
     ],
 )
-def test_all_other_tensors_are_the_same_after_training(stage, adapter, trained, llava, tales, tmp_path):
-    tensors = dict(llava.named_parameters()) | dict(llava.named_buffers())  # peft puts its own beside them
-
-    def hashes() -> dict[str, bytes]:
-        return {name: hashlib.sha256(value.detach().numpy().tobytes()).digest() for name, value in tensors.items()}
-
-    before = hashes()
-    finish(
-        llava, tales, config(stage, steps=12, batch=1, save_every=100, weight_decay=0.5, **adapter), tmp_path / "run"
-    )
-    after = hashes()
-    assert {name for name in before if before[name] != after[name]} == {n for n in before if n.startswith(trained)}
-    assert all(p.requires_grad == n.startswith(trained) for n, p in llava.named_parameters() if n in before)
+def test_a_stage_changes_its_weights_and_no_others(
+    stage, family, adapter, trained, llava_folder, qwen_folder, diffusion_folder, tales, tmp_path
+):
+    model = fresh({"llava": llava_folder, "qwen": qwen_folder}[family], diffusion_folder)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # peft puts its own beside them
+    before = {name: value.detach().clone() for name, value in tensors.items()}
+    settings = config(stage, steps=6, batch=1, save_every=100, weight_decay=0.5, **adapter)
+    finish(model, tales, settings, tmp_path / "run")
+    changed = {name for name, value in tensors.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith(trained)}
+    assert all(p.requires_grad == name.startswith(trained) for name, p in model.named_parameters() if name in before)
+    if "prefix" in adapter:
+        return
+    model.merge()
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    rows = ("embed_tokens.weight", "lm_head.weight")
+    merged = {name for name in after if not torch.equal(after[name], before[name])} - changed
+    layers = ("q_proj.weight", "v_proj.weight") if adapter else rows
+    assert merged == {n for n in before if n.endswith(rows) or ("language_model" in n and n.endswith(layers))}
+    for name in (name for name in merged if name.endswith(rows)):  # only the new rows, although weight decay is on
+        same = (after[name] == before[name]).all(dim=1)
+        assert set((~same).nonzero().flatten().tolist()) == {*model.head.ids}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -139,8 +91,9 @@ def test_every_weight_has_a_gradient_whatever_a_batch_holds(llava, tales):
         loss, terms = step(batch, config("finetune"), torch.Generator().manual_seed(0))
         loss.backward()
         assert all(p.grad is not None for p in llava.parameters() if p.requires_grad)
+        assert terms.keys() == (set() if batch is empty else {"text"})
         if batch is empty:
-            assert loss == 0 and not terms
+            assert loss == 0
             assert not any(p.grad.any() for p in llava.parameters() if p.requires_grad)
 
 
@@ -234,8 +187,3 @@ def test_only_the_first_voken_of_a_run_has_a_label(model, tales):
         assert labels == [run[0], *[IGNORE] * (VOKENS - 1), run[-1]]
         assert run[-1] in model.backbone.stop_ids
     assert (batch.labels[batch.mask == 0] == IGNORE).all()
-
-
-def test_a_batch_without_images_has_a_text_loss_only(llava):
-    batch = batch_of(llava, Conversation().add("user", "hi").add("assistant", "hello"))
-    assert llava(batch, config("finetune"), torch.Generator()).terms.keys() == {"text"}

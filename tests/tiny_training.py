@@ -18,6 +18,7 @@ from mgp5.training.batch import Collator
 from mgp5.training.loop import Progress, train
 
 VOKENS = 4
+TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gib"}  # of a row of the log
 
 
 def config(stage: str, steps: int | None = 2, **values) -> TrainConfig:
@@ -29,6 +30,14 @@ def config(stage: str, steps: int | None = 2, **values) -> TrainConfig:
 def fresh(mllm: Path, diffusion: Path, **options) -> InterleavedModel:
     torch.manual_seed(1)
     return build(str(mllm), str(diffusion), num_vokens=VOKENS, guidance=3.0, **options)
+
+
+def join(folder: Path, mllm: Path, diffusion: Path) -> Path:
+    """Make a folder that --model takes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mllm").symlink_to(mllm)
+    (folder / "diffusion").symlink_to(diffusion)
+    return folder
 
 
 def finish(*args, **more) -> list[Progress]:

@@ -101,7 +101,7 @@ class Stream(IterableDataset):
         names, own, everything = self.shards.names, slice(reader, None, readers), slice(None)
         some, share = (own, everything) if len(names) >= readers else (everything, own)  # of shards, of each shard
         for epoch in count():
-            usable, last = skip > 0, Skipped("no sample", "")
+            usable, last, ahead = False, Skipped("no sample", ""), skip
             for name in self._shuffled(names, epoch)[some]:
                 if skip and skip >= (size := len(range(self.shards.size_of(name))[share])):
                     skip -= size
@@ -112,7 +112,7 @@ class Stream(IterableDataset):
                         last, usable = (sample, usable) if isinstance(sample, Skipped) else (last, True)
                         yield sample
                 skip = 0
-            if not usable:
+            if not usable and skip == ahead:
                 who, reason = f"reader {reader} of {readers}", f"{last.kind}: {last.where}"
                 raise Mgp5Error(f"no usable sample for {who} ({reason})", "use fewer workers")
 

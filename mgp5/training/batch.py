@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Unusable(Exception):
-    """The reason why a sample is left out."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
+    """Why a sample is left out: `args` are the kind of problem and the reason."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,8 @@ class _Row:
 class Collator:
     """Turn conversations into a Batch; runs in data workers, which share the model's memory and use no weights.
 
-    A sample that cannot be used is left out and listed in `Batch.skipped`, not replaced by another.
-
-    Args:
-        backbone: its tokenizer, chat template and preprocessing are used.
-        head: lays out target images and converts them to tensors.
-        max_length: maximum of tokens; longer samples lose history from the left.
-        config: of the stage, see `Head.layout`.
-        caches: stored outputs of frozen parts. A kind of output is used if the caches have it for the whole batch.
+    A sample that cannot be used is left out and named in `Batch.skipped`, not replaced by another; one of more than
+    `max_length` tokens loses history from the left. What the caches have for the whole batch is not computed.
     """
 
     def __init__(
@@ -71,22 +61,22 @@ class Collator:
     ) -> None:
         self.backbone, self.head, self.max_length = backbone, head, max_length
         self.config, self.caches = config, caches
-        self.trigger = head.spec.new_tokens[0]
 
     def __call__(self, samples: Sequence[tuple[str, Conversation] | Conversation | Skipped]) -> Batch:
         """Return a batch of the usable samples, in order; `skipped` names the others by their keys."""
         rows, skipped = [], []
-        usable = [sample for sample in samples if not isinstance(sample, Skipped)]
-        latents, features = self._cached([s if isinstance(s, Conversation) else s[1] for s in usable])
-        for sample in samples:
+        keyed = [("", sample) if isinstance(sample, Conversation) else sample for sample in samples]
+        latents, features = self._cached([sample[1] for sample in keyed if not isinstance(sample, Skipped)])
+        for sample in keyed:
             if isinstance(sample, Skipped):
                 skipped.append(sample)
                 continue
-            key, conversation = ("", sample) if isinstance(sample, Conversation) else sample
+            key, conversation = sample
             try:
                 row = self._row(conversation, latents, features)
-            except _Unusable as reason:
-                skipped.append(Skipped(reason.kind, f"{key} ({reason})"))
+            except _Unusable as error:
+                kind, reason = error.args
+                skipped.append(Skipped(kind, f"{key} ({reason})"))
                 continue
             rows.append(row)
             skipped += [Skipped("history cut", f"{key} ({row.truncated})")] if row.truncated else []
@@ -107,21 +97,19 @@ class Collator:
         if features:
             cached = [features[id(image)] for image in images]
             inputs = [{"features": value} | {k: v[None] for k, v in others.items()} for value, others in cached]
+            slots = [len(value) for value, _ in cached]
         else:
             inputs = [_tensors(lambda pixels: self.backbone.preprocess([pixels]), image) for image in images]
-        targets = [
-            {"moments": latents[id(image)][0]} if latents else _tensors(self.head.target, image)
-            for image in target.images
-        ]
-        slots = [len(i["features"]) if features else self.head.context_slots(self.backbone, i)[0] for i in inputs]
+            slots = [self.head.context_slots(self.backbone, tensors)[0] for tensors in inputs]
+        if latents:
+            targets = [{"moments": latents[id(image)][0]} for image in target.images]
+        else:
+            targets = [_tensors(self.head.target, image) for image in target.images]
         captions = [image.caption for image in target.images]
         try:
-            "".join(
-                [*captions, *(message.text for message in conversation.messages)]
-            ).encode()  # fails on lone surrogates
-            sample, truncated = self._truncate_to_fit(
-                conversation, slots, [self.head.layout(tensors, self.config) for tensors in targets]
-            )
+            "".join([*captions, *(message.text for message in conversation.messages)]).encode()  # no lone surrogates
+            layouts = [self.head.layout(tensors, self.config) for tensors in targets]
+            sample, truncated = self._truncate_to_fit(conversation, slots, layouts)
         except (TemplateError, UnicodeError) as error:
             raise _Unusable("unfit text", str(error)) from None
         first = len(inputs) - len(sample.images)  # truncation removes images from the left too
@@ -134,7 +122,7 @@ class Collator:
         """Return the sample without as much history as needed, and why history was removed. Raises _Unusable."""
 
         def build(conversation: Conversation) -> Example:
-            return example(self.backbone, conversation, self.trigger, layouts)
+            return example(self.backbone, conversation, self.head.spec.new_tokens[0], layouts)
 
         def length(sample: Example) -> int:
             images = len(sample.images)

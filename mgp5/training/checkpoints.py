@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -37,8 +36,7 @@ def checkpoints(out: Path) -> list[Path]:
 def check(out: Path, config: TrainConfig, resume: bool) -> None:
     """Check that a run can begin in a folder, or continue there. A run that ended before it saved is overwritten.
 
-    Raises:
-        Mgp5Error: the folder holds a run already; or, with `resume`, no run, or one with other settings.
+    Raises Mgp5Error when the folder holds a run; with `resume`, when it holds none, or one with other settings.
     """
     if not resume:
         if checkpoints(out) or (out / "mgp5").exists() or ((out / SETTINGS).exists() and not (out / LOG).exists()):
@@ -54,28 +52,19 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
 
 
 def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stream: bool = False) -> Path | None:
-    """Begin or continue a run in a folder, and remove the leftovers of one that was killed.
+    """Begin or continue a run in a folder; return the checkpoint to continue from, or None.
 
-    Args:
-        out: folder of the run.
-        config: of the stage.
-        resume: continue the run.
-        processes: number of processes.
-        stream: the data is a stream, which is divided among processes and workers: their numbers must not change.
-
-    Returns:
-        The checkpoint to continue from, or None.
-
-    Raises:
-        Mgp5Error: see `check`; or the folder cannot be written, or the order of the data would change.
+    The data of a `stream` is divided among processes and workers: their numbers must not change. Raises Mgp5Error as
+    `check` does, or when the folder cannot be written, or the order of the data would change.
     """
     check(out, config, resume)
     newest = checkpoints(out)[-1] if resume else None
     if newest:
         old = read_json(newest / METADATA, BROKEN)
         new = {"accumulation": config.accumulation, "processes": processes, "workers": config.workers}
-        same = ("processes", "workers") if stream else ()
-        if any(old[name] != new[name] for name in same) or _microbatches(old) != _microbatches(new):
+        same = all(old[name] == new[name] for name in ("processes", "workers")) or not stream
+        microbatches = [values["accumulation"] * values["processes"] for values in (old, new)]
+        if not same or microbatches[0] != microbatches[1]:
             was, now = (", ".join(f"{name} {values[name]}" for name in new) for values in (old, new))
             hint = "resume it with the same" if stream else "keep accumulation x processes"
             raise Mgp5Error(f"--out {out} is a run with {was}, not {now}", hint, usage=True)
@@ -93,16 +82,9 @@ def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stre
 
 
 def save(out: Path, step: int, keep: int, fill: Callable[[Path], None]) -> None:
-    """Add a checkpoint, then remove all but the newest `keep`.
+    """Add a checkpoint that `fill` writes into the folder it gets, then remove all but the newest `keep`.
 
-    Args:
-        out: folder of the run.
-        step: updates done.
-        keep: number of checkpoints to keep.
-        fill: writes the files into the folder that it gets.
-
-    Raises:
-        Mgp5Error: the checkpoint cannot be written (a full disk); earlier ones stay.
+    Raises Mgp5Error when the checkpoint cannot be written (a full disk); earlier ones stay.
     """
     try:
         with replacing(out / f"checkpoints/step-{step:06d}", durable=True) as part:
@@ -116,13 +98,8 @@ def save(out: Path, step: int, keep: int, fill: Callable[[Path], None]) -> None:
         raise Mgp5Error(f"step {step} cannot be saved in {out} ({error})", hint) from None
 
 
-def _microbatches(metadata: dict[str, Any]) -> int:
-    """Return the number of microbatches of an update."""
-    return metadata["accumulation"] * metadata["processes"]
-
-
 def _step_of(line: str) -> float:
-    """Return the step of a row of the log; infinity for an incomplete row."""
+    """Return the step of a row of the log, infinity for an incomplete one."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -130,6 +107,5 @@ def _step_of(line: str) -> float:
 
 
 def _link(out: Path) -> None:
-    """Point RUN/mgp5 to the newest checkpoint."""
     with replacing(out / "mgp5") as link:
         link.symlink_to((checkpoints(out)[-1] / "mgp5").relative_to(out))

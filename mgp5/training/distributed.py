@@ -40,13 +40,8 @@ T = TypeVar("T")
 def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = ".") -> Accelerator:
     """Return the Accelerator of this process, which `torchrun` or `accelerate launch` may have started with others.
 
-    Args:
-        config: precision and trackers.
-        device: device of a single process; under a launcher each process takes its own GPU.
-        out: folder of the run; trackers write to its subfolder `trackers`.
-
-    Raises:
-        Mgp5Error: the device, precision or a tracker is not available.
+    `device` is that of a single process: under a launcher each takes its own GPU. Trackers write to `out`/trackers.
+    Raises Mgp5Error when the device, precision or a tracker is not available.
     """
     launched = "LOCAL_RANK" in os.environ
     if launched and device not in ("auto", "cpu"):
@@ -78,18 +73,14 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
 
 
 def _fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin:
-    """Return the settings of FSDP: each layer of the LLM is a unit, and everything else is one more.
-
-    They replace those of `accelerate launch`: gradients are summed in float32, every process reads the weights itself,
-    and activations are recomputed only by `config.checkpointing`.
-    """
+    """Return the settings of FSDP, which replace those of `accelerate launch`: each layer of the LLM is a unit."""
     low = None if config.precision == "fp32" else DTYPES[config.precision]
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=transformer_auto_wrap_policy,
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32) if low else None,
-        cpu_ram_efficient_loading=False,
-        activation_checkpointing=False,
+        cpu_ram_efficient_loading=False,  # every process reads the weights itself
+        activation_checkpointing=False,  # `config.checkpointing` decides
     )
 
 
@@ -115,10 +106,9 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 class LossModule(nn.Module):
     """The module that DDP and FSDP wrap; its outputs are plain tensors, as they require.
 
-    All processes must run the same layers, and every trained weight must get a gradient in each of them, or they wait
-    for each other forever. But a batch without target images does not use the head, and an empty batch no layer. So a
-    zero (the sum of an empty slice) of every weight is added to the loss, and for an empty batch the LLM reads two
-    tokens.
+    All processes must run the same layers and have gradients for the same weights, or they wait for each other forever.
+    But a batch without target images does not use the head, and an empty batch no layer. So a zero (the sum of an empty
+    slice) of every weight is added to the loss, and for an empty batch the LLM reads two tokens.
     """
 
     def __init__(self, model: InterleavedModel) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..backbones.hf import HFBackbone
 from ..device import DTYPES
 from ..errors import Mgp5Error
-from ..files import digest, lock, read_json, remove_leftovers, write_bytes, write_json
+from ..files import digest, lock, read_json, remove_folder, remove_leftovers, write_bytes, write_json
 from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import REPOS
 from ..messages import Image
@@ -169,13 +169,18 @@ class Writer:
             raise Mgp5Error(f"{self.folder} holds {old}, not {dtype}", "choose another --out", usage=True)
         facts = asdict(key) | {"fingerprint": key.fingerprint, "dtype": dtype}
         write_json(self.folder / MANIFEST, facts, durable=True)
-        self.bytes = sum(path.stat().st_size for path in self.done.paths)
+        self._old, self.added = sum(path.stat().st_size for path in self.done.paths), 0  # bytes
         self._next = 1 + max((int(path.stem) for path in self.done.paths), default=-1)
         self._fresh: dict[str, Tensor] = {}
         self._new: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.done) + len(self._new)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all items."""
+        return self._old + self.added
 
     def add(self, key: str, item: Item) -> bool:
         """Add an item and return whether it is new. Raises Mgp5Error for infinite values and a full disk."""
@@ -187,14 +192,17 @@ class Writer:
         tensors = {key: value} | {f"{key}/{name}": extra.cpu() for name, extra in item[1].items()}
         self._fresh |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         self._new.add(key)
+        self.added += sum(tensor.nbytes for tensor in tensors.values())
         if len(self._fresh) >= SHARD_ITEMS or len(self._fresh) * value.nbytes >= SHARD_BYTES:
             self._flush()
         return True
 
     def close(self) -> None:
-        """Write the last shard, and let other processes write."""
+        """Write the last shard, remove a cache without items, and let other processes write."""
         try:
             self._flush()
+            if not len(self):
+                remove_folder(self.folder)
         finally:
             self._lock.close()
 
@@ -202,7 +210,6 @@ class Writer:
         if self._fresh:
             contents, self._fresh = save(self._fresh), {}
             write_bytes(self.folder / f"{self._next:05}.safetensors", contents, durable=True)
-            self.bytes += len(contents)
             self._next += 1
 
 

@@ -35,35 +35,23 @@ from .batch import Batch, Collator
 from .distributed import launch, on_main
 from .feature_cache import Caches
 from .samples import fixed_samples
-from .trainer import Counts, Trainer
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run after an update, over all processes.
+    """The state of a run after an update, over all processes."""
 
-    Attributes:
-        step: updates done.
-        total: updates of the run.
-        losses: means over the microbatches of the update, by name.
-        lr: learning rate of the head.
-        samples_per_second, images_per_second: samples and target images, since this call of `train` began.
-        eta: estimated seconds to the end of the run.
-        memory_gib: peak memory in GiB, of the GPU, or on a CPU of the process.
-        problems: samples that were left out or truncated since the run began.
-        stopped: whether a signal ends the run before its last step.
-    """
-
-    step: int
-    total: int
-    losses: dict[str, float]
-    lr: float
-    samples_per_second: float
-    images_per_second: float
-    eta: float
-    memory_gib: float
-    problems: int
-    stopped: bool = False
+    step: int  # updates done
+    total: int  # updates of the run
+    losses: dict[str, float]  # means over the microbatches of the update
+    lr: float  # of the head
+    samples_per_second: float  # since this call of `train` began
+    images_per_second: float  # target images
+    eta: float  # estimated seconds to the end of the run
+    memory_gib: float  # peak, of the GPU, or on a CPU of the process
+    problems: int  # samples that were left out or truncated since the run began
+    stopped: bool = False  # whether a signal ends the run before its last step
 
     def row(self) -> dict[str, Any]:
         """Return a row of the log: numbers by name, the losses among them."""
@@ -74,13 +62,9 @@ class Progress:
 
 
 class Order(Sampler[list[int]]):
-    """Yield the sample numbers of microbatches without end, with a new permutation of the data in every epoch.
+    """Yield the sample numbers of microbatches `first`, `first + every`, ...; every epoch has a permutation of its own.
 
-    Args:
-        size: number of samples.
-        batch: samples of a microbatch.
-        seed: of the permutations.
-        first, every: the microbatches are first, first + every, first + 2 * every, ...
+    `size` is the number of samples, `batch` that of a microbatch, `seed` that of the permutations.
     """
 
     def __init__(self, size: int, batch: int, seed: int, first: int = 0, every: int = 1) -> None:
@@ -100,11 +84,7 @@ class Order(Sampler[list[int]]):
 
 
 def total_steps(config: TrainConfig, data: Any, processes: int = 1) -> int:
-    """Return the number of updates of a run: `config.steps`, or those of `config.epochs` passes over the data.
-
-    Raises:
-        Mgp5Error: neither the steps nor the number of samples is known.
-    """
+    """Return the number of updates of a run. Raises Mgp5Error where neither steps nor number of samples are known."""
     if config.steps:
         return config.steps
     if (samples := num_samples(data)) is None:
@@ -137,19 +117,15 @@ def train(
     accelerator: Accelerator | None = None,
     caches: Caches | None = None,
 ) -> Iterator[Progress]:
-    """Train a stage; yield after every update. The trained weights are saved in `out` at the end and periodically.
+    """Train a stage and yield after every update; the trained weights are saved in `out` at the end and periodically.
 
     Args:
-        model: changed in place.
-        data: samples by number, or with a `stream` of them (`data.shards.Shards`). A sample is a conversation whose
-            last message is the target, or a pair of its key and the conversation.
-        config: of the stage.
-        out: folder of the run, see checkpoints.py.
+        data: samples by number, or with a `stream` of them (`data.shards.Shards`): conversations whose last message is
+            the target, or pairs of a key and a conversation.
         resume: continue the run in `out`.
-        stop_after: end this call after so many updates; the run can be resumed.
+        stop_after: updates after which this call ends; the run can be resumed.
         stop: called in every update; True in any process saves and ends this call in all of them.
         accelerator: from `launch`; None creates one for the model's device. The caller calls its `end_training`.
-        caches: stored outputs of the frozen parts.
 
     Raises:
         Mgp5Error: `out` holds a run and `resume` is not set, or holds a run of another configuration.
@@ -164,11 +140,12 @@ def train(
     last = total if stop_after is None else min(total, trainer.step + stop_after)
     batches = _batches(data, model, config, accelerator, trainer.step, caches)
     samples = fixed_samples(data, config.seed) if config.sample_every else []
-    meter = _Meter(trainer, last, total)
+    first, started = trainer.step, time.monotonic()
     model.train()
     while trainer.step < last:
         trainer.set_rate(rate(config, trainer.step, total))
-        progress = meter.progress(trainer.update(batches, stop))
+        trainer.update(batches, stop)
+        progress = _progress(trainer, total, last, trainer.step - first, time.monotonic() - started)
         step, ends = progress.step, progress.stopped or progress.step == last
         if accelerator.is_main_process and (ends or step % config.log_every == 0):
             with (out / checkpoints.LOG).open("a") as log:
@@ -184,30 +161,20 @@ def train(
     model.eval()
 
 
-class _Meter:
-    """Measure the speed of a call of `train`, whose last step is `last` of `total` in the run."""
-
-    def __init__(self, trainer: Trainer, last: int, total: int) -> None:
-        self.trainer, self.first, self.last, self.total = trainer, trainer.step, last, total
-        self.samples = self.images = 0.0
-        self.started = time.monotonic()
-
-    def progress(self, counts: Counts) -> Progress:
-        """Return the progress after an update."""
-        step, seconds = self.trainer.step, time.monotonic() - self.started
-        self.samples, self.images = self.samples + counts.samples, self.images + counts.images
-        return Progress(
-            step=step,
-            total=self.total,
-            losses=counts.losses,
-            lr=float(f"{self.trainer.lr:.6g}"),
-            samples_per_second=round(self.samples / seconds, 2),
-            images_per_second=round(self.images / seconds, 2),
-            eta=round((self.total - step) * seconds / (step - self.first), 1),
-            memory_gib=_peak_memory(self.trainer.accelerator.device),
-            problems=self.trainer.num_problems,
-            stopped=counts.stop > 0 and step < self.last,
-        )
+def _progress(trainer: Trainer, total: int, last: int, done: int, seconds: float) -> Progress:
+    """Describe a run after an update; this call of `train` has done `done` of them, in so many seconds."""
+    return Progress(
+        step=trainer.step,
+        total=total,
+        losses=trainer.losses,
+        lr=float(f"{trainer.lr:.6g}"),
+        samples_per_second=round(trainer.samples / seconds, 2),
+        images_per_second=round(trainer.images / seconds, 2),
+        eta=round((total - trainer.step) * seconds / done, 1),
+        memory_gib=_peak_memory(trainer.accelerator.device),
+        problems=trainer.num_problems,
+        stopped=trainer.stopped and trainer.step < last,
+    )
 
 
 def _batches(
@@ -245,7 +212,6 @@ def _start_worker(worker: int) -> None:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GiB."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / GiB, 2)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB, 2)  # Linux counts in KiB

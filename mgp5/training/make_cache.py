@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import DataConfig
-from ..data import Keyed, Problems, Skipped, Source, check_sources, load_sources
+from ..data import Problems, Skipped, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device
 from ..errors import Mgp5Error, raise_all
@@ -29,7 +29,7 @@ from ..options import override
 from .feature_cache import KINDS, FrozenPart, Item, Reader, Writer, cache_key
 from .run import token_counter
 
-EXAMPLES = 8  # items of each kind, one of which tells the size of all
+CHECKED = 8  # batches, after which it is known what the whole data will need
 Cacheable = Image | str  # an image, or a caption
 Tell = Callable[[str], None]
 
@@ -75,46 +75,38 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
     `tell` takes lines about what will be written, what was, and what was left out. Raises Mgp5Error for data that
     cannot be used, a full disk, or a cache that others write to.
     """
-    parts = resolve(request.model)
+    parts, kinds = resolve(request.model), request.kinds
     config = override(DataConfig(instruct_every=0), dict(request.overrides))  # all of the history, no sample twice
     data = load_sources(request.data, config, request.split, count=token_counter(request.model), tell=tell)
-    models = _load(parts, request.kinds, request.device)
-    needed, examples = _survey(data, request.kinds)
-    if not any(needed.values()):
-        raise Mgp5Error(f"the data has no {' and no '.join(needed)}", "choose other --kinds or data", usage=True)
+    models = _load(parts, kinds, request.device)
+    samples, items, total = 0, 0, data.size if isinstance(data, Shards) else len(data)
     skipped: dict[Skipped, None] = {}
     with ExitStack() as stack:
-        writers, sizes = {}, {}
-        for kind in filter(needed.get, needed):
-            key = cache_key(kind, models[kind], parts.mllm if kind == "features" else parts.diffusion)
-            writers[kind] = stack.enter_context(closing(Writer(request.out, key, request.dtype)))
-            size = _item_bytes(kind, examples[kind], models[kind], request.dtype)
-            sizes[kind] = size * max(needed[kind] - len(writers[kind]), 0)
-        _check_disk(sizes, request.out, tell)
-        samples, items, total = 0, 0, data.size if isinstance(data, Shards) else len(data)
-        for number, batches, unusable in _loader(data, writers, models, request):
-            for kind, (keys, batch) in batches.items():
-                new = zip(keys, compute(kind, batch, models[kind]), strict=True)
-                items += sum(writers[kind].add(key, item) for key, item in new)
+        keys = (cache_key(kind, models[kind], parts.mllm if kind == "features" else parts.diffusion) for kind in kinds)
+        writers = {key.kind: stack.enter_context(closing(Writer(request.out, key, request.dtype))) for key in keys}
+        loader = DataLoader(
+            data,
+            request.batch,
+            collate_fn=CacheCollator({kind: writer.done for kind, writer in writers.items()}, models),
+            num_workers=request.workers,
+            multiprocessing_context="fork" if request.workers else None,  # the models stay where they are
+        )
+        for position, (number, batches, unusable) in enumerate(loader, 1):
+            for kind, (names, batch) in batches.items():
+                new = zip(names, compute(kind, batch, models[kind]), strict=True)
+                items += sum(writers[kind].add(name, item) for name, item in new)
             skipped |= dict.fromkeys(unusable)
             samples += number
+            if position == CHECKED and total:
+                _check_disk(writers, total / samples - 1, request.out, tell)
             yield CacheProgress(samples, total, items, sum(writer.bytes for writer in writers.values()))
     for kind, writer in writers.items():
-        tell(f"{len(writer):,} {kind}, {decimal(writer.bytes)}, in {writer.folder}")
+        if len(writer):
+            tell(f"{len(writer):,} {kind}, {decimal(writer.bytes)}, in {writer.folder}")
     if skipped:
         tell(f"left out {Problems(skipped)}")
-
-
-def _loader(
-    data: Keyed | Shards, writers: dict[str, Writer], models: dict[str, FrozenPart], request: CacheRequest
-) -> DataLoader:
-    return DataLoader(
-        data,
-        request.batch,
-        collate_fn=CacheCollator({kind: writer.done for kind, writer in writers.items()}, models),
-        num_workers=request.workers,
-        multiprocessing_context="fork" if request.workers else None,  # the models stay where they are
-    )
+    if not any(map(len, writers.values())):
+        raise Mgp5Error(f"the data has no {' and no '.join(kinds)}", "choose other --kinds or data", usage=True)
 
 
 def _load(parts: Parts, kinds: Sequence[str], name: str) -> dict[str, FrozenPart]:
@@ -142,37 +134,12 @@ def cacheables(conversation: Conversation) -> Iterator[tuple[str, Cacheable]]:
     yield from (("features", image) for message in context for image in message.images)
 
 
-def _survey(data: Keyed | Shards, kinds: Sequence[str]) -> tuple[dict[str, int], dict[str, list[Cacheable]]]:
-    """Return the number of different items of each kind, and some of them; of shards about, by the first sample."""
-    times, samples = 1, data
-    if isinstance(data, Shards):
-        times, samples = data.size or 1, [next(sample for sample in data if not isinstance(sample, Skipped))]
-    found: dict[str, set[int]] = {kind: set() for kind in KINDS}
-    examples: dict[str, list[Cacheable]] = {kind: [] for kind in KINDS}
-    for _, conversation in samples:
-        for kind, value in cacheables(conversation):
-            found[kind].add(hash(value if isinstance(value, str) else value.path))
-            if len(examples[kind]) < EXAMPLES:
-                examples[kind].append(value)
-    return {kind: times * len(found[kind]) for kind in kinds}, examples
-
-
-def _item_bytes(kind: str, examples: Sequence[Cacheable], model: FrozenPart, dtype: str) -> int:
-    """Return the bytes of the first example that can be computed; 0 if none can."""
-    for value in examples:
-        try:
-            [(result, others)] = compute(kind, collate(kind, [prepare(kind, value, model)]), model)
-        except (Mgp5Error, ValueError):
-            continue  # a broken image is told when its turn comes
-        return result.numel() * DTYPES[dtype].itemsize + sum(other.nbytes for other in others.values())
-    return 0
-
-
-def _check_disk(sizes: dict[str, int], out: Path, tell: Tell) -> None:
-    """Tell how much is to be written, about. Raises Mgp5Error when the disk cannot hold it."""
+def _check_disk(writers: dict[str, Writer], ahead: float, out: Path, tell: Tell) -> None:
+    """Tell how much is still to be written: `ahead` times what was. Raises Mgp5Error when the disk cannot hold it."""
+    sizes = {kind: int(writer.added * ahead) for kind, writer in writers.items()}
     free, total = shutil.disk_usage(out).free, sum(sizes.values())
-    plan = ", ".join(f"{kind} {decimal(size)}" for kind, size in sizes.items())
-    tell(f"to be written, about: {plan}; {decimal(free)} free in {out}")
+    plan = ", ".join(f"{kind} {decimal(size)}" for kind, size in sizes.items() if size)
+    tell(f"still to be written, about: {plan or 'nothing'}; {decimal(free)} free in {out}")
     if total > free:
         problem = f"{out} has {decimal(free)} free, the cache needs about {decimal(total)} more ({plan})"
         raise Mgp5Error(problem, "choose another disk, --dtype fp16, or fewer --kinds")

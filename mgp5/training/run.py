@@ -35,51 +35,28 @@ Tell = Callable[[str], None]  # takes a line of text for people
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What to train, on what data, and how; everything that can be checked without reading weights is checked at once.
-
-    Args:
-        stage: "pretrain" or "finetune".
-        data: format and path of each data source.
-        out: folder of the run.
-        model: a name, a folder, "MLLM+GENERATOR", or a run of the stage before.
-        preset: name of the settings to begin with, see `config.preset`.
-        config_file: TOML file of settings that replace those of the preset.
-        overrides: settings that replace those of preset and file, nested as in {"lora": {"rank": 4}}.
-        max_steps: updates in all, instead of epochs.
-        stop_after: updates after which this call ends; the run can be resumed.
-        vokens: number of vokens of an image, 1 to 16, for a new model.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
-        caches: folders of `mgp5 data cache`.
-        resume: go on with the run in `out`.
-        dry_run: the request is for `estimate_stage` only: `out` is not looked at.
-
-    Raises:
-        Mgp5Error: what is wrong with the request; all of it.
-    """
+    """What to train, on what data, and how. Raises Mgp5Error that names all that is wrong; no weights are read."""
 
     stage: Stage
-    data: tuple[Source, ...]
-    out: Path
-    model: str
-    preset: str = "paper"
-    config_file: Path | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    max_steps: int | None = None
-    stop_after: int | None = None
-    vokens: int = 8
+    data: tuple[Source, ...]  # format and path of each
+    out: Path  # folder of the run
+    model: str  # a name, a folder, "MLLM+GENERATOR", or a run of the stage before
+    preset: str = "paper"  # settings to begin with
+    config_file: Path | None = None  # TOML file of settings that replace those of the preset
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # replace both, nested as in {"lora": {"rank": 4}}
+    max_steps: int | None = None  # updates in all, instead of epochs
+    stop_after: int | None = None  # updates after which this call ends; the run can be resumed
+    vokens: int = 8  # of an image, 1 to 16, for a new model
     device: str = "auto"
-    caches: tuple[Path, ...] = ()
-    resume: bool = False
-    dry_run: bool = False
+    caches: tuple[Path, ...] = ()  # folders of `mgp5 data cache`
+    resume: bool = False  # go on with the run in `out`
+    dry_run: bool = False  # for `estimate_stage` only: `out` is not looked at
 
     def __post_init__(self) -> None:
-        counts = (
-            ("max_steps", self.max_steps, 10**9),
-            ("stop_after", self.stop_after, 10**9),
-            ("vokens", self.vokens, 16),
-        )
-        bad = [(name, value, most) for name, value, most in counts if value is not None and not 1 <= value <= most]
-        problems = [f"{name} is {value}, expected 1 to {most:,}" for name, value, most in bad]
+        most = {"max_steps": 10**9, "stop_after": 10**9, "vokens": 16}
+        counts = {name: value for name in most if (value := getattr(self, name)) is not None}
+        bad = {name: value for name, value in counts.items() if not 1 <= value <= most[name]}
+        problems = [f"{name} is {value}, expected 1 to {most[name]:,}" for name, value in bad.items()]
         problems += check_sources(self.data)
         problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
         checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
@@ -98,19 +75,12 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What a run would do, and take on one device.
+    """What a run would do, and take on one device."""
 
-    Attributes:
-        samples: of an epoch, None where that is not known.
-        updates: of the run.
-        batch: samples of an update.
-        memory: parameters, memory and operations of an update.
-    """
-
-    samples: int | None
+    samples: int | None  # of an epoch, None where that is not known
     updates: int
-    batch: int
-    memory: Estimate
+    batch: int  # samples of an update
+    memory: Estimate  # parameters, memory and operations of an update
 
 
 def train_stage(
@@ -118,14 +88,9 @@ def train_stage(
 ) -> Iterator[Progress]:
     """Train a stage and yield after every update; `request.out` then has what was trained.
 
-    Under `torchrun` or `accelerate launch` every process calls this.
-
-    Args:
-        stop: asked in every update; True saves and ends the run, which can be resumed.
-        tell: takes lines about data that was skipped and caches that were used.
-
-    Raises:
-        Mgp5Error: data or model that cannot be used, or a run that cannot be saved.
+    Under `torchrun` or `accelerate launch` every process calls this. `stop` is asked in every update: True saves and
+    ends the run, which can be resumed. `tell` takes lines about data that was skipped and caches that were used.
+    Raises Mgp5Error for data or a model that cannot be used, or a run that cannot be saved.
     """
     quiet_libraries()
     config = request.config
@@ -179,14 +144,7 @@ def initial_model(
 ) -> InterleavedModel:
     """Build the model that a stage begins with: a new one, or what the stage before has trained, adapters merged.
 
-    Args:
-        name: as `TrainRequest.model`.
-        config: of the stage.
-        vokens: number of vokens of a new model.
-        dtype: of the weights that do not train.
-
-    Raises:
-        Mgp5Error: no such model, or one that is finetuned already.
+    `dtype` is that of the weights that do not train. Raises Mgp5Error for a model that is finetuned already.
     """
     parts = resolve(name)
     torch.manual_seed(config.seed)  # a new mapper is the same in every process and every run
@@ -204,16 +162,12 @@ def initial_model(
 
 
 class Interruption:
-    """A `stop` for `train_stage` that Ctrl-C and SIGTERM set: the loop finishes its update and saves.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
+    """A `stop` for `train_stage` that Ctrl-C and SIGTERM set; a second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __call__(self) -> bool:
-        """Return whether to stop."""
         return self.requested
 
     def __enter__(self) -> Interruption:

@@ -24,22 +24,11 @@ def fixed_samples(data: Any, seed: int) -> list[Conversation]:
     else:
         items = (data[number] for number in range(0, len(data), -(-len(data) // COUNT)))
     samples = (item if isinstance(item, Conversation) else item[1] for item in items)
-    return [s for s in samples if isinstance(s, Conversation) and _readable(s)]  # a stream also yields `Skipped`
-
-
-def _readable(sample: Conversation) -> bool:
-    try:
-        return all(image.load() for image in sample.images)
-    except Mgp5Error:
-        return False
+    return [sample for sample in samples if isinstance(sample, Conversation)]  # a stream also yields `Skipped`
 
 
 def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
-    """Return the model's reply in place of a sample's last message, with an image if that has one.
-
-    Raises:
-        Mgp5Error: an image cannot be read, or the sample is too long.
-    """
+    """Return the model's reply in place of a sample's last message, with an image if that has one. Raises Mgp5Error."""
     *context, target = sample.messages
     kind = model.head.spec.image_options
     options = Options(
@@ -60,6 +49,8 @@ def sample_page(model: InterleavedModel, samples: list[Conversation], step: int,
     page = Conversation()
     for sample in samples:
         try:
+            for image in sample.images:
+                image.load()
             reply = reply_to(model, sample)
         except Mgp5Error:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,30 +29,8 @@ from .samples import sample_page
 STATE = "state/tensors.safetensors"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """The results of one update over all processes."""
-
-    losses: dict[str, float]  # mean of each term over the microbatches that have it
-    samples: float
-    images: float  # target images
-    stop: float  # processes that were asked to stop
-
-
 class Trainer:
-    """Prepare a model for a stage, fresh or from a checkpoint, and train it.
-
-    Args:
-        model: changed in place.
-        config: of the stage.
-        accelerator: from `launch`.
-        checkpoint: folder of a checkpoint to continue from, see checkpoints.py.
-
-    Attributes:
-        step: updates done.
-        lr: current learning rate of the head.
-        num_problems: samples of the run that were left out or truncated.
-    """
+    """Prepare a model for a stage, fresh or from the folder of a checkpoint, and train it; the model is changed."""
 
     def __init__(
         self, model: InterleavedModel, config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None = None
@@ -61,14 +38,16 @@ class Trainer:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.terms = ("text", *model.head.spec.losses)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.step, self.num_problems, self.lr = 0, 0, config.lr
-        self.problems = Problems()  # of this process
+        self.step, self.lr = 0, config.lr  # updates done, current learning rate of the head
+        self.losses: dict[str, float] = {}  # of the last update: means over the microbatches that have a term
+        self.samples = self.images = 0.0  # samples and target images that this call has trained on
+        self.stopped = False  # whether a process was asked to stop
+        self.num_problems, self.problems = 0, Problems()  # samples left out or truncated: of the run, of this process
         torch.manual_seed(config.seed)  # LoRA is initialized by the global generator
         model.prepare(config)
         if checkpoint:
-            load_trained_tensors(
-                model, read_weights(checkpoint / "mgp5" / WEIGHTS), Parts(str(checkpoint), "", "", checkpoint)
-            )
+            weights = read_weights(checkpoint / "mgp5" / WEIGHTS)
+            load_trained_tensors(model, weights, Parts(str(checkpoint), "", "", checkpoint))
         self.wrapped, self.optimizer = accelerator.prepare(LossModule(model), make_optimizer(model, config))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -82,13 +61,8 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
 
-    def update(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> Counts:
-        """Do one update over `accumulation` microbatches in every process.
-
-        Args:
-            batches: of this process.
-            stop: returns whether this process was asked to stop.
-        """
+    def update(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> None:
+        """Do one update over `accumulation` microbatches; `stop` returns whether this process was asked to stop."""
         config = self.config
         # Sum and number of each loss term, then samples, images, problems and stops: reduced in one call.
         sums = torch.zeros(2 * len(self.terms) + 4, device=self.accelerator.device)
@@ -113,9 +87,10 @@ class Trainer:
         self.step += 1
         sums[-1] = stop()
         *pairs, samples, images, problems, stops = self.accelerator.reduce(sums, "sum").tolist()
-        self.num_problems += int(problems)
         terms = zip(self.terms, pairs[::2], pairs[1::2], strict=True)
-        return Counts({name: round(total / n, 5) for name, total, n in terms if n}, samples, images, stops)
+        self.losses = {name: round(total / number, 5) for name, total, number in terms if number}
+        self.samples, self.images, self.stopped = self.samples + samples, self.images + images, stops > 0
+        self.num_problems += int(problems)
 
     def _backward(self, batch: Batch, part: int) -> dict[str, Tensor]:
         """Add the gradients of one microbatch; return its loss terms."""
@@ -129,7 +104,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Replace the trained weights by their moving average within a `with` block, if there is one."""
+        """Replace the trained weights by their moving average, if there is one, within a `with` block."""
         self._swap_average()
         try:
             yield
@@ -154,12 +129,7 @@ class Trainer:
                 self.model.train()
 
     def save(self, out: Path, loading: Problems) -> None:
-        """Add a checkpoint to a run and write its report of samples that were left out.
-
-        Args:
-            out: folder of the run.
-            loading: problems of the data that were found when it was loaded.
-        """
+        """Add a checkpoint to a run, and write its report of samples left out, also those left out in loading."""
         values = {
             f"{kind}.{name}": value
             for name, p in self.trained.items()
@@ -216,11 +186,7 @@ class Trainer:
 
 
 def make_optimizer(model: InterleavedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained parameters (Loshchilov & Hutter, arXiv 1711.05101).
-
-    Raises:
-        Mgp5Error: its 8-bit form is asked for, but bitsandbytes or a GPU is missing.
-    """
+    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101). Raises Mgp5Error where its 8-bit form cannot run."""
     groups, options = model.parameter_groups(config), {"lr": config.lr, "betas": (0.9, 0.999)}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
