@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Cache
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoModelForImageTextToText, Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
 from . import SideInputs
 from .kv_cache import KVCache, PrefixLayer, prefix_states
+from .processors import load_image_processor, load_tokenizer
 from .quantization import Quantize, is_quantized, keep_layout, quantization
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class HFBackbone(nn.Module):
         Only safetensors weights are read, and no code. `revision` is a branch, tag or commit on the hub. Raises
         Mgp5Error if the tokenizer has no chat template, OSError and ValueError as transformers does.
         """
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = load_tokenizer(name, revision=revision)
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
         image_processor = load_image_processor(name, revision=revision)
@@ -265,14 +264,3 @@ class HFBackbone(nn.Module):
                     weight[rows] = weight[:known].float().mean(dim=0).to(weight.dtype)
         core.requires_grad_(False)
         return ids
-
-
-def load_image_processor(name: str | Path, revision: str | None = None) -> Any:
-    """Load the image processor of a folder or hub id in its PIL form: the same pixels with torchvision and without.
-
-    `AutoImageProcessor` would prefer torchvision, which resizes otherwise than PIL; that of transformers 5.17 needs it.
-    """
-    config, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
-    kind = config.get("image_processor_type", "").removesuffix("Pil").removesuffix("Fast")
-    loader = getattr(transformers, f"{kind}Pil", None) or transformers.AutoImageProcessor
-    return loader.from_pretrained(name, revision=revision)

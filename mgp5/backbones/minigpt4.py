@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPImageProcessorPil,
@@ -25,6 +24,7 @@ from transformers import (
 from ..errors import Mgp5Error
 from ..files import replacing
 from ..hub import from_hub
+from .processors import load_tokenizer
 
 IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
 # The layout of the released code: system text, then "###Human: ... ###Assistant: ... ###Human: ...". The first token is
@@ -85,10 +85,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[int]]:
     """Load the LLM and its tokenizer, add image token and chat template; return them and the ids that end a reply."""
+    # legacy as in the released code: a blank after special tokens.
+    tokenizer = load_tokenizer(llm, revision=revision, legacy=True)
     # Pickled weights are read too (weights_only, no code): Vicuna has no others.
     language = AutoModelForCausalLM.from_pretrained(llm, revision=revision, dtype=dtype)
-    # legacy as in the released code: a blank after special tokens.
-    tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, legacy=True)
     tokenizer.init_kwargs["legacy"] = True  # else it is not saved
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.chat_template = TEMPLATE

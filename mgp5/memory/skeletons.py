@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_utils import local_torch_dtype
 
-from ..backbones.hf import HFBackbone, load_image_processor
+from ..backbones.hf import HFBackbone
+from ..backbones.processors import load_image_processor, load_tokenizer
 from ..config import model_config_from
 from ..files import read_json
 from ..generators import generator_class
@@ -110,7 +110,7 @@ def backbone_shape(name: str) -> HFBackbone:
         tokenizer = _llm_tokenizer(**known["tokenizer"])
     else:
         config = AutoConfig.from_pretrained(name)
-        tokenizer, processor = AutoTokenizer.from_pretrained(name), load_image_processor(name)
+        tokenizer, processor = load_tokenizer(name), load_image_processor(name)
     model = AutoModelForImageTextToText.from_config(config)
     return HFBackbone(model.eval().requires_grad_(False), tokenizer, processor)
 

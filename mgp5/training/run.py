@@ -131,10 +131,10 @@ def token_counter(model: str) -> Callable[[str], int]:
 
 
 def _load_tokenizer(mllm: str) -> Any:
-    from transformers import AutoTokenizer
+    from ..backbones.processors import load_tokenizer
 
     try:
-        return from_hub(mllm, lambda name, revision: AutoTokenizer.from_pretrained(name, revision=revision))
+        return from_hub(mllm, lambda name, revision: load_tokenizer(name, revision=revision))
     except (OSError, ValueError) as error:
         raise explain(error, mllm) from error
 
