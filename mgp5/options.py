@@ -103,7 +103,7 @@ class Options:
             image |= nested
         else:
             text["draw"] = nested
-        return replace(override(self, text), image=override(self.image, image))
+        return override(self, text | {"image": image})
 
 
 def reply_options(kind: type[ImageOptions] = DiffusionOptions, /, **values: Any) -> Options:

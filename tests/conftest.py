@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from filelock import FileLock
+from tiny import picture
 from tiny_mllm import save_llava, save_minigpt4, save_qwen, save_qwen3
 from tiny_sd3 import GENERATORS
 
@@ -103,10 +105,41 @@ def small_folder(llava_folder, shared):
 
 
 @pytest.fixture(scope="session")
+def small_model(small_folder):
+    from mgp5.apps.open_model import load
+
+    return load(small_folder)
+
+
+@pytest.fixture
+def mgp5(small_model, small_folder, tmp_path, monkeypatch):
+    """Runs a command on the small model, which is loaded once, in an empty folder."""
+    from mgp5.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mgp5.apps.open_model.load", lambda name, **_: small_model)
+    quick = ("--model", str(small_folder), "--steps", "2", "--set", "max_tokens=6", "--seed", "1")
+
+    def run(command: str, *args: object, stdin: str | None = None):
+        return CliRunner().invoke(main, [command, *quick, *map(str, args)], input=stdin, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A red picture with a text, and a blue one without."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture("red").save(folder / "2.png")
+    picture("blue").save(folder / "10.jpg")
+    (folder / "2.txt").write_text("A red day.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_export(small_folder, shared):
     """All its components as ONNX files, by the command."""
-    from click.testing import CliRunner
-
     from mgp5.cli import main
 
     def export(folder: Path) -> None:

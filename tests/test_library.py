@@ -24,15 +24,11 @@ MGP5 = [str(Path(sys.executable).with_name("mgp5"))]
 
 @pytest.fixture
 def hub(diffusion_folder):
-    files = {
-        path.relative_to(diffusion_folder).as_posix(): path.read_bytes()
-        for path in diffusion_folder.rglob("*")
-        if path.is_file()
-    }
-    other = ("v2-1.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.bin", "README.md")
-    with running(
-        Hub({REPO.id: files | dict.fromkeys((*other, "safety_checker/model.safetensors"), b"not read")})
-    ) as hub:
+    paths = [path for path in diffusion_folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(diffusion_folder).as_posix(): path.read_bytes() for path in paths}
+    more = "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.bin", "safety_checker/model.safetensors"
+    others = dict.fromkeys(("v2-1.safetensors", "README.md", *more), b"not read")
+    with running(Hub({REPO.id: files | others})) as hub:
         yield hub
 
 
@@ -53,13 +49,17 @@ def mgp5(hub, tmp_path):
     return run
 
 
+def pulled(mgp5) -> Path:
+    return Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+
+
 def line_of(mgp5, name: str = NAME) -> dict:
     return next(row for row in map(json.loads, mgp5("models", "--json").stdout.splitlines()) if row["name"] == name)
 
 
 def test_pull_fetches_what_is_read_and_rm_frees_it(mgp5, hub, diffusion_folder):
     assert not line_of(mgp5)["whole"] and line_of(mgp5, "demo")["whole"]
-    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    folder = pulled(mgp5)
     expected = {file for file in hub.repos[REPO.id] if (diffusion_folder / file).is_file()}
     assert hub.fetched() == expected == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert folder.name == REPO.revision and line_of(mgp5)["whole"]
@@ -77,7 +77,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was(mgp5, hub):
     large = "unet/second.safetensors"
     hub.repos[REPO.id][large] = bytes(range(256)) * (3 * chunk // 256)
     hub.cut[large] = 2 * chunk + 1000
-    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    folder = pulled(mgp5)
     assert ("GET", large, f"bytes={2 * chunk}-") in hub.asked
     assert (folder / large).read_bytes() == hub.repos[REPO.id][large]
 
@@ -129,7 +129,7 @@ def test_a_mirror_is_taken_where_the_first_is_gone(mgp5, hub, tmp_path):
 
 
 def test_rm_deletes_nothing_outside_the_cache(mgp5, hub, tmp_path):
-    folder = Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
+    folder = pulled(mgp5)
     (tmp_path / "mine").write_text("mine")
     (folder / "link.json").symlink_to(tmp_path / "mine")
     other = folder.with_name("d" * 40)  # a second revision: files are deleted one by one then

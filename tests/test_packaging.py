@@ -140,14 +140,6 @@ def test_constraints_cover_every_dependency():
     assert names <= pinned
 
 
-def test_top_level_is_what_the_design_says():
-    folders, files = {"mgp5", "kernels", "export", "tests", "examples"}, {"README.md", "LICENSE"}
-    allowed = folders | files | {"pyproject.toml", "constraints.txt"}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    top = {line.split("/")[0] for line in listed if line and not line.startswith(".")}
-    assert top <= allowed
-
-
 def test_the_readmes_two_commands_are_what_ci_runs():
     """Command (a) runs in test_demo.py."""
     told = "mgp5 story --images examples/picnic --scenes 2 --out out/picnic"

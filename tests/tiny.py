@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,16 @@ def same_pixels(one: Path | pil.Image, other: Path | pil.Image) -> bool:
 
 def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> pil.Image:
     return pil.new("RGB", size, color)
+
+
+def story_of(folder: Path) -> dict:
+    """The story.json of a folder."""
+    return json.loads((folder / "story.json").read_text())
+
+
+def parts_of(folder: Path) -> list[tuple[str, str]]:
+    """(role, kind) of every part of a story."""
+    return [(m["role"], part["type"]) for m in story_of(folder)["messages"] for part in m["content"]]
 
 
 class TargetHead:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..files import GiB
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -80,6 +82,4 @@ def _memory_tables(memory: dict[str, Any]) -> Iterator[Table]:
 
 
 def _gib(size: float) -> str:
-    from ..files import GiB
-
     return f"{size / GiB:.2f}"

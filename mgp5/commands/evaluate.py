@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,21 +71,14 @@ def eval_command(**flags: Any) -> None:
     model, options = requests_of(flags)
     weights = {name: Path(path).expanduser() for name, _, path in (item.partition("=") for item in flags["weights"])}
     request = fill(EvaluateRequest, flags, weights=weights, model=model, options=options)
-    with _replies_shown(flags["as_json"]) as show:
-        evaluate(request, notes(flags), show)
-
-
-@contextmanager
-def _replies_shown(as_json: bool) -> Iterator[Callable[[Replied], None]]:
-    """Give a function that shows the replies of the first process as a bar; with --json all replies are printed."""
     bars: dict[str, TaskID] = {}
-    with progress(transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:
+    with progress(transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:  # the first process shows a bar
 
         def show(replied: Replied) -> None:
             if replied.system not in bars:
                 bars[replied.system] = bar.add_task(replied.system, total=replied.total)
             bar.update(bars[replied.system], completed=replied.done)
-            if as_json:
+            if flags["as_json"]:
                 click.echo(json.dumps(replied.row))
 
-        yield show
+        evaluate(request, notes(flags), show)

@@ -1,0 +1,130 @@
+"""`mgp5 chat`: messages and replies from the shell, and a session of lines and /commands."""
+
+from __future__ import annotations
+
+import builtins
+from types import SimpleNamespace
+
+import pytest
+from tiny import parts_of, picture, story_of
+
+from mgp5 import Conversation
+from mgp5.apps.chat import Chat
+from mgp5.commands.repl import Repl
+from mgp5.options import reply_options
+from mgp5.views.files import StoryFolder
+from mgp5.views.terminal import TerminalView
+
+
+def roles_of(folder) -> list[str]:
+    return [message["role"] for message in story_of(folder)["messages"]]
+
+
+def test_chat_answers_messages_and_goes_on_from_a_folder(mgp5, pictures, tmp_path):
+    first = mgp5("chat", "--image", "pictures/2.png", "--message", "look", "--message", "and?", "--out", "talk")
+    assert first.exit_code == 0 and first.stdout.strip()
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert roles_of(tmp_path / "talk") == roles
+    assert parts_of(tmp_path / "talk")[1:3] == [("user", "image"), ("user", "text")]
+    assert mgp5("chat", "--resume", "talk", stdin="go on\n\n").exit_code == 0
+    assert roles_of(tmp_path / "talk") == [*roles, "user", "assistant"]
+    assert (tmp_path / "talk/story.html").is_file()
+
+
+def test_a_resumed_chat_gives_the_replies_of_one_in_a_single_run(mgp5, tmp_path):
+    mgp5("chat", "--message", "one", "--message", "two", "--out", "whole")
+    mgp5("chat", "--message", "one", "--out", "pieces")
+    mgp5("chat", "--message", "two", "--resume", "pieces")
+    assert story_of(tmp_path / "whole")["messages"] == story_of(tmp_path / "pieces")["messages"]
+
+
+def test_chat_pictures_are_kept_although_no_folder_was_asked_for(mgp5, tmp_path):
+    result = mgp5("chat", "--message", "draw", "--set", "image=always")
+    assert "chat-1" in result.stderr
+    assert ("assistant", "image") in parts_of(tmp_path / "chat-1")
+
+
+@pytest.fixture
+def talk(small_model, tmp_path, monkeypatch):
+    """A chat, and a function that types lines into it."""
+    monkeypatch.chdir(tmp_path)
+    chat = Chat(small_model, reply_options(seed=1, steps=1, max_tokens=6, image="never"))
+    chat.record = {"model": "tiny", "options": {}}
+
+    def type_lines(*lines: str | type[BaseException]) -> None:
+        queue = iter([*lines, EOFError])
+
+        def typed(prompt: str) -> str:
+            line = next(queue)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(builtins, "input", typed)
+        Repl(chat, lambda: TerminalView("off")).run()
+
+    return SimpleNamespace(chat=chat, type=type_lines)
+
+
+def texts(conversation: Conversation) -> list[str]:
+    return [message.text for message in conversation.messages[1:]]
+
+
+def test_undo_takes_back_a_message_and_its_reply(talk, capfd):
+    talk.type("hello", "how are you?", "/undo")
+    said = texts(talk.chat.conversation)
+    assert said[0] == "hello" and len(said) == 2
+    assert "took back: how are you?" in capfd.readouterr().err
+    talk.type("/undo", "/undo")
+    assert not texts(talk.chat.conversation)
+    assert "no message of yours" in capfd.readouterr().err
+
+
+def test_retry_gives_another_reply_and_seed_chooses_it(talk):
+    talk.type("hello")
+    first = texts(talk.chat.conversation)
+    talk.type("/retry")
+    second = texts(talk.chat.conversation)
+    assert second[0] == first[0] and second[1] != first[1] and len(second) == 2
+    talk.type("/seed 1", "/retry")
+    assert texts(talk.chat.conversation) == first
+
+
+def test_image_goes_with_the_next_message_and_save_writes_it(talk, tmp_path, capfd):
+    picture().save(tmp_path / "cat.png")
+    talk.type("/image cat.png", "look", "/save kept", "bye", "/quit", "never said")
+    assert parts_of(tmp_path / "kept")[1:3] == [("user", "image"), ("user", "text")]
+    assert texts(StoryFolder.open(tmp_path / "kept").load()[0])[2] == "bye"
+    assert "never said" not in texts(talk.chat.conversation)
+    assert "cat.png goes with your next message" in capfd.readouterr().err
+
+
+def test_mistakes_are_told_and_the_chat_goes_on(talk, tmp_path, capfd):
+    (tmp_path / "no.jpg").write_text("text")
+    (tmp_path / "file").write_text("mine")
+    wrong = ["/dance", "/image no.jpg", "/image", "/seed x", "/seed --5", "/seed ²", "/save file", "/retry"]
+    talk.type("/help", *wrong, "a " * 1000, KeyboardInterrupt, "hello")
+    said = capfd.readouterr().err
+    assert all(command in said for command in ("/undo", "/retry", "/seed N", "/save DIR", "/quit"))
+    assert said.count("mgp5: ") == len(wrong) + 1
+    assert texts(talk.chat.conversation)[0] == "hello"
+
+
+def test_a_stopped_reply_is_kept_and_its_picture_is_not_sent_twice(talk, tmp_path, monkeypatch, capfd):
+    from mgp5.inference.decoder import Decoder
+
+    real, calls = Decoder.steps, []
+
+    def stop(*args: object) -> dict:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Decoder, "steps", stop)
+    picture().save(tmp_path / "cat.png")
+    talk.type("/image cat.png", "look", "go on")
+    messages = talk.chat.conversation.messages[1:]
+    assert "what was said is kept" in capfd.readouterr().err
+    assert [len(message.images) for message in messages if message.role == "user"] == [1, 0]
+    assert not talk.chat.pending
