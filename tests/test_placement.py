@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -10,9 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import ImageChops, ImageStat
-from tiny import picture, same_pixels
+from tiny import allocated, picture, same_pixels
 from tiny_sd3 import save_sd3
-from torch.profiler import ProfilerActivity, profile
 
 from mgp5 import Conversation, Image, engines
 from mgp5.apps.open_model import load
@@ -20,7 +20,7 @@ from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished
 from mgp5.files import GiB
-from mgp5.hub import DEMO, resolve
+from mgp5.hub import resolve
 from mgp5.inference.reply import generate
 from mgp5.loading import build
 from mgp5.memory.generation import first_plan_that_fits, footprint, select_memory_plan
@@ -28,7 +28,6 @@ from mgp5.memory.offload import Offload, Plan, memory_plans, place
 from mgp5.options import reply_options
 
 CPU = torch.device("cpu")
-EXAMPLE = DEMO.parents[1] / "examples/picnic/1.png"
 SMALLEST = Plan(quantize="4bit", offload=True, tiling=True)
 
 
@@ -62,28 +61,13 @@ def test_text_encoders_take_no_gpu_memory():
 
 def test_weights_are_those_of_the_loaded_model():
     told, model = needs("demo", dtype=torch.float32), demo()
-    assert sum(told.parameters.values()) == sum(p.numel() for p in model.parameters()) + buffers(model, "numel")
-    assert sum(told.weights.values()) == sum(p.nbytes for p in model.parameters()) + buffers(model, "nbytes")
+    tensors = [*model.parameters(), *model.buffers()]
+    assert sum(told.parameters.values()) == sum(tensor.numel() for tensor in tensors)
+    assert sum(told.weights.values()) == sum(tensor.nbytes for tensor in tensors)
     assert told.weights["denoiser"] == sum(p.nbytes for p in model.head.generator.unet.parameters())
 
 
-def buffers(model, what):
-    values = (getattr(buffer, what) for buffer in model.buffers())
-    return sum(value() if callable(value) else value for value in values)
-
-
-def allocated(run):
-    """The most that the CPU's allocator held at once while `run` ran."""
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    live = most = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most
-
-
+@torch.inference_mode()
 def test_activations_weigh_what_the_allocator_sees():
     from mgp5.inference.decoder import Decoder
 
@@ -107,16 +91,14 @@ def test_activations_weigh_what_the_allocator_sees():
 
 def test_auto_takes_the_mildest_plan_that_fits():
     told = needs("qwen2.5-vl-7b+sd-3")
-    plans = [
-        plan for plan in memory_plans() if not (plan.offload and plan.tiling)
-    ]  # the LLM is larger than any picture
+    # The LLM is larger than any image: with offloading, tiles do not matter.
+    plans = [plan for plan in memory_plans() if not (plan.offload and plan.tiling)]
     sizes = [told.total(plan) for plan in plans]
     assert all(more > less for more, less in pairwise(sizes))
     assert told.total(memory_plans()[-1]) == sizes[-1]
     for plan, size in zip(plans, sizes, strict=True):
         chosen = first_plan_that_fits(told, int(size) + 1)
-        assert (chosen.quantize, chosen.offload, chosen.tiling) == (plan.quantize, plan.offload, plan.tiling)
-        assert f"about {size / GiB:.1f} GiB" in chosen.why and plan.name in chosen.why
+        assert replace(chosen, why="") == plan and f"{plan.name}, about {size / GiB:.1f} GiB" in chosen.why
     with pytest.raises(Mgp5Error, match=r"takes about 7\.\d GiB of the GPU at least .*4\.0 GiB are free"):
         first_plan_that_fits(told, 4 * GiB)
     assert first_plan_that_fits(told, 8 * GiB, "4bit").quantize == "4bit"
@@ -130,9 +112,9 @@ def test_modes_where_there_is_nothing_to_choose():
     for memory in ("auto", "full"):
         assert select_memory_plan(memory, parts, CPU, torch.float32, "8bit") == Plan(quantize="8bit")
     low = select_memory_plan("low", parts, CPU, torch.float32)
-    assert low.tiling and not low.offload and low.quantize == "none" and "nowhere to move" in low.why
+    assert replace(low, why="") == Plan(tiling=True) and "nowhere to move" in low.why
     on_gpu = select_memory_plan("low", parts, torch.device("cuda"), torch.bfloat16)
-    assert (on_gpu.quantize, on_gpu.offload, on_gpu.tiling) == ("4bit", True, True)
+    assert replace(on_gpu, why="") == SMALLEST
     assert select_memory_plan("low", parts, torch.device("cuda"), torch.bfloat16, "8bit").quantize == "8bit"
     assert (on_gpu.engine("auto"), on_gpu.engine(None), Plan().engine("triton")) == ("eager", None, "triton")
     with pytest.raises(Mgp5Error, match="--backend triton needs weights that stay"):
@@ -142,7 +124,7 @@ def test_modes_where_there_is_nothing_to_choose():
 
 
 def told(model):
-    """Text and picture of a reply to a picture, then of one to text."""
+    """Text and images of a reply to an image, then of one to text."""
     talk, found = Conversation().add("user", Image(pixels=picture("blue")), "a fox"), []
     for turn in range(2):
         options = reply_options(seed=turn, steps=2, max_tokens=4, image="always", max_images=1)
@@ -152,11 +134,15 @@ def told(model):
     return found
 
 
-def assert_told_alike(one, other):
-    """The same texts, and images alike."""
-    for (text, images), (same, others) in zip(told(one), told(other), strict=True):
-        assert text == same and len(images) == len(others) == 1
-        assert all(map(same_pixels, images, others))
+def alike(one, other):
+    """Whether images differ by less than rounding on a GPU makes of them."""
+    return max(ImageStat.Stat(ImageChops.difference(one, other)).mean) < 1
+
+
+def assert_told_alike(one, other, same=same_pixels):
+    """The same texts, and one image each, which are the same."""
+    for (text, images), (others_text, others) in zip(told(one), told(other), strict=True):
+        assert text == others_text and len(images) == len(others) == 1 and same(images[0], others[0])
 
 
 @contextmanager
@@ -253,9 +239,7 @@ def test_a_gpu_takes_no_more_than_was_told(plan):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, options = torch.cuda.memory_reserved(), {"dtype": torch.bfloat16, "device": "cuda", "backend": "eager"}
-    moved = told(load("demo", memory=plan, **options))
+    moved = load("demo", memory=plan, **options)
+    told(moved)
     assert torch.cuda.max_memory_reserved() - before < needs("demo").total(plan)
-    stayed = told(load("demo", memory=Plan(quantize=plan.quantize, tiling=plan.tiling), **options))
-    for (text, images), (same, others) in zip(moved, stayed, strict=True):
-        assert text == same and len(images) == len(others) == 1
-        assert ImageStat.Stat(ImageChops.difference(images[0], others[0])).mean < [1] * 3
+    assert_told_alike(moved, load("demo", memory=replace(plan, offload=False), **options), same=alike)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image as pil
 from PIL import ImageChops
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mgp5.heads import ImageContext
@@ -144,3 +145,15 @@ def llm_only(backbone) -> SimpleNamespace:
     spec = SimpleNamespace(reads_prefix=True, reads_side=False)
     head = SimpleNamespace(spec=spec, encode_images=lambda _, inputs: ImageContext(backbone.encode_images(inputs)))
     return SimpleNamespace(backbone=backbone, head=head)
+
+
+def allocated(run) -> int:
+    """The most bytes that the CPU's allocator held at once while `run` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    live = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most

@@ -89,15 +89,9 @@ def draw_rows(
 ) -> Iterator[Row]:
     """Yield one row for each way to draw images of a size; a model that is not trained gets random weights.
 
-    Times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with LLM and VAE.
-    Against a run in float32, `psnr` is that of the latents in dB, whose peak is their range, and `step_error` the error
-    of the first step relative to the step.
-
-    Args:
-        pixels: height and width; None is the native size of the model.
-        steps: of the sampler.
-        compiled: whether diffusers compiled is one of the ways.
-        before: seconds of the LLM's part of an image, where they are known.
+    Times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with the VAE and
+    `before`, the seconds of the LLM. Against a run in float32, `psnr` is that of the latents in dB, whose peak is their
+    range, and `step_error` the error of the first step relative to the step. `compiled` adds diffusers compiled.
     """
     torch._dynamo.reset()  # each size is compiled for itself
     with torch.device("meta"):

@@ -47,30 +47,18 @@ STARTUP = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static":
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """What `mgp5 bench` is asked for; None, or no backend, is the default of the suite.
+    """What `mgp5 bench` is asked for; None, or no backend, is the default of the suite. Raises Mgp5Error with all that
+    is wrong, in one line."""
 
-    Raises Mgp5Error with all that is wrong, in one line.
-
-    Args:
-        suite: "cpu", "gpu", "kernels" or "train".
-        out: a new JSON file for the report.
-        model: as `hub.resolve` takes it; instead of the models of the suite.
-        steps: images and replies, or updates, to time in each row, >= 1.
-        batch: samples of an update, >= 1.
-        minutes: rows that have not begun by then are left out, >= 0.
-        backends: engines of ours to time.
-        exported: the folder of `mgp5 export` that the backend onnx runs.
-    """
-
-    suite: str
-    out: Path
-    model: str | None = None
+    suite: str  # "cpu", "gpu", "kernels" or "train"
+    out: Path  # a new JSON file for the report
+    model: str | None = None  # as `hub.resolve` takes it; instead of the models of the suite
     device: str = "auto"
-    steps: int | None = None
-    batch: int | None = None
-    minutes: float | None = None
-    backends: tuple[str, ...] = ()
-    exported: Path | None = None
+    steps: int | None = None  # images and replies, or updates, to time in each row, >= 1
+    batch: int | None = None  # samples of an update, >= 1
+    minutes: float | None = None  # rows that have not begun by then are left out
+    backends: tuple[str, ...] = ()  # engines of ours to time
+    exported: Path | None = None  # the folder of `mgp5 export` that the backend onnx runs
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:

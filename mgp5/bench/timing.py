@@ -67,10 +67,8 @@ class Timing:
 def interleave(bench: Bench, size: str, ways: dict[str, Callable[[], Phases]], weights: int) -> dict[str, Timing]:
     """Prepare every way and run it once, then run all by turns, so that a slower minute of the machine meets all.
 
-    Args:
-        size: said to `bench.tell` with the name of each way.
-        ways: name -> prepares, and returns what is timed. One that fails says why, and the others go on.
-        weights: bytes that each way needs besides what its first run allocates.
+    A way that fails says why, and the others go on. `weights` are bytes that each needs besides what its first run
+    allocates.
     """
     timings, runs = {name: Timing() for name in ways}, {}
     for name, prepare in ways.items():

@@ -71,12 +71,10 @@ class Estimate:
 
 
 def estimate(model: InterleavedModel, config: TrainConfig, length: int | None = None, cached: bool = False) -> Estimate:
-    """Estimate memory and operations of a run; those of the text encoder, which are few, are left out.
+    """Estimate memory and operations of a run by a model of `skeletons.skeleton`; a text encoder's few are left out.
 
-    Args:
-        model: from `skeletons.skeleton`, on the meta device, its frozen parts in the type they are trained with.
-        length: T; None is a caption's for pretraining, and that of a story with five images for finetuning.
-        cached: latents are not computed.
+    T, the `length`, is that of a caption for pretraining and of a story with five images for finetuning, if None. With
+    `cached`, latents are not computed.
     """
     length = length or usual_length(model.backbone, config)
     quantised = set()  # matrices of the LLM

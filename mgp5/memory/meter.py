@@ -20,16 +20,12 @@ BLOCK = 512  # bytes; the size of CUDA's smallest block
 class MemoryMeter(TorchDispatchMode):
     """Add up the bytes of all tensors that operations make, for as long as they live.
 
+    `live` are the bytes now, `peak` at most so far; `flops` the operations of matrix products and convolutions. With
+    `convolutions_copy`, copies of what convolutions take and give count: cuDNN and oneDNN lay tensors out anew.
+
     PyTorch's own tools do not serve here: torch.distributed._tools.mem_tracker.MemTracker registers gradient hooks on
     all parameters, and fails on frozen ones; FlopCounterMode tracks modules by hooks that keep tensors alive, which
     checkpointing would have freed.
-
-    Args:
-        convolutions_copy: count copies of what convolutions take and give: cuDNN and oneDNN lay tensors out anew.
-
-    Attributes:
-        live, peak: bytes now, and at most so far.
-        flops: operations so far, of products of matrices and convolutions, by PyTorch's formulas.
     """
 
     def __init__(self, convolutions_copy: bool = False) -> None:

@@ -55,17 +55,12 @@ def skeleton(
     device: str | torch.device = "meta",
     dtype: torch.dtype = torch.float32,
 ) -> InterleavedModel:
-    """Return a model without real weights, prepared for a stage by the code that trains.
+    """Return a model without real weights, prepared for a stage by the code that trains; on a real device with random
+    weights.
 
-    Raises Mgp5Error for a pipeline of a kind not known here.
-
-    Args:
-        mllm, diffusion: known names or their hub ids, with tokenizers that know as many tokens as the real ones but
-            spell none of them; or folders and other hub ids, of which configurations and tokenizers are read.
-        num_vokens: of a model that begins.
-        trained: configuration of a model that goes on from an earlier stage.
-        device: "meta", or another: then the weights are random.
-        dtype: of the frozen parts.
+    `mllm` and `diffusion` are known names or their hub ids, whose tokenizers have the real number of tokens but spell
+    none; or folders and other hub ids, whose configurations and tokenizers are read. `trained` is the configuration of
+    a model that goes on from an earlier stage; `dtype` is that of frozen parts. Raises Mgp5Error for another pipeline.
     """
     layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
     with torch.device(device):
@@ -75,10 +70,7 @@ def skeleton(
 
 
 def generating_skeleton(parts: Parts, dtype: torch.dtype) -> InterleavedModel:
-    """Return a model without weights on the meta device, as it generates: what was trained is merged.
-
-    Raises Mgp5Error for a configuration that is missing, or not known here.
-    """
+    """Return a model without weights on the meta device, with what was trained merged, or raise Mgp5Error."""
     trained = None
     if parts.trained:
         path = parts.trained / CONFIG
@@ -116,10 +108,8 @@ def backbone_shape(name: str) -> HFBackbone:
 
 
 def generator_shape(name: str) -> Any:
-    """Return the latent-diffusion model `name` with random weights, of torch's default device and type.
-
-    Raises Mgp5Error for a pipeline of a kind not known here, or a part that is missing.
-    """
+    """Return the latent-diffusion model `name` with random weights, of torch's default device and type, or raise
+    Mgp5Error."""
     known = known_models("generator").get(_known_name(name))
     index = known or read_index(name)
     model_class = generator_class(name, index.get("_class_name"))
