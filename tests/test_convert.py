@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from mgp5 import Conversation, cli
 from mgp5.apps.open_model import load
+from mgp5.backbones.hf import HFBackbone
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
 from mgp5.options import reply_options
@@ -69,21 +70,21 @@ def run(*arguments):
     return CliRunner().invoke(cli.main, ["convert", *map(str, arguments)])
 
 
+@pytest.fixture
 def base(minigpt4_folder, diffusion_folder):
     return f"{minigpt4_folder}+{diffusion_folder}"
 
 
-def test_stage_1(release, minigpt4_folder, diffusion_folder, tmp_path):
+def test_stage_1(release, base, tmp_path):
     folder, mapping, rows, _ = release
-    done = run(folder / "stage1.ckpt", "--model", base(minigpt4_folder, diffusion_folder), "--out", tmp_path / "m")
+    done = run(folder / "stage1.ckpt", "--model", base, "--out", tmp_path / "m")
     assert done.exit_code == 0 and "A model of stage pretrain" in done.stderr and "not used" not in done.stderr
     model = load(tmp_path / "m")
     states = torch.randn(2, 8, DIM)
     torch.testing.assert_close(model.head.mapper(states), mapping(states), atol=1e-6, rtol=1e-5)
     ids = list(model.head.ids)
-    torch.testing.assert_close(
-        model.backbone.core.get_input_embeddings().weight[ids], rows["model.embed_tokens"][-9:-1]
-    )
+    embedding = model.backbone.core.get_input_embeddings().weight
+    torch.testing.assert_close(embedding[ids], rows["model.embed_tokens"][-9:-1])
     torch.testing.assert_close(model.backbone.lm_head.weight[ids], rows["lm_head"][-9:-1])
     kept = model.backbone.lm_head.weight[:WORDS]  # those of the LLM, not what decay had made of them
     torch.testing.assert_close(kept, rows["lm_head"][:WORDS] / 0.99, atol=1e-6, rtol=1e-4)
@@ -92,12 +93,12 @@ def test_stage_1(release, minigpt4_folder, diffusion_folder, tmp_path):
     assert any(isinstance(event, ImageDone) for event in events)
 
 
-def test_stage_2_needs_stage_1_and_wins_over_it(release, minigpt4_folder, diffusion_folder, tmp_path):
+def test_stage_2_needs_stage_1_and_wins_over_it(release, base, minigpt4_folder, tmp_path):
     folder, mapping, rows, lora = release
-    arguments = ("--model", base(minigpt4_folder, diffusion_folder), "--out", tmp_path / "m")
+    arguments = ("--model", base, "--out", tmp_path / "m")
     alone = run(folder / "stage2.ckpt", *arguments)
     assert alone.exit_code == 1 and "no mapper.mlp.0.weight" in alone.stderr and "stage1_cc3m" in alone.stderr
-    before = load_plain(minigpt4_folder)
+    before = HFBackbone.load(minigpt4_folder).language.state_dict()
     assert run(folder / "stage1.ckpt", folder / "stage2.ckpt", *arguments).exit_code == 0
     config = json.loads((tmp_path / "m/mgp5/config.json").read_text())
     assert config["stage"] == "finetune" and (config["lora"]["rank"], config["lora"]["alpha"]) == (8, 16)
@@ -114,12 +115,6 @@ def test_stage_2_needs_stage_1_and_wins_over_it(release, minigpt4_folder, diffus
     torch.testing.assert_close(model.backbone.lm_head.weight[list(model.head.ids)], rows["lm_head"][-9:-1] + 1)
 
 
-def load_plain(minigpt4_folder):
-    from mgp5.backbones.hf import HFBackbone
-
-    return dict(HFBackbone.load(minigpt4_folder).language.state_dict())
-
-
 def test_a_minigpt4_is_put_together_on_the_way(release, minigpt4_folder, diffusion_folder, tmp_path):
     parts = minigpt4_folder.parent
     three = f"{parts / 'blip2'}+{parts / 'llama'}+{diffusion_folder}"
@@ -133,22 +128,21 @@ def test_a_minigpt4_is_put_together_on_the_way(release, minigpt4_folder, diffusi
     assert (tmp_path / "n/mllm/config.json").is_file() and not (tmp_path / "n/mgp5").exists()
 
 
-def test_what_does_not_fit_is_one_line(release, minigpt4_folder, llava_folder, diffusion_folder, tmp_path):
+def test_what_does_not_fit_is_one_line(release, base, llava_folder, diffusion_folder, tmp_path):
     stage1, out = release[0] / "stage1.ckpt", tmp_path / "out"
     torch.save({"state_dict": {}, "hyper_parameters": Path("x")}, tmp_path / "code.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "other.ckpt")
-    good = base(minigpt4_folder, diffusion_folder)
     for checkpoint, model, message in (
-        (tmp_path / "none.ckpt", good, "none.ckpt"),
-        (tmp_path / "text.ckpt", good, "no file of torch.save"),
-        (tmp_path / "code.ckpt", good, "it holds pathlib"),
-        (tmp_path / "other.ckpt", good, "hold no embed_tokens and no lm_head"),
-        (stage1, base(llava_folder, diffusion_folder), f"embed_tokens of the checkpoints is ({WORDS + 9}, {DIM})"),
+        (tmp_path / "none.ckpt", base, "none.ckpt"),
+        (tmp_path / "text.ckpt", base, "no file of torch.save"),
+        (tmp_path / "code.ckpt", base, "it holds pathlib"),
+        (tmp_path / "other.ckpt", base, "hold no embed_tokens and no lm_head"),
+        (stage1, f"{llava_folder}+{diffusion_folder}", f"embed_tokens of the checkpoints is ({WORDS + 9}, {DIM})"),
         (stage1, "minigpt4", "no model 'minigpt4'"),
     ):
         failed = run(checkpoint, "--model", model, "--out", out)
         assert failed.exit_code in (1, 2) and message in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
     assert not out.exists()
     (out / "mgp5").mkdir(parents=True)
-    assert "holds a model already" in run(stage1, "--model", good, "--out", out).stderr
+    assert "holds a model already" in run(stage1, "--model", base, "--out", out).stderr
