@@ -67,7 +67,6 @@ def test_weights_are_those_of_the_loaded_model():
     assert told.weights["denoiser"] == sum(p.nbytes for p in model.head.generator.unet.parameters())
 
 
-@torch.inference_mode()
 def test_activations_weigh_what_the_allocator_sees():
     from mgp5.inference.decoder import Decoder
 
@@ -76,9 +75,11 @@ def test_activations_weigh_what_the_allocator_sees():
     decoder, latents = Decoder(backbone), torch.zeros(1, *diffusion.latent_shape(128, 128))
     condition = torch.zeros(1, *diffusion.condition_shape)
 
+    @torch.inference_mode()
     def read():
         decoder.feed([0], backbone.embed(torch.zeros(1, 300, dtype=torch.long), []))
 
+    @torch.inference_mode()
     def draw():
         list(diffusion.draw(condition, condition, steps=2, generators=[torch.Generator()]))
 

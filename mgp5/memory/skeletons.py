@@ -87,7 +87,7 @@ def _assemble(
 ) -> InterleavedModel:
     """Return a model with frozen parts in `dtype`; with a fresh mapper by `options` if none is trained."""
     with local_torch_dtype(dtype, "a skeleton"):
-        backbone, generator = backbone_shape(mllm), generator_shape(diffusion)
+        backbone, generator = backbone_shape(mllm), generator_shape(diffusion).to(dtype)  # buffers too, as when loaded
     if trained is None:
         return assemble(backbone, generator, mllm, diffusion, **options)
     return InterleavedModel(backbone, head_class(trained.head)(generator, trained.head_config), trained)
@@ -103,7 +103,7 @@ def backbone_shape(name: str) -> HFBackbone:
     else:
         config = AutoConfig.from_pretrained(name)
         tokenizer, processor = load_tokenizer(name), load_image_processor(name)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.get_default_dtype())
     return HFBackbone(model.eval().requires_grad_(False), tokenizer, processor)
 
 
