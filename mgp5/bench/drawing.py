@@ -214,7 +214,7 @@ def compiled_pipeline(scene: Scene) -> DiffusionPipeline:
     if not scene.noise.is_cuda:
         raise Mgp5Error("max-autotune with CUDA graphs needs a GPU")
     pipe = pipeline(copy.deepcopy(scene.model))
-    name = "transformer" if isinstance(pipe, StableDiffusion3Pipeline) else "unet"
+    name = scene.model.denoiser_name
     denoiser = getattr(pipe, name).to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     (denoiser if name == "transformer" else pipe).fuse_qkv_projections()

@@ -15,12 +15,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import local_torch_dtype
 
 from ..backbones.hf import HFBackbone
