@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit codes are 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+        warnings.showwarning = lambda message, *_: click.echo(f"mgp5: {message}", err=True)
         try:
             return super().invoke(ctx)
         except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import Mgp5Error
 from .files import digest
+from .images import check_size, read_image, upright
 
 if TYPE_CHECKING:
     import PIL.Image
 
 Role = Literal["system", "user", "assistant"]
-MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,9 @@ class Image:
     meta: dict[str, Any] = field(default_factory=dict, compare=False)  # of a generated image: seed, prompt, options
 
     def load(self) -> PIL.Image.Image:
-        """Return the image in RGB, upright. Raises Mgp5Error when it cannot be read."""
+        """Return the image in RGB, upright. Raises Mgp5Error when it cannot be read, or is too large or too thin."""
         if self.pixels is not None:
+            check_size(self.pixels.size, "an image in memory")
             return upright(self.pixels)
         if self.data is not None:
             return read_image(BytesIO(self.data), "an image in memory")
@@ -153,46 +153,3 @@ def inside(folder: Path, name: str) -> Path:
     if "\0" in name or pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise Mgp5Error(f"the path {name!r} leaves its folder {folder}", "use a path inside the folder")
     return path
-
-
-def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Return an image in RGB, turned as its EXIF data says; transparency becomes white, 16-bit grey becomes 8-bit."""
-    from PIL import Image as pil
-    from PIL import ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = picture.point(lambda value: value / 257).convert("L")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = pil.new("RGBA", picture.size, "white")
-        picture = pil.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def read_image(file: Path | BinaryIO, path: Path | str = "") -> PIL.Image.Image:
-    """Read an image file as upright RGB; an error calls it `path`.
-
-    Raises Mgp5Error if it is missing, is no image, is damaged or has more than MAX_PIXELS pixels.
-    """
-    from PIL import Image as pil
-    from PIL import UnidentifiedImageError
-
-    path = path or str(file)
-    try:
-        quiet = warnings.catch_warnings(action="ignore", category=pil.DecompressionBombWarning)
-        with quiet, pil.open(file) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width}x{picture.height}"
-                raise Mgp5Error(f"{path} has {size} pixels, more than {MAX_PIXELS:,}", "make it smaller")
-            return upright(picture)
-    except FileNotFoundError:
-        raise Mgp5Error(f"no image at {path}", "check the path") from None
-    except UnidentifiedImageError:
-        raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG or WebP file") from None
-    except pil.DecompressionBombError:
-        raise Mgp5Error(f"{path} is larger than {MAX_PIXELS:,} pixels", "make it smaller") from None
-    except Mgp5Error:
-        raise
-    except Exception as error:  # decoders raise almost anything on damaged files
-        raise Mgp5Error(f"{path} cannot be read as an image ({error})", "replace or remove the file") from None

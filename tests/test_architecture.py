@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VALUES = ("messages", "events", "options", "config", "errors", "prompts", "files", "device")
+VALUES = ("messages", "events", "options", "config", "errors", "prompts", "files", "images", "device")
 TIERS = (
     VALUES,
     ("hub", "views"),

@@ -16,9 +16,8 @@ from contextlib import closing, suppress
 from io import BytesIO
 from urllib.parse import urljoin, urlsplit
 
-from PIL import Image as pil
-
 from ..errors import Mgp5Error
+from ..images import read_image
 from ..messages import Image
 from .limits import Limits
 
@@ -47,15 +46,12 @@ def read_image_url(url: str, limits: Limits) -> Image:
 def read_image_bytes(data: bytes, limits: Limits) -> Image:
     """Return the image that the bytes of a file hold. Raises Mgp5Error as `read_image_url` does."""
     try:
-        with pil.open(BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size
-    except Exception:  # decoders raise almost anything on damaged files
-        raise Mgp5Error("an image is not a PNG, JPEG, WebP or GIF picture", "send one of these") from None
-    if width * height > limits.pixels:
-        raise Mgp5Error(f"an image has {width}x{height} pixels, more than {limits.pixels:,}", "make it smaller")
-    image = Image(data=data)
-    image.load()
-    return image
+        picture = read_image(BytesIO(data), "an image", formats=FORMATS, max_pixels=limits.pixels)
+    except Mgp5Error as error:
+        if error.message.endswith("is not an image"):
+            raise Mgp5Error("an image is not a PNG, JPEG, WebP or GIF picture", "send one of these") from None
+        raise
+    return Image(pixels=picture)
 
 
 def _data_of(url: str) -> bytes:
