@@ -24,7 +24,7 @@ from .errors import Mgp5Error
 from .files import replacing, write_json
 from .generators.latent_diffusion import LatentDiffusion
 from .heads import Head, head_class
-from .hub import Parts, explain, from_hub, read_config, resolve
+from .hub import Parts, explain, from_hub, read_config
 from .model import InterleavedModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -35,8 +35,7 @@ def build(
 ) -> InterleavedModel:
     """Return a MiniGPT-5 with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
 
-    `dtype` is that of the frozen parts, `quantize` for the LLM's layers, `options` those of `assemble`. Raises
-    Mgp5Error if a part is missing or cannot be read.
+    `dtype` is that of the frozen parts, `options` are those of `assemble`.
     """
     from .generators import load_generator
 
@@ -65,31 +64,11 @@ def assemble(
 
 
 def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
-    """Return the shape of a mapper between an LLM and a generator.
-
-    `inner` is the width of its transformer, None projects from 1024 to conditions wider than 2048; `layers` are other
-    fields of MapperConfig.
-    """
+    """Return the shape of a mapper; `inner` None takes 1024 for conditions wider than 2048, else the condition's."""
     length, width = generator.condition_shape
     inner = (1024 if width > 2048 else 0) if inner is None else inner
     shape = {"llm_width": llm_width, "width": width, "queries": length, "pooled": generator.pooled_width}
     return MapperConfig(inner=inner, **shape, **layers)
-
-
-def load_model(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
-) -> InterleavedModel:
-    """Return a trained model on the CPU with what was trained merged into its weights, in evaluation mode.
-
-    What was trained stays in float32. Raises Mgp5Error if there is no such model, nothing is trained in it, or its
-    parts do not fit together.
-    """
-    parts = resolve(str(name))
-    if parts.trained is None:
-        raise Mgp5Error(f"{name} has no trained head", f"train one: mgp5 train --stage pretrain --model {name}")
-    model = load_checkpoint(parts, dtype=dtype, quantize=quantize)
-    model.merge()
-    return model.eval()
 
 
 def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:

@@ -83,8 +83,7 @@ def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> 
 def caption_to_image(image: Image, instruction: int | None = None) -> Conversation:
     """Build a pretraining sample: the caption of an image as the user's turn, the image as the target.
 
-    `instruction` is the index of the words in `CAPTION_INSTRUCTIONS` that stand before the caption, with
-    `CAPTION_SYSTEM` as system message; None for the bare caption.
+    `instruction` is an index of CAPTION_INSTRUCTIONS, which stands before the caption; None for the bare caption.
     """
     conversation, words = Conversation(), image.caption
     if instruction is not None:
@@ -132,11 +131,10 @@ def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
 def example(
     backbone: PromptBackbone, conversation: Conversation, trigger: str, layouts: Sequence[tuple[list[int], list[int]]]
 ) -> Example:
-    """Return the last message of the conversation as the target of all messages before it.
+    """Return the last message, which must be the assistant's, as the target of all messages before it.
 
     `trigger` is the token that begins an image of the target; `layouts` are ids and labels of each target image, as
-    `Head.layout` gives them, the first id being the trigger's. Raises Mgp5Error if the last message is not the
-    assistant's.
+    `Head.layout` gives them, the first id being the trigger's.
     """
     *context, target = conversation.messages
     if target.role != "assistant":

@@ -17,7 +17,7 @@ from mgp5 import Conversation, Image
 from mgp5.events import Finished
 from mgp5.inference.reply import generate_batch
 from mgp5.inference.session import Session
-from mgp5.loading import build, load_model
+from mgp5.loading import build
 
 pytestmark = pytest.mark.real
 
@@ -82,7 +82,7 @@ def test_two_updates_of_a_stage_train_and_are_loaded(stage, real_model, smollm2,
     model = build(str(smollm2), str(diffusion_folder), num_vokens=4, guidance=3.0)
     steps = finish(model, data, config(stage), tmp_path / "run")
     assert len(steps) == 2 and all(0 < step.losses["text"] < 20 for step in steps)
-    trained = load_model(tmp_path / "run")
+    trained = mgp5.load(tmp_path / "run", backend=None)
     assert trained.head.ids == model.head.ids
     (reply,) = replies(trained, [talk("Draw it.")], **(GREEDY | {"image": "always", "steps": 2}))
     assert len(reply.images) == 1
@@ -100,7 +100,7 @@ def test_the_server_answers_as_the_model_does(smollm2, diffusion_folder, tmp_pat
         reply = client.chat.completions.create(
             model="tiny", messages=messages, temperature=0, max_tokens=24, modalities=["text"]
         )
-    (alone,) = replies(load_model(tmp_path / "run"), [talk(ASKS[0])], **GREEDY)
+    (alone,) = replies(mgp5.load(tmp_path / "run", backend=None), [talk(ASKS[0])], **GREEDY)
     assert "Paris" in alone.text and reply.choices[0].message.content == alone.text
 
 

@@ -31,7 +31,7 @@ from .. import files
 from ..errors import Mgp5Error, raise_all
 from ..events import Finished
 from ..messages import Conversation, Message, Text, inside
-from ..options import ModelRequest, Options
+from ..options import ModelRequest, Options, unexpected
 from ..prompts import CHAT_SYSTEM, Context
 from ..views.files import StoryFolder
 from ..views.html import write_html
@@ -64,8 +64,8 @@ class BatchRequest:
     keep_seed: bool = False  # a batch that goes on takes the seed with which it was begun
 
     def __post_init__(self) -> None:
-        counts = ("scenes", self.scenes, 0), ("at_once", self.at_once, 1)
-        raise_all(f"{name} is {count}, expected {least} or more" for name, count, least in counts if count < least)
+        rules = {"scenes": (self.scenes >= 0, "0 or more"), "at_once": (self.at_once >= 1, "1 or more")}
+        raise_all(unexpected(self, **rules))
 
 
 class Batch:

@@ -62,8 +62,7 @@ class Chat:
     def say(self, text: str) -> Iterator[Event]:
         """Send a message with the pending images; yields the events of the reply.
 
-        A message that cannot be answered (it does not fit the context, say) is taken back with an Mgp5Error, and
-        nothing is lost; of a reply that is interrupted, what there is of it is kept.
+        A message that cannot be answered is taken back with an Mgp5Error; an interrupted reply is kept as it is.
         """
         content = (*self.pending, *([Text(text)] if text else []))
         if not content:
@@ -94,7 +93,6 @@ class Chat:
             write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
 
     def _last_user(self) -> int:
-        """Return the index of the user's last message."""
         users = [index for index, message in enumerate(self.conversation.messages) if message.role == "user"]
         if not users:
             raise Mgp5Error("the conversation has no message of yours, expected one", "write a message first")

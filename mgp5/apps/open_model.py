@@ -41,16 +41,19 @@ def load(
     import torch
 
     from ..hub import resolve
-    from ..loading import load_model
+    from ..loading import load_checkpoint
     from ..memory.generation import select_memory_plan
     from ..memory.offload import Plan, place
 
-    target, dtype = torch.device(device), dtype or torch.float32
+    target, dtype, parts = torch.device(device), dtype or torch.float32, resolve(str(name))
+    if parts.trained is None:
+        raise Mgp5Error(f"{name} has no trained head", f"train one: mgp5 train --stage pretrain --model {name}")
     if not isinstance(memory, Plan):
-        memory = select_memory_plan(memory, resolve(str(name)), target, dtype, quantize)
+        memory = select_memory_plan(memory, parts, target, dtype, quantize)
     backend = memory.engine(backend)
-    model = load_model(name, dtype=dtype, quantize=memory.quantize)
-    place(model, memory, target)
+    model = load_checkpoint(parts, dtype=dtype, quantize=memory.quantize)
+    model.merge()
+    place(model.eval(), memory, target)
     if backend:
         set_backend(model, backend)
     return model

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Mgp5Error, raise_all
 from ..events import Event, Finished, ImageDone, SceneKind, SceneStart, TextChunk
 from ..messages import Conversation, Image, Message, Text
-from ..options import ModelRequest, Options
+from ..options import ModelRequest, Options, unexpected
 from ..prompts import Context, Scene, continue_, illustrate, narrate
 from ..views.files import StoryFolder, keep_images
 from ..views.html import write_html
@@ -65,9 +65,7 @@ class StoryRequest:
             problems.append(f"--images {self.images} is not a folder: give a folder of images")
         if self.text and not self.text.exists():
             problems.append(f"no text file at {self.text}: check the path")
-        if self.scenes < 0:
-            problems.append(f"scenes is {self.scenes}, expected 0 or more")
-        raise_all(problems)
+        raise_all(problems + unexpected(self, scenes=(self.scenes >= 0, "0 or more")))
 
     def read_inputs(self) -> list[SceneInput]:
         """Read what the user gives of each scene. Raises Mgp5Error for a file that cannot be read."""
