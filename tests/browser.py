@@ -1,10 +1,12 @@
-"""The system's Chromium for tests of pages; tests that need it are skipped where it is missing."""
+"""What tests look at pages with: the system's Chromium, without which they are skipped, and a parser."""
 
 from __future__ import annotations
 
+import html.parser
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,30 @@ def _local(url: str) -> bool:
 def overflow(page: Any) -> int:
     """Pixels by which a page is wider than its window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text of a page; its tags have to close in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text, self._open = "", []
+        self.feed(path.read_text())
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self._open else ""
+
+    def links(self, tag: str = "") -> list[str]:
+        """What a page loads, or its tags of a name do."""
+        names = ("src", "href", "srcset", "data")
+        return [attrs[name] for found, attrs in self.tags for name in names if name in attrs and tag in (found, "")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
-from tiny import picture
+from tiny import picture, save_clip
 from tiny_mllm import save_llava, save_minigpt4, save_qwen, save_qwen3
 from tiny_sd3 import GENERATORS
 
@@ -94,6 +94,11 @@ def generator_folder(shared) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def diffusion_folder(generator_folder):
     return generator_folder("v_prediction")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(shared):
+    return shared("clip", save_clip)
 
 
 @pytest.fixture(scope="session")

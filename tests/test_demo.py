@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image as pil
 
@@ -15,9 +14,8 @@ import mgp5
 from mgp5 import Conversation, Image
 from mgp5.cli import main
 from mgp5.events import Finished, ImageDone
-from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.session import Session
-from mgp5.prompts import illustrate
+from mgp5.prompts import illustrate, narrate
 from mgp5.storyland.language import accepts
 from mgp5.storyland.tell import story
 from mgp5.storyland.world import rng
@@ -74,15 +72,10 @@ def test_readme_command_tells_a_story(tmp_path, monkeypatch):
 
 
 def test_pictures_are_not_blank_and_depend_on_the_words(demo):
-    def draw(text):
-        options = mgp5.reply_options(image="always", max_tokens=0, steps=8)
-        return next(
-            e.image.load() for e in mgp5.generate(demo, illustrate([], text), options) if isinstance(e, ImageDone)
-        )
-
-    red = draw("a red fox stands on the beach on a sunny day")
-    blue = draw("a blue elephant sleeps in the forest at night")
-    pixels = [np.asarray(picture).astype(float) for picture in (red, blue)]
+    options, pixels = mgp5.reply_options(image="always", max_tokens=0, steps=8), []
+    for text in ("a red fox stands on the beach on a sunny day", "a blue elephant sleeps in the forest at night"):
+        events = mgp5.generate(demo, illustrate([], text), options)
+        pixels += [np.asarray(e.image.load()).astype(float) for e in events if isinstance(e, ImageDone)]
     assert min(len(np.unique(p.reshape(-1, 3), axis=0)) for p in pixels) > 1000
     assert np.abs(pixels[0] - pixels[1]).mean() > 25
 
@@ -102,30 +95,7 @@ def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
 
 
 def test_narration_is_a_sentence_of_the_world(demo):
-    from mgp5.prompts import narrate
-
     picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
     events = list(mgp5.generate(demo, narrate([], picture), mgp5.reply_options(image="never", temperature=0)))
     text = next(e.message.text for e in events if isinstance(e, Finished))
-    assert accepts(text), text
-    assert "bear" in text
-
-
-def test_teacher_forced_states_equal_generated_states(demo):
-    """On trained weights being off by one is far off, so the comparison means something."""
-    from mgp5.training.batch import Collator
-
-    picture = Image(pixels=pil.open(ROOT / "examples" / "picnic" / "1.png"))
-    talk = Conversation().add("user", picture, "Draw her at night.")
-    batch = Collator(demo.backbone, demo.head, 2000)([talk.add("assistant", picture)])
-    with torch.no_grad():
-        hidden = demo.hidden(batch)
-        taught, wrong = (
-            predicting_states(hidden, batch.target_rows, [batch.target_starts[0] + shift], demo.head.num_vokens)
-            for shift in (0, 1)
-        )
-    session = Session(demo)
-    run = torch.cat([session.read(talk), session.feed(demo.head.ids)], dim=1)
-    made = predicting_states(run, [0], [1], demo.head.num_vokens)
-    assert (taught - made).abs().max() < 1e-4
-    assert (wrong - made).abs().max() > 0.1
+    assert accepts(text) and "bear" in text, text

@@ -6,15 +6,15 @@ import json
 import shutil
 import socket
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
+from browser import Page
 from click.testing import CliRunner
-from tiny import same_pixels, save_clip
+from tiny import same_pixels
 from tiny_training import fork, fresh
 
 from mgp5 import cli
@@ -45,11 +45,6 @@ def trained(llava_folder, diffusion_folder, tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
 def evaluate(out: Path, *args: str) -> dict:
     result = CliRunner().invoke(cli.main, ["eval", "--out", str(out), *QUICK, *args])
     assert result.exit_code == 0, result.stderr
@@ -70,30 +65,9 @@ def numbers(report: dict) -> dict:
     }
 
 
-class Page(HTMLParser):
-    """Pictures and text of a page; tags have to close in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.pictures, self.text, self.open = 0, "", []
-        self.feed(path.read_text())
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag == "img":
-            assert dict(attrs)["src"].startswith("data:image/jpeg;base64,")
-            self.pictures += 1
-        elif tag not in ("meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+def pictures(page: Page) -> int:
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links("img"))
+    return len(page.links("img"))
 
 
 def test_tasks_ask_what_the_papers_ask(storyland):
@@ -149,7 +123,7 @@ def test_the_papers_data_by_the_papers_metrics(trained, clip_folder, tmp_path):
             assert number["low"] <= number["value"] <= number["high"] and number["n"] > 0
         assert "torch_fidelity" in report["left_out"]["IS"] and report["published"]
         page = Page(tmp_path / format / "report.html")
-        assert page.pictures >= 2 and "theirs" in page.text and report["settings"]["weights"] in page.text
+        assert pictures(page) >= 2 and "theirs" in page.text and report["settings"]["weights"] in page.text
     assert "last, image" in json.loads((tmp_path / "vist/report.json").read_text())["tables"]
 
 
@@ -260,7 +234,7 @@ def test_the_demo_on_storyland(tmp_path):
     assert len(report["acceptance"]) == 9 and len(missing) == 1 and "GILL" in missing[0]
     assert tables["illustrate, full"]["VAE"]["metrics"]["attributes"]["value"] > 0.9
     page = Page(tmp_path / "out/report.html")
-    assert page.pictures > 20 and "attributes right in pictures" in page.text
+    assert pictures(page) > 20 and "attributes right in pictures" in page.text
     tables["illustrate, full"].pop("oracle")
     assert [row["holds"] for row in acceptance(tables)].count(None) == 2
 

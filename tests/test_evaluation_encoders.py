@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as pil
-from tiny import LENGTH, WIDTH, picture, save_clip, tiny_tokenizer
+from tiny import LENGTH, WIDTH, picture, tiny_tokenizer
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from mgp5.errors import Mgp5Error
@@ -18,11 +18,6 @@ from mgp5.evaluation.metrics import cosine_similarity
 from mgp5.evaluation.weights import locate, missing
 
 TEXTS = ["a red cat", "dogs", "a text that is longer than the eleven tokens of this model", ""]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def noise(width: int, height: int) -> pil.Image:

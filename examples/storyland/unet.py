@@ -55,6 +55,15 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
+def new_painter(work: Path, begin: Path | None) -> Painter:
+    """A new UNet with the text encoder of `work`, or those of the pipeline `begin`, its text encoder frozen."""
+    if begin is None:
+        return Painter(new_unet(), CLIPModel.from_pretrained(work / "clip").text_model)
+    unet = UNet2DConditionModel.from_pretrained(begin / "unet", torch_dtype=torch.float32)
+    text = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
+    return Painter(unet, text.requires_grad_(False))  # what a mapper has learned from this text encoder stays true
+
+
 def new_scheduler() -> DDIMScheduler:
     """The noise schedule of Stable Diffusion, with v-prediction."""
     return DDIMScheduler(
@@ -181,12 +190,7 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(work / "diffusion" / "tokenizer")
     pictures, rows = renders(work, "train", amount)
     latents = moments(work, vae, pictures)
-    if begin:  # what a mapper has learned from this text encoder stays true
-        unet = UNet2DConditionModel.from_pretrained(begin / "unet", torch_dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32).requires_grad_(False)
-    else:
-        unet, text = new_unet(), CLIPModel.from_pretrained(work / "clip").text_model
-    painter = Painter(unet, text).to(device()).train()
+    painter = new_painter(work, begin).to(device()).train()
     schedule = new_scheduler()
 
     def encode(texts: list[str]) -> Tensor:

@@ -166,11 +166,6 @@ METRICS_OF: dict[str, tuple[str, ...]] = {  # kind of question -> what is measur
 }
 
 
-def measured_of(kind: str, storyland: bool) -> list[str]:
-    """Return the names of the metrics of a kind of question; those of Storyland where the data is Storyland."""
-    return [name for name in METRICS_OF[kind] if storyland or name not in STORYLAND]
-
-
 def measure(
     replies: Replies, names: Sequence[str], encoders: Encoders, seed: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

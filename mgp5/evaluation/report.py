@@ -20,9 +20,10 @@ from ..messages import Conversation, Image, Message, Part, Text
 from ..storyland.metrics import acceptance
 from ..views.html import PAGE, STYLE, data_uri
 from .encoders import ANTIALIAS, Encoders
-from .measure import METRICS, measure, measured_of
+from .measure import METRICS, METRICS_OF, measure
 from .replies import Replies
 from .request import EvaluateRequest
+from .storyland import METRICS as STORYLAND
 from .tasks import Data, Sample
 
 PAGE_STYLE = STYLE + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -41,7 +42,8 @@ def report(
     for sample in data.samples:
         for table in sample.tables:
             by_table.setdefault(table, []).append(sample)
-    names = {kind: measured_of(kind, bool(data.scenes)) for kind in {sample.kind for sample in data.samples}}
+    kinds = {sample.kind for sample in data.samples}
+    names = {kind: [name for name in METRICS_OF[kind] if data.scenes or name not in STORYLAND] for kind in kinds}
     usual = {name for each in names.values() for name in each}
     encoders = Encoders(request.weights, device, data.scenes)
     seed, tables = made["settings"]["options"]["seed"], {}
