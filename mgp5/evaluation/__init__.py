@@ -1,6 +1,6 @@
 """How well a model replies: `run.evaluate` takes a request, lets systems reply to samples, and writes a report.
 
-request -> tasks (samples) -> systems and runner (replies on disk) -> measure (metrics of replies) -> report, page.
+request -> tasks (samples) -> systems and run (replies on disk) -> measure (metrics of replies) -> report.
 """
 
 from __future__ import annotations

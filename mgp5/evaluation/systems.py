@@ -95,9 +95,9 @@ class Model:
 
     def __call__(self, questions: Sequence[Question], **overrides: Any) -> list[Message]:
         """Reply; `overrides` of options go before those of the kind of question."""
-        fixed = {"image_seed": None}
         options = [
-            self.options.updated({"seed": q.seed} | fixed | OPTIONS_OF[q.sample.kind] | overrides) for q in questions
+            self.options.updated({"seed": q.seed, "image_seed": None} | OPTIONS_OF[q.sample.kind] | overrides)
+            for q in questions
         ]
         events = generate_batch(self.model, [question.conversation for question in questions], options)
         replies = {index: event.message for index, event in events if isinstance(event, Finished)}
