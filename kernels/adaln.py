@@ -13,12 +13,7 @@ from .layer_norm import normalize_rows, row_tile
 
 
 def adaln_reference(hidden: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:  # (B, T, D)
-    """Return LayerNorm(hidden) (1 + scale) + shift; the norm has no weights (Peebles and Xie, arXiv 2212.09748).
-
-    Args:
-        hidden: (B, T, D).
-        scale, shift: (B, D).
-    """
+    """Return LayerNorm(hidden) (1 + scale) + shift; the norm has no weights (Peebles and Xie, arXiv 2212.09748)."""
     normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=eps)
     return normed * (1 + scale[:, None]) + shift[:, None]
 

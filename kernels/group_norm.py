@@ -185,9 +185,7 @@ def group_norm(
     """Run `group_norm_reference` as one or two Triton kernels, in float32 from load to store.
 
     The result is channels-last. Any strides of x are correct; channels-last is fast. Rows of `time` may be slices.
-
-    Raises:
-        ValueError: the channels of `time` do not have stride 1.
+    Raises ValueError if the channels of `time` do not have stride 1.
     """
     if time is not None and time.stride(1) != 1:
         raise ValueError(f"a time embedding of strides {time.stride()}, expected its channels side by side")

@@ -25,9 +25,7 @@ BLOCK = 512  # latents are small (64 KB at 512 pixels): many small programs reac
 def step_rows(table: SamplerTable, guidance: float) -> Tensor:  # (n, 5 + K)
     """Return what the step reads of a sampler table, in float64 on the CPU: guidance, d0, d1, c0, c1, ... a model call.
 
-    Args:
-        table: c are its coefficients, d its conversion; (0, 0), which keeps the prediction, becomes (0, 1).
-        guidance: scale of classifier-free guidance, 1 without.
+    c are the coefficients of the table, d its conversion; (0, 0), which keeps the prediction, becomes (0, 1).
     """
     conversion = table.conversion.clone()
     conversion[~conversion.any(dim=1), 1] = 1.0
@@ -123,14 +121,12 @@ def guided_step(
     step: Tensor,  # (2)
     model_input: Tensor,  # (B or 2B, C, h, w)
     prediction: Tensor,  # (B or 2B, C, h, w)
-    rows: Tensor,  # (n, 6 + K)
+    rows: Tensor,  # (n, 5 + K)
 ) -> None:
     """Run `guided_step_reference` as one Triton kernel.
 
-    The model input and the prediction may be contiguous or channels-last.
-
-    Raises:
-        ValueError: latents, history or rows are not contiguous float32, or pixels of a map are not evenly spaced.
+    The model input and the prediction may be contiguous or channels-last. Raises ValueError if latents, history or rows
+    are not contiguous float32, or pixels of a map are not evenly spaced.
     """
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in (latents, history, rows)):
         raise ValueError("latents, history and rows of a guided step: expected contiguous float32")

@@ -33,17 +33,11 @@ OPERATIONS: dict[str, tuple[str, int | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """One implementation of an operation.
+    """One implementation of an operation."""
 
-    Args:
-        name: "triton" or "torch".
-        refusal: (device, dtype, width) -> why it cannot run there, "" where it can.
-        load: imports its file and returns the function.
-    """
-
-    name: str
-    refusal: Callable[[torch.device, torch.dtype, int], str]
-    load: Callable[[], Callable[..., Any]]
+    name: str  # "triton" or "torch"
+    refusal: Callable[[torch.device, torch.dtype, int], str]  # (device, dtype, width) -> why it cannot run there, or ""
+    load: Callable[[], Callable[..., Any]]  # imports its file and returns the function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +71,8 @@ def implementations(operation: str) -> tuple[Implementation, ...]:
 def select_kernel(operation: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Choice:
     """Select the implementation of an operation for a device and a dtype.
 
-    Args:
-        width: of a row, a head or a group, where the kernel has a limit; 0 is any usual one.
-
-    Raises:
-        Mgp5Error: MGP5_KERNELS is unknown, or names an implementation that cannot run here.
+    `width` is that of a row, a head or a group, where the kernel has a limit; 0 is any usual one. Raises Mgp5Error if
+    MGP5_KERNELS is unknown, or names an implementation that cannot run here.
     """
     wanted = os.environ.get(VARIABLE, "auto")
     candidates = {candidate.name: candidate for candidate in implementations(operation)}

@@ -27,20 +27,13 @@ def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedPr
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def run_cases(folder: Path, **variables: str) -> None:
-    cases = str(HERE / "kernel_cases.py")
-    found = run("-m", "pytest", cases, "--rootdir", str(HERE.parent), "--tb=short", folder=folder, **variables)
-    assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_kernels_match_their_references_in_tritons_interpreter(tmp_path):
+@pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_kernels_match_their_references(where, tmp_path):
     pytest.importorskip("triton")
-    run_cases(tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-
-
-@pytest.mark.gpu
-def test_kernels_match_their_references_on_the_gpu(tmp_path):
-    run_cases(tmp_path)
+    cases = "-m", "pytest", str(HERE / "kernel_cases.py"), "--rootdir", str(HERE.parent), "--tb=short"
+    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
+    found = run(*cases, folder=tmp_path, **interpreted)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.3, 7.5])

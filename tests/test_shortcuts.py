@@ -8,27 +8,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from click.testing import CliRunner
-from test_engines import SAVE, close, draw, smallest, stable_diffusion, start
+from test_engines import NEAR, difference, draw, generator_of, smallest, stable_diffusion, start
 
 from mgp5 import engines
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
-from mgp5.generators import load_generator
 from mgp5.generators.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture(scope="module", params=["v_prediction", "sd3.5"])
 def diffusion(request, tmp_path_factory):
-    if request.param == "v_prediction":
-        return stable_diffusion()
-    return load_generator(str(SAVE[request.param](tmp_path_factory.mktemp("sd3.5"))))
-
-
-@pytest.fixture(params=["plain", "precomputed", "whole"])
-def way(request, diffusion):
-    attach(diffusion, request.param)
-    yield request.param
-    engines.remove(diffusion)
+    return generator_of(request.param, tmp_path_factory.mktemp("model"))
 
 
 def attach(diffusion, way: str) -> None:
@@ -36,6 +26,13 @@ def attach(diffusion, way: str) -> None:
     if way != "plain":
         engines.apply(diffusion, "eager")
         diffusion.engine.graphed = way == "whole"
+
+
+@pytest.fixture(params=["plain", "precomputed", "whole"])
+def way(request, diffusion):
+    attach(diffusion, request.param)
+    yield request.param
+    engines.remove(diffusion)
 
 
 @contextmanager
@@ -68,8 +65,7 @@ def test_engines_drop_guidance_alike(diffusion):
         attach(diffusion, way)
         drawn.append([draw(diffusion, **{"steps": 5, "sampler": "dpm++", "guidance_until": 0.6} | c) for c in calls])
     engines.remove(diffusion)
-    for other in drawn[1:]:
-        close(other, drawn[0])
+    assert all(difference(other, drawn[0]) < NEAR for other in drawn[1:])
 
 
 class DeepCache:
@@ -106,8 +102,8 @@ def test_deep_features_are_used_again(make, way):
         with hooked(diffusion.unet.up_blocks[-1].resnets[-1], DeepCache(settings.pop("reuse"))):
             expected.append(draw(diffusion, **settings))
     attach(diffusion, way)
-    close([draw(diffusion, **{"steps": 5} | call) for call in CALLS], expected)
-    close([draw(diffusion, 1)], [before])
+    assert difference([draw(diffusion, **{"steps": 5} | call) for call in CALLS], expected) < NEAR
+    assert difference([draw(diffusion, 1)], [before]) < NEAR
     engines.remove(diffusion)
     assert torch.equal(draw(diffusion, 1), before)
 
@@ -159,30 +155,23 @@ def test_each_kind_of_step_is_compiled_once():
     diffusion.engine.model.model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     first = draw(diffusion, 1, **call)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        close([first, draw(diffusion, 2, **call)], before)
+        assert difference([first, draw(diffusion, 2, **call)], before) < NEAR
     torch.compiler.reset()
 
 
-def run(*words: str):
-    return CliRunner().invoke(main, ["chat", "--message", "A fox.", "--seed", "0", "--show", "off", *words])
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        (["--guidance-until", "nan", "--set", "reuse=0"], "guidance_until is nan, expected 0 to 1"),
-        (["--reuse", "0"], "Invalid value for '--reuse'"),
-        (["--set", "reuse=0"], "reuse is 0, expected 1 or more"),
-    ],
-)
-def test_wrong_values_on_the_command_line(words, found):
-    done = run(*words)
-    assert done.exit_code == 2 and found in done.stderr and done.stderr.count("\n") == 1
-
-
 def test_shortcuts_on_the_command_line(tmp_path):
-    words = ["--set", "max_tokens=0", "--set", "image=always", "--steps", "2", "--out", str(tmp_path / "talk")]
-    done = run(*words, "--guidance-until", "0.5", "--reuse", "2", "--backend", "eager", "--json")
+    def run(words: str):
+        return CliRunner().invoke(main, ["chat", "--message", "A fox.", "--seed", "0", "--show", "off", *words.split()])
+
+    for words, found in (
+        ("--guidance-until nan --set reuse=0", "guidance_until is nan, expected 0 to 1"),
+        ("--reuse 0", "Invalid value for '--reuse'"),
+        ("--set reuse=0", "reuse is 0, expected 1 or more"),
+    ):
+        done = run(words)
+        assert done.exit_code == 2 and found in done.stderr and done.stderr.count("\n") == 1
+    words = f"--set max_tokens=0 --set image=always --steps 2 --out {tmp_path / 'talk'} --backend eager --json"
+    done = run(f"{words} --guidance-until 0.5 --reuse 2")
     assert done.exit_code == 0, done.stderr
     (image,) = (event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "image")
     assert image["meta"]["guidance_until"] == 0.5 and image["meta"]["reuse"] == 2

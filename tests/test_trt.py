@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from mgp5.export.onnx import describe
 from mgp5.export.request import EngineOptions, ExportRequest
 from mgp5.export.run import export
+from tiny_export import draw, without_denoiser
 
 from mgp5 import engines
 from mgp5.apps.open_model import load
@@ -71,11 +72,7 @@ def test_without_tensorrt_or_a_gpu_it_says_what_is_missing_and_how_to_go_on(smal
     assert f"mgp5 export --trt --from {small_export.name}" in done.stderr
     with pytest.raises(Mgp5Error, match="has no transformer, it has mapper, unet"):
         export(ExportRequest(trt=True, source=small_export, components=("transformer",)))
-    for setting, reason in {
-        "level=6": "level 6",
-        "batches=[0]": "batches (0,)",
-        "fp16=true": "no setting fp16",
-    }.items():
+    for setting, reason in (("level=6", "level 6"), ("batches=[0]", "batches (0,)"), ("fp16=true", "no setting fp16")):
         done = CliRunner().invoke(main, ["export", "--trt", "--from", str(small_export), "--set", setting])
         assert done.exit_code == 2 and reason in done.stderr
     with pytest.raises(Mgp5Error, match="--backend trt cannot run here: TensorRT is not installed"):
@@ -120,23 +117,18 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(folder, machine, mo
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
-def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, folder, machine, split):
+def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, small_export, folder, machine, split):
     """Step by step, and each step as a whole on buffers of its own, as a CUDA graph has it."""
     if not split:
-        manifest = read_manifest(folder)
-        del manifest["components"]["denoiser"]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        folder = without_denoiser(small_export, folder)
     model = load(small_folder, backend=None)
     generator, states = model.head.generator, torch.randn(1, 4, 32)
 
-    def draw(**options) -> torch.Tensor:
-        with torch.no_grad():
-            condition, unconditional = model.head.mapper(states), model.head.mapper.unconditional(4)
-        settings = {"steps": 3, "guidance": 3.0, "sampler": "ddim", "generators": [torch.Generator().manual_seed(0)]}
-        *_, latents = generator.draw(condition, unconditional, **settings | options)
-        return generator.decode(latents)
+    @torch.no_grad()
+    def results() -> tuple[torch.Tensor, ...]:
+        return model.head.mapper(states), model.head.mapper.unconditional(4), draw(generator)
 
-    expected = draw()
+    expected = results()
     with pytest.raises(Mgp5Error, match=r"model\.plan is missing: build it: mgp5 export --trt --from"):
         engines.apply(generator, "trt", folder)
     assert built(folder) == len(NAMES)
@@ -144,12 +136,10 @@ def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, folder, machine
     attach_mapper(model.head, folder, "trt")
     for graphed, stream in ((False, 7), (True, 0)):
         generator.engine.graphed, machine.stream.cuda_stream = graphed, stream
-        torch.testing.assert_close(draw(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(results(), expected, atol=1e-4, rtol=1e-4)
         assert trt_double.CALLS[-1] == f"execute on stream {stream or 8}"  # on the default one TensorRT synchronizes
-    with pytest.raises(
-        Mgp5Error, match=r"sample is \(2, 4, 12, 8\), .*model\.plan takes \(1, 4, 8, 8\) to \(2, 4, 8, 8\)"
-    ):
-        draw(height=24)
+    with pytest.raises(Mgp5Error, match=r"\(2, 4, 12, 8\), .*model\.plan takes \(1, 4, 8, 8\) to \(2, 4, 8, 8\)"):
+        draw(generator, height=24)
     machine.card.name = "Another GPU"
     with pytest.raises(Mgp5Error, match=r"model\.plan was built for gpu A GPU, .*, here it is Another GPU"):
         engines.apply(generator, "trt", folder)

@@ -29,7 +29,14 @@ def save_small(folder: Path, llava: Path) -> Path:
         use_linear_projection=True,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=4, mid_block_add_attention=False, **VAE)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
     parts = {"unet": unet, "vae": vae, "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
     extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = StableDiffusionPipeline(scheduler=DDIMScheduler(beta_schedule="scaled_linear"), **parts, **extras)
@@ -44,8 +51,19 @@ def save_small(folder: Path, llava: Path) -> Path:
     return folder
 
 
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "layers_per_block": 1,
-}
+def draw(generator, count: int = 1, **options) -> torch.Tensor:
+    """The pixels of images whose conditions and noise are always the same."""
+    conditions = torch.randn(count + 1, *generator.condition_shape, generator=torch.Generator().manual_seed(3))
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    settings = {"steps": 3, "guidance": 3.0, "sampler": "ddim"} | options
+    *_, latents = generator.draw(conditions[1:], conditions[:1], generators=generators, **settings)
+    return generator.decode(latents)
+
+
+def without_denoiser(export: Path, folder: Path) -> Path:
+    """A copy of an exported folder as `mgp5 export` writes it without --split."""
+    shutil.copytree(export, folder, dirs_exist_ok=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["components"]["denoiser"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder

@@ -30,7 +30,6 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, states: Sequence[DenoisingState], step: int) -> Kind:
-        """Return the kind of a step of images that go on together."""
         first = states[0]
         rows = len(states) * (2 if step < first.guided else 1)
         return cls(rows, keeps=first.reuse > 1 and step % first.reuse == 0, takes=step % first.reuse > 0)
@@ -146,8 +145,8 @@ class StepGraphs:
 
 
 def buffers_key(model: PrecomputedDenoiser, inputs: Sequence[Tensor]) -> tuple:
-    """Return what images must agree in to use the same buffers; a graph reads weights at their addresses."""
-    weight = next(model.model.parameters())
+    """Return what images must agree in to use the same buffers."""
+    weight = next(model.model.parameters())  # a graph reads weights at their addresses
     return weight.data_ptr(), *((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
 
 

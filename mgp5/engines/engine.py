@@ -17,15 +17,13 @@ from .precomputed import PrecomputedDenoiser, precompute
 
 
 class Engine:
-    """Runs the denoising steps of one model by modules that share its weights.
+    """Runs the denoising steps of one model by modules that share its weights."""
 
-    Attributes:
-        model: the denoiser with constant work taken out.
-        graphed: whether images that begin together run whole steps, on a GPU as CUDA graphs.
-        decode: latents, scaled as the VAE's decoder takes them -> pixels; None leaves it to the VAE.
-    """
-
-    decode: Callable[[Tensor], Tensor] | None = None
+    model: PrecomputedDenoiser  # the denoiser with constant work taken out
+    graphed: bool  # whether images that begin together run whole steps, on a GPU as CUDA graphs
+    decode: Callable[[Tensor], Tensor] | None = (
+        None  # scaled latents -> pixels; None: by the VAE
+    )
 
     def __init__(self, name: str, denoiser: ModelMixin) -> None:
         """Prepare "eager", "compile" or "triton". Raises Mgp5Error if engines do not know the denoiser."""
@@ -34,15 +32,14 @@ class Engine:
         layout = torch.contiguous_format if flat else torch.channels_last
         ops = operations(name, denoiser.device, denoiser.dtype)
         packed = name == "eager" and packing_pays(denoiser)
-        self.model: PrecomputedDenoiser = precompute(denoiser, ops, packed=packed, layout=layout)
+        self.model = precompute(denoiser, ops, packed=packed, layout=layout)
         if name == "compile":
             mode = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}
             self.model.model.compile(dynamic=False, **mode)
         self.graphs = StepGraphs(self.model, ops.guided_step)
         self.graphed = on_gpu and name != "eager"
 
-    def model_for(self, reuse: int) -> PrecomputedDenoiser:
-        """Return the model that runs the steps of an image with this `reuse`."""
+    def model_for(self, reuse: int) -> PrecomputedDenoiser:  # for the steps of an image with this `reuse`
         return self.model
 
     def advance(self, states: Sequence[DenoisingState]) -> None:

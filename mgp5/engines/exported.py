@@ -36,13 +36,9 @@ Load = Callable[[str], Session]  # name of a component -> what runs it
 
 
 class ExportedDenoiser:
-    """An exported denoiser with the interface of `PrecomputedDenoiser`.
-
-    Attributes:
-        model: the module that was exported, for its configuration and dtype.
-        parts: the module in two parts, where the file is the component `denoiser`, which takes their constants; None
-            for a whole `unet` or `transformer`, which takes timesteps (S = 1) and the condition.
-    """
+    """An exported denoiser with the interface of `PrecomputedDenoiser`: the component `denoiser`, which takes the
+    constants of `parts`; or, without these, a whole `unet` or `transformer`, which takes timesteps (S = 1) and the
+    condition. `model` is the module that was exported."""
 
     layout = torch.contiguous_format
 
@@ -51,8 +47,7 @@ class ExportedDenoiser:
         self.deep = parts.deep if parts else 0  # steps that reuse features run by `ExportedEngine.fallback`
         self.per_image = parts is not None and parts.per_image
 
-    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:  # (n,), (R, L, C)
-        """Return time embeddings (n, R, S) and inputs of cross-attention (R, ...)."""
+    def constants(self, timesteps: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:  # (n, R, S), (R, ...)
         embeddings, cross_attention = timesteps[:, None, None], [condition]
         if self.parts is not None:
             embeddings, cross_attention = self.parts.constants(timesteps, condition)
@@ -60,8 +55,7 @@ class ExportedDenoiser:
 
     def __call__(
         self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """Return the prediction (R, Z, h, w), and no deep feature."""
+    ) -> tuple[Tensor, None]:  # (R, Z, h, w)
         time_embedding = time_embedding.expand(len(latents), -1)
         if self.parts is not None:
             named = {f"context_{i}": part for i, part in enumerate(cross_attention)}
@@ -86,7 +80,6 @@ class ExportedEngine(Engine):
             self.graphs = StepGraphs(model, operations("triton", device, model.dtype).guided_step)
 
     def model_for(self, reuse: int) -> ExportedDenoiser | PrecomputedDenoiser:
-        """Return the model that runs the steps of an image with this `reuse`."""
         if reuse == 1:
             return self.model
         self.fallback = self.fallback or Engine("eager", self.model.model)
@@ -117,10 +110,8 @@ class ExportedMapper(nn.Module):
 
 
 def split_denoiser(generator: LatentDiffusion, opset: int = 23) -> PrecomputedDenoiser:
-    """Return a denoiser in two parts, made of operations that every ONNX runtime knows.
-
-    In half precision GroupNorm stays one operation where the opset has it: GPUs have fused kernels for it.
-    """
+    """Return a denoiser in two parts, made of operations that every ONNX runtime knows; in half precision GroupNorm
+    stays one operation where the opset has it: GPUs have fused kernels for it."""
     model = generator.denoiser
     ops = operations("eager", model.device, model.dtype)
     if model.dtype == torch.float32 or opset < GROUP_NORM:
@@ -143,9 +134,8 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
 def load_engine(generator: LatentDiffusion, folder: Path, backend: str, same_weights: bool = False) -> ExportedEngine:
     """Return the engine of an exported folder, run by ONNX Runtime ("onnx") or TensorRT ("trt").
 
-    With `same_weights` the folder is known to be of these weights, and their hashes are not compared. Raises Mgp5Error
-    if the folder holds another model's export or no denoiser, a file is missing or damaged, or a TensorRT engine has
-    not been built or was built for another machine.
+    With `same_weights` it is known to be of these weights. Raises Mgp5Error if it holds another model's export or no
+    denoiser, a file is missing or damaged, or a TensorRT engine is missing or was built for another machine.
     """
     manifest = open_folder(folder, {} if same_weights else {"denoiser": generator.denoiser, "vae": generator.vae})
     load = sessions(folder, manifest, backend, generator.denoiser.device)
@@ -192,10 +182,8 @@ def sessions(folder: Path, manifest: Mapping[str, Any], backend: str, device: to
 
 
 def open_folder(folder: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return the manifest of an exported folder after comparing its files and a model's parts, by name, with it.
-
-    Raises Mgp5Error if the folder holds another model's export, or a file is missing or damaged.
-    """
+    """Return the manifest of an exported folder. Raises Mgp5Error if it is another model's than that of these parts (by
+    name), or a file is missing or damaged."""
     manifest = read_manifest(folder)
     hashes = manifest.get("weights", {})
     if wrong := [name for name, part in parts.items() if hashes.get(name) not in (None, weights_hash(part))]:
@@ -206,10 +194,8 @@ def open_folder(folder: Path, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder that `mgp5 export` wrote.
-
-    Raises Mgp5Error if it is missing, broken, of another version, or names files outside the folder.
-    """
+    """Return the manifest of a folder that `mgp5 export` wrote. Raises Mgp5Error if it is missing, broken, of another
+    version, or names files outside the folder."""
     try:
         manifest = read_json(folder / MANIFEST)
         for name, entry in manifest["components"].items():
@@ -225,10 +211,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], names: Collection[str] = ()) -> None:
-    """Compare the files of the named components, of all if none is named, with their hashes in the manifest.
-
-    Raises Mgp5Error if a file is missing or damaged.
-    """
+    """Raise Mgp5Error if a file of the named components, or without names of any, is missing or damaged."""
     for name in names or manifest["components"]:
         for file, expected in manifest["components"][name]["files"].items():
             path = folder / file
@@ -238,10 +221,8 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: Collection[str
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Return a hash of a module's weights and their names, in 32 hexadecimal digits.
-
-    It is taken of the weights in bfloat16, so that copies in most precisions have the same hash.
-    """
+    """Return a hash of a module's weights in bfloat16, so that copies in most precisions have the same, and their
+    names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
