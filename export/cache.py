@@ -22,7 +22,6 @@ from .request import NEEDED, ExportRequest, missing
 if TYPE_CHECKING:
     from ..generators.latent_diffusion import LatentDiffusion
 
-COMPONENTS = ("denoiser", "vae_decoder")
 VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster
 TINY = 1_000_000  # parameters; a denoiser below draws at once anyway
 
@@ -30,8 +29,7 @@ TINY = 1_000_000  # parameters; a denoiser below draws at once anyway
 def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
     """Attach an engine as `engines.apply` does, which for `onnx`, and for `auto` where it pays, is that of the cache.
 
-    A folder `exported` of this model takes the place of the cache. Raises Mgp5Error as `engines.apply` and
-    `cached_denoiser` do.
+    An `exported` folder takes the place of the cache. Raises as `engines.apply` and `cached_denoiser` do.
     """
     note, denoiser = "", generator.denoiser
     if not exported and (backend == "onnx" or (backend == "auto" and export_pays(generator))):
@@ -55,8 +53,7 @@ def export_pays(generator: LatentDiffusion) -> bool:
 
 
 def cached_denoiser(generator: LatentDiffusion) -> Path:
-    """Return the folder of a generator's denoiser and VAE decoder, exported first where it is not there (stderr says
-    so).
+    """Return the folder of a generator's denoiser and VAE decoder, exported first (stderr says so) if there is none.
 
     Raises Mgp5Error if the generator is not on the CPU in float32, packages are missing, the folder cannot be written,
     or the files compute something else.
@@ -72,11 +69,12 @@ def cached_denoiser(generator: LatentDiffusion) -> Path:
     key |= {"denoiser": weights_hash(denoiser), "vae": weights_hash(generator.vae)}
     folder = user_cache() / "onnx" / digest(key)
     if not (folder / "manifest.json").is_file():
-        from .exportable import Exportable
+        from .components import Exportable
         from .run import write_export
 
         sys.stderr.write(f"exporting the denoiser to ONNX, once: it is kept in {folder}\n")
-        request = ExportRequest(onnx=True, out=folder, components=COMPONENTS, split=True, image=False)
+        components = "denoiser", "vae_decoder"
+        request = ExportRequest(onnx=True, out=folder, components=components, split=True, image=False)
         try:
             write_export(Exportable(name="its own weights", generator=generator), request, folder)
         except Mgp5Error:

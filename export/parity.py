@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -128,33 +127,24 @@ def load_session(path: Path, precision: str) -> Session:
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace bf16 by float32 in a graph; the values of the weights stay."""
     half, full = TensorProto.BFLOAT16, TensorProto.FLOAT
-
-    def widen(tensor: TensorProto) -> None:
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    constants = [attribute.t for attribute in attributes if attribute.type == onnx.AttributeProto.TENSOR]
+    for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type == half:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
-
-    for tensor in model.graph.initializer:
-        widen(tensor)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                widen(attribute.t)
-            elif attribute.name == "to" and attribute.i == half:
-                attribute.i = full
+    for attribute in attributes:
+        if attribute.name == "to" and attribute.i == half:
+            attribute.i = full
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type == half:
             value.type.tensor_type.elem_type = full
     return model
 
 
-def _cases(component: Component, unit: int) -> Iterator[dict[str, int]]:  # of the dimensions that it has
-    names = {name for axes in component.axes.values() for name in axes.values()}
-    seen = []
-    for case in CASES:
-        sizes = {k: v * unit if k in ("height", "width") else v for k, v in case.items() if k in names}
-        if sizes not in seen:
-            seen.append(sizes)
-            yield sizes
+def _cases(component: Component, unit: int) -> list[dict[str, int]]:  # sizes of the dimensions that it has
+    names, units = {name for axes in component.axes.values() for name in axes.values()}, {"height": unit, "width": unit}
+    cases = [{name: size * units.get(name, 1) for name, size in case.items() if name in names} for case in CASES]
+    return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
 
 def _input(component: Component, name: str, case: dict[str, int], generator: torch.Generator) -> Tensor:

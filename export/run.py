@@ -20,8 +20,7 @@ from ..files import GiB, replacing, write_json
 from ..generators import PIPELINES
 from ..generators.pipeline import load_part
 from ..hub import from_hub
-from .components import components, latent_unit
-from .exportable import Exportable, load_exportable
+from .components import Exportable, components, latent_unit, load_exportable
 from .request import NEEDED, ExportRequest, missing
 
 GREATEST_SIDE = 256  # pixels of the compared image: 20 steps of a larger one take long

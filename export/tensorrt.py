@@ -90,13 +90,10 @@ def _spans(name: str, manifest: Mapping[str, Any], options: EngineOptions) -> di
     """Return the sizes of a component's dynamic dimensions, by their names in ONNX."""
     inputs = manifest["components"][name]["inputs"].values()
     names = dict.fromkeys(size for value in inputs for size in value["shape"] if isinstance(size, str))
-    batches = options.batches if name in DENOISERS else (1,)
     heights, widths = zip(*(options.sizes or [manifest["native"]]), strict=True)
-    spans = {
-        dimension: (min(sizes), sizes[0], max(sizes))
-        for dimension, sizes in {"batch": batches, "height": heights, "width": widths}.items()
-    }
-    spans |= {"length": (manifest["length"],) * 3, "steps": STEPS}
+    sizes = {"batch": options.batches if name in DENOISERS else (1,), "length": (manifest["length"],)}
+    sizes |= {"height": heights, "width": widths}
+    spans = {key: (min(values), values[0], max(values)) for key, values in sizes.items()} | {"steps": STEPS}
     if unknown := names.keys() - spans.keys():
         raise Mgp5Error(f"{name} has dynamic dimensions {unknown}, expected {', '.join(spans)}", "export it again")
     return {dimension: spans[dimension] for dimension in names}

@@ -13,21 +13,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mgp5.export import cache, parity
-from mgp5.export.components import components, latent_unit
-from mgp5.export.exportable import Exportable, load_exportable
+from mgp5.export.components import Exportable, components, latent_unit, load_exportable
 from mgp5.export.onnx import write
 from mgp5.export.request import EngineOptions, ExportRequest
 from mgp5.export.run import export, write_export
 from PIL import Image
-from tiny import save_pipeline
-from tiny_sd3 import save_sd3
+from test_engines import generator_of
+from tiny_export import draw, without_denoiser
 
 from mgp5 import engines
 from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.engines.exported import ExportedMapper, attach_mapper, check_files, read_manifest
 from mgp5.errors import Mgp5Error
-from mgp5.generators import load_generator
 from mgp5.heads.minigpt5 import FeatureMapper
 from mgp5.loading import mapper_for
 
@@ -38,15 +36,6 @@ NAMES = ["mapper", "unet", "vae_decoder", "condition", "denoiser"]
 @pytest.fixture
 def model(small_folder):
     return load(small_folder, backend=None)
-
-
-def draw(generator, count=1, **options):
-    rng = torch.Generator().manual_seed(3)
-    conditions = torch.randn(count + 1, *generator.condition_shape, generator=rng)
-    generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    settings = {"steps": 3, "guidance": 3.0, "sampler": "ddim"} | options
-    *_, latents = generator.draw(conditions[1:], conditions[:1], generators=generators, **settings)
-    return generator.decode(latents)
 
 
 def assert_near(outputs, expected, limit=1e-4):
@@ -87,10 +76,7 @@ def test_the_engine_of_a_folder_draws_the_same(small_export, model, split, tmp_p
     generator, folder = model.head.generator, small_export
     expected = [draw(generator, **call) for call in CALLS]
     if not split:
-        folder = shutil.copytree(small_export, tmp_path / "whole")
-        manifest = read_manifest(folder)
-        del manifest["components"]["denoiser"]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        folder = without_denoiser(small_export, tmp_path / "whole")
     assert engines.apply(generator, "onnx", folder).name == "onnx"
     assert_near([draw(generator, **call) for call in CALLS], expected)
     if split:  # layers inside a file cannot be left out: PyTorch does that
@@ -264,23 +250,17 @@ def test_half_precision_is_in_the_file(small_folder, tmp_path, precision, opset)
     assert norms and all(types[node.input[0]] == onnx.TensorProto.FLOAT for node in norms)
 
 
-def pipeline(folder, kind):
-    if kind == "sd2":
-        return save_pipeline(folder, "epsilon")
-    return save_sd3(folder, sd35=kind == "sd3.5")
-
-
 @SLOW
-@pytest.mark.parametrize(("kind", "opset"), [("sd3", 23), ("sd3.5", 23), ("sd2", 18), ("sd2", 20)])
+@pytest.mark.parametrize(("kind", "opset"), [("sd3", 23), ("sd3.5", 23), ("epsilon", 18), ("epsilon", 20)])
 def test_other_generators_and_older_opsets(tmp_path, kind, opset):
-    generator = load_generator(str(pipeline(tmp_path / kind, kind)))
+    generator = generator_of(kind, tmp_path / kind)
     torch.manual_seed(2)
     mapper = FeatureMapper(mapper_for(16, generator, encoder_layers=1, decoder_layers=1)).eval()
     with torch.no_grad():
         unconditional = mapper.unconditional(4)
     parts = {"mapper": mapper, "unconditional": unconditional, "num_vokens": 4}
     makers = components(Exportable(name=kind, generator=generator, **parts), True)
-    assert [*makers] == ["mapper", "unet" if kind == "sd2" else "transformer", "vae_decoder", "condition", "denoiser"]
+    assert [*makers] == [name if kind == "epsilon" or name != "unet" else "transformer" for name in NAMES]
     for name, make in makers.items():
         session = parity.load_session(write(make(), tmp_path / "onnx" / name, opset), "fp32")
         rows = parity.compare(make(), session, parity.LIMITS["fp32"], latent_unit(generator))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from mgp5.export.exportable import Exportable
+from mgp5.export.components import Exportable
 from mgp5.export.request import ExportRequest
 from mgp5.export.run import write_export
 
