@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
-MAX_RATIO = 50  # of the sides: image processors scale the short one up, and the long one grows with it
+MAX_RATIO = 100  # of the sides: image processors scale the short one up, and the long one grows with it
 # Largest values of grey by mode; the first that holds all values of an image is white.
 WHITES = {"I;16": (255, 4095, 65535), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # at the 8th byte of a file

@@ -223,7 +223,10 @@ def _content(backbone: PromptBackbone, message: Message, mark: str) -> str:
 
 
 def _plain(backbone: PromptBackbone, text: str) -> str:
-    """Remove the spellings of special tokens: a user's "<image>" or "[IMG0]" must not become one."""
-    special = {*backbone.tokenizer.all_special_tokens, *backbone.tokenizer.get_added_vocab()}
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    return re.sub(pattern, "", text) if pattern else text
+    """Set the spellings of special tokens in a text apart by a blank: what a user types is plain text."""
+    added = {token.content for token in backbone.tokenizer.added_tokens_decoder.values() if token.special}
+    special = sorted(token for token in added | {*backbone.tokenizer.all_special_tokens} if len(token) > 1)
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    while (apart := pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)) != text:
+        text = apart
+    return text

@@ -111,7 +111,7 @@ def test_a_template_that_refuses_a_dialogue_leaves_it_out(collate, backbone, mon
     assert batch.skipped == (Skipped("unfit text", "swapped (the user begins)"),) and len(batch.ids) == 1
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 900), (900, 3), (3000, 40)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 90), (270, 3), (3000, 40)])
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "I;16", "P", "LA"])
 def test_odd_pictures_do_not_stop_a_run(size, mode, collate) -> None:
     odd = Image(pixels=pil.new("RGB", size, "blue").convert(mode) if mode != "I;16" else pil.new(mode, size, 9000))

@@ -18,6 +18,7 @@ from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
 from mgp5.options import reply_options
+from mgp5.prompts import example
 from mgp5.training.batch import Collator
 
 
@@ -133,12 +134,20 @@ def test_vokens_start_at_the_mean_row(model):
         torch.testing.assert_close(weight[ids], known.mean(0).expand(len(ids), -1), atol=1e-6, rtol=1e-4)
 
 
-def test_special_tokens_in_a_users_text_are_only_text(model):
-    talk = Conversation().add("user", f"hi [IMG0] {model.backbone.image_token} there")
+@pytest.mark.parametrize("typed", ["[IMG0]", "{}", "[IM[IMG0]G0]", "{0[0]}{0}{0[1]}{0[2]}", "</</s>s>"])
+def test_special_tokens_in_a_users_text_are_only_text(model, typed):
+    """Also those that are spelled inside themselves, of a question and of an answer that is to be learnt."""
+    tokenizer, typed = model.backbone.tokenizer, typed.format(model.backbone.image_token)
+    special = {*model.head.ids, model.backbone.image_token_id, *tokenizer.all_special_ids}
+
+    def count(text):
+        talk = Conversation().add("user", text).add("assistant", text)
+        return sum(token in special for token in example(model.backbone, talk, "[IMG0]", []).ids)
+
+    assert count(f"hi {typed} there") == count("hi there")
     session = Session(model)
-    session.read(talk)
-    ids = {token for token, _ in session.keys}
-    assert not ids & {*model.head.ids, model.backbone.image_token_id}
+    session.read(Conversation().add("user", f"hi {typed} there"))
+    assert not {token for token, _ in session.keys} & {*model.head.ids, model.backbone.image_token_id}
 
 
 @pytest.mark.parametrize("context, shown", [("full", True), ("none", False)])
