@@ -102,8 +102,11 @@ REPOS = {
 
 def bases() -> list[str]:
     """Return the names of models to train from: every multimodal LLM with every generator."""
-    kinds = {kind: [name for name, repo in REPOS.items() if repo.kind == kind] for kind in ("mllm", "generator")}
-    return [f"{mllm}+{generator}" for mllm in kinds["mllm"] for generator in kinds["generator"]]
+    return [f"{mllm}+{generator}" for mllm in _names("mllm") for generator in _names("generator")]
+
+
+def _names(kind: str) -> list[str]:
+    return [name for name, repo in REPOS.items() if repo.kind == kind]
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def resolve(name: str) -> Parts:
     raise Mgp5Error(
         f"no model {name!r}",
         f"here without a network: {', '.join(local_names()) or 'none'}; or a folder of a trained model; or to train "
-        f"from MLLM+GENERATOR, of folders, hub ids, {_names('mllm')} + {_names('generator')}",
+        f"from MLLM+GENERATOR, of folders, hub ids, {', '.join(_names('mllm'))} + {', '.join(_names('generator'))}",
         usage=True,
     )
 
@@ -184,10 +187,6 @@ def _causes(error: BaseException) -> list[BaseException]:
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     return causes
-
-
-def _names(kind: str) -> str:
-    return ", ".join(name for name, repo in REPOS.items() if repo.kind == kind)
 
 
 def _from_folder(name: str, folder: Path) -> Parts:
