@@ -252,9 +252,10 @@ class Caches:
     def images(self, kind: str, images: Iterable[Image]) -> dict[int, Item]:
         """Return latents or features of images by their `id()`: of all, or of none when one is missing."""
         try:
-            items = {id(image): self._get(kind, image.digest()) for image in images if kind in self._readers}
+            keys = {id(image): image.digest() for image in images if kind in self._readers}
         except Mgp5Error:
             return {}  # who reads the image will say so
+        items = {number: self._get(kind, key) for number, key in keys.items()}
         return {} if None in items.values() else items
 
     def encodings(self, captions: Sequence[str]) -> Tensor | None:  # (P, L, C)
