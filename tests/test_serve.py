@@ -16,8 +16,7 @@ from serve_process import HELLO, JSON, data_url, serving, serving_here
 
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
-from mgp5.serving.limits import Limits
-from mgp5.serving.request import ServeRequest, read_key
+from mgp5.serving.request import Limits, ServeRequest, read_key
 
 ALWAYS = {"image": "always", "steps": 2}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from serve_process import HELLO, JSON, serving_here
 
-from mgp5.serving.limits import Limits
+from mgp5.serving.request import Limits
 
 KEY = "0123456789abcdef-key"
 SHOWN = {"Authorization": f"Bearer {KEY}"}

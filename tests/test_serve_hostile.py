@@ -14,7 +14,7 @@ from contextlib import suppress
 import pytest
 from serve_process import HELLO, JSON, data_url, serving_here
 
-from mgp5.serving.limits import Limits
+from mgp5.serving.request import Limits
 
 CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
 

@@ -19,7 +19,7 @@ from serve_process import data_url
 from mgp5.errors import Mgp5Error
 from mgp5.serving import images
 from mgp5.serving.images import fetch, is_public, read_image_url
-from mgp5.serving.limits import Limits
+from mgp5.serving.request import Limits
 
 LIMITS = Limits(remote_images=True, fetch_bytes=50_000, fetch_seconds=0.5)
 

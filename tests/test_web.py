@@ -16,7 +16,7 @@ from tiny import picture
 
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
-from mgp5.serving.limits import Limits
+from mgp5.serving.request import Limits
 
 pytest.importorskip("gradio", reason="pip install 'mgp5[web]'")
 KEY = "0123456789abcdef-key"
@@ -50,6 +50,7 @@ def settings(page, **values):
 
 
 def say(page, text):
+    page.wait_for_selector("#talk-box textarea:not([disabled])")
     page.fill("#talk-box textarea", text)
     page.press("#talk-box textarea", "Enter")
 
@@ -84,6 +85,7 @@ def test_a_chat(server, files):
         shows(page, "text", "image")
         assert page.locator("#talk script").count() == 0
         page.wait_for_function("document.querySelector('#talk .bot-row img').naturalWidth == 128")
+        page.wait_for_selector("#talk-box textarea:not([disabled])")
         page.locator("#talk-box input[type=file]").set_input_files(files[0])
         page.wait_for_selector("#talk-box img")
         say(page, "What is this?")
@@ -224,13 +226,15 @@ def test_the_page_asks_for_the_key(small_folder):
 def test_a_chat_as_gradio_has_it_is_a_conversation():
     from mgp5.serving.web.chat import FAILED, read_talk
 
-    failed = {"role": "assistant", "content": "why", "metadata": {"title": FAILED}}  # so the message before goes
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "1 &lt; 2"}]}
-    turns = [{"role": "user", "content": "a"}, failed, {"role": "user", "content": "b"}, reply]
-    talk = read_talk([*turns, {"role": "user", "content": {"text": " c ", "files": []}}], Limits())
+    def turn(role, text, **more):
+        return {"role": role, "content": [{"type": "text", "text": text}]} | more
+
+    failed = turn("assistant", "why", metadata={"title": FAILED})  # so the message before goes
+    turns = [turn("user", "a"), failed, turn("user", "b"), turn("assistant", "1 &lt; 2")]
+    talk = read_talk([*turns, turn("user", " c ")], Limits())
     assert [(m.role, m.text) for m in talk.messages[1:]] == [("user", "b"), ("assistant", "1 < 2"), ("user", "c")]
     with pytest.raises(Mgp5Error, match="empty"):
-        read_talk([*turns, {"role": "user", "content": {"text": "", "files": []}}], Limits())
+        read_talk([*turns, turn("user", "")], Limits())
 
 
 def test_without_its_extra_the_page_says_what_to_install(monkeypatch):

@@ -41,8 +41,7 @@ def serve(**flags: Any) -> None:
     Requests are decoded and denoised together. See examples/serve/README.md.
     """
     from ..options import ModelRequest
-    from ..serving.limits import Limits
-    from ..serving.request import ServeRequest
+    from ..serving.request import Limits, ServeRequest
     from ..serving.server import serve as run
 
     limits = fill(Limits, flags, body_bytes=flags["body_megabytes"] * 2**20)

@@ -8,16 +8,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -26,7 +26,7 @@ from ..messages import Conversation, Image, Text
 from ..options import Options
 from . import replies
 from .loop import Job, Refused, ServingLoop
-from .metrics import CONTENT_TYPE, Metrics
+from .metrics import Metrics
 from .middleware import AccessMiddleware, error_body, error_response
 from .schema import ChatRequest, ImagesRequest, chat_options, conversation, image_options
 
@@ -46,11 +46,9 @@ def make_app(
     key: str | None = None,
     add_page: Callable[[FastAPI, AppState], None] | None = None,
 ) -> ASGIApp:
-    """Return the app of a serving loop; the loop starts and stops with the app.
+    """Return the app of a serving loop, which starts and stops with the app.
 
     Args:
-        loop: it has not started.
-        request: names the model, the limits and the hosts.
         key: API key that clients have to send; None asks for none.
         add_page: adds a page for browsers to the app, such as `web.page.add_page`.
     """
@@ -65,18 +63,8 @@ def make_app(
     app = FastAPI(title="mgp5", version=__version__, description=replies.ABOUT, lifespan=lifespan, **pages)
     app.state.serving = state = AppState(loop, request)
     keyed = [] if key is None else [Security(HTTPBearer(scheme_name="key", auto_error=False))]  # for the document
-    errors = partial(replies.errors, key is not None)
-    generates = {"methods": ["POST"], "dependencies": [Depends(_json_only), *keyed]}
-    for path, route, model, responses, more in (
-        ("/v1/chat/completions", chat, replies.ChatReply, errors(*replies.GENERATES) | replies.EVENTS, generates),
-        ("/v1/images/generations", images, replies.ImagesReply, errors(*replies.GENERATES), generates),
-        ("/v1/models", models, replies.Models, errors(), {"dependencies": keyed}),
-        ("/v1/models/{model:path}", one_model, replies.Model, errors(404), {"dependencies": keyed}),
-        ("/health", health, replies.Health, replies.errors(False) | replies.FAILED, {}),
-        ("/metrics", metrics, None, errors() | replies.PLAIN, {"dependencies": keyed, "response_class": Response}),
-    ):
-        more = {"response_model": model, "response_model_exclude_unset": True, "responses": responses, **more}
-        app.add_api_route(path, route, **more)
+    app.include_router(keyed_routes, dependencies=keyed)
+    app.include_router(open_routes)
     replies.complete_document(app, request.model_name, request.limits)
     app.add_exception_handler(Refused, lambda _, error: error_response(error))
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -94,19 +82,13 @@ def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> Ser
 
 
 class AppState:
-    """What all requests share.
-
-    Attributes:
-        name: name of the model as clients say it.
-        image_threads: limits how many threads decode images of clients.
-        created: when the app was made, in seconds since 1970.
-    """
+    """What all requests share."""
 
     def __init__(self, loop: ServingLoop, request: ServeRequest) -> None:
         self.loop, self.request, self.limits, self.name = loop, request, request.limits, request.model_name
         self.metrics = Metrics(loop)
         self.image_threads = CapacityLimiter(IMAGE_THREADS)
-        self.created = int(time.time())
+        self.description = replies.Model(id=self.name, object="model", created=int(time.time()), owned_by="mgp5")
 
     def check(self, model: str) -> None:
         """Raise Refused for another model."""
@@ -114,13 +96,9 @@ class AppState:
             raise Refused(404, f"there is no model of this name, expected {self.name}", "model_not_found", "model")
 
     def submit(self, talk: Conversation, options: list[Options], timeout: float | None) -> list[ReplyStream]:
-        """Put one reply to a conversation for each of `options` into the queue, all of them or none.
+        """Queue one reply to a conversation for each of `options`, all of them or none; `timeout` is in seconds.
 
-        Args:
-            timeout: seconds; the server's limit is the longest.
-
-        Raises:
-            Refused: the queue is full, or the server stops.
+        Raises Refused if the queue is full, or the server stops.
         """
         deadline = time.monotonic() + min(timeout or self.limits.seconds, self.limits.seconds)
         streams = [ReplyStream(self.loop, talk, one, deadline) for one in options]
@@ -140,26 +118,40 @@ class ReplyStream:
         with suppress(RuntimeError):  # the app ended before the serving loop
             self.asyncio_loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield events until Finished; closing the iterator early cancels the reply. Raises Refused when it failed."""
-        try:
-            while True:
-                event = await self.queue.get()
-                if isinstance(event, Refused):
-                    raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            self.loop.cancel(self.job)
+    async def next(self) -> Event:
+        """Return the next event; Finished is the last one. Raises Refused when the reply failed."""
+        event = await self.queue.get()
+        if isinstance(event, Refused):
+            raise event
+        return event
 
     async def finish(self) -> Finished:
         """Return the last event. Raises Refused when the reply failed."""
-        async for event in self.events():
-            last = event
-        return last
+        while not isinstance(event := await self.next(), Finished):
+            pass
+        return event
+
+    def close(self) -> None:
+        """Cancel the reply if it is not finished."""
+        self.loop.cancel(self.job)
 
 
+keyed_routes, open_routes = APIRouter(), APIRouter()
+
+
+def _json_only(request: Request) -> None:
+    """Raise Refused for another kind of body: a web page may send those to any address, JSON only where allowed."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "the content type is not application/json", "wrong_content_type")
+
+
+GENERATES = {"dependencies": [Depends(_json_only)], "response_model_exclude_unset": True}
+GENERATE_ERRORS = replies.errors(401, 404, 415, 429, 503, 504)
+
+
+@keyed_routes.post(
+    "/v1/chat/completions", response_model=replies.ChatReply, responses=GENERATE_ERRORS | replies.EVENTS, **GENERATES
+)
 async def chat(body: ChatRequest, request: Request) -> replies.ChatReply | Response:
     """Reply to a conversation in text and images, whole or streamed."""
     state: AppState = request.app.state.serving
@@ -170,10 +162,9 @@ async def chat(body: ChatRequest, request: Request) -> replies.ChatReply | Respo
     info = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name}
     info["seed"] = options.seed
     if body.stream:
-        events = reply.events()
-        first = await _unless_gone(request, anext(events), reply)  # a refused request gets its own status
+        first = await _unless_gone(request, reply.next(), reply)  # a refused request gets its own status
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(_stream(first, events, info, usage), media_type="text/event-stream")
+        return StreamingResponse(_stream(reply, first, info, usage), media_type="text/event-stream")
     done = await _unless_gone(request, reply.finish(), reply)
     content = done.message.text if body.modalities == ["text"] else [await _part(part) for part in done.message.content]
     message = {"role": "assistant", "content": content}
@@ -181,6 +172,7 @@ async def chat(body: ChatRequest, request: Request) -> replies.ChatReply | Respo
     return replies.ChatReply(**info, object="chat.completion", choices=[choice], usage=_usage(done))
 
 
+@keyed_routes.post("/v1/images/generations", responses=GENERATE_ERRORS, **GENERATES)
 async def images(body: ImagesRequest, request: Request) -> replies.ImagesReply:
     """Draw images of a prompt."""
     state: AppState = request.app.state.serving
@@ -198,17 +190,26 @@ async def images(body: ImagesRequest, request: Request) -> replies.ImagesReply:
     return replies.ImagesReply(created=int(time.time()), data=data, usage=usage)
 
 
+@keyed_routes.get("/v1/models", responses=replies.errors(401))
 async def models(request: Request) -> replies.Models:
     """List the one model."""
-    return replies.Models(object="list", data=[_model(request.app.state.serving)])
+    return replies.Models(object="list", data=[request.app.state.serving.description])
 
 
+@keyed_routes.get("/v1/models/{model:path}", responses=replies.errors(401, 404))
 async def one_model(model: str, request: Request) -> replies.Model:
     """Describe the model of this name."""
     request.app.state.serving.check(model)
-    return _model(request.app.state.serving)
+    return request.app.state.serving.description
 
 
+@keyed_routes.get("/metrics", response_class=Response, responses=replies.errors(401) | replies.PLAIN)
+async def metrics(request: Request) -> Response:
+    """Tell the counters in Prometheus' text format."""
+    return Response(request.app.state.serving.metrics.text(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+@open_routes.get("/health", responses=replies.errors() | {503: {"model": replies.Health}})
 async def health(request: Request, response: Response) -> replies.Health:
     """Tell whether requests are served."""
     loop = request.app.state.serving.loop
@@ -216,30 +217,22 @@ async def health(request: Request, response: Response) -> replies.Health:
     return replies.Health(status="ok" if loop.alive else "failed", running=loop.running, waiting=loop.waiting)
 
 
-async def metrics(request: Request) -> Response:
-    """Tell the counters in Prometheus' text format."""
-    return Response(request.app.state.serving.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-
-def _model(state: AppState) -> replies.Model:
-    return replies.Model(id=state.name, object="model", created=state.created, owned_by="mgp5")
-
-
-async def _stream(first: Event, events: AsyncIterator[Event], info: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+async def _stream(reply: ReplyStream, event: Event, info: dict[str, Any], usage: bool) -> AsyncIterator[str]:
     """Yield server-sent events: text as it comes, denoising steps, each image when it is done, [DONE].
 
     Args:
+        event: the first one of the reply.
         info: fields that all chunks have.
         usage: whether a last chunk has the usage.
     """
 
     def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return _event(replies.ChatChunk(**info, object="chat.completion.chunk", **{"choices": [choice], **more}))
+        return _line(replies.ChatChunk(**info, object="chat.completion.chunk", **{"choices": [choice], **more}))
 
-    yield chunk({"role": "assistant", "content": ""})
     try:
-        async for event in _with_first(first, events):
+        yield chunk({"role": "assistant", "content": ""})
+        while not isinstance(event, Finished):
             match event:
                 case TextChunk():
                     yield chunk({"content": event.text})
@@ -247,25 +240,18 @@ async def _stream(first: Event, events: AsyncIterator[Event], info: dict[str, An
                     yield chunk({}, progress={"image": event.image, "step": event.step, "total": event.total})
                 case ImageDone():
                     yield chunk({"content": [await _part(event.image)]})
-                case Finished():
-                    yield chunk({}, event.reason)
-                    if usage:
-                        yield chunk({}, choices=[], usage=_usage(event))
+            event = await reply.next()
+        yield chunk({}, event.reason)
+        if usage:
+            yield chunk({}, choices=[], usage=_usage(event))
     except Refused as refused:
-        yield _event(error_body(refused))
+        yield _line(error_body(refused))
+    finally:
+        reply.close()  # that of a client that left
     yield "data: [DONE]\n\n"
 
 
-async def _with_first(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    try:
-        yield first
-        async for event in events:
-            yield event
-    finally:
-        await events.aclose()  # cancels the reply of a client that left
-
-
-def _event(value: replies.Reply) -> str:
+def _line(value: replies.Reply) -> str:
     return f"data: {value.model_dump_json(exclude_unset=True)}\n\n"
 
 
@@ -279,7 +265,7 @@ async def _unless_gone(request: Request, work: Awaitable[T], *streams: ReplyStre
         return task.result()
     except BaseException:  # a cancelled request too leaves no reply behind
         for stream in streams:
-            stream.loop.cancel(stream.job)
+            stream.close()
         raise
     finally:
         task.cancel()
@@ -304,19 +290,12 @@ async def _part(part: Text | Image) -> dict[str, Any]:
 
 
 async def _base64(image: Image) -> str:
-    return await to_thread.run_sync(_png, image)
+    def encode() -> str:
+        buffer = BytesIO()
+        image.load().save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
 
-
-def _png(image: Image) -> str:
-    buffer = BytesIO()
-    image.load().save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _json_only(request: Request) -> None:
-    """Raise Refused for another kind of body: a web page may send those to any address, JSON only where allowed."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "the content type is not application/json", "wrong_content_type")
+    return await to_thread.run_sync(encode)
 
 
 def _invalid(_: Request, error: Exception) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import ipaddress
 import re
@@ -14,23 +13,21 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from io import BytesIO
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 from ..errors import Mgp5Error
 from ..images import read_image
 from ..messages import Image
-from .limits import Limits
+from .request import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats run programs or read other files
 REDIRECTS = 3
-Allowed = Callable[[str], bool]  # tells whether an IP address may be connected to
 
 
 def read_image_url(url: str, limits: Limits) -> Image:
     """Return the image at a URL; it is decoded once, so that a damaged one is refused here.
 
-    Raises:
-        Mgp5Error: another kind of URL, not an image of FORMATS, or one above the limits.
+    Raises Mgp5Error for another kind of URL, what is no image of FORMATS, and an image above the limits.
     """
     if url.startswith("data:"):
         data = _data_of(url)
@@ -61,7 +58,7 @@ def _data_of(url: str) -> bytes:
         raise Mgp5Error("a data URL does not begin with data:image/TYPE;base64,", "encode the picture in base64")
     try:
         return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise Mgp5Error("a data URL is not valid base64", "encode the picture again") from None
 
 
@@ -73,14 +70,12 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or tunnelled)
 
 
-def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
+def fetch(url: str, limits: Limits, allowed: Callable[[str], bool] = is_public) -> bytes:
     """Return the bytes at an http or https address, behind at most REDIRECTS redirects.
 
-    A name is resolved once, and the address that was checked is the one that is connected to; the same holds for each
-    redirect. The certificate is checked for the name.
-
-    Raises:
-        Mgp5Error: the address is not public, or the answer is an error, too large, or too slow.
+    A name is resolved once, and the IP address that `allowed` has checked is the one that is connected to; the same
+    holds for each redirect. The certificate is checked for the name. Raises Mgp5Error if the address is not public, or
+    the answer is an error, too large, or too slow.
     """
     deadline = time.monotonic() + limits.fetch_seconds
     try:
@@ -88,7 +83,16 @@ def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
                 raise Mgp5Error("a remote image is not at a plain http or https address", "send a data URL")
-            answer = _ask(parts.scheme, parts.hostname, parts.port, url, limits, deadline, allowed)
+            with closing(_connect(parts, deadline, allowed)) as connection:
+                # an answer that drips in slowly is ended from outside
+                watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])
+                watch.start()
+                try:
+                    answer = _ask(connection, parts, limits.fetch_bytes)
+                finally:
+                    watch.cancel()
+            if time.monotonic() > deadline:
+                raise TimeoutError
             if isinstance(answer, bytes):
                 return answer
             url = urljoin(url, answer)
@@ -99,45 +103,31 @@ def fetch(url: str, limits: Limits, allowed: Allowed = is_public) -> bytes:
     raise Mgp5Error(f"a remote image is behind more than {REDIRECTS} redirects", "send it as a data URL")
 
 
-def _ask(
-    scheme: str, host: str, port: int | None, url: str, limits: Limits, deadline: float, allowed: Allowed
-) -> bytes | str:
-    """Return the body of the answer, or the address that it redirects to.
-
-    Args:
-        deadline: by `time.monotonic`.
-    """
-    port = port or (443 if scheme == "https" else 80)
-    addresses = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+def _connect(url: SplitResult, deadline: float, allowed: Callable[[str], bool]) -> http.client.HTTPConnection:
+    """Return an open connection to the host of a URL; the deadline is one of `time.monotonic`."""
+    port = url.port or (443 if url.scheme == "https" else 80)
+    addresses = [info[4][0] for info in socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(allowed, addresses)):
         raise Mgp5Error("a remote image is not at a public address", "send it as a data URL")
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    connection = http.client.HTTPConnection(host, port, timeout=left)
-    with closing(connection):
-        connection.sock = socket.create_connection((addresses[0], port), timeout=left)
-        if scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-        # an answer that drips in slowly is ended from outside
-        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])
-        watch.start()
-        try:
-            parts = urlsplit(url)
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
-            answer = connection.getresponse()
-            if answer.status in (301, 302, 303, 307, 308):
-                return answer.headers.get("Location", "")
-            if answer.status != 200:
-                raise Mgp5Error(f"a remote image answered with status {answer.status}", "check its address")
-            data = answer.read(limits.fetch_bytes + 1)
-        finally:
-            watch.cancel()
-    if time.monotonic() > deadline:
-        raise TimeoutError
-    if len(data) > limits.fetch_bytes:
-        raise Mgp5Error(f"a remote image has more than {limits.fetch_bytes:,} bytes", "send a smaller one")
+    connection = http.client.HTTPConnection(url.hostname, port)
+    connection.sock = socket.create_connection((addresses[0], port), timeout=max(0.001, deadline - time.monotonic()))
+    if url.scheme == "https":
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=url.hostname)
+    return connection
+
+
+def _ask(connection: http.client.HTTPConnection, url: SplitResult, most: int) -> bytes | str:
+    """Return the body of the answer, of at most so many bytes, or the address that it redirects to."""
+    path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+    answer = connection.getresponse()
+    if answer.status in (301, 302, 303, 307, 308):
+        return answer.headers.get("Location", "")
+    if answer.status != 200:
+        raise Mgp5Error(f"a remote image answered with status {answer.status}", "check its address")
+    data = answer.read(most + 1)
+    if len(data) > most:
+        raise Mgp5Error(f"a remote image has more than {most:,} bytes", "send a smaller one")
     return data
 
 

@@ -30,7 +30,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param = status, " ".join(message.split()), code, param
 
 
 STOPPED = Refused(503, "the server stops", "server_stopping")
@@ -39,34 +39,25 @@ LATE = Refused(504, "the request took longer than it may: ask for less, or later
 
 @dataclass(eq=False)
 class Job:
-    """A request for one reply.
+    """A request for one reply."""
 
-    Args:
-        conversation: ends with the user's turn.
-        options: how to reply.
-        deliver: takes events, the last of them Finished, or what went wrong; called from the loop's thread.
-        deadline: by `time.monotonic`.
-    """
-
-    conversation: Conversation
+    conversation: Conversation  # ends with the user's turn
     options: Options
-    deliver: Callable[[Event | Refused], None]
-    deadline: float
+    deliver: Callable[[Event | Refused], None]  # takes events up to Finished, or what went wrong, in the loop's thread
+    deadline: float  # by `time.monotonic`
     cancelled: bool = False
     silent: bool = True  # nothing was delivered yet
     since: float = field(default_factory=time.monotonic)
 
 
 class ServingLoop:
-    """Serves jobs in the order they came, `rows` at a time; up to `limit` more wait.
-
-    Everything that touches the model happens in one thread, see `inference.scheduler.Scheduler`.
+    """Serves jobs in the order they came; everything that touches the model happens in one thread.
 
     Args:
         model: in evaluation mode.
-        rows: of the decoder.
-        limit: the most jobs that wait for a row.
-        workers: see Scheduler.
+        rows: number of jobs that run at a time.
+        limit: number of jobs that wait for a row, at most.
+        workers: see `inference.scheduler.Scheduler`.
 
     Attributes:
         counts: of what was done, for /metrics.
@@ -94,17 +85,17 @@ class ServingLoop:
 
     @property
     def alive(self) -> bool:
-        """Return whether jobs are served."""
+        """Whether jobs are served."""
         return self._thread.is_alive()
 
     @property
     def running(self) -> int:
-        """Return the number of jobs that have a row."""
+        """The number of jobs that have a row."""
         return sum(request.row >= 0 for request in list(self._jobs))
 
     @property
     def waiting(self) -> int:
-        """Return the number of jobs that wait for a row."""
+        """The number of jobs that wait for a row."""
         return len(self._new) + len(self._jobs) - self.running
 
     def submit(self, *jobs: Job) -> None:
@@ -134,7 +125,10 @@ class ServingLoop:
             if self._stopping:
                 break
             try:
-                self._cycle()
+                self._admit()
+                for request, event in self.scheduler.step():
+                    self._deliver(request, event)
+                    self._admit()  # jobs join and leave between any two events
             except Exception as error:  # of a step of all: none can go on
                 for request in list(self._jobs):
                     self._end(request, _unexpected(error))
@@ -151,29 +145,22 @@ class ServingLoop:
             )
         self.scheduler.counts = self.counts
 
-    def _cycle(self) -> None:
-        """Run one step of the scheduler, and let jobs join and leave between any two events."""
-        self._admit()
-        for request, event in self.scheduler.step():
-            self._say(request, event)
-            self._admit()
-
     def _admit(self) -> None:
         """Hand new jobs to the scheduler, and end those that were cancelled or have run out of time."""
-        now = time.monotonic()
         with self._wake:
-            new, self._new = list(self._new), deque()
-            for job in new:
+            while self._new:
+                job = self._new.popleft()
                 self._jobs[self.scheduler.submit(job.conversation, job.options)] = job
+        now = time.monotonic()
         for request, job in list(self._jobs.items()):
             if job.cancelled or job.deadline < now:
                 self._end(request, LATE)
 
-    def _say(self, request: ActiveRequest, event: Event | Exception) -> None:
+    def _deliver(self, request: ActiveRequest, event: Event | Exception) -> None:
         if (job := self._jobs.get(request)) is None:  # it ended meanwhile
             return
         if isinstance(event, Mgp5Error | TemplateError):  # of the request: a prompt too long, turns out of order
-            self._end(request, Refused(400, " ".join(str(event).split()), "invalid_value"))
+            self._end(request, Refused(400, str(event), "invalid_value"))
             return
         if isinstance(event, Exception):
             self._end(request, _unexpected(event))

@@ -14,35 +14,29 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .loop import Refused
 from .replies import ErrorReply
-from .request import WEB_PATH
+from .request import WEB_PATH, Limits
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .limits import Limits
-
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 HEALTH_PATH = "/health"  # needs no key
 COUNTED = "/v1/chat/completions", "/v1/images/generations", "/v1/models", HEALTH_PATH, "/metrics", WEB_PATH
 
 
 def error_response(refused: Refused) -> JSONResponse:
     """Return an error as an answer in the form of OpenAI's API."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refused.status)
-    return JSONResponse(error_body(refused).model_dump(), refused.status, headers)
+    return JSONResponse(error_body(refused).model_dump(), refused.status, ERROR_HEADERS.get(refused.status))
 
 
 def error_body(refused: Refused) -> ErrorReply:
-    """Return an error's message on one line, type, parameter and code."""
+    """Return the body of an error, its texts on one line and without lone surrogates, which UTF-8 cannot hold."""
     usual = "invalid_request_error" if refused.status < 500 else "server_error"
-    message, param = (text and " ".join(_encodable(text).split()) for text in (refused.message, refused.param))
+    texts = refused.message, refused.param
+    message, param = (text and " ".join(text.encode(errors="replace").decode().split()) for text in texts)
     kind = ERROR_TYPES.get(refused.status, usual)
     return ErrorReply(error={"message": message, "type": kind, "param": param, "code": refused.code})
-
-
-def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
-    return text.encode(errors="replace").decode()
 
 
 class AccessMiddleware:
@@ -76,10 +70,10 @@ class AccessMiddleware:
         try:
             headers = dict(scope["headers"])
             self._check_access(scope, headers)
-            body = await self._body(headers, receive)
+            body = await self._read_body(headers, receive)
         except Refused as refused:
             response = error_response(refused)
-            if refused.status == 401 and _of_page(scope):
+            if refused.status == 401 and _is_page(scope):
                 response.headers["WWW-Authenticate"] = 'Basic realm="mgp5: any name, the API key as password"'
             await response(scope, receive, counted)
         else:
@@ -91,25 +85,34 @@ class AccessMiddleware:
         host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if self.hosts is not None and host not in self.hosts:
             raise Refused(421, "the Host header does not name this server: ask for localhost", "wrong_host")
+        if self.key is None or scope["path"] == HEALTH_PATH:
+            return
         scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
         key = credentials.strip() if scheme.lower() == b"bearer" else b""
-        if scheme.lower() == b"basic" and _of_page(scope):
-            key = _password(credentials)
-        if self.key is not None and scope["path"] != HEALTH_PATH and not hmac.compare_digest(key, self.key):
+        if scheme.lower() == b"basic" and _is_page(scope):
+            try:
+                key = base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+            except binascii.Error:
+                key = b""
+        if not hmac.compare_digest(key, self.key):
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """Return the whole body. Raises Refused when it is too large or too slow.
 
         A body that is too large is read to its end and thrown away: a client that still sends would not read why.
         """
-        length, most = headers.get(b"content-length", b"0"), self.limits.body_bytes
+        size, most, seconds = (
+            int(headers.get(b"content-length", b"0")),
+            self.limits.body_bytes,
+            self.limits.body_seconds,
+        )
         large = Refused(413, f"the body has more than {most:,} bytes, the most this server reads", "body_too_large")
-        parts, size, read, more = [], int(length), 0, True
         if size > most and b"expect" in headers:  # the client has not sent it yet
             raise large
+        parts, read, more = [], 0, True
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -119,7 +122,6 @@ class AccessMiddleware:
                     if (size := max(size, read)) > most:
                         parts.clear()
         except TimeoutError:
-            seconds = self.limits.body_seconds
             late = Refused(408, f"the body did not arrive within {seconds:g} seconds", "timeout")
             raise (large if size > most else late) from None
         if size > most:
@@ -127,16 +129,8 @@ class AccessMiddleware:
         return b"".join(parts)
 
 
-def _of_page(scope: Scope) -> bool:
+def _is_page(scope: Scope) -> bool:
     return scope["path"] in ("/", "/favicon.ico") or scope["path"].startswith(WEB_PATH)
-
-
-def _password(credentials: bytes) -> bytes:
-    """Return the password of HTTP's basic authentication; empty where there is none."""
-    try:
-        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -13,7 +13,7 @@ from .schema import Part
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from .limits import Limits
+    from .request import Limits
 
 ABOUT = """Interleaved text and images, in and out, in the form of OpenAI's API, with some more fields.
 
@@ -150,36 +150,26 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 CHUNK, ERROR = ({"$ref": REFS.format(model=name)} for name in ("ChatChunk", "ErrorReply"))
 DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [CHUNK, ERROR]}}
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, DATA]}}}
 EVENTS = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}  # FastAPI's `responses` of a stream
 PLAIN = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-FAILED = {503: {"model": Health}}
-GENERATES = (404, 415, 429, 503, 504)  # error statuses of the routes that generate
 
 
-def errors(key: bool, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return FastAPI's `responses` for the errors of a route: `statuses`, and those that every route has.
-
-    Args:
-        key: whether the route asks for the API key.
-    """
-    every = {400, 408, 413, 421, 500, *statuses} | ({401} if key else set())
-    found: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in sorted(every)}
-    for status, name in HEADERS.items():
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` for the error statuses of a route and those that every route has."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorReply} for status in sorted({400, 408, 413, 421, 500, *statuses})
+    }
+    for status, header in ((401, "WWW-Authenticate"), (429, "Retry-After")):
         if status in found:
-            found[status]["headers"] = {name: {"schema": {"type": "string"}}}
+            found[status]["headers"] = {header: {"schema": {"type": "string"}}}
     return found
 
 
-def complete_document(app: FastAPI, name: str, limits: Limits) -> None:
-    """Complete the document at /openapi.json: events of a stream, and the bounds of this server.
-
-    Args:
-        name: name of the model as clients say it.
-    """
+def complete_document(app: FastAPI, model: str, limits: Limits) -> None:
+    """Complete the document at /openapi.json: events of a stream, the model's name, and the bounds of this server."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
     schemas |= models_json_schema([(ChatChunk, "validation")], ref_template=REFS)[1]["$defs"]
@@ -192,7 +182,7 @@ def complete_document(app: FastAPI, name: str, limits: Limits) -> None:
     bounds |= {"max_images": limits.images, "n": limits.images}
     for request in ("ChatRequest", "ImagesRequest"):
         fields = schemas[request]["properties"]
-        fields["model"]["enum"], fields["sampler"]["enum"] = [name], sorted(SAMPLERS)
+        fields["model"]["enum"], fields["sampler"]["enum"] = [model], sorted(SAMPLERS)
         for field, most in bounds.items():
             for kind in fields.get(field, {}).get("anyOf", [fields.get(field, {})]):
                 if kind.get("type") == "integer":

@@ -1,4 +1,4 @@
-"""What `mgp5 serve` is asked for: one typed value that the command fills, or a caller from Python."""
+"""What `mgp5 serve` is asked for: a typed value that the command or a caller from Python fills; bounds; the API key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..errors import Mgp5Error
 from ..options import ModelRequest
-from .limits import Limits
 
 KEY = "MGP5_API_KEY"  # environment variable with the API key
 WEB_PATH = "/ui/"  # the web page; browsers ask for the key as a password there
@@ -17,49 +16,51 @@ LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})  # Host headers that name
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of one HTTP request; a request above them is refused, not cut."""
+
+    body_bytes: int = 32 * 2**20
+    body_seconds: float = 30.0  # for the headers of a request to arrive, and again for its body
+    messages: int = 256  # of a conversation
+    context_images: int = 16  # that a client sends in one conversation
+    pixels: int = 16_000_000  # width times height of an image that a client sends
+    tokens: int = 1024  # of text in a reply
+    images: int = 8  # in a reply, or in one call of /v1/images/generations
+    steps: int = 100  # denoising steps of an image
+    side: int = 1024  # longest side of a drawn image, in pixels
+    seconds: float = 600.0  # for a reply, waiting included
+    remote_images: bool = False  # whether images at http and https addresses are fetched
+    fetch_bytes: int = 16 * 2**20  # of such an image
+    fetch_seconds: float = 10.0
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one entry each."""
+        least = dict.fromkeys(vars(self), 1) | {"body_seconds": 0.1, "images": 0, "remote_images": 0}
+        return _too_small(self, least)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeRequest:
-    """Serve a model over HTTP.
-
-    Args:
-        model: which model to load, and how to hold and run it.
-        name: name of the model as clients say it; "" takes the last part of `model.model`.
-        host, port: address to listen at; port 0 takes a free one.
-        key_file: file with the API key on its one line; None reads the environment variable MGP5_API_KEY.
-        insecure: serve a public address without a key.
-        limits: bounds of what clients may ask for.
-        rows: number of replies that run at a time.
-        waiting: number of requests that wait for a row; the next one is answered with status 429.
-        connections: number of open connections; the next one is answered with status 503.
-        drain: seconds to finish running replies after SIGTERM.
-        web: serve a page for browsers at /ui/ too.
-        ray: address of a Ray cluster to serve by; "local" takes that of RAY_ADDRESS, or starts one on this machine;
-            None serves from this process.
-        replicas: smallest and largest number of replicas on the cluster; None: as many as there is room for.
-
-    Raises:
-        Mgp5Error: values are out of range or do not go together; all of them are named.
-    """
+    """Serve a model over HTTP. Raises Mgp5Error with all values that are out of range or do not go together."""
 
     model: ModelRequest = field(default_factory=ModelRequest)
-    name: str = ""
+    name: str = ""  # of the model as clients say it; "" takes the last part of `model.model`
     host: str = "127.0.0.1"
-    port: int = 8000
-    key_file: Path | None = None
-    insecure: bool = False
+    port: int = 8000  # 0 takes a free one
+    key_file: Path | None = None  # its one line is the API key; None reads the environment variable KEY
+    insecure: bool = False  # serve a public address without a key
     limits: Limits = field(default_factory=Limits)
-    rows: int = 8
-    waiting: int = 64
-    connections: int = 512
-    drain: int = 60
-    web: bool = False
-    ray: str | None = None
-    replicas: tuple[int, int | None] = (1, None)
+    rows: int = 8  # replies that run at a time
+    waiting: int = 64  # requests that wait for a row; the next one is answered with status 429
+    connections: int = 512  # open at a time; the next one is answered with status 503
+    drain: int = 60  # seconds to finish running replies after SIGTERM
+    web: bool = False  # serve a page for browsers at WEB_PATH too
+    ray: str | None = None  # address of a Ray cluster to serve by, or "local" (see `cluster.NEW`); None: this process
+    replicas: tuple[int, int | None] = (1, None)  # smallest and largest number on the cluster; None: as many as fit
 
     def __post_init__(self) -> None:
         problems, (least, most) = self.limits.problems(), self.replicas
-        for name, smallest in (("rows", 1), ("waiting", 0), ("connections", 1), ("drain", 0)):
-            if (value := getattr(self, name)) < smallest:
-                problems.append(f"{name} is {value}, expected {smallest} or more")
+        problems += _too_small(self, {"rows": 1, "waiting": 0, "connections": 1, "drain": 0})
         if not 0 <= self.port <= 65535:
             problems.append(f"port is {self.port}, expected 0 to 65535")
         if not 1 <= least <= (most or least):
@@ -97,8 +98,7 @@ class ServeRequest:
 def read_key(file: Path | None) -> str | None:
     """Return the API key of a file, else of the environment; None where there is none.
 
-    Raises:
-        Mgp5Error: the file cannot be read, or the key is too short or not one word.
+    Raises Mgp5Error if the file cannot be read, or the key is too short or not one word.
     """
     try:
         key = os.environ.get(KEY) if file is None else file.read_text()
@@ -110,3 +110,8 @@ def read_key(file: Path | None) -> str | None:
     if len(key) < 16 or not key.isascii() or len(key.split()) != 1:
         raise Mgp5Error("the API key is not one word of 16 or more characters", "make one: openssl rand -hex 32")
     return key
+
+
+def _too_small(request: Limits | ServeRequest, least: dict[str, float]) -> list[str]:
+    values = {name: getattr(request, name) for name in least}
+    return [f"{n} is {value}, expected {least[n]} or more" for n, value in values.items() if value < least[n]]

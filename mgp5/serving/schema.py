@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import Mgp5Error
-from ..messages import Conversation, Message, Text
+from ..messages import Conversation, Image, Message, Text
 from ..options import Options, reply_options
 from .images import read_image_url
 from .loop import Refused
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
-    from .limits import Limits
+    from .request import Limits
 
 
 def _encodable(text: str) -> str:
@@ -130,8 +130,7 @@ class ImagesRequest(DrawRequest):
 def chat_options(body: ChatRequest, limits: Limits, model: InterleavedModel) -> Options:
     """Return the options of a reply.
 
-    Raises:
-        Refused: fields contradict each other, are above the limits, or no image can be drawn with them.
+    Raises Refused if fields contradict each other, are above the limits, or no image can be drawn with them.
     """
     draw = {"text": "never", "image": "always"}.get("+".join(dict.fromkeys(body.modalities or [])), "auto")
     if body.image and draw != "auto" and body.image != draw:
@@ -139,9 +138,8 @@ def chat_options(body: ChatRequest, limits: Limits, model: InterleavedModel) -> 
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise _refused("max_tokens and max_completion_tokens are both given, expected one", "max_tokens")
     tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    if draw == "always" and not tokens:
-        tokens = 0  # the reply is an image alone
-    tokens = min(256, limits.tokens) if tokens is None else tokens
+    if tokens is None:
+        tokens = 0 if draw == "always" else min(256, limits.tokens)  # 0: the reply is an image alone
     images = limits.images if body.max_images is None else body.max_images
     _check_bound("max_tokens", tokens, limits.tokens)
     _check_bound("max_images", images, limits.images)
@@ -157,41 +155,12 @@ def image_options(body: ImagesRequest, limits: Limits, model: InterleavedModel) 
     return [replace(first, image_seed=first.seed + number) for number in range(body.n or 1)]
 
 
-def conversation(messages: list[ChatMessage], limits: Limits) -> Conversation:
-    """Return the conversation of a body; images are decoded, which takes a while. Raises Refused."""
-    if messages[-1].role != "user":
-        raise _refused(f"the last message is of role {messages[-1].role}, expected user", "messages")
-    urls = [part for m in messages if not isinstance(m.content, str) for part in m.content if part.type == "image_url"]
-    check_size(len(messages), len(urls), limits)
-    roles: list[Any] = ["system" if message.role == "developer" else message.role for message in messages]
-    return Conversation(tuple(Message(role, _content(m, limits)) for role, m in zip(roles, messages, strict=True)))
-
-
-def check_size(messages: int, images: int, limits: Limits) -> None:
-    """Raise Refused for a conversation with more messages or images than the limits allow."""
-    _check_bound("messages", messages, limits.messages)
-    _check_bound("images in messages", images, limits.context_images)
-
-
-def _content(message: ChatMessage, limits: Limits) -> tuple:
-    if isinstance(message.content, str):
-        return (Text(message.content),)
-    try:
-        return tuple(
-            Text(part.text) if isinstance(part, TextPart) else read_image_url(part.image_url.url, limits)
-            for part in message.content
-        )
-    except Mgp5Error as error:
-        raise _refused(str(error), "messages") from None
-
-
 def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text: Any) -> Options:
     """Return options of text and images; what cannot be drawn is refused here, not in the middle of a reply."""
+    image = body.model_dump(include={"steps", "guidance"}, exclude_none=True) | _size(body.size, limits)
+    if "sampler" in body.model_fields_set:
+        image["sampler"] = body.sampler
     kind = model.head.spec.image_options
-    width, height = _size(body.size, limits)
-    image = {"steps": body.steps, "guidance": body.guidance, "width": width, "height": height}
-    image["sampler"] = body.sampler if "sampler" in body.model_fields_set else None
-    image = {name: value for name, value in image.items() if value is not None}
     if "steps" in {field.name for field in fields(kind)}:
         image.setdefault("steps", min(20, limits.steps))
     _check_bound("steps", image.get("steps", 0), limits.steps)
@@ -204,15 +173,45 @@ def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text:
     return options
 
 
-def _size(size: str | None, limits: Limits) -> tuple[int | None, int | None]:
-    """Return width and height in pixels."""
+def _size(size: str | None, limits: Limits) -> dict[str, int]:
+    """Return width and height in pixels, where they are given."""
     if size in (None, "auto"):
-        return None, None
+        return {}
     if not (match := re.fullmatch(SIZE, size)):
         raise _refused('size is not "WIDTHxHEIGHT" in pixels, nor "auto"', "size")
     width, height = map(int, match.groups())
     _check_bound("size", max(width, height), limits.side)
-    return width, height
+    return {"width": width, "height": height}
+
+
+def conversation(messages: list[ChatMessage], limits: Limits) -> Conversation:
+    """Return the conversation of a body; images are decoded, which takes a while. Raises Refused."""
+    if messages[-1].role != "user":
+        raise _refused(f"the last message is of role {messages[-1].role}, expected user", "messages")
+    contents = [[TextPart(type="text", text=m.content)] if isinstance(m.content, str) else m.content for m in messages]
+    images = sum(isinstance(part, ImagePart) for content in contents for part in content)
+    check_size(len(messages), images, limits)
+    try:
+        return Conversation(
+            tuple(
+                Message(
+                    "system" if message.role == "developer" else message.role, tuple(_part(p, limits) for p in parts)
+                )
+                for message, parts in zip(messages, contents, strict=True)
+            )
+        )
+    except Mgp5Error as error:
+        raise _refused(str(error), "messages") from None
+
+
+def _part(part: TextPart | ImagePart, limits: Limits) -> Text | Image:
+    return Text(part.text) if isinstance(part, TextPart) else read_image_url(part.image_url.url, limits)
+
+
+def check_size(messages: int, images: int, limits: Limits) -> None:
+    """Raise Refused for a conversation with more messages or images than the limits allow."""
+    _check_bound("messages", messages, limits.messages)
+    _check_bound("images in messages", images, limits.context_images)
 
 
 def _check_bound(name: str, value: int, most: int) -> None:

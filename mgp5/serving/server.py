@@ -21,19 +21,12 @@ if TYPE_CHECKING:
 def serve(request: ServeRequest, tell: Tell = silent) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what runs and waits, for `request.drain` seconds at most.
 
-    Args:
-        tell: takes one line about where the server listens, and notes of `open_model`.
-
-    Raises:
-        Mgp5Error: a package is not installed, the key is bad, or the address is taken.
+    `tell` takes one line about where the server listens, and notes of `open_model`. Raises Mgp5Error if a package is
+    not installed, the key is bad, or the address is taken.
     """
-    for package, extra in (
-        ("fastapi", "serve"),
-        ("uvicorn", "serve"),
-        ("prometheus_client", "serve"),
-        ("gradio", "web"),
-    ):
-        if (package != "gradio" or request.web) and find_spec(package) is None:
+    packages = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+    for package, extra in (packages | ({"gradio": "web"} if request.web else {})).items():
+        if find_spec(package) is None:
             raise Mgp5Error(f"serve needs {package}", f"pip install 'mgp5[{extra}]'")
     quiet_libraries()
     if request.ray:
@@ -43,12 +36,7 @@ def serve(request: ServeRequest, tell: Tell = silent) -> None:
         from .cluster.serve import serve_by_ray
 
         serve_by_ray(request, tell)
-    else:
-        _serve_here(request, tell)
-
-
-def _serve_here(request: ServeRequest, tell: Tell) -> None:
-    """Serve from this process."""
+        return
     key = read_key(request.key_file)
     server = make_server(request, open_model(request.model, tell), key)
     try:
@@ -65,11 +53,7 @@ def _serve_here(request: ServeRequest, tell: Tell) -> None:
 
 
 def make_server(request: ServeRequest, model: InterleavedModel, key: str | None = None) -> uvicorn.Server:
-    """Return a server with the app of a model; it does not run yet.
-
-    Args:
-        key: API key that clients have to send; None asks for none.
-    """
+    """Return a server with the app of a model; it does not run yet. Clients have to send the key, if there is one."""
     import uvicorn
 
     from .app import make_app, make_loop

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,11 @@ from ...messages import Conversation, Image, Message, Part, Text
 from ...prompts import CHAT_SYSTEM
 from ..loop import Refused
 from ..schema import check_size
-from .session import HIDDEN, PageSession, growing_reply, progress_line, read_options, read_upload, settings
+from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
-    from ...events import Finished
-    from ...options import Options
     from ..app import AppState
-    from ..limits import Limits
+    from ..request import Limits
 
 EXAMPLES = (
     "Draw a red fox in the snow.",
@@ -32,23 +31,13 @@ EXAMPLES = (
 )
 EMPTY = "<h2>What shall we look at?</h2><p>Ask for a picture, or drop one in and ask about it.</p>"
 FAILED = "That did not work"  # title of an answer that tells why there is no reply
-Reply = tuple[dict[str, Any], str]  # a message as gr.Chatbot takes it, and the line on what is being done
 
 
 def add_chat(state: AppState, session: gr.State) -> None:
     """Add the chat to the page."""
-    work = gr.HTML(progress_line(""), elem_id="talk-work", padding=False, render=False)
-
-    options = settings(state)
-
-    async def reply(message: Any, history: Any, session: PageSession, *values: Any) -> AsyncIterator[Reply]:
-        turns = [*history, {"role": "user", "content": message}]
-        async with aclosing(replies(state, session, turns, dict(zip(options, values, strict=True)))) as growing:
-            async for one in growing:
-                yield one
-
+    options, work = settings(state), gr.HTML(progress_line(""), elem_id="talk-work", padding=False, render=False)
     chat = gr.ChatInterface(
-        reply,
+        partial(reply, state, tuple(options)),
         multimodal=True,
         chatbot=gr.Chatbot(
             elem_id="talk",
@@ -56,7 +45,6 @@ def add_chat(state: AppState, session: gr.State) -> None:
             height="60svh",
             placeholder=EMPTY,
             buttons=[],
-            feedback_options=None,
             render_markdown=False,
             allow_tags=False,
         ),
@@ -65,7 +53,6 @@ def add_chat(state: AppState, session: gr.State) -> None:
             placeholder="Write a message, or drop pictures here",
             file_count="multiple",
             file_types=["image"],
-            sources=["upload"],
             max_plain_text_length=100_000,
             stop_btn=True,
         ),
@@ -73,47 +60,49 @@ def add_chat(state: AppState, session: gr.State) -> None:
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         additional_outputs=[work],
         examples=[[{"text": text, "files": []}] for text in EXAMPLES],
-        cache_examples=False,
-        api_visibility="private",
-        show_progress="hidden",
-        analytics_enabled=False,
+        **HIDDEN,
     )
     chat.textbox.stop(lambda: progress_line("stopped"), None, work, **HIDDEN)
     work.render()
 
 
-async def replies(
-    state: AppState, session: PageSession, history: Sequence[dict[str, Any]], values: dict[str, Any]
-) -> AsyncIterator[Reply]:
-    """Yield the reply to the last message of a chat as it grows; a failure is told as an answer of its own kind."""
+async def reply(
+    state: AppState, names: Sequence[str], message: Any, history: Any, session: PageSession, *values: Any
+) -> AsyncIterator[tuple[dict[str, Any], str]]:
+    """Yield the reply to a message as it grows, as gr.Chatbot takes it, and the line on what is being done.
+
+    A failure is told as an answer of its own kind. `names` are those of the options whose values are given.
+    """
     try:
-        options = read_options(state, values)
-        talk = await to_thread.run_sync(read_talk, history, state.limits, limiter=state.image_threads)
+        files = [{"type": "file", "file": one if isinstance(one, dict) else {"path": one}} for one in message["files"]]
+        turns = [*history, {"role": "user", "content": [*files, {"type": "text", "text": message["text"] or ""}]}]
+        options = read_options(state, dict(zip(names, values, strict=True)))
+        talk = await to_thread.run_sync(read_talk, turns, state.limits, limiter=state.image_threads)
         options = replace(options, seed=options.seed + SEEDS * session.replies)
         session.replies += 1
-        async with aclosing(growing_reply(state, session, talk, options)) as growing:
-            async for recorder in growing:
-                line = _summary(recorder.finished, options) if recorder.finished else "writing"
-                yield _shown(session, recorder.parts), progress_line(line, recorder)
+        with closing(GrowingReply(state, session, talk, options)) as growing:
+            while not growing.finished:
+                await growing.grow()
+                line = "writing"
+                if end := growing.finished:
+                    cut = ", cut at its longest" if end.reason == "length" else ""
+                    line = f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}"
+                yield _shown(session, growing.parts), progress_line(line, growing)
     except (Mgp5Error, Refused) as error:
         yield {"role": "assistant", "content": escape(str(error)), "metadata": {"title": FAILED}}, progress_line("")
 
 
 def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation:
-    """Return the conversation that gradio's chat shows, the last message included.
+    """Return the conversation that gr.Chatbot shows; a message that had no reply goes with the answer that told so.
 
-    A message that had no reply goes with the answer that told so.
-
-    Raises:
-        Mgp5Error: an image cannot be read, or the last message is empty.
-        Refused: the conversation is above the limits.
+    Raises Mgp5Error if an image cannot be read or the last message is empty, Refused if it is above the limits.
     """
     talk: list[Message] = [Message("system", (Text(CHAT_SYSTEM),))]
     for turn in history:
         role = "assistant" if turn["role"] == "assistant" else "user"
         if (turn.get("metadata") or {}).get("title") == FAILED:
             talk = talk[:-1]
-        elif parts := tuple(_parts(turn["content"], role, limits)):
+        elif parts := _parts(turn["content"], role, limits):
             before = talk.pop().content if talk[-1].role == role else ()
             talk.append(Message(role, (*before, *parts)))
     if talk[-1].role != "user":
@@ -122,18 +111,13 @@ def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation
     return Conversation(tuple(talk))
 
 
-def _parts(content: Any, role: str, limits: Limits) -> list[Part]:
-    """Return the parts of a message: of gr.MultimodalTextbox ({"text", "files"}), or of gr.Chatbot's list."""
-    if isinstance(content, dict) and "files" in content:
-        content = [*({"file": file} for file in content["files"]), {"text": content["text"] or ""}]
+def _parts(content: Sequence[dict[str, Any]], role: str, limits: Limits) -> list[Part]:
     parts: list[Part] = []
-    for part in [content] if isinstance(content, (str, dict)) else content:
-        if isinstance(part, str) or part.get("text") is not None:
-            text = (part if isinstance(part, str) else part["text"]).strip()
-            parts += [Text(unescape(text) if role == "assistant" else text)] if text else []
-        else:
-            file = part.get("file", part)
-            parts.append(read_upload(file["path"] if isinstance(file, dict) else file, limits))
+    for part in content:
+        if part["type"] == "file":
+            parts.append(read_upload(part["file"]["path"], limits))
+        elif text := part["text"].strip():
+            parts.append(Text(unescape(text) if role == "assistant" else text))  # `_shown` has escaped it
     return parts
 
 
@@ -144,8 +128,3 @@ def _shown(session: PageSession, parts: Sequence[Part]) -> dict[str, Any]:
         if isinstance(part, Image) or part.text.strip()
     ]
     return {"role": "assistant", "content": content}
-
-
-def _summary(end: Finished, options: Options) -> str:
-    cut = ", cut at its longest" if end.reason == "length" else ""
-    return f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import FileResponse, RedirectResponse
 
 from ..request import WEB_PATH
 from .chat import add_chat
@@ -26,22 +26,15 @@ if TYPE_CHECKING:
 PAGES = 200  # pages that are remembered, the ones used last
 CACHE_SECONDS = 6 * 3600  # for which gradio keeps files
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-ICON = (  # a speech bubble that holds a picture
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#b4552d" d="M5 3h22a4 4 0 0 1 4 4v14a4 4 0'
-    ' 0 1-4 4H14l-7 6v-6H5a4 4 0 0 1-4-4V7a4 4 0 0 1 4-4z"/><path fill="#fdf3ea" d="m5 21 7-9 5 6 3-4 7 7z"/>'
-    '<circle fill="#fdf3ea" cx="22" cy="9" r="2.5"/></svg>'
-)
-STYLE = (Path(__file__).parent / "page.css").read_text()
 
 
 def add_page(app: FastAPI, state: AppState) -> None:
     """Add the page to the app, at WEB_PATH. Files that it shows are in a folder that is deleted with the app."""
-    holder = tempfile.TemporaryDirectory(prefix="mgp5-page-")
-    folder = Path(holder.name).resolve()
+    app.state.page_files = holder = tempfile.TemporaryDirectory(prefix="mgp5-page-")
+    folder, sources = Path(holder.name).resolve(), Path(__file__).parent
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where gradio puts uploads
-    app.state.page_files = holder
     app.add_api_route("/", lambda: RedirectResponse(WEB_PATH), include_in_schema=False)
-    app.add_api_route("/favicon.ico", lambda: Response(ICON, media_type="image/svg+xml"), include_in_schema=False)
+    app.add_api_route("/favicon.ico", lambda: FileResponse(sources / "icon.svg"), include_in_schema=False)
     gr.mount_gradio_app(
         app,
         make_blocks(state, folder),
@@ -51,20 +44,16 @@ def add_page(app: FastAPI, state: AppState) -> None:
         run_history=False,
         show_error=False,
         max_file_size=state.limits.body_bytes,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
         theme=gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=FONT, font_mono=("monospace",)),
-        css=STYLE,
+        css_paths=sources / "page.css",
     )
     app.add_middleware(RouteFilter, folder=folder)
 
 
 def make_blocks(state: AppState, folder: Path) -> gr.Blocks:
-    """Return the page."""
-    settings = {"analytics_enabled": False, "delete_cache": (600, CACHE_SECONDS), "fill_width": True}
-    with gr.Blocks(title=f"{state.name} · mgp5", **settings) as blocks:
+    """Return the page; its images are kept in a folder."""
+    title, keep = f"{state.name} · mgp5", (600, CACHE_SECONDS)
+    with gr.Blocks(title=title, delete_cache=keep, fill_width=True) as blocks:
         session = gr.State(PageSession(folder))
         gr.HTML("<header><h1>mgp5</h1><p>Words and pictures, in order</p></header>", padding=False)
         with gr.Tabs():

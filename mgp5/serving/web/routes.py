@@ -31,11 +31,7 @@ HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", 
 
 
 class RouteFilter:
-    """ASGI middleware before an app that has gradio's app at WEB_PATH.
-
-    Args:
-        folder: of the files that pages may fetch and name: uploaded and drawn images.
-    """
+    """ASGI middleware before an app that has gradio's at WEB_PATH; pages may fetch and name files of one folder."""
 
     def __init__(self, app: ASGIApp, folder: Path) -> None:
         self.app, self.folder = app, folder.resolve()
@@ -77,15 +73,16 @@ class RouteFilter:
 
     def _check_files(self, body: bytes) -> None:
         """Raise Refused for an event that names files other than uploaded and drawn ones."""
+
+        def check(value: dict[str, Any]) -> dict[str, Any]:
+            if value.get("path") is not None:
+                self._check_file(str(value["path"]))
+            return value
+
         try:
-            waiting: list[Any] = [json.loads(body)]
+            json.loads(body, object_hook=check)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is not JSON", "invalid_value") from None
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, dict) and value.get("path") is not None:
-                self._check_file(str(value["path"]))
-            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
     def _check_file(self, path: str) -> None:
         try:

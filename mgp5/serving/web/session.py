@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
@@ -27,34 +25,24 @@ from ..schema import ChatRequest, chat_options
 if TYPE_CHECKING:
     from ...options import Options
     from ..app import AppState, ReplyStream
-    from ..limits import Limits
+    from ..request import Limits
 
 SHOWN_SIDE = 1024  # longest side of an uploaded image as the page shows it, in pixels
-UPDATE_SECONDS = 0.1  # shortest time between two updates of a page
-INTERRUPTED = Finished(Message("assistant", ()), "interrupted")
+UPDATE_SECONDS = 0.1  # between two updates of a page
 DRAW_MODES = [("when it fits", "auto"), ("always", "always"), ("never", "never")]
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}  # keywords of every event
 
 
 @dataclass
 class PageSession:
-    """What one open page keeps: the value of a `gr.State`, which gradio makes and forgets.
+    """What one open page keeps: the value of a `gr.State`, which gradio makes and forgets."""
 
-    Attributes:
-        folder: of all pages' images; names of files in it cannot be guessed.
-        scenes: of the story.
-        replies: number of replies of the chat so far; each takes seeds of its own.
-        running: the reply to the story that is being made.
-        stopped: whether the visitor has stopped the story.
-        files: image and file of each image that was shown, by the image's id.
-    """
-
-    folder: Path
-    scenes: list[StoryScene] = field(default_factory=list)
-    replies: int = 0
-    running: ReplyStream | None = None
-    stopped: bool = False
-    files: dict[int, tuple[Image, Path]] = field(default_factory=dict)
+    folder: Path  # of all pages' images; names of files in it cannot be guessed
+    scenes: list[StoryScene] = field(default_factory=list)  # of the story
+    replies: int = 0  # of the chat so far; each takes seeds of its own
+    running: ReplyStream | None = None  # the reply that is being made
+    stopped: bool = False  # the visitor has stopped the story
+    files: dict[int, tuple[Image, Path]] = field(default_factory=dict)  # image and file by the image's id
 
     def file(self, image: Image) -> str:
         """Return the file of an image that a browser may fetch; a drawn image tells in it how it was made."""
@@ -70,26 +58,29 @@ class PageSession:
         """End the reply to the story that is being made, and what was to follow it."""
         self.stopped = True
         if self.running:
-            self.running.queue.put_nowait(INTERRUPTED)
+            self.running.queue.put_nowait(Finished(Message("assistant", ()), "interrupted"))
 
 
-async def growing_reply(
-    state: AppState, session: PageSession, talk: Conversation, options: Options
-) -> AsyncIterator[Recorder]:
-    """Yield a reply as it grows, the last time whole; closing the iterator cancels the reply. Raises Refused."""
-    (session.running,) = state.submit(talk, [options], None)
-    recorder, shown = Recorder(), 0.0
-    try:
-        async with aclosing(session.running.events()) as events:
-            async for event in events:
-                if isinstance(event, ImageDone):
-                    await to_thread.run_sync(session.file, event.image)  # encodes it
-                recorder(event)
-                if recorder.finished or isinstance(event, ImageDone) or time.monotonic() - shown > UPDATE_SECONDS:
-                    yield recorder
-                    shown = time.monotonic()
-    finally:
-        session.running = None
+class GrowingReply(Recorder):
+    """A reply that is being made, as far as it was read; `close` cancels it."""
+
+    def __init__(self, state: AppState, session: PageSession, talk: Conversation, options: Options) -> None:
+        super().__init__()
+        (self.stream,), self.session = state.submit(talk, [options], None), session
+        session.running = self.stream
+
+    async def grow(self) -> None:
+        """Read events for UPDATE_SECONDS, or up to an image or the end. Raises Refused when the reply failed."""
+        event, until = None, time.monotonic() + UPDATE_SECONDS
+        while not isinstance(event, ImageDone | Finished) and time.monotonic() < until:
+            event = await self.stream.next()
+            if isinstance(event, ImageDone):
+                await to_thread.run_sync(self.session.file, event.image)  # encodes it
+            self(event)
+
+    def close(self) -> None:
+        self.stream.close()
+        self.session.running = None
 
 
 def read_upload(path: str, limits: Limits) -> Image:
@@ -102,15 +93,13 @@ def read_upload(path: str, limits: Limits) -> Image:
 
 def settings(state: AppState) -> dict[str, Any]:
     """Return the fields of a reply's options by name: those that the model's head has. They are not shown yet."""
-    limits, model, hidden = state.limits, state.loop.model, {"render": False}
-    steps, temperature = min(20, limits.steps), model.config.temperature
+    most, model, hidden = state.limits.steps, state.loop.model, {"render": False}
+    steps, heat, guidance = min(20, most), model.config.temperature, model.config.guidance
     components = {
         "seed": gr.Number(None, label="Seed", placeholder="another each time", precision=0, minimum=0, **hidden),
-        "temperature": gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: no chance", **hidden),
-        "steps": gr.Slider(1, limits.steps, steps, step=1, label="Steps", info="of a picture", **hidden),
-        "guidance": gr.Slider(
-            0, 20, model.config.guidance, step=0.5, label="Guidance", info="how close to the text", **hidden
-        ),
+        "temperature": gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: no chance", **hidden),
+        "steps": gr.Slider(1, most, steps, step=1, label="Steps", info="of a picture", **hidden),
+        "guidance": gr.Slider(0, 20, guidance, step=0.5, label="Guidance", info="how close to the text", **hidden),
         "image": gr.Radio(DRAW_MODES, value="auto", label="Pictures", **hidden),
     }
     known = {"seed", "temperature", "image", *(option.name for option in fields(model.head.spec.image_options))}
@@ -127,11 +116,11 @@ def read_options(state: AppState, values: dict[str, Any]) -> Options:
     return chat_options(body, state.limits, state.loop.model)
 
 
-def progress_line(text: str, recorder: Recorder | None = None, before: str = "") -> str:
+def progress_line(text: str, reply: Recorder | None = None, before: str = "") -> str:
     """Return a line of HTML on what is being done, with a bar where an image is drawn."""
     bar = ""
-    if recorder and recorder.step:
-        done, total = recorder.step.step, recorder.step.total
+    if reply and reply.step:
+        done, total = reply.step.step, reply.step.total
         text = f"drawing, step {done} of {total}"
         bar = f'<progress max="{total}" value="{done}"></progress>'
     return f'<div class="work" role="status"><span>{escape(before + text)}</span>{bar}</div>'

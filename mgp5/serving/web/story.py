@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import gradio as gr
 from anyio import to_thread
 
-from ...apps.recorder import Recorder, StoryScene, story_conversation
+from ...apps.recorder import StoryScene, story_conversation
 from ...apps.story import SceneInput, finished_scene, natural, scene_request
 from ...errors import Mgp5Error
 from ...views.html import write_html
 from ..loop import Refused
-from .session import HIDDEN, PageSession, growing_reply, progress_line, read_options, read_upload, settings
+from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
     from ...options import Options
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 HINT = "Drop pictures in or write scenes; then let the story go on."
 CARDS = 24  # the longest story that the page shows
-Plan = list[tuple[int, SceneInput]]  # index of a scene, and what there is of it
-Planner = Callable[["PageSession", str, int], Plan]  # given the lines to draw and the number of scenes to go on with
-View = list[Any]  # values of `StoryTab.view`
+Task = Literal["narrate", "draw", "continue"]
+View = list[Any]  # values of all that the tab shows: line, Stop, other buttons, and three parts of each card
 
 
 class StoryTab:
@@ -47,7 +46,7 @@ class StoryTab:
                     draw = gr.Button("Draw the lines", elem_id="draw")
                     narrate = gr.Button("Tell the pictures", elem_id="narrate")
         with gr.Row(elem_id="cards"):
-            self.cards = [_card(number) for number in range(1, CARDS + 1)]
+            cards = [_card(number) for number in range(1, CARDS + 1)]
         work = gr.HTML(progress_line(HINT), elem_id="book-work")
         with gr.Row(elem_id="onward"):
             count = gr.Number(1, precision=0, minimum=1, maximum=8, label="Scenes", min_width=80, elem_id="scenes")
@@ -63,17 +62,16 @@ class StoryTab:
             page = gr.Button("Download as a page", elem_id="page")
             anew = gr.Button("Begin another", elem_id="anew")
         file = gr.DownloadButton(elem_id="page-file")  # a script presses it when the file is there
-        self.options = tuple(options)
-        self.actions = [draw, narrate, go_on, page, anew]
-        texts = [text for _, _, text, _ in self.cards]
-        view = [work, stop, *self.actions, *(part for card in self.cards for part in card[:3])]
+        self.options, self.actions = tuple(options), (draw, narrate, go_on, page, anew)
+        texts = [text for _, _, text, _ in cards]
+        view = [work, stop, *self.actions, *(part for card in cards for part in card[:3])]
         given = [session, lines, count, *options.values(), *texts]
         drop.upload(self.add_images, [session, drop, *texts], [drop, *view], **HIDDEN)
-        for button, plan in ((narrate, _narrate), (draw, _draw), (go_on, _go_on)):
-            button.click(partial(self.make, plan), given, [lines, *view], **HIDDEN)
+        for button, task in ((narrate, "narrate"), (draw, "draw"), (go_on, "continue")):
+            button.click(partial(self.make, task), given, [lines, *view], **HIDDEN)
         stop.click(PageSession.stop, session, None, **HIDDEN)
         anew.click(self.remove, session, view, **HIDDEN)
-        for number, card in enumerate(self.cards):
+        for number, card in enumerate(cards):
             card[3].click(partial(self.remove, number=number), [session, *texts], view, **HIDDEN)
         made = page.click(self.write_page, [session, title, *options.values(), *texts], [file, work], **HIDDEN)
         made.success(None, None, None, js="() => document.querySelector('#page-file').click()", **HIDDEN)
@@ -88,53 +86,30 @@ class StoryTab:
                 session.scenes.append(StoryScene("given", "", image))
         return [None, *self._view(session)]
 
-    async def make(
-        self,
-        plan_of: Callable[[PageSession, str, int], Plan],
-        session: PageSession,
-        lines: str,
-        count: int,
-        *given: Any,
-    ) -> AsyncIterator[View]:
-        """Make the scenes of a plan one after another; one that is not finished is taken back."""
+    async def make(self, task: Task, session: PageSession, lines: str, count: int, *given: Any) -> AsyncIterator[View]:
+        """Make scenes one after another; one that is not finished is dropped."""
         _edit(session, given[len(self.options) :])
         said = ""
         with failures_shown():
             if session.running:
                 raise Mgp5Error("this page makes a scene already", "wait for it, or stop it")
-            session.stopped = False
-            options, plan = self._options(given), plan_of(session, lines, count)
-            _check_room(session, sum(number >= len(session.scenes) for number, _ in plan))
-            yield [None if plan_of is _draw and plan else gr.skip(), *self._view(session, busy=True)]
+            session.stopped, scenes = False, session.scenes
+            options, plan = self._options(given), _plan(task, scenes, lines, count)
+            _check_room(session, sum(number >= len(scenes) for number, _ in plan))
+            yield [None if task == "draw" and plan else gr.skip(), *self._view(session, busy=True)]
             for done, (number, part) in enumerate(plan, 1):
-                before = f"scene {done} of {len(plan)} · "
-                async with aclosing(self._scene(session, number, part, options)) as growing:
-                    async for recorder in growing:
-                        line = progress_line("writing", recorder, before)
-                        yield [gr.skip(), *self._view(session, line, number, busy=True)]
+                asked = scene_request(scenes[:number], part, options, self.state.loop.model.config.narrate_from)
+                with closing(GrowingReply(self.state, session, *asked)) as reply:
+                    while not reply.finished:
+                        await reply.grow()
+                        growing = {number: finished_scene(part, reply.message)}
+                        line = progress_line("writing", reply, f"scene {done} of {len(plan)} · ")
+                        yield [gr.skip(), *self._view(session, line, growing, busy=True)]
                 if session.stopped:
                     break
+                scenes[number : number + 1] = growing.values()
             said = "stopped" if session.stopped else f"seed {options.seed}" if plan else "nothing to do"
         yield [gr.skip(), *self._view(session, progress_line(said))]
-
-    async def _scene(
-        self, session: PageSession, number: int, part: SceneInput, options: Options
-    ) -> AsyncIterator[Recorder]:
-        """Yield one scene as it grows; it replaces the one with its number."""
-        scenes, before = session.scenes, session.scenes[number : number + 1]
-        asked = scene_request(scenes[:number], part, options, self.state.loop.model.config.narrate_from)
-        scenes[number:] = [finished_scene(part), *scenes[number + 1 :]]
-        done = False
-        try:
-            yield Recorder()
-            async with aclosing(growing_reply(self.state, session, *asked)) as growing:
-                async for recorder in growing:
-                    scenes[number] = finished_scene(part, recorder.message)
-                    done = bool(recorder.finished and recorder.finished.reason != "interrupted")
-                    yield recorder
-        finally:
-            if not done:
-                scenes[number : number + 1] = before
 
     async def remove(self, session: PageSession, *texts: str, number: int | None = None) -> View:
         """Take out a scene; None: all of them, and what is being made."""
@@ -163,18 +138,24 @@ class StoryTab:
         return read_options(self.state, dict(zip(self.options, given, strict=False)))
 
     def _view(
-        self, session: PageSession, line: str = progress_line(""), only: int | None = None, busy: bool = False
+        self,
+        session: PageSession,
+        line: str = progress_line(""),
+        growing: dict[int, StoryScene] | None = None,
+        busy: bool = False,
     ) -> View:
-        """Return all that the tab shows; with `only`, the other cards stay as they are."""
-        cards: list[Any] = []
+        """Return all that the tab shows; cards other than those of growing scenes, if any, stay as they are."""
+        scenes, cards = growing or dict(enumerate(session.scenes)), []
         for number in range(CARDS):
-            if only not in (None, number):
+            if growing and number not in growing:
                 cards += [gr.skip()] * 3
-                continue
-            scene = session.scenes[number] if number < len(session.scenes) else StoryScene("given")
-            file = scene.image and session.file(scene.image)
-            text = gr.update(value=scene.text, interactive=not busy)
-            cards += [gr.update(visible=number < len(session.scenes)), gr.update(value=file), text]
+            else:
+                scene = scenes.get(number, StoryScene("given"))
+                file, text = (
+                    scene.image and session.file(scene.image),
+                    gr.update(value=scene.text, interactive=not busy),
+                )
+                cards += [gr.update(visible=number in scenes), gr.update(value=file), text]
         return [line, gr.update(interactive=busy), *[gr.update(interactive=not busy)] * len(self.actions), *cards]
 
 
@@ -187,20 +168,14 @@ def failures_shown() -> Iterator[None]:
         gr.Warning(escape(str(error)), title="That did not work")
 
 
-def _narrate(session: PageSession, lines: str, count: int) -> Plan:
-    """Write the texts that images lack."""
-    return [(n, SceneInput(scene.image)) for n, scene in enumerate(session.scenes) if scene.image and not scene.text]
-
-
-def _draw(session: PageSession, lines: str, count: int) -> Plan:
-    """Draw each line of a text."""
-    texts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
-    return [(number, SceneInput(text=text)) for number, text in enumerate(texts, len(session.scenes))]
-
-
-def _go_on(session: PageSession, lines: str, count: int) -> Plan:
-    """Continue with scenes of the model's own."""
-    return [(len(session.scenes) + number, SceneInput()) for number in range(int(count))]
+def _plan(task: Task, scenes: list[StoryScene], lines: str, count: int) -> list[tuple[int, SceneInput]]:
+    """Return the number of each scene to make, and what there is of it."""
+    if task == "narrate":
+        return [(n, SceneInput(scene.image)) for n, scene in enumerate(scenes) if scene.image and not scene.text]
+    if task == "draw":
+        texts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
+        return [(number, SceneInput(text=text)) for number, text in enumerate(texts, len(scenes))]
+    return [(len(scenes) + number, SceneInput()) for number in range(int(count))]
 
 
 def _card(number: int) -> tuple[gr.Group, gr.Image, gr.Textbox, gr.Button]:
