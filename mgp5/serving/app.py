@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anyio import CapacityLimiter, to_thread
@@ -17,7 +17,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, ProcessCollector, generate_latest
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -26,7 +26,6 @@ from ..messages import Conversation, Image, Text
 from ..options import Options
 from . import replies
 from .loop import Job, Refused, ServingLoop
-from .metrics import Metrics
 from .middleware import AccessMiddleware, error_body, error_response
 from .schema import ChatRequest, ImagesRequest, chat_options, conversation, image_options
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from ..model import InterleavedModel
     from .request import ServeRequest
 
-T = TypeVar("T")
 IMAGE_THREADS = 2  # threads that decode images of clients
 
 
@@ -72,7 +70,7 @@ def make_app(
     app.add_exception_handler(Exception, lambda *_: error_response(Refused(500, "it failed", "internal_error")))
     if add_page:
         add_page(app, state)
-    return AccessMiddleware(app, request.limits, key, request.hosts(key), state.metrics.answers)
+    return AccessMiddleware(app, request.limits, key, request.hosts(key), state.answers)
 
 
 def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingLoop:
@@ -86,7 +84,10 @@ class AppState:
 
     def __init__(self, loop: ServingLoop, request: ServeRequest) -> None:
         self.loop, self.request, self.limits, self.name = loop, request, request.limits, request.model_name
-        self.metrics = Metrics(loop)
+        self.metrics = CollectorRegistry()
+        self.metrics.register(loop)
+        ProcessCollector(registry=self.metrics)  # memory, processor time and open files, where there is a /proc
+        self.answers = Counter("mgp5_answers", "Answers sent.", ("path", "status"), registry=self.metrics)
         self.image_threads = CapacityLimiter(IMAGE_THREADS)
         self.description = replies.Model(id=self.name, object="model", created=int(time.time()), owned_by="mgp5")
 
@@ -206,7 +207,8 @@ async def one_model(model: str, request: Request) -> replies.Model:
 @keyed_routes.get("/metrics", response_class=Response, responses=replies.errors(401) | replies.PLAIN)
 async def metrics(request: Request) -> Response:
     """Tell the counters in Prometheus' text format."""
-    return Response(request.app.state.serving.metrics.text(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+    text = generate_latest(request.app.state.serving.metrics)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 @open_routes.get("/health", responses=replies.errors() | {503: {"model": replies.Health}})
@@ -255,7 +257,7 @@ def _line(value: replies.Reply) -> str:
     return f"data: {value.model_dump_json(exclude_unset=True)}\n\n"
 
 
-async def _unless_gone(request: Request, work: Awaitable[T], *streams: ReplyStream) -> T:
+async def _unless_gone(request: Request, work: Awaitable, *streams: ReplyStream) -> Any:
     """Wait for `work`; when the client leaves, its replies are cancelled and Refused is raised."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
@@ -299,7 +301,7 @@ async def _base64(image: Image) -> str:
 
 
 def _invalid(_: Request, error: Exception) -> Response:
-    """Answer with the first thing wrong with a body: where, and what was expected, without what was sent."""
+    """Answer with the first thing wrong with a body, without what was sent."""
     first = error.errors()[0]
     path = ".".join(str(step) for step in first["loc"][1:])
     where = f"{path}: " if path and first["type"] != "json_invalid" else ""

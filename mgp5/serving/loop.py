@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageStep, TextChunk
@@ -97,6 +98,13 @@ class ServingLoop:
     def waiting(self) -> int:
         """The number of jobs that wait for a row."""
         return len(self._new) + len(self._jobs) - self.running
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counts and the number of jobs as metrics: a loop is a collector of prometheus_client."""
+        for name, value in sorted(dict(self.counts).items()):
+            yield CounterMetricFamily(f"mgp5_{name}", f"{name.replace('_', ' ').capitalize()}.", value)
+        yield GaugeMetricFamily("mgp5_running", "Requests that run.", self.running)
+        yield GaugeMetricFamily("mgp5_waiting", "Requests that wait for a row.", self.waiting)
 
     def submit(self, *jobs: Job) -> None:
         """Queue jobs, all of them or none. Raises Refused: 429 when more than `limit` would wait, 503 after the end."""

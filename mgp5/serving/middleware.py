@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import hmac
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
@@ -17,6 +16,7 @@ from .replies import ErrorReply
 from .request import WEB_PATH, Limits
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -46,7 +46,7 @@ class AccessMiddleware:
         key: API key that clients have to send; None asks for none.
         hosts: names that a Host header may have, so that no web page reaches a local server under another name;
             None allows any.
-        answers: number of answers by path and status; it is counted up here.
+        answers: number of answers by path and status, counted up here.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AccessMiddleware:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = next((path for path in COUNTED if scope["path"].startswith(path)), "other")
-                self.answers[path, message["status"]] += 1
+                self.answers.labels(path, message["status"]).inc()
             await send(message)
 
         try:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, raise_all
 from ..options import ModelRequest
 
 KEY = "MGP5_API_KEY"  # environment variable with the API key
@@ -70,8 +70,7 @@ class ServeRequest:
         if not (self.is_local or self.insecure or self.key_file or KEY in os.environ):
             hint = f"give --api-key-file FILE or set {KEY}, or say --insecure"
             problems.append(f"--host {self.host} is a public address, and there is no API key: {hint}")
-        if problems:
-            raise Mgp5Error("; ".join(problems), usage=True)
+        raise_all(problems)
 
     @property
     def model_name(self) -> str:

@@ -29,16 +29,10 @@ def needs_ray() -> None:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[bool]:
-    """Connect to the cluster at an address, and yield whether it is a new one.
+    """Connect to the cluster at an address, and yield whether it is a new one, which asks for Ray's token.
 
-    A new cluster has no dashboard, and asks for Ray's token. Ray would put the current folder before the installed
-    packages of its workers, so that it is started from the root of the file system.
-
-    Args:
-        address: see `NEW`.
-
-    Raises:
-        Mgp5Error: Ray is not installed, or there is no cluster.
+    Ray would put the current folder before the installed packages of its workers, so that it is started from the root
+    of the file system. Raises Mgp5Error if Ray is not installed, or there is no cluster.
     """
     needs_ray()
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"):  # workers run as fast as other processes
@@ -63,14 +57,8 @@ def connected(address: str) -> Iterator[bool]:
 def resources(workers: int | None, device: str) -> tuple[int, int, dict[str, float]]:
     """Return how many workers the cluster has room for, how many to start, and the resources of each.
 
-    A worker takes a GPU. Where there is none, or `device` is "cpu", there is one worker for each machine, or the cores
-    of a machine are shared out evenly.
-
-    Args:
-        workers: number that is wanted; None takes as many as there is room for.
-
-    Raises:
-        Mgp5Error: no machine of the cluster has cores.
+    A worker takes a GPU. Where there is none, or `device` is "cpu", there is one worker for each machine, or the number
+    wanted share the cores out evenly. Raises Mgp5Error if no machine of the cluster has cores.
     """
     import ray
 

@@ -45,12 +45,8 @@ def spread(workers: int, needs: dict[str, Any], request: ModelRequest) -> Iterat
     """Start workers and yield an `Answer` that shares its asks among them; they end with the block.
 
     A worker that dies is started again, and what it was asked is asked again, each alone. Replies do not depend on
-    who gives them.
-
-    Args:
-        workers: how many.
-        needs: resources of each, see `resources`.
-        request: the model that each opens; it must mean the same on all machines, see `absolute`.
+    who gives them. `needs` are the resources of each worker, see `resources`; `request` is the model that each opens,
+    and must mean the same on all machines, see `absolute`.
     """
     actor = ray.remote(Worker).options(max_restarts=-1, scheduling_strategy="SPREAD", **needs)
     crew = [actor.remote(request) for _ in range(workers)]

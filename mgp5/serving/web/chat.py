@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from html import escape, unescape
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from anyio import to_thread
 
-from ...apps.story import SEEDS
+from ...apps.story import with_seeds
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Message, Part, Text
 from ...prompts import CHAT_SYSTEM
@@ -78,7 +77,7 @@ async def reply(
         turns = [*history, {"role": "user", "content": [*files, {"type": "text", "text": message["text"] or ""}]}]
         options = read_options(state, dict(zip(names, values, strict=True)))
         talk = await to_thread.run_sync(read_talk, turns, state.limits, limiter=state.image_threads)
-        options = replace(options, seed=options.seed + SEEDS * session.replies)
+        options = with_seeds(options, session.replies)
         session.replies += 1
         with closing(GrowingReply(state, session, talk, options)) as growing:
             while not growing.finished:

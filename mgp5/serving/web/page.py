@@ -1,31 +1,48 @@
-"""The page for browsers: a chat and a story, by gradio."""
+"""The page for browsers: a chat and a story, by gradio, of whose app only what the page needs can be reached."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from fastapi.responses import FileResponse, RedirectResponse
+from starlette.datastructures import MutableHeaders
 
+from ..loop import Refused
+from ..middleware import error_response, replay
 from ..request import WEB_PATH
 from .chat import add_chat
-from .routes import RouteFilter
 from .session import PageSession
 from .story import StoryTab
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ..app import AppState
 
 PAGES = 200  # pages that are remembered, the ones used last
 CACHE_SECONDS = 6 * 3600  # for which gradio keeps files
 FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+ROUTES = ("", "config", "theme.css", "favicon.ico", "manifest.json")
+API = "gradio_api/"
+FOLDERS = ("assets/", "static/", f"{API}heartbeat/")  # gradio forgets a page whose heartbeat has ended
+EVENTS = ("queue/join", "run/predict")  # their bodies may name files
+CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel", "reset")}
+FILE = f"{API}file="
+# Nothing is fetched from another host, whatever a reply says; gradio's page is made of inline scripts and styles.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'none'; object-src 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
 
 def add_page(app: FastAPI, state: AppState) -> None:
@@ -63,3 +80,66 @@ def make_blocks(state: AppState, folder: Path) -> gr.Blocks:
                 StoryTab(state, session)
     blocks.state_session_capacity = PAGES
     return blocks.queue(default_concurrency_limit=None, max_size=2 * (state.request.rows + state.request.waiting))
+
+
+class RouteFilter:
+    """ASGI middleware before an app that has gradio's at WEB_PATH; pages may fetch and name files of one folder."""
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self.app, self.folder = app, folder.resolve()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or not scope["path"].startswith(WEB_PATH):
+            await self.app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        try:
+            self._check_route(scope)
+            if scope["path"].endswith(EVENTS):
+                body = (await receive()).get("body", b"")  # whole: AccessMiddleware has read it
+                self._check_files(body)
+                receive = replay(body, receive)
+        except Refused as refused:
+            await error_response(refused)(scope, receive, with_headers)
+        else:
+            await self.app(scope, receive, with_headers)
+
+    def _check_route(self, scope: Scope) -> None:
+        """Raise Refused for what the page does not need, and for pages of other origins."""
+        headers, path = dict(scope["headers"]), scope["path"].removeprefix(WEB_PATH)
+        scheme, _, host = headers.get(b"origin", b"").partition(b"://")
+        if scheme and host != headers.get(b"host"):
+            raise Refused(403, "a page of another origin asks", "wrong_origin")
+        if path.startswith(FILE):
+            self._check_file(path.removeprefix(FILE))
+        elif scope["method"] in ("GET", "HEAD") and (path in ROUTES or path.startswith(FOLDERS)):
+            return
+        elif not path.startswith(API) or path.removeprefix(API) not in CALLS.get(scope["method"], ()):
+            raise Refused(404, "there is nothing at this address, expected the page at /ui/", "not_found")
+
+    def _check_files(self, body: bytes) -> None:
+        """Raise Refused for an event that names files other than uploaded and drawn ones."""
+
+        def check(value: dict[str, Any]) -> dict[str, Any]:
+            if value.get("path") is not None:
+                self._check_file(str(value["path"]))
+            return value
+
+        try:
+            json.loads(body, object_hook=check)
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is not JSON", "invalid_value") from None
+
+    def _check_file(self, path: str) -> None:
+        try:
+            inside = Path(path).resolve().is_relative_to(self.folder)
+        except (OSError, ValueError):  # too long, a null byte
+            inside = False
+        if not inside:
+            raise Refused(403, "the file is not one of this page's", "not_found")
