@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HERE = "file:", "data:", "blob:", "about:", "http://127.0.0.1", "http://localhost", "ws://127.0.0.1"
 
 
 @contextmanager
-def browser_page(width: int = 1280, height: int = 800, dark: bool = False) -> Iterator[Any]:
+def browser_page(width: int = 1280, height: int = 800) -> Iterator[Any]:
     """A page of a fresh browser. `page.context.browser.new_context()` is another visitor.
 
     When the block ends well, the test fails if the console showed an error, a script failed, or something was asked
@@ -28,22 +29,14 @@ def browser_page(width: int = 1280, height: int = 800, dark: bool = False) -> It
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            context = browser.new_context(
-                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-            )
+            context = browser.new_context(viewport={"width": width, "height": height})
             context.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
             context.on("weberror", lambda error: problems.append(str(error.error)))
-            context.on("request", lambda request: None if _local(request.url) else problems.append(request.url))
+            context.on("request", lambda asked: None if asked.url.startswith(HERE) else problems.append(asked.url))
             yield context.new_page()
         finally:
             browser.close()
     assert not problems, problems
-
-
-def _local(url: str) -> bool:
-    return url.startswith(
-        ("file:", "data:", "blob:", "about:", "http://127.0.0.1", "http://localhost", "ws://127.0.0.1")
-    )
 
 
 def overflow(page: Any) -> int:

@@ -6,7 +6,6 @@ import base64
 import http.client
 import json
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -21,16 +20,14 @@ from PIL import Image as pil
 
 HELLO = [{"role": "user", "content": "hello"}]
 JSON = {"Content-Type": "application/json"}
+KEY = "0123456789abcdef-key"
 
 
 class Server:
-    """A server that listens at a port of this machine."""
+    """A server that listens at a port of this machine, in this process or another."""
 
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+    def __init__(self, port: int, process: subprocess.Popen | None = None) -> None:
+        self.port, self.process, self.url = port, process, f"http://127.0.0.1:{port}/v1"
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, bytes]:
         """Status and body of an answer; 0 while nobody listens."""
@@ -62,42 +59,25 @@ class Server:
             assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, expected {value}"
 
 
-class Process(Server):
-    """A running `mgp5 serve`."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.stderr = folder / "stderr"
-        command = [sys.executable, "-m", "mgp5", "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
-        with self.stderr.open("w") as stderr:
-            self.process = subprocess.Popen(command, cwd=folder, stderr=stderr)
-
-    def ready(self) -> None:
-        """Wait until it answers."""
-        deadline = time.monotonic() + 300
-        while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", self.stderr.read_text())):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.stderr.read_text()
-            time.sleep(0.1)
-        self.port = int(found[2])
-        while self.ask("GET", "/health")[0] != 200:
-            time.sleep(0.1)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Its exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
-
-
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Process]:
-    """A process that is ended behind the test."""
+def serving(folder: Path, *flags: str) -> Iterator[Server]:
+    """A running `mgp5 serve`, which is ended behind the test; the folder has its stderr."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Process(folder, *flags)
+    command = [sys.executable, "-m", "mgp5", "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
+    told, deadline = folder / "stderr", time.monotonic() + 300
+    with told.open("w") as stderr:
+        process = subprocess.Popen(command, cwd=folder, stderr=stderr)
     try:
-        server.ready()
+        while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", told.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, told.read_text()
+            time.sleep(0.1)
+        server = Server(int(found[2]), process)
+        while server.ask("GET", "/health")[0] != 200:
+            time.sleep(0.1)
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -114,10 +94,8 @@ def serving_here(model: Path | str, key: str | None = None, **fields: Any) -> It
     listener.listen()  # who connects before the thread has started waits
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
-    server = Server()
-    server.port = listener.getsockname()[1]
     try:
-        yield server
+        yield Server(listener.getsockname()[1])
     finally:
         running.should_exit = True
         thread.join()

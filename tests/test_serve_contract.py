@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve_process import HELLO, JSON, serving_here
+from serve_process import HELLO, JSON, KEY, serving_here
 
 from mgp5.serving.request import Limits
 
-KEY = "0123456789abcdef-key"
 SHOWN = {"Authorization": f"Bearer {KEY}"}
 
 

@@ -63,12 +63,12 @@ def serving(whole):
         assert not engine.alive
 
 
-class Asked:
+class Asked(Job):
     """A job and what it was given."""
 
     def __init__(self, talk: Conversation, options: Options, seconds: float = 60.0) -> None:
         self.given: queue.Queue[Event | Refused] = queue.Queue()
-        self.job = Job(talk, options, self.given.put, time.monotonic() + seconds)
+        super().__init__(talk, options, self.given.put, time.monotonic() + seconds)
 
     def events(self) -> list[Event]:
         found = []
@@ -78,9 +78,19 @@ class Asked:
                 raise found[-1]
         return found
 
+    def refusal(self) -> Refused:
+        with pytest.raises(Refused) as refused:
+            self.events()
+        return refused.value
+
     def wait_for(self, kind: type) -> None:
         while not isinstance(self.given.get(timeout=60), kind):
             pass
+
+
+def serves(engine: ServingLoop) -> bool:
+    engine.submit(asked := Asked(TALKS[0], WAYS[1]))
+    return isinstance(asked.events()[-1], Finished)
 
 
 @pytest.mark.parametrize(("rows", "workers", "backend"), [(6, 1, None), (2, 1, "eager"), (3, 2, "eager")])
@@ -92,7 +102,7 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
         engine = serving(rows=rows, workers=workers)
         asked = [Asked(TALKS[i % 4], options) for i, options in enumerate(WAYS)]
         for one in asked:
-            engine.submit(one.job)
+            engine.submit(one)
             time.sleep(0.01)  # they begin one after another, in the middle of others
         for one, other in zip(asked, alone, strict=True):
             events = one.events()
@@ -104,9 +114,8 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
 
 def by_files(model, folder, *names: str) -> list[int]:
     """Let exported files draw; returns the rows of each call of the denoiser to come."""
-    engine = engine_of(
-        model.head.generator, folder, names, lambda name: OnnxSession(folder / name / "model.onnx", torch.device("cpu"))
-    )
+    cpu = torch.device("cpu")
+    engine = engine_of(model.head.generator, folder, names, lambda name: OnnxSession(folder / name / "model.onnx", cpu))
     run, calls = engine.model.session, []
     engine.model.session = lambda **tensors: calls.append(len(tensors["sample"])) or run(**tensors)
     model.head.generator.engine = engine
@@ -128,10 +137,7 @@ def test_pictures_at_different_steps_are_one_call(whole, small_folder, small_exp
     try:
         generator, conditions = whole.head.generator, torch.randn(3, *whole.head.generator.condition_shape)
         unconditional = whole.head.unconditional(conditions)
-        ways = [
-            replace(options.image, guidance=options.image.guidance or 3.0, height=None, width=None)
-            for options in WAYS[:3]
-        ]
+        ways = [replace(options.image, guidance=options.image.guidance or 3.0) for options in WAYS[:3]]
         waiting, drawing, made = list(enumerate(ways)), {}, {}
         while waiting or drawing:
             if waiting:
@@ -163,17 +169,17 @@ def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(s
     calls.clear()
     engine = ServingLoop(model, rows=2)
     first, second = (Asked(TALKS[0], options) for options in ways)
-    put = first.job.deliver
+    put = first.deliver
 
     def then(event: Event) -> None:
         put(event)
         if isinstance(event, ImageStep) and event.step == 3:
-            engine.submit(second.job)
+            engine.submit(second)
 
-    first.job.deliver = then
+    first.deliver = then
     engine.start()
     try:
-        engine.submit(first.job)
+        engine.submit(first)
         found = [finished(one.events()) for one in (first, second)]
     finally:
         engine.stop()
@@ -185,30 +191,30 @@ def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(s
 def test_text_goes_on_while_others_draw(serving):
     engine = serving(rows=2)
     drawn, told = Asked(TALKS[0], WAYS[0].updated({"steps": 300, "max_tokens": 0})), Asked(TALKS[3], WAYS[2])
-    engine.submit(drawn.job)
+    engine.submit(drawn)
     drawn.wait_for(ImageStep)
-    engine.submit(told.job)
+    engine.submit(told)
     assert any(isinstance(event, TextChunk) for event in told.events())
     assert not any(isinstance(event, ImageDone) for event in drawn.given.queue)
-    engine.cancel(drawn.job)
+    engine.cancel(drawn)
 
 
 def test_a_full_queue_refuses_and_jobs_are_served_in_their_order(serving):
     engine, ends = serving(rows=1, limit=3), []
     first, *others = (Asked(TALKS[0], WAYS[0].updated({"steps": steps, "max_tokens": 0})) for steps in (300, 2, 3, 1))
     for number, one in enumerate(others):
-        put = one.job.deliver
-        one.job.deliver = lambda event, put=put, number=number: (
+        put = one.deliver
+        one.deliver = lambda event, put=put, number=number: (
             put(event),
             ends.append(number) if isinstance(event, Finished) else None,
         )
-    engine.submit(first.job)
+    engine.submit(first)
     first.wait_for(ImageStep)
-    engine.submit(*(one.job for one in others))
+    engine.submit(*others)
     with pytest.raises(Refused) as refused:
-        engine.submit(Asked(TALKS[0], WAYS[0]).job)
+        engine.submit(Asked(TALKS[0], WAYS[0]))
     assert refused.value.status == 429
-    engine.cancel(first.job)
+    engine.cancel(first)
     for one in others:
         one.events()
     assert ends == [0, 1, 2] and first.given.qsize() < 300
@@ -218,43 +224,31 @@ def test_deadlines_end_jobs_that_run_and_jobs_that_wait(serving):
     engine = serving(rows=1)
     long = WAYS[0].updated({"steps": 900, "max_tokens": 0})
     asked = [Asked(TALKS[0], long, seconds) for seconds in (0.3, 0.1)]
-    engine.submit(*(one.job for one in asked))
-    for one in asked:
-        with pytest.raises(Refused) as refused:
-            one.events()
-        assert refused.value.status == 504
-    assert finished_alone(engine)
+    engine.submit(*asked)
+    assert [one.refusal().status for one in asked] == [504, 504]
+    assert serves(engine)
 
 
 def test_what_is_wrong_with_one_request_ends_that_one(serving):
-    engine = serving(rows=3)
-    bad = [
-        Asked(Conversation().add("user", "x" * 3000), WAYS[0]),
-        Asked(TALKS[0], WAYS[0].updated({"height": 9, "width": 9})),
-    ]
-    fine = Asked(TALKS[0], WAYS[0])
-    engine.submit(fine.job, *(one.job for one in bad))
-    for one in bad:
-        with pytest.raises(Refused) as refused:
-            one.events()
-        assert refused.value.status == 400 and "\n" not in refused.value.message
+    engine, fine = serving(rows=3), Asked(TALKS[0], WAYS[0])
+    ways = (Conversation().add("user", "x" * 3000), WAYS[0]), (TALKS[0], WAYS[0].updated({"height": 9, "width": 9}))
+    bad = [Asked(*way) for way in ways]
+    engine.submit(fine, *bad)
+    for refusal in (one.refusal() for one in bad):
+        assert refusal.status == 400 and "\n" not in refusal.message
     assert isinstance(fine.events()[-1], Finished)
 
 
 def test_an_error_of_the_model_fails_what_runs_and_no_more(whole, serving):
-    engine = serving(rows=2)
-
     def broken(*_):
         raise RuntimeError("out of memory, and of patience")
 
-    hook = whole.head.generator.unet.register_forward_pre_hook(broken)
-    asked = Asked(TALKS[0], WAYS[1])
-    engine.submit(asked.job)
-    with pytest.raises(Refused) as refused:
-        asked.events()
+    engine, hook = serving(rows=2), whole.head.generator.unet.register_forward_pre_hook(broken)
+    engine.submit(asked := Asked(TALKS[0], WAYS[1]))
+    refusal = asked.refusal()
     hook.remove()
-    assert refused.value.status == 500 and refused.value.message == "the reply failed (RuntimeError)"
-    assert finished_alone(engine)
+    assert (refusal.status, refusal.message) == (500, "the reply failed (RuntimeError)")
+    assert serves(engine)
 
 
 def test_a_reply_given_up_while_it_waits_never_begins(whole):
@@ -269,9 +263,3 @@ def test_a_reply_given_up_while_it_waits_never_begins(whole):
                 scheduler.cancel(given_up)
     assert isinstance(said[0][1], Mgp5Error)
     assert {request for request, _ in said} == {bad, other} and isinstance(said[-1][1], Finished)
-
-
-def finished_alone(engine: ServingLoop) -> bool:
-    asked = Asked(TALKS[0], WAYS[1])
-    engine.submit(asked.job)
-    return isinstance(asked.events()[-1], Finished)

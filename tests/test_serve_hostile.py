@@ -57,10 +57,8 @@ def bomb(width: int, height: int) -> bytes:
     def piece(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", header) + piece(b"IDAT", zlib.compress(bytes(99))) + piece(b"IEND", b"")
-    )
+    head, data = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(bytes(99))
+    return b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", head) + piece(b"IDAT", data) + piece(b"IEND", b"")
 
 
 PNG = base64.b64decode(data_url().partition("base64,")[2])
@@ -223,9 +221,8 @@ def test_slow_and_broken_connections(server):
     assert talk(server, b"GET /health HT") == b""  # hung up on
     assert b" 408 " in talk(server, header(chat(), 500), chat()[:20])
     assert b" 400 " in talk(server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 TLS\r\n\r\n")
-    assert b" 200 " not in talk(
-        server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000 + b"\r\n\r\n"
-    )
+    long = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000 + b"\r\n\r\n"
+    assert b" 200 " not in talk(server, long)
     chunked = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunked += "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     assert b" 413 " in talk(server, chunked.encode(), *[b"40000\r\n" + b"x" * 0x40000 + b"\r\n"] * 5, b"0\r\n\r\n")
@@ -257,6 +254,6 @@ def test_a_full_queue_is_429(server):
 def test_no_foreign_origin_is_let_in(server):
     status, answer = server.ask("GET", "/v1/models", headers={"Origin": "http://evil.example"})
     assert status == 200 and b"tiny" in answer
-    found = talk(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n"
-                 b"Connection: close\r\n\r\n")  # fmt: skip
+    fields = b"Host: localhost\r\nOrigin: http://evil.example\r\nConnection: close\r\n\r\n"
+    found = talk(server, b"GET /v1/models HTTP/1.1\r\n" + fields)
     assert b"access-control" not in found.lower() and not re.search(rb"(?i)^server:", found, re.MULTILINE)

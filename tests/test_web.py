@@ -5,21 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from browser import browser_page, overflow
-from click.testing import CliRunner
-from serve_process import JSON, serving_here
+from serve_process import JSON, KEY, serving_here
 from tiny import picture
 
-from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.serving.request import Limits
 
 pytest.importorskip("gradio", reason="pip install 'mgp5[web]'")
-KEY = "0123456789abcdef-key"
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +53,8 @@ def say(page, text):
 
 def until(page, where, text):
     """Wait until a line begins so."""
-    page.wait_for_function(
-        "([where, text]) => document.querySelector(where)?.innerText.startsWith(text)", arg=[where, text]
-    )
+    begins = "([where, text]) => document.querySelector(where)?.innerText.startsWith(text)"
+    page.wait_for_function(begins, arg=[where, text])
 
 
 def shows(page, *kinds):
@@ -177,18 +172,10 @@ def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
     for path in ("/etc/passwd", "..%2f..%2fetc%2fpasswd", f"{Path(__file__)}", "%00", "a" * 5000):
         assert server.ask("GET", f"{api}file={path}")[0] == 403
     for path in (
-        f"{api}file/etc/passwd",
-        f"{api}proxy={server.url}/models",
-        f"{api}file={server.url}/models".replace("http", "https"),
-        f"{api}info",
-        f"{api}call/say/1",
-        f"{api}custom_component/1/client/component/index.js",
-        "/ui/monitoring",
-        "/ui/login",
-        "/ui/static/..%2f..%2f..%2froutes.py",
-        "/ui/assets/%2e%2e/%2e%2e/%2e%2e/routes.py",
-        "/ui/svelte/index.js",
-        "/ui/../../etc/passwd",
+        *(f"{api}file/etc/passwd", f"{api}proxy={server.url}/models", f"{api}file=https://127.0.0.1/v1/models"),
+        *(f"{api}info", f"{api}call/say/1", f"{api}custom_component/1/client/component/index.js"),
+        *("/ui/monitoring", "/ui/login", "/ui/svelte/index.js", "/ui/../../etc/passwd"),
+        *("/ui/static/..%2f..%2f..%2froutes.py", "/ui/assets/%2e%2e/%2e%2e/%2e%2e/routes.py"),
     ):
         assert server.ask("GET", path)[0] in (403, 404), path
     for path in ("component_server", "run/say", "call/say", "api/say", "vibe-edit", "process_recording", "stream/1"):
@@ -202,12 +189,10 @@ def test_files_of_the_server_and_the_rest_of_gradio_are_out_of_reach(server):
     assert server.ask("POST", f"{api}queue/join", b"{", JSON)[0] == 400
 
 
-def test_hostile_events_do_no_harm(server):
-    """Wrong values of an event are refused by it; the server goes on."""
+def test_wrong_values_of_an_event_are_refused_by_it(server):
     for index in range(8):
         for data in ([], [None] * 40, ["x"] * 30, [{"text": 1, "files": "x"}, -1, 1e9, "a", None, "b"]):
             assert join(server, data, fn_index=index) in (200, 400, 404, 422, 500)
-    server.until('mgp5_answers_total{path="/ui/",status="200"}', 1)
     assert server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hello"}], max_tokens=2)[0] == 200
 
 
@@ -235,9 +220,3 @@ def test_a_chat_as_gradio_has_it_is_a_conversation():
     assert [(m.role, m.text) for m in talk.messages[1:]] == [("user", "b"), ("assistant", "1 < 2"), ("user", "c")]
     with pytest.raises(Mgp5Error, match="empty"):
         read_talk([*turns, turn("user", "")], Limits())
-
-
-def test_without_its_extra_the_page_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    told = CliRunner().invoke(main, ["serve", "--web"])
-    assert told.exit_code == 1 and told.stderr == "mgp5: serve needs gradio: pip install 'mgp5[web]'\n"

@@ -103,19 +103,19 @@ class AppState:
         """
         deadline = time.monotonic() + min(timeout or self.limits.seconds, self.limits.seconds)
         streams = [ReplyStream(self.loop, talk, one, deadline) for one in options]
-        self.loop.submit(*(stream.job for stream in streams))
+        self.loop.submit(*streams)
         return streams
 
 
-class ReplyStream:
+class ReplyStream(Job):
     """The events of one reply, handed from the serving loop's thread to the thread of the web app."""
 
     def __init__(self, loop: ServingLoop, talk: Conversation, options: Options, deadline: float) -> None:
+        super().__init__(talk, options, self._put, deadline)
         self.loop, self.asyncio_loop = loop, asyncio.get_running_loop()
         self.queue: asyncio.Queue[Event | Refused] = asyncio.Queue()
-        self.job = Job(talk, options, self._deliver, deadline)
 
-    def _deliver(self, event: Event | Refused) -> None:
+    def _put(self, event: Event | Refused) -> None:
         with suppress(RuntimeError):  # the app ended before the serving loop
             self.asyncio_loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
@@ -134,7 +134,7 @@ class ReplyStream:
 
     def close(self) -> None:
         """Cancel the reply if it is not finished."""
-        self.loop.cancel(self.job)
+        self.loop.cancel(self)
 
 
 keyed_routes, open_routes = APIRouter(), APIRouter()

@@ -53,7 +53,7 @@ class Replica:
 def serve_by_ray(request: ServeRequest, tell: Tell) -> None:
     """Serve by a Ray cluster until SIGTERM or Ctrl-C; then finish what runs, for `request.drain` seconds at most.
 
-    Raises Mgp5Error if there is no cluster, it serves already, or Ray Serve does not start, KeyboardInterrupt at Ctrl-C.
+    Raises Mgp5Error if there is no cluster, it serves already, or Ray Serve does not start.
     """
     assert request.ray is not None
     key, name = read_key(request.key_file), request.model.model
