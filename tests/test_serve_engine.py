@@ -108,6 +108,8 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
             events = one.events()
             assert_same(finished(events), finished(other))
             assert [type(event) for event in events] == [type(event) for event in other]
+        if rows == 6:  # images at different steps share calls
+            assert engine.counts["denoising_calls"] < engine.counts["denoising_steps"]
     finally:
         engines.remove(whole.head.generator)
 
@@ -159,33 +161,6 @@ def test_pictures_at_different_steps_are_one_call(whole, small_folder, small_exp
         if way in ("none", "eager"):
             hook.remove()
         engines.remove(whole.head.generator)
-
-
-def test_exported_files_draw_replies_that_began_at_different_times_in_one_call(small_folder, small_export):
-    model = load(small_folder, backend=None)
-    calls = by_files(model, small_export, "denoiser", "vae_decoder")
-    ways = [WAYS[0].updated({"seed": seed, "steps": steps, "max_tokens": 0}) for seed, steps in ((1, 9), (2, 5))]
-    alone = [finished(generate(model, TALKS[0], options)) for options in ways]
-    calls.clear()
-    engine = ServingLoop(model, rows=2)
-    first, second = (Asked(TALKS[0], options) for options in ways)
-    put = first.deliver
-
-    def then(event: Event) -> None:
-        put(event)
-        if isinstance(event, ImageStep) and event.step == 3:
-            engine.submit(second)
-
-    first.deliver = then
-    engine.start()
-    try:
-        engine.submit(first)
-        found = [finished(one.events()) for one in (first, second)]
-    finally:
-        engine.stop()
-    assert calls == [2] * 4 + [4] * 5
-    for one, other in zip(found, alone, strict=True):
-        assert_same(one, other)
 
 
 def test_text_goes_on_while_others_draw(serving):

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from anyio import CapacityLimiter, to_thread
@@ -137,7 +137,8 @@ class ReplyStream(Job):
         self.loop.cancel(self)
 
 
-keyed_routes, open_routes = APIRouter(), APIRouter()
+async def _state(request: Request) -> AppState:
+    return request.app.state.serving
 
 
 def _json_only(request: Request) -> None:
@@ -146,6 +147,8 @@ def _json_only(request: Request) -> None:
         raise Refused(415, "the content type is not application/json", "wrong_content_type")
 
 
+keyed_routes, open_routes = APIRouter(), APIRouter()
+State = Annotated[AppState, Depends(_state)]
 GENERATES = {"dependencies": [Depends(_json_only)], "response_model_exclude_unset": True}
 GENERATE_ERRORS = replies.errors(401, 404, 415, 429, 503, 504)
 
@@ -153,9 +156,8 @@ GENERATE_ERRORS = replies.errors(401, 404, 415, 429, 503, 504)
 @keyed_routes.post(
     "/v1/chat/completions", response_model=replies.ChatReply, responses=GENERATE_ERRORS | replies.EVENTS, **GENERATES
 )
-async def chat(body: ChatRequest, request: Request) -> replies.ChatReply | Response:
+async def chat(body: ChatRequest, request: Request, state: State) -> replies.ChatReply | Response:
     """Reply to a conversation in text and images, whole or streamed."""
-    state: AppState = request.app.state.serving
     state.check(body.model)
     options = chat_options(body, state.limits, state.loop.model)
     talk = await to_thread.run_sync(conversation, body.messages, state.limits, limiter=state.image_threads)
@@ -174,9 +176,8 @@ async def chat(body: ChatRequest, request: Request) -> replies.ChatReply | Respo
 
 
 @keyed_routes.post("/v1/images/generations", responses=GENERATE_ERRORS, **GENERATES)
-async def images(body: ImagesRequest, request: Request) -> replies.ImagesReply:
+async def images(body: ImagesRequest, request: Request, state: State) -> replies.ImagesReply:
     """Draw images of a prompt."""
-    state: AppState = request.app.state.serving
     state.check(body.model)
     options = image_options(body, state.limits, state.loop.model)
     streams = state.submit(Conversation().add("user", body.prompt), options, body.timeout)
@@ -192,29 +193,28 @@ async def images(body: ImagesRequest, request: Request) -> replies.ImagesReply:
 
 
 @keyed_routes.get("/v1/models", responses=replies.errors(401))
-async def models(request: Request) -> replies.Models:
+async def models(state: State) -> replies.Models:
     """List the one model."""
-    return replies.Models(object="list", data=[request.app.state.serving.description])
+    return replies.Models(object="list", data=[state.description])
 
 
 @keyed_routes.get("/v1/models/{model:path}", responses=replies.errors(401, 404))
-async def one_model(model: str, request: Request) -> replies.Model:
+async def one_model(model: str, state: State) -> replies.Model:
     """Describe the model of this name."""
-    request.app.state.serving.check(model)
-    return request.app.state.serving.description
+    state.check(model)
+    return state.description
 
 
 @keyed_routes.get("/metrics", response_class=Response, responses=replies.errors(401) | replies.PLAIN)
-async def metrics(request: Request) -> Response:
+async def metrics(state: State) -> Response:
     """Tell the counters in Prometheus' text format."""
-    text = generate_latest(request.app.state.serving.metrics)
-    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+    return Response(generate_latest(state.metrics), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 @open_routes.get("/health", responses=replies.errors() | {503: {"model": replies.Health}})
-async def health(request: Request, response: Response) -> replies.Health:
+async def health(state: State, response: Response) -> replies.Health:
     """Tell whether requests are served."""
-    loop = request.app.state.serving.loop
+    loop = state.loop
     response.status_code = 200 if loop.alive else 503
     return replies.Health(status="ok" if loop.alive else "failed", running=loop.running, waiting=loop.waiting)
 
