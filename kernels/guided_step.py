@@ -41,7 +41,7 @@ def guided_step_reference(
     prediction: Tensor,  # (B or 2B, C, h, w)
     rows: Tensor,  # (n, 5 + K)
 ) -> None:
-    """Do what `generators.sampler.linear_update` does, in place and without a synchronization with the device.
+    """Do what `generators.denoising.linear_update` does, in place and without a synchronization with the device.
 
     Args:
         latents: become those of the next step.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TargetHead, llm_only, picture
+from tiny import TargetHead, feed, llm_only, picture
 from tiny_mllm import QUERIES
 from transformers import Blip2ForConditionalGeneration, LlamaForCausalLM
 
@@ -122,7 +122,7 @@ def test_a_prefix_trains_as_it_generates(backbone, checkpointing):
     torch.testing.assert_close(session.read(TALK)[0, 0], hidden[0, at], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain[0, 0], hidden[0, at], atol=1e-3)
     token = int(batch.ids[0, at + 1])
-    torch.testing.assert_close(session.feed((token,))[0, 0], hidden[0, at + 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(feed(session, (token,))[0, 0], hidden[0, at + 1], atol=1e-5, rtol=1e-4)
     assert session.length == at + 2
 
 

@@ -106,15 +106,15 @@ def test_a_story_is_told_without_the_command_line(small_model, pictures):
 def test_interruption_keeps_what_was_made(mgp5, pictures, tmp_path, monkeypatch):
     from mgp5.inference import request as generation
 
-    real, calls = generation.to_picture, []
+    real, calls = generation.to_image, []
 
-    def interrupted(pixels):
+    def interrupted(*image):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(pixels)
+        return real(*image)
 
-    monkeypatch.setattr(generation, "to_picture", interrupted)
+    monkeypatch.setattr(generation, "to_image", interrupted)
     result = mgp5("story", "--images", "pictures", "--scenes", 3, "--out", "out")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "mgp5: interrupted"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import llm_only, picture
+from tiny import feed, llm_only, picture
 
 from mgp5 import Conversation, Image
 from mgp5.backbones.adapters import add_prefix
@@ -68,7 +68,7 @@ def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
         session.read(talk)
     for row, session in enumerate(sessions[:2]):
         decoder.set_sampling(row, SamplingParams(0, 1, 1, torch.Generator()))
-        session.append(decoder.feed([row], session.embed((5, 6))[0]), [(5, ""), (6, "")])
+        feed(session, (5, 6))
     sessions[2].read(TALKS[0])  # joins later
     hidden = decoder.feed([2, 0], torch.cat([session.embed((7, 8, 9))[0] for session in (sessions[2], sessions[0])]))
     for session, states in zip((sessions[2], sessions[0]), hidden.split(1), strict=True):
@@ -88,7 +88,7 @@ def test_removed_tokens_leave_no_trace_and_growing_keeps_the_others(backbone):
         length = session.length
         session.decoder.feed([0], session.embed(tuple(range(20, 30)))[0])
         session.decoder.cut(0, length)
-        session.feed(tuple(range(SMALLEST)) if long else (5,))
+        feed(session, tuple(range(SMALLEST)) if long else (5,))
     assert session.decoder.cache.index.capacity > SMALLEST
     torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
     kept = session.length

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import picture
+from tiny import feed, picture
 from toy_heads import CodesConfig, CodesHead, CodesOptions, ScalesHead, SideHead, with_head
 
 from mgp5 import Conversation, Image
@@ -234,7 +234,7 @@ def test_side_inputs_reach_a_layer_in_training_as_in_inference(llava_folder):
     state = session.read(two)
     torch.testing.assert_close(state[0, 0], hidden[0, session.length - 1], atol=1e-5, rtol=1e-4)
     token = int(batch.ids[0, session.length])
-    torch.testing.assert_close(session.feed((token,))[0, 0], hidden[0, session.length - 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(feed(session, (token,))[0, 0], hidden[0, session.length - 1], atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         model.head.project.weight.zero_(), model.head.project.bias.zero_()
     plain = model.hidden(batch)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny import picture, same_pixels
+from tiny import feed, picture, same_pixels
 
 from mgp5 import Conversation, Image, Message, Text
 from mgp5.apps.story import SceneInput, StoryRequest, tell_story
@@ -34,7 +34,7 @@ def forced_states(model, conversation):
     """Return the states of generation: read the prompt, then the run of vokens in one forward."""
     session = Session(model)
     first = session.read(conversation)
-    return torch.cat([first, session.feed(model.head.ids)], dim=1)  # (1, 1 + n, D)
+    return torch.cat([first, feed(session, model.head.ids)], dim=1)  # (1, 1 + n, D)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def test_run_in_one_forward_equals_token_by_token(model):
     conversation = ask()
     together = forced_states(model, conversation)
     session = Session(model)
-    states = [session.read(conversation)] + [session.feed((i,)) for i in model.head.ids]
+    states = [session.read(conversation)] + [feed(session, (i,)) for i in model.head.ids]
     torch.testing.assert_close(together, torch.cat(states, dim=1), atol=1e-5, rtol=1e-4)
 
 

@@ -157,3 +157,12 @@ def allocated(run) -> int:
             live += event.nbytes()
             most = max(most, live)
     return most
+
+
+@torch.inference_mode()
+def feed(session, ids: tuple[int, ...]) -> torch.Tensor:  # (1, k, D)
+    """Read tokens in one forward; return the state after each."""
+    embeds, keys = session.embed(ids)
+    hidden = session.decoder.feed([session.row], embeds)
+    session.append(hidden, keys)
+    return hidden

@@ -298,9 +298,5 @@ def complete(model: InterleavedModel, options: Options) -> Options:
 
 def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
     """Return pixels (3, H, W) in [-1, 1] as an image."""
-    return Image(pixels=to_picture(pixels), meta=metadata or {})
-
-
-def to_picture(pixels: Tensor) -> pil.Image:
-    """Return pixels (3, H, W) in [-1, 1] as a PIL image."""
-    return pil.fromarray(pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+    data = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image(pixels=pil.fromarray(data.cpu().numpy()), meta=metadata or {})

@@ -78,14 +78,6 @@ class Session:
         self.prefilled = len(ids) - kept
         return self.state
 
-    @torch.inference_mode()
-    def feed(self, ids: tuple[int, ...]) -> Tensor:  # (1, k, D)
-        """Read tokens in one forward; return the state after each."""
-        embeds, keys = self.embed(ids)
-        hidden = self.decoder.feed([self.row], embeds)
-        self.append(hidden, keys)
-        return hidden
-
     def embed(self, ids: tuple[int, ...]) -> tuple[Tensor, list[Key]]:  # (1, k, E)
         """Return the embeddings of text tokens, and their keys."""
         tokens = torch.tensor([ids], device=self.backbone.device)
