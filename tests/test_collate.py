@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -182,31 +181,9 @@ def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
 # Several pictures in a turn
 
 
-def write_dialog(folder: Path) -> Path:
-    turns = [[{"__TEXT__": "look"}, {"__MEDIA__": "a"}, {"__MEDIA__": "b"}]]
-    turns += [[{"__TEXT__": "mine"}, {"__MEDIA__": "c"}, {"__MEDIA__": "a"}]]
-    (folder / "train").mkdir()
-    for name, image in zip("abc", (RED, BLUE, GREEN), strict=True):
-        image.load().save(folder / f"train/{name}.png")
-    row = {"conversation_id": 7, "conversation": [{"turn": turn} for turn in turns]}
-    (folder / "train/train_conversations.txt").write_text(json.dumps(row))
-    seen, drawn = ([{"type": "image", "path": f"{name}.png"} for name in names] for names in ("ab", "ca"))
-    chat = [
-        {"role": "user", "content": [{"type": "text", "text": "look"}, *seen]},
-        {"role": "assistant", "content": [{"type": "text", "text": "mine"}, *drawn]},
-    ]
-    (folder / "train/train.jsonl").write_text(json.dumps({"messages": chat}))
-    return folder
-
-
-def test_several_pictures_in_a_turn_are_several_runs_and_several_seen(collate, backbone, tmp_path) -> None:
-    folder = write_dialog(tmp_path)
-    (key, dialog), (line, own) = (
-        Keyed([load_data("mmdialog", folder)])[0],
-        Keyed([load_data("jsonl", folder / "train")])[0],
-    )
-    assert (key, line) == ("7/1", "train.jsonl:1/1") and dialog.messages[1:] == own.messages
-    batch = collate((key, dialog), (line, own))
+def test_several_pictures_in_a_turn_are_several_runs_and_several_seen(collate, backbone) -> None:
+    dialog = talk(("look", RED, BLUE), ("mine", GREEN, RED))
+    batch = collate(dialog, dialog)
     assert batch.target_rows == (0, 0, 1, 1) and batch.captions == ("",) * 4 and not batch.skipped
     trigger, *forced = backbone.tokenizer.convert_tokens_to_ids(list(VOKENS))
     for row, start in zip(batch.target_rows, batch.target_starts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,52 +55,36 @@ class Dataset(Protocol):
         """Return a name of the sample that stays the same, for reports."""
 
 
-class Rows:
-    """Many short byte strings in one buffer, which forked data workers share; they would copy Python objects."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._ends = array("Q")
-
-    def add(self, row: bytes) -> None:
-        """Append a row."""
-        self._buffer += row
-        self._ends.append(len(self._buffer))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> bytes:
-        return bytes(self._buffer[self._ends[index - 1] if index else 0 : self._ends[index]])
-
-
-class Dialogues:
-    """Dialogues in memory, and which of their turns are targets of samples; a format adds `__getitem__`."""
+class Records:
+    """Records in one buffer, which forked data workers share where they would copy objects, and the samples of them."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.problems = root, Problems()
-        self._rows = Rows()  # each the JSON of [name, turns]
-        self._row_of, self._target_of = array("I"), array("I")  # per sample
+        self._buffer, self._ends = bytearray(), array("Q")  # each record as the JSON of [name, content]
+        self._record_of, self._number_of = array("I"), array("I")  # per sample
 
-    def add(self, name: str, turns: list[Any], targets: Sequence[int]) -> None:
-        """Add a sample for each target turn of a dialogue."""
-        if targets:
-            self._row_of.extend([len(self._rows)] * len(targets))
-            self._target_of.extend(targets)
-            self._rows.add(json.dumps([name, turns], separators=(",", ":")).encode())
+    def add(self, name: str, content: Any, numbers: Iterable[int]) -> None:
+        """Add a record, and a sample of it for each number (of a turn, say)."""
+        for number in numbers:
+            self._record_of.append(len(self._ends))
+            self._number_of.append(number)
+        self._buffer += json.dumps([name, content], separators=(",", ":")).encode()
+        self._ends.append(len(self._buffer))
 
     def __len__(self) -> int:
-        return len(self._target_of)
+        return len(self._number_of)
 
-    def row(self, index: int) -> tuple[str, list[Any], int]:
-        """Return name and turns of a sample's dialogue, and its target. Raises IndexError."""
-        name, turns = json.loads(self._rows[self._row_of[index]])
-        return name, turns, self._target_of[index]
+    def record(self, index: int) -> tuple[str, Any, int]:
+        """Return name and content of a sample's record, and the sample's number in it. Raises IndexError."""
+        record, number = self._record_of[index], self._number_of[index]
+        start = self._ends[record - 1] if record else 0
+        name, content = json.loads(self._buffer[start : self._ends[record]])
+        return name, content, number
 
     def key(self, index: int) -> str:
-        """Return dialogue and target turn."""
-        name, _, target = self.row(index)
-        return f"{name}/{target}"
+        """Return the name of the record and the number of the sample, as in "17/3"."""
+        name, _, number = self.record(index)
+        return f"{name}/{number}"
 
 
 class ImageFiles:
@@ -173,6 +157,11 @@ def check_usable(dataset: Dataset, table: Path) -> None:
     """Raise Mgp5Error when nothing is left to train on."""
     if not len(dataset):
         raise Mgp5Error(f"{table} has no usable sample", f"skipped: {dataset.problems}")
+
+
+def instructed(row: int, instruct_every: int) -> tuple[int, ...]:
+    """Return the sample numbers of a row, counted from 1: every `instruct_every`-th is an instruction (1) too."""
+    return (0, 1) if instruct_every and row % instruct_every == 0 else (0,)
 
 
 def pick(count: int, *key: object) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation
-from .files import Dialogues, check_usable, find_table, lines
+from .files import Records, check_usable, find_table, lines
 
 
-class JSONL(Dialogues):
+class JSONL(Records):
     """Samples from all messages before an answer of the assistant to that answer; keys like "train.jsonl:7/1"."""
 
     def append(self, where: str, chat: list[dict[str, Any]]) -> None:
@@ -34,7 +34,7 @@ class JSONL(Dialogues):
         self.add(where, chat, targets)
 
     def __getitem__(self, index: int) -> Conversation:
-        where, chat, target = self.row(index)
+        where, chat, target = self.record(index)
         return _parse(where, chat[: target + 1], self.root)
 
 

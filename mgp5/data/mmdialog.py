@@ -10,12 +10,12 @@ from typing import Any
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Part, Text
 from ..prompts import CHAT_SYSTEM
-from .files import SUFFIXES, Dialogues, ImageFiles, Problems, check_usable, find_table, lines
+from .files import SUFFIXES, ImageFiles, Records, check_usable, find_table, lines
 
 Turn = list[list[str]]  # [["text", words] or ["image", path], ...]
 
 
-class MMDialog(Dialogues):
+class MMDialog(Records):
     """Samples from the turns before an answer to that answer; keys like "17/3", turns counted from 0."""
 
     def __init__(self, root: Path, history: int | None) -> None:
@@ -23,7 +23,7 @@ class MMDialog(Dialogues):
         self._history = history
 
     def __getitem__(self, index: int) -> Conversation:
-        _, turns, target = self.row(index)
+        _, turns, target = self.record(index)
         first = 0 if self._history is None else max(0, target - self._history)
         conversation = Conversation().add("system", CHAT_SYSTEM)
         for position in range(first, target + 1):
@@ -63,9 +63,8 @@ def load(
     if history is not None and history < 0:
         raise Mgp5Error(f"history is {history}", "expected 0 or more", usage=True)
     if turn_tokens is not None and (turn_tokens < 1 or count is None):
-        raise Mgp5Error(
-            f"turn_tokens is {turn_tokens}", "expected 1 or more, and a tokenizer to count them", usage=True
-        )
+        hint = "expected 1 or more, and a tokenizer to count them"
+        raise Mgp5Error(f"turn_tokens is {turn_tokens}", hint, usage=True)
 
     def too_long(text: str) -> bool:
         raw = text.encode(errors="replace")  # a token has one byte or more: short texts need no tokenizer
@@ -76,47 +75,37 @@ def load(
     for where, line in lines(table):
         try:
             raw = json.loads(line)
-            name, turns = str(raw.get("conversation_id", where)), [item["turn"] for item in raw["conversation"]]
+            name, raw_turns = str(raw.get("conversation_id", where)), [item["turn"] for item in raw["conversation"]]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             dataset.problems.note("bad row", where)
             continue
-        turns = _turns(turns, images, dataset.problems, where, too_long)
+        turns: list[Turn] = []
+        for number, raw_turn in enumerate(raw_turns):
+            turn = _turn(raw_turn, images, f"{where} turn {number}", too_long)
+            if isinstance(turn, str):
+                dataset.problems.note(turn, f"{where} turn {number}")
+                break
+            turns.append(turn)
         dataset.add(name, turns, range(1, len(turns), 1 if user_targets else 2))
     check_usable(dataset, table)
     return dataset
 
 
-def _turns(
-    raw: list[Any], images: ImageFiles, problems: Problems, where: str, too_long: Callable[[str], bool]
-) -> list[Turn]:
-    turns = []
-    for number, elements in enumerate(raw):
-        spot = f"{where} turn {number}"
-        parts = _elements(elements)
-        if not parts:
-            problems.note("bad turn", spot)
-            break
-        if too_long(" ".join(value for kind, value in parts if kind == "text")):
-            problems.note("long turn", spot)
-            break
-        for part in parts:
-            if part[0] == "image":
-                part[1] = next((p for suffix in SUFFIXES if (p := images.find(part[1] + suffix, spot))), "")
-        if ["image", ""] in parts:
-            problems.note("missing image", spot)
-            break
-        turns.append(parts)
-    return turns
-
-
-def _elements(raw: Any) -> Turn:
-    """Return texts and image ids of a turn, [] for a malformed one."""
-    parts = []
+def _turn(raw: Any, images: ImageFiles, where: str, too_long: Callable[[str], bool]) -> Turn | str:
+    """Return texts and image paths of a turn in order, or what is wrong with it."""
+    turn = []
     for element in raw if isinstance(raw, list) else [None]:
         if not isinstance(element, dict) or not element.keys() & {"__TEXT__", "__MEDIA__"}:
-            return []
+            return "bad turn"
         if text := str(element.get("__TEXT__") or "").strip():
-            parts.append(["text", text])
+            turn.append(["text", text])
         if "__MEDIA__" in element:
-            parts.append(["image", str(element["__MEDIA__"])])
-    return parts
+            turn.append(["image", str(element["__MEDIA__"])])
+    if not turn:
+        return "bad turn"
+    if too_long(" ".join(value for kind, value in turn if kind == "text")):
+        return "long turn"
+    for part in turn:
+        if part[0] == "image":
+            part[1] = next((path for suffix in SUFFIXES if (path := images.find(part[1] + suffix, where))), "")
+    return "missing image" if ["image", ""] in turn else turn

@@ -29,8 +29,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
 from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
-from .cc3m import clean_caption, locate, num_samples
-from .files import SPLITS, SUFFIXES, Problems, Skipped, pick
+from .cc3m import clean_caption
+from .files import SPLITS, SUFFIXES, Problems, Skipped, instructed, pick
 
 Sample = tuple[str, Conversation] | Skipped
 Member = tuple[str, str, int, int]  # name of its entry, suffix, offset and size in bytes
@@ -55,7 +55,7 @@ class Shards(IterableDataset):
         """Return how many samples a shard has by img2dataset's stats file; without one, headers are counted."""
         entries = _declared(name)
         if entries is not None:
-            return num_samples(entries, self._every)
+            return entries + (entries // self._every if self._every else 0)
         with self.open(name) as shard:
             return len(shard)
 
@@ -124,45 +124,50 @@ class Shard:
     """The samples of an open shard by number, as many as its stats file says; a lost one is a `Skipped`."""
 
     def __init__(self, name: str, instruct_every: int, seed: int) -> None:
-        self.name, self._every, self._seed = name, instruct_every, seed
-        self._file: BinaryIO = BytesIO()
-        self._entries: list[tuple[str, list[Member]]] = []
-        self._lost, expected = "fewer samples than its stats file says", _declared(name)
+        self.name, self._seed, self._file = name, seed, BytesIO()
+        entries: list[tuple[str, dict[str, list[int]]] | Skipped] = []  # name, and offset and size by suffix
+        lost, expected = "fewer samples than its stats file says", _declared(name)
         try:
             self._file = _open(name)
             for entry, members in groupby(_members(self._file), itemgetter(0)):
-                self._entries.append((entry, list(members)))
+                entries.append((entry, {suffix: place for _, suffix, *place in members}))
         except (tarfile.TarError, HTTPException, OSError, ValueError) as error:
-            self._lost = str(error)
-            expected = len(self._entries) + 1 if expected is None else expected
-        found = len(self._entries)
-        if expected is not None and found > expected:
-            raise Mgp5Error(f"{name} has {found} samples, its stats file says {expected}", "remove the stats file")
-        self._length = num_samples(found if expected is None else expected, instruct_every)
+            lost, expected = str(error), len(entries) + 1 if expected is None else expected
+        missing = 0 if expected is None else expected - len(entries)
+        if missing < 0:
+            problem = f"{name} has {len(entries)} samples, its stats file says {expected}"
+            raise Mgp5Error(problem, "remove the stats file")
+        entries += [Skipped("broken shard", f"{name} ({lost})")] * missing
+        self._samples = [
+            (entry, again) for row, entry in enumerate(entries, 1) for again in instructed(row, instruct_every)
+        ]
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._samples)
 
     def sample(self, number: int) -> Sample:
         """Return a sample with its key, or why there is none."""
-        position, instruct = locate(number, self._every)
-        if position >= len(self._entries):
-            return Skipped("broken shard", f"{self.name} ({self._lost})")
-        entry, members = self._entries[position]
-        key, parts = f"{Path(self.name).name}/{entry}", {suffix: place for _, suffix, *place in members}
+        entry, instruct = self._samples[number]
+        if isinstance(entry, Skipped):
+            return entry
+        name, parts = entry
+        key = f"{Path(self.name).name}/{name}"
         image = next((parts[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in parts), None)
         if image is None:
             return Skipped("missing image", key)
         try:
+            data = self._read(*image)
             text = self._read(*parts["txt" if "txt" in parts else "json"]).decode()
             caption = clean_caption(text if "txt" in parts else json.loads(text)["caption"])
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             caption = ""
+        except OSError as error:
+            return Skipped("broken sample", f"{key} ({error})")
         if not caption:
             return Skipped("no caption", key)
         choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, key) if instruct else None
-        sample = caption_to_image(Image(data=self._read(*image), caption=caption), choice)
-        return key + ("#instruction" if instruct else ""), sample
+        sample = caption_to_image(Image(data=data, caption=caption), choice)
+        return key + "#instruction" * instruct, sample
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
