@@ -1,5 +1,4 @@
-"""Whole runs of the engines against diffusers' own UNet in float32: one call of it, and fifty guided steps; the demo
-also as `auto` draws it on a CPU, by the user's cache of exported files."""
+"""Whole runs of the engines against diffusers' own UNet in float32: one call of it, and fifty guided steps."""
 
 from __future__ import annotations
 
@@ -9,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from mgp5.export.cache import apply
 from test_engines import smallest
 from tiny import LENGTH, SIZE, WIDTH, tiny_vae
 from torch import Tensor
 
 import mgp5
+from mgp5 import engines
 from mgp5.generators.denoising import PlainDenoiser, advance, begin
 from mgp5.generators.sampler import SamplerTable
 from mgp5.generators.schedule import NoiseSchedule
@@ -69,8 +68,7 @@ def reference(make) -> dict[str, Tensor]:
 def measure(make, backend: str, dtype: torch.dtype) -> dict[str, float]:
     """PSNR of each result in dB, of the range that the float32 reference has."""
     diffusion, values = make().to(dtype), {}
-    choice = apply(diffusion, backend)
-    assert choice.name == ("onnx" if backend == "auto" else backend)
+    assert engines.apply(diffusion, backend).name == backend
     found = run(diffusion)
     for name, true in reference(make).items():
         error = (found[name] - true).double().square().mean()
@@ -88,7 +86,6 @@ SLOW = pytest.mark.slow  # most CPUs emulate bf16
         (narrow_sd21, "eager", torch.float32),
         (narrow_sd21, "eager", torch.bfloat16),
         pytest.param(demo, "eager", torch.bfloat16, marks=SLOW),
-        pytest.param(demo, "auto", torch.float32, marks=SLOW),
         pytest.param(demo, "compile", torch.float32, marks=SLOW),
         pytest.param(demo, "compile", torch.bfloat16, marks=SLOW),
         pytest.param(smallest, "compile", torch.float32, marks=SLOW),
@@ -98,5 +95,5 @@ SLOW = pytest.mark.slow  # most CPUs emulate bf16
 def test_fifty_steps(make, backend, dtype):
     values = measure(make, backend, dtype)
     torch.compiler.reset()
-    least = (40, 50, 45) if dtype == torch.bfloat16 else (80,) * 3 if backend == "auto" else (120,) * 3
+    least = (40, 50, 45) if dtype == torch.bfloat16 else (120,) * 3
     assert all(value > limit for value, limit in zip(values.values(), least, strict=True)), values
