@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import Mgp5Error, raise_all
 from .options import kinds_of
+from .prompts import CHAT_SYSTEM, Context
 
 VokenLabels = Literal["all", "first", "ends"]
 Stage = Literal["pretrain", "finetune"]
 Precision = Literal["fp32", "bf16", "fp16"]
 MapperKind = Literal["encoder-decoder", "decoder-only"]
-Context = Literal["full", "text", "none"]  # how much of a story's history a question shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class ModelConfig:
     lora: LoraConfig | None = None  # adapter of the LLM, at most one
     prefix: PrefixConfig | None = None
     stage: Stage | None = None  # last stage that trained it
+    system: str = CHAT_SYSTEM  # system text of conversations that have none of their own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from .errors import Mgp5Error
 from .heads import Head, ImageContext, TrainRule
 from .heads.batch import Batch
 from .heads.losses import Losses, labelled, text_loss
+from .prompts import CHAT_SYSTEM
 
 
 class InterleavedModel(nn.Module):
@@ -72,7 +73,8 @@ class InterleavedModel(nn.Module):
         self.adapt(config.lora if finetune else None, config.prefix if finetune else None)
         self.head.prepare(config)
         head_config = getattr(self.head, "config", self.config.head_config)
-        self.config = replace(self.config, stage=config.stage, head_config=head_config)
+        system = self.config.system or CHAT_SYSTEM if finetune else ""  # captions are learnt bare
+        self.config = replace(self.config, stage=config.stage, head_config=head_config, system=system)
         for parameter, rule in self._planned(config):
             parameter.requires_grad_(rule is not None and rule.lr is not None)
         self.backbone.checkpointing(config.checkpointing)

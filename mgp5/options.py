@@ -68,6 +68,7 @@ class Options:
     repetition_penalty: float = 1.0  # divides the logits of tokens that were generated already; never of image tokens
     max_tokens: int = 256  # of text in one reply; with 0 and draw="always" the reply is an image alone
     max_images: int = 8  # in one reply
+    stop: tuple[str, ...] = ()  # texts that end a reply, beside the model's own, and are no part of it
     draw: DrawMode = "auto"  # "auto" lets the model decide, "always" adds an image if it made none
     image: ImageOptions = field(default_factory=DiffusionOptions)  # options of the head that draws
 
@@ -79,6 +80,7 @@ class Options:
             repetition_penalty=(self.repetition_penalty > 0, "above 0"),
             max_tokens=(self.max_tokens >= 0, "0 or more"),
             max_images=(self.max_images >= 0, "0 or more"),
+            stop=(all(self.stop), "texts of one character or more"),
         )
         if self.draw not in get_args(DrawMode):
             problems.append(f"image is {self.draw}, expected {', '.join(get_args(DrawMode))}")
@@ -86,7 +88,8 @@ class Options:
 
     def flat(self) -> dict[str, Any]:
         """Return all options under one level of names, as files and metadata have them; `draw` is "image" there."""
-        text = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("draw", "image")}
+        left_out = ("draw", "image", *(() if self.stop else ("stop",)))
+        text = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return text | {"image": self.draw} | asdict(self.image)
 
     def updated(self, values: Mapping[str, Any]) -> Options:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from .config import Context
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
 
 IGNORE = -100  # label of tokens without a loss
 
 Scene = tuple[str, Image]  # text and image of one step of a story
+Context = Literal["full", "text", "none"]  # how much of a story's history a question shows
 Task = Literal["illustrate", "continue", "narrate"]  # the paper's three tasks on VIST
 
 # System texts and questions are those of the MiniGPT-5 release (MiniGPT-5, appendix B.2 has one of each task).
@@ -179,6 +179,22 @@ def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -
     """Return ids and labels of an example with each image's token repeated once per slot, see `Prompt.expand`."""
     ids = _expand(example.ids, image_token_id, slots)
     return ids, [IGNORE] * (len(ids) - len(example.ids)) + example.labels  # context images stand before the target only
+
+
+def with_system(conversation: Conversation, text: str) -> Conversation:
+    """Return a conversation that begins with a system message: its own, else one of this text, if there is any."""
+    if not text or (conversation.messages and conversation.messages[0].role == "system"):
+        return conversation
+    return Conversation((Message("system", (Text(text),)), *conversation.messages))
+
+
+def role_markers(backbone: PromptBackbone) -> tuple[str, ...]:
+    """Return the texts by which the chat template begins turns ("ASSISTANT:"); no turns that special tokens begin."""
+    talk = Conversation().add("user", "\0").add("assistant", "\0").add("user", "\0")
+    special = "|".join(map(re.escape, backbone.tokenizer.all_special_tokens)) or "(?!)"
+    _, *between, _ = re.sub(special, "", _render(backbone, talk.messages, reply=False)).split("\0")
+    markers = [marker.strip() for marker in between]
+    return tuple(marker for marker in markers if len(marker) > 2 and not marker[-1].isalnum())
 
 
 def check_length(backbone: PromptBackbone, length: int, reply: int = 0) -> None:

@@ -16,10 +16,12 @@ from mgp5.errors import Mgp5Error
 from mgp5.events import Finished, ImageDone, ImageStep
 from mgp5.inference.decoder import Decoder
 from mgp5.inference.reply import generate, generate_batch
+from mgp5.inference.request import ReplyText
 from mgp5.inference.session import Session
 from mgp5.inference.token_sampling import SamplingParams, penalise, sample
 from mgp5.loading import build
 from mgp5.options import reply_options
+from mgp5.prompts import role_markers
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 TALKS = [
@@ -246,3 +248,35 @@ def test_sessions_of_several_decoders_and_sliding_layers_are_refused(llava_folde
     text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 64
     with pytest.raises(Mgp5Error, match="sliding_attention"):
         Session(llm_only(backbone))
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("said", "stops", "shown"),
+    [
+        ("a fox ASSISTANT: hi", ("ASSISTANT:", "USER:"), "a fox "),
+        ("an ASS in US", ("ASSISTANT:", "USER:"), "an ASS in US"),
+        ("one. two", (". ",), "one"),
+        ("abcabd", ("abd",), "abc"),
+        ("no stop", (), "no stop"),
+    ],
+)
+def test_a_stop_ends_a_reply_and_none_of_it_is_shown(said, stops, shown):
+    text, streamed = ReplyText(stops=stops), ""
+    for letter in said:
+        streamed += text.add(Letters(), ord(letter))
+        if text.stopped:
+            break
+    assert streamed + text.close() == shown and text.stopped == (shown != said)
+    assert [part.text for part in text.parts] == [shown.strip()]
+
+
+def test_role_markers_are_those_of_the_template(minigpt4_folder, llava_folder, qwen_folder):
+    markers = [role_markers(HFBackbone.load(folder)) for folder in (llava_folder, minigpt4_folder, qwen_folder)]
+    assert markers == [("ASSISTANT:", "USER:"), ("###Assistant:", "###Human:"), ()]

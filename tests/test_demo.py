@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
     talk = Conversation(lesson.conversation.messages[:-1])
     state = Session(demo).read(talk)
     assert demo.backbone.logits(state).argmax() == demo.head.ids[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_reply_without_a_system_message_is_a_chats(demo, seed):
+    """It is asked with the model's system text, and ends where another turn would begin."""
+    asked, options = Conversation().add("user", "a green frog"), mgp5.reply_options(seed=seed, max_tokens=40, steps=2)
+    reply = list(mgp5.generate(demo, asked, options))[-1].message
+    assert reply.text and not re.search("ASSISTANT|USER|assistant", reply.text)
+    spoken = Conversation().add("system", demo.config.system).add("user", "a green frog")
+    assert list(mgp5.generate(demo, spoken, options))[-1].message.text == reply.text
 
 
 def test_narration_is_a_sentence_of_the_world(demo):

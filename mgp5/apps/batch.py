@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 from .. import files
 from ..errors import Mgp5Error, raise_all
 from ..events import Finished
-from ..messages import Conversation, Message, Text, inside
+from ..messages import Conversation, Message, inside
 from ..options import ModelRequest, Options, unexpected
-from ..prompts import CHAT_SYSTEM, Context
+from ..prompts import Context, with_system
 from ..views.files import StoryFolder
 from ..views.html import write_html
-from .open_model import Tell, narrate_from, open_model, silent
+from .open_model import Tell, narrate_from, open_model, silent, system_text
 from .recorder import StoryScene, story_conversation
 from .story import Ask, SceneInput, finished_scene, read_image, recorded_options, scene_request
 
@@ -167,9 +167,7 @@ class Batch:
             raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
         for image in conversation.images:
             image.load()
-        if conversation.messages[0].role != "system":  # as a chat begins
-            conversation = Conversation((Message("system", (Text(CHAT_SYSTEM),)), *conversation.messages))
-        return ChatLine(number, title, options, conversation)
+        return ChatLine(number, title, options, with_system(conversation, system_text(request.model)))
 
     def _write(self, line: Line) -> dict[str, Any]:
         """Write what a line has become, then its row; return the row."""

@@ -11,7 +11,7 @@ from ..errors import Mgp5Error
 from ..events import Event
 from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options
-from ..prompts import CHAT_SYSTEM
+from ..prompts import with_system
 from ..views.files import STORY, StoryFolder, keep_images
 from ..views.html import write_html
 from .open_model import Tell, open_model, silent
@@ -45,7 +45,7 @@ class Chat:
 
     model: InterleavedModel
     options: Options
-    conversation: Conversation = field(default_factory=lambda: Conversation().add("system", CHAT_SYSTEM))
+    conversation: Conversation = field(default_factory=Conversation)
     pending: list[Image] = field(default_factory=list)  # images that go with the next message
     folder: StoryFolder | None = None  # where it is saved after every reply
     record: dict[str, Any] = field(default_factory=dict)  # what story.json keeps beside the conversation
@@ -53,6 +53,7 @@ class Chat:
     _number: int = 0  # replies since the seed was set; each takes seeds of its own
 
     def __post_init__(self) -> None:
+        self.conversation = with_system(self.conversation, self.model.config.system)
         self._number = sum(message.role == "user" for message in self.conversation.messages)
 
     def attach(self, path: Path) -> None:

@@ -126,6 +126,13 @@ def narrate_from(request: ModelRequest) -> Context:
     return _configuration(request).get("narrate_from", "full")
 
 
+def system_text(request: ModelRequest) -> str:
+    """Return the system text of conversations that have none of their own."""
+    from ..prompts import CHAT_SYSTEM
+
+    return _configuration(request).get("system", CHAT_SYSTEM)
+
+
 def _configuration(request: ModelRequest) -> dict[str, Any]:
     """Return what config.json says of a model; nothing of one that is not trained."""
     from ..hub import read_config, resolve

@@ -21,9 +21,7 @@ class Engine:
 
     model: PrecomputedDenoiser  # the denoiser with constant work taken out
     graphed: bool  # whether images that begin together run whole steps, on a GPU as CUDA graphs
-    decode: Callable[[Tensor], Tensor] | None = (
-        None  # scaled latents -> pixels; None: by the VAE
-    )
+    decode: Callable[[Tensor], Tensor] | None = None  # scaled latents -> pixels; None: by the VAE
 
     def __init__(self, name: str, denoiser: ModelMixin) -> None:
         """Prepare "eager", "compile" or "triton". Raises Mgp5Error if engines do not know the denoiser."""

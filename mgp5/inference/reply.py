@@ -9,6 +9,7 @@ from ..errors import Mgp5Error
 from ..events import Event
 from ..messages import Conversation
 from ..options import Options
+from ..prompts import with_system
 from .scheduler import Scheduler
 from .session import Session
 
@@ -24,8 +25,9 @@ def generate(
 ) -> Iterator[Event]:
     """Generate the assistant's next turn as events; the last one is Finished and carries the message.
 
-    The conversation ends with the user's turn. Pass the same session again on the next turn, and only what is new is
-    read. Raises Mgp5Error if the conversation does not fit the model's context, or an image cannot be read.
+    The conversation ends with the user's turn; one without a system message begins with the model's own. Pass the same
+    session again on the next turn, and only what is new is read. Raises Mgp5Error if the conversation does not fit the
+    model's context, or an image cannot be read.
     """
     for _, event in generate_batch(model, [conversation], options, session and [session]):
         yield event
@@ -52,6 +54,7 @@ def generate_batch(
     decoder = sessions[0].decoder if sessions else None
     scheduler = Scheduler(model, len(conversations), decoder=decoder, images_at_once=images_at_once)
     sessions = sessions or [None] * len(conversations)
+    conversations = [with_system(conversation, model.config.system) for conversation in conversations]
     requests = [scheduler.submit(*each) for each in zip(conversations, options, sessions, strict=True)]
     while scheduler.busy:
         for request, event in scheduler.step():

@@ -20,6 +20,7 @@ from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..heads import DrawContext, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
 from ..messages import Conversation, Image, Message, Text
 from ..options import Options
+from ..prompts import role_markers
 from .session import Key, Session
 from .token_sampling import SamplingParams
 
@@ -34,6 +35,9 @@ class ReplyText:
     parts: list[Text | Image] = field(default_factory=list)  # finished ones, in order
     ids: list[int] = field(default_factory=list)  # tokens of the part that is being written
     shown: str = ""  # its text, as far as it was given out
+    held: str = ""  # the rest of it, which may begin one of the stops
+    stops: tuple[str, ...] = ()  # texts that end the reply, and are no part of it
+    stopped: bool = False  # by one of them
     num_tokens: int = 0  # of text in the whole reply
 
     @property
@@ -47,20 +51,31 @@ class ReplyText:
         return " ".join([p.text for p in self.parts if isinstance(p, Text)] + ([self.shown] if self.shown else []))
 
     def add(self, tokenizer: Any, token: int) -> str:
-        """Add one token; return the text that it completes ("" inside a character of several bytes)."""
+        """Add one token; return the text that it completes ("" inside a character, or what may begin a stop)."""
         self.ids.append(token)
         self.num_tokens += 1
         text = tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
         if text.endswith("\ufffd"):
             return ""
-        new, self.shown = text[len(self.shown) :], text
+        found = [start for stop in self.stops if (start := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        longest = 0 if found else max((_overlap(text, stop) for stop in self.stops), default=0)
+        end = min(found, default=len(text) - longest)
+        new, self.shown, self.held = text[len(self.shown) : end], text[:end], text[end:] if longest else ""
         return new
 
-    def close(self) -> None:
-        """End the text part."""
-        if self.shown.strip():
-            self.parts.append(Text(self.shown.strip()))
-        self.ids, self.shown = [], ""
+    def close(self) -> str:
+        """End the text part; return the rest of its text, which was held back."""
+        held, text = self.held, (self.shown + self.held).strip()
+        if text:
+            self.parts.append(Text(text))
+        self.ids, self.shown, self.held = [], "", ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class ActiveRequest:
         if options.draw != "never" and options.max_images > 0:
             self.head.check(options.image)
         session.read(self.conversation, reply=self.head.spec.positions)
+        self.writer.stops = (*role_markers(self.model.backbone), *options.stop)
         self.params = SamplingParams(
             options.temperature, options.top_p, options.repetition_penalty, rng(options.seed, 0, "text")
         )
@@ -201,11 +217,20 @@ class ActiveRequest:
             self.params.generated_ids.add(token)
             if chunk := self.writer.add(self.model.backbone.tokenizer, token):
                 self.events.append(TextChunk(chunk))
-            self.token = token
-            self._continue_text()
+            if not self.writer.stopped:
+                self.token = token
+                self._continue_text()
+            elif self._wants_image:
+                self._begin_image()
+            else:
+                self._finish("stop")
+
+    def _end_text(self) -> None:
+        if held := self.writer.close():
+            self.events.append(TextChunk(held))
 
     def _finish(self, reason: str) -> None:
-        self.writer.close()
+        self._end_text()
         self.need = None
         metadata = {
             "seed": self.options.seed,
@@ -223,7 +248,7 @@ class ActiveRequest:
         return self.options.seed if self.options.image_seed is None else self.options.image_seed
 
     def _begin_image(self) -> None:
-        self.writer.close()
+        self._end_text()
         random = partial(rng, self._image_seed, self.writer.num_images)
         context = DrawContext(state=self.session.state, options=self.options.image, rng=random)
         self.drawing = self.head.draw(context)
