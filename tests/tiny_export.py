@@ -15,6 +15,7 @@ def save_small(folder: Path, llava: Path) -> Path:
     """A trained folder, as `mgp5 train` makes one; the weights are random."""
     from mgp5.config import preset
     from mgp5.loading import build, save_checkpoint
+    from mgp5.prompts import CHAT_SYSTEM
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -47,7 +48,8 @@ def save_small(folder: Path, llava: Path) -> Path:
     model.prepare(preset("pretrain"))
     save_checkpoint(model, folder)
     path = folder / "mgp5/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mllm": "mllm", "diffusion": "diffusion"}))
+    more = {"mllm": "mllm", "diffusion": "diffusion", "system": CHAT_SYSTEM}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
     return folder
 
 

@@ -9,7 +9,6 @@ from ..errors import Mgp5Error
 from ..events import Event
 from ..messages import Conversation
 from ..options import Options
-from ..prompts import with_system
 from .scheduler import Scheduler
 from .session import Session
 
@@ -54,7 +53,6 @@ def generate_batch(
     decoder = sessions[0].decoder if sessions else None
     scheduler = Scheduler(model, len(conversations), decoder=decoder, images_at_once=images_at_once)
     sessions = sessions or [None] * len(conversations)
-    conversations = [with_system(conversation, model.config.system) for conversation in conversations]
     requests = [scheduler.submit(*each) for each in zip(conversations, options, sessions, strict=True)]
     while scheduler.busy:
         for request, event in scheduler.step():

@@ -20,7 +20,7 @@ from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..heads import DrawContext, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
 from ..messages import Conversation, Image, Message, Text
 from ..options import Options
-from ..prompts import role_markers
+from ..prompts import role_markers, with_system
 from .session import Key, Session
 from .token_sampling import SamplingParams
 
@@ -92,7 +92,8 @@ class ActiveRequest:
     def __init__(
         self, model: InterleavedModel, conversation: Conversation, options: Options, session: Session | None = None
     ) -> None:
-        self.model, self.head, self.conversation = model, model.head, conversation
+        self.model, self.head = model, model.head
+        self.conversation = with_system(conversation, model.config.system)
         self.options, self.session = complete(model, options), session
         self.need: NextToken | Forced | Embeds | Step | None = None  # None before the start and after the end
         self.events: list[Event | Exception] = []  # not delivered yet
