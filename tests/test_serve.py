@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -82,6 +83,45 @@ def test_modalities_and_pictures_sent(client):
     assert [image.size for image in pictures(drawn.choices[0].message.content)] == [(32, 16)]
 
 
+NEUTRAL = {  # what OpenAI's client, LangChain, LiteLLM and Open WebUI send without being asked
+    **{"stop": [], "logprobs": False, "logit_bias": {}, "tools": [], "tool_choice": "none", "n": 1, "user": "me"},
+    **{"response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
+    **{"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "medium", "safety_identifier": "x"},
+    **{"frequency_penalty": 0, "presence_penalty": 0.0, "stream_options": {"include_obfuscation": False}},
+    **dict.fromkeys(("top_p", "temperature", "functions", "audio", "sampler", "repetition_penalty", "anything")),
+}
+TURNS = {  # before the last message: as clients send it, and as little as it says
+    "nothing": ([{"role": "assistant", "content": None}, {"role": "user", "content": []}], []),
+    "a developer's": ([{"role": "developer", "content": "be short"}], [{"role": "system", "content": "be short"}]),
+    "two of one": ([{"role": "user", "content": "a"}], [{"role": "user", "content": [{"type": "text", "text": "a"}]}]),
+    "dumped": (
+        [{"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}],
+        [{"role": "assistant", "content": "a"}],
+    ),
+    "of other APIs": (
+        [{"role": "assistant", "content": [{"type": "output_text", "text": "a", "cache_control": {"type": "b"}}]}],
+        [{"role": "assistant", "content": "a"}],
+    ),
+}
+
+
+def test_what_asks_for_nothing_is_accepted(server):
+    def reply(messages=HELLO, **fields):
+        fields = {"messages": messages, "max_tokens": 4, "image": "never", "seed": 1} | fields
+        status, found = server.post("/v1/chat/completions", **fields)
+        assert status == 200, found
+        return found["choices"][0]["message"]["content"], found["usage"]
+
+    plain = reply()
+    assert isinstance(plain[0], str)  # always, where no image is in it
+    assert reply(**NEUTRAL) == reply(max_completion_tokens=10**6) == plain
+    assert reply(max_tokens=10**6)[1]["completion_tokens"] <= Limits().tokens
+    for sent, means in TURNS.values():
+        assert reply([*sent, *HELLO]) == reply([*means, *HELLO])
+    drawn = {"prompt": "a fox", "model": None, "quality": "standard", "style": "vivid", "size": "auto", "steps": 1}
+    assert server.post("/v1/images/generations/", **drawn)[0] == 200
+
+
 def test_images_and_models(client):
     drawn = client.images.generate(model="tiny", prompt="a fox", n=2, extra_body={"seed": 5, "steps": 2})
     alone = client.images.generate(model="tiny", prompt="a fox", extra_body={"seed": 6, "steps": 2})
@@ -96,7 +136,7 @@ def test_errors_are_what_the_client_knows(client):
     with pytest.raises(openai.NotFoundError, match="no model of this name"):
         client.models.retrieve("gpt")
     long = [{"role": "user", "content": "x" * 4000}]
-    for more in ({"extra": {"steps": 0}}, {"max_tokens": 10**6}, {"messages": long}):
+    for more in ({"extra": {"steps": 0}}, {"logprobs": True}, {"messages": long}):
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError) as error:
                 ask(client, stream=stream, **more)
@@ -126,6 +166,8 @@ def process(small_folder, tmp_path_factory):
         yield running
         written = (folder / "stderr").read_text()
         assert KEY not in written and "hello" not in written and "Traceback" not in written
+        lines = re.findall(r"^[-\d]+ [:\d]+ 127.0.0.1 (\w+) (\S+) (\d+) [\d.]+ s$", written, re.MULTILINE)
+        assert {("GET", "/v1/models", "401"), ("POST", "/v1/chat/completions", "200")} < set(lines)
 
 
 def test_a_public_address_needs_a_key(small_folder, process, tmp_path, monkeypatch):

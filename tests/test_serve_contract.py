@@ -42,10 +42,13 @@ def test_the_document_tells_of_this_server(server):
     schemas, chat = document["components"]["schemas"], document["paths"]["/v1/chat/completions"]["post"]
     assert schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny"]
     assert schemas["ImagesRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 2
+    for path in ("/", "/docs"):  # for who comes with a browser
+        assert b"POST /v1/chat/completions" in server.ask("GET", path, headers=SHOWN)[1]
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer" and chat["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/health"]["get"]
     assert {"/v1/images/generations", "/v1/models", "/health", "/metrics"} < set(document["paths"])
-    assert "additionalProperties" in schemas["ChatRequest"] and "progress" in schemas["ChatChunk"]["properties"]
+    assert schemas["ChatRequest"]["additionalProperties"] == {"type": "null"}
+    assert "progress" in schemas["ChatChunk"]["properties"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert {"400", "401", "404", "408", "413", "415", "421", "429", "500", "503", "504"} < set(chat["responses"])
     assert not [name for name in schemas if "ValidationError" in name]

@@ -82,14 +82,14 @@ BODIES = {
     "minus infinity": raw('"temperature": -Infinity'),
     "steps beyond numbers": raw('"steps": ' + "9" * 400),
     "digits without end": raw('"steps": ' + "9" * 10_000),
-    "two kinds of tokens": chat(max_tokens=4, max_completion_tokens=5),
     "text alone, with an image": chat(modalities=["text"], image="always"),
     "no parts": said(),
     "another part": said({"type": "input_audio", "input_audio": {}}),
     "a part without type": said({"text": "hello"}),
     "text of a number": said({"type": "text", "text": 5}),
     "a file's part": said({"type": "image", "path": "/etc/passwd"}),
-    "a URL without object": said({"type": "image_url", "image_url": data_url()}),
+    "a URL of a number": said({"type": "image_url", "image_url": 5}),
+    "calls of tools": chat(messages=[{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, *HELLO]),
     "too many images": said(*[{"type": "image_url", "image_url": {"url": data_url((2, 2))}}] * 17),
 }
 FIELDS = {  # wrong values of fields of a chat
@@ -104,16 +104,20 @@ FIELDS = {  # wrong values of fields of a chat
     "top_p": (0, 2),
     "repetition_penalty": (0,),
     "seed": (-1, 2**80),
-    "max_tokens": (-1, 65),
+    "max_tokens": (-1,),
+    "stop": (5, ["a", 5], ["a"] * 17),
     "max_images": (3,),
     "n": (2,),
     "modalities": ([], ["audio"]),
     "image": ("perhaps",),
     "sampler": ("__import__('os')",),
-    "size": ("64", "-64x64", "0x0", "17x16", "128x64", "9" * 999 + "x64", [64, 64]),
+    "size": ("64", "-64x64", "0x0", "17x16", "128x64", "48x48", "9" * 999 + "x64", [64, 64]),
     "stream": ("yes",),
     "timeout": (0,),
-    "tools": ([],),
+    "tools": ([{"type": "function"}], {}),
+    "frequency_penalty": (0.5,),
+    "logprobs": (True, 0),
+    "response_format": ({"type": "json_object"},),
     "backend": ("trt",),
 }
 URLS = (
@@ -137,7 +141,7 @@ OTHERS = {
     "another path": (404, "GET", "/v1/files", None, {}),
     "a path of a file": (404, "GET", "/../../../etc/passwd", None, {}),
     "an encoded path": (404, "GET", "/%2e%2e/%2e%2e/etc/passwd", None, {}),
-    "no pages of docs": (404, "GET", "/docs", None, {}),
+    "the API before chat": (404, "POST", "/v1/completions", b"{}", JSON),
     "GET for POST": (405, "GET", CHAT, None, {}),
     "DELETE": (405, "DELETE", "/v1/models", None, {}),
     "a question before": (405, "OPTIONS", CHAT, None, {"Origin": "http://evil.example"}),
@@ -174,6 +178,25 @@ def test_bodies(server):
         hold(400, found)
     assert len(bodies) >= 90 and server.metric("mgp5_finished_total") == before
     assert works(server)
+
+
+def test_an_error_says_in_words_where_it_is(server):
+    shown = [{"type": "image_url", "image_url": {"link": "a"}}]
+    for fields, told in (
+        ({"messages": [*HELLO, {"role": "assistant", "content": 5}]}, "messages.1.content: expected a valid string or"),
+        ({"messages": [{"role": "user", "content": shown}]}, "messages.0.content.0.image_url.url: missing"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages.0.role: expected 'system', 'developer', 'user'",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools: not supported here, expected [], or leave it out"),
+        ({"tempreature": 1}, "tempreature: not a field of this request, leave it out"),
+        ({"size": "512x512"}, "size is 512x512, expected 16x16, which this model draws best, or sides up to 32"),
+    ):
+        assert json.loads(server.ask("POST", CHAT, chat(**fields), JSON)[1])["error"]["message"].startswith(told)
+    for path, method in (("/v1/completions", "POST"), ("/chat/completions", "POST"), ("/v1", "GET")):
+        told = json.loads(server.ask(method, path, b"{}", JSON)[1])["error"]["message"]
+        assert "nothing at this address, expected POST /v1/chat/completions, POST /v1/images/generations" in told
 
 
 @pytest.mark.parametrize("name", OTHERS)

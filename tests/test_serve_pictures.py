@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import socket
@@ -156,6 +157,14 @@ def test_data_urls():
     image = read_image_url(data_url((40, 30), "blue", "JPEG"), Limits())
     assert image.load().size == (40, 30) and image.path is None
     assert set(images.FORMATS) == {"PNG", "JPEG", "WEBP", "GIF"}
+    head, _, body = data_url((40, 30), "blue").partition(",")
+    url = base64.urlsafe_b64encode(base64.b64decode(body)).decode()
+    wrapped, quoted = base64.encodebytes(base64.b64decode(body)).decode(), body.replace("+", "%2B")
+    kinds = ("image/png;charset=utf-8", "image/png;name=a.png", "image/PNG", "application/octet-stream", "")
+    sent = [f"data:{kind};base64,{body}" for kind in kinds]
+    sent += [f"{head},{other}" for other in (url, url.rstrip("="), wrapped, f" {body}\n", quoted)]
+    for one in [*sent, f"{head.upper()},{body}"]:
+        assert read_image_url(one, Limits()).load().getpixel((0, 0)) == (0, 0, 255)
     for kind in ("BMP", "TIFF"):
         with pytest.raises(Mgp5Error, match="not a PNG"):
             read_image_url(data_url(kind=kind), Limits())

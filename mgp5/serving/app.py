@@ -15,19 +15,21 @@ import torch
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, ProcessCollector, generate_latest
 from starlette.exceptions import HTTPException
 
 from .. import __version__
+from ..apps.open_model import Tell, silent
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..messages import Conversation, Image, Text
 from ..options import Options
 from . import replies
 from .loop import Job, Refused, ServingLoop
 from .middleware import AccessMiddleware, error_body, error_response
-from .schema import ChatRequest, ImagesRequest, chat_options, conversation, image_options
+from .request import WEB_PATH
+from .schema import ChatRequest, ImagesRequest, chat_options, conversation, explain, image_options
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -43,12 +45,14 @@ def make_app(
     request: ServeRequest,
     key: str | None = None,
     add_page: Callable[[FastAPI, AppState], None] | None = None,
+    log: Tell = silent,
 ) -> ASGIApp:
     """Return the app of a serving loop, which starts and stops with the app.
 
     Args:
         key: API key that clients have to send; None asks for none.
         add_page: adds a page for browsers to the app, such as `web.page.add_page`.
+        log: takes a line for each request, see `AccessMiddleware`.
     """
 
     @asynccontextmanager
@@ -70,7 +74,7 @@ def make_app(
     app.add_exception_handler(Exception, lambda *_: error_response(Refused(500, "it failed", "internal_error")))
     if add_page:
         add_page(app, state)
-    return AccessMiddleware(app, request.limits, key, request.hosts(key), state.answers)
+    return AccessMiddleware(app, request.limits, key, request.hosts(key), state.answers, log)
 
 
 def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingLoop:
@@ -91,9 +95,9 @@ class AppState:
         self.image_threads = CapacityLimiter(IMAGE_THREADS)
         self.description = replies.Model(id=self.name, object="model", created=int(time.time()), owned_by="mgp5")
 
-    def check(self, model: str) -> None:
+    def check(self, model: str | None) -> None:
         """Raise Refused for another model."""
-        if model != self.name:
+        if model not in (None, self.name):
             raise Refused(404, f"there is no model of this name, expected {self.name}", "model_not_found", "model")
 
     def submit(self, talk: Conversation, options: list[Options], timeout: float | None) -> list[ReplyStream]:
@@ -169,7 +173,8 @@ async def chat(body: ChatRequest, request: Request, state: State) -> replies.Cha
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(_stream(reply, first, info, usage), media_type="text/event-stream")
     done = await _unless_gone(request, reply.finish(), reply)
-    content = done.message.text if body.modalities == ["text"] else [await _part(part) for part in done.message.content]
+    parts = done.message.content
+    content = [await _part(part) for part in parts] if done.message.images else done.message.text
     message = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": message, "finish_reason": done.reason, "logprobs": None}
     return replies.ChatReply(**info, object="chat.completion", choices=[choice], usage=_usage(done))
@@ -217,6 +222,15 @@ async def health(state: State, response: Response) -> replies.Health:
     loop = state.loop
     response.status_code = 200 if loop.alive else 503
     return replies.Health(status="ok" if loop.alive else "failed", running=loop.running, waiting=loop.waiting)
+
+
+@open_routes.get("/", include_in_schema=False)
+@open_routes.get("/docs", include_in_schema=False)
+async def front(request: Request, state: State) -> Response:
+    """Lead a visitor with a browser to the page, or tell what is at which address."""
+    if state.request.web and request.url.path == "/":
+        return RedirectResponse(WEB_PATH)
+    return HTMLResponse(replies.front_page(request.app, state.name))
 
 
 async def _stream(reply: ReplyStream, event: Event, info: dict[str, Any], usage: bool) -> AsyncIterator[str]:
@@ -301,14 +315,15 @@ async def _base64(image: Image) -> str:
 
 
 def _invalid(_: Request, error: Exception) -> Response:
-    """Answer with the first thing wrong with a body, without what was sent."""
-    first = error.errors()[0]
-    path = ".".join(str(step) for step in first["loc"][1:])
-    where = f"{path}: " if path and first["type"] != "json_invalid" else ""
-    return error_response(Refused(400, f"{where}{first['msg']}"[:300], "invalid_value", path[:100] or None))
+    return error_response(explain([one | {"loc": one["loc"][1:]} for one in error.errors()], error.body))
 
 
-def _http_error(_: Request, error: Exception) -> Response:
-    answer = error_response(Refused(error.status_code, str(error.detail), "invalid_request"))
-    answer.headers.update(error.headers or {})  # Allow, of 405
+def _http_error(request: Request, error: Exception) -> Response:
+    headers, words = error.headers or {}, str(error.detail)
+    if error.status_code == 404:
+        words = f"there is nothing at this address, expected {', '.join(replies.addresses(request.app))}"
+    elif "Allow" in headers:
+        words = f"{request.method} is not answered at this address, expected {headers['Allow']}"
+    answer = error_response(Refused(error.status_code, words, "invalid_request"))
+    answer.headers.update(headers)
     return answer

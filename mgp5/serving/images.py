@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import http.client
 import ipaddress
-import re
 import socket
 import ssl
 import threading
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from io import BytesIO
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from ..errors import Mgp5Error
 from ..images import read_image
@@ -22,6 +21,7 @@ from .request import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats run programs or read other files
 REDIRECTS = 3
+URLSAFE = str.maketrans("-_", "+/")
 
 
 def read_image_url(url: str, limits: Limits) -> Image:
@@ -29,9 +29,10 @@ def read_image_url(url: str, limits: Limits) -> Image:
 
     Raises Mgp5Error for another kind of URL, what is no image of FORMATS, and an image above the limits.
     """
-    if url.startswith("data:"):
+    url = url.strip()
+    if url[:5].lower() == "data:":
         data = _data_of(url)
-    elif not url.startswith(("https://", "http://")):
+    elif not url.lower().startswith(("https://", "http://")):
         raise Mgp5Error("an image_url is neither a data URL nor an http address", "send data:image/png;base64,...")
     elif not limits.remote_images:
         raise Mgp5Error("this server fetches no remote images", "send the picture as a data URL")
@@ -52,12 +53,16 @@ def read_image_bytes(data: bytes, limits: Limits) -> Image:
 
 
 def _data_of(url: str) -> bytes:
-    """Return the bytes that a data URL holds."""
+    """Return the bytes that a data URL holds (RFC 2397): base64 of either alphabet, wrapped, with padding or without.
+
+    Its media type does not matter: the bytes tell what they are.
+    """
     head, _, body = url.partition(",")
-    if not re.fullmatch(r"data:image/[a-z]+;base64", head):
+    if "base64" not in head.lower().split(";")[1:]:
         raise Mgp5Error("a data URL does not begin with data:image/TYPE;base64,", "encode the picture in base64")
+    body = "".join(unquote(body).split()).translate(URLSAFE).rstrip("=")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except ValueError:
         raise Mgp5Error("a data URL is not valid base64", "encode the picture again") from None
 

@@ -6,7 +6,10 @@ import asyncio
 import base64
 import binascii
 import hmac
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -40,19 +43,27 @@ def error_body(refused: Refused) -> ErrorReply:
 
 
 class AccessMiddleware:
-    """ASGI middleware that checks host and key, reads the whole body within the limits, and counts answers.
+    """ASGI middleware that checks host and key, reads the whole body within the limits, counts and logs answers.
 
     Args:
         key: API key that clients have to send; None asks for none.
         hosts: names that a Host header may have, so that no web page reaches a local server under another name;
             None allows any.
         answers: number of answers by path and status, counted up here.
+        log: takes one line for each request that was answered, without what it holds; of the page's many, for those
+            that open it or ask it for something.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, key: str | None, hosts: frozenset[str] | None, answers: Counter
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        key: str | None,
+        hosts: frozenset[str] | None,
+        answers: Counter,
+        log: Callable[[str], None],
     ) -> None:
-        self.app, self.limits, self.hosts, self.answers = app, limits, hosts, answers
+        self.app, self.limits, self.hosts, self.answers, self.log = app, limits, hosts, answers, log
         self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,10 +72,14 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
 
+        status, started = "no answer", time.monotonic()
+
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 path = next((path for path in COUNTED if scope["path"].startswith(path)), "other")
-                self.answers.labels(path, message["status"]).inc()
+                self.answers.labels(path, status).inc()
             await send(message)
 
         try:
@@ -77,7 +92,14 @@ class AccessMiddleware:
                 response.headers["WWW-Authenticate"] = 'Basic realm="mgp5: any name, the API key as password"'
             await response(scope, receive, counted)
         else:
+            if scope["path"].startswith("/v1/"):
+                scope["path"] = scope["path"].rstrip("/")  # as some proxies write it
             await self.app(scope, replay(body, receive), counted)
+        finally:
+            method, path, client = scope["method"], quote(scope["path"])[:100], (scope["client"] or ["-"])[0]
+            if method != "GET" or not path.startswith(WEB_PATH) or path == WEB_PATH:
+                seconds = time.monotonic() - started
+                self.log(f"{time.strftime('%F %T')} {client} {method} {path} {status} {seconds:.2f} s")
 
     def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused for a wrong host or key."""
@@ -130,7 +152,7 @@ class AccessMiddleware:
 
 
 def _is_page(scope: Scope) -> bool:
-    return scope["path"] in ("/", "/favicon.ico") or scope["path"].startswith(WEB_PATH)
+    return scope["path"] in ("/", "/docs", "/favicon.ico") or scope["path"].startswith(WEB_PATH)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

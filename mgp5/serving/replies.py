@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from ..options import SAMPLERS
-from .schema import Part
+from .schema import ContentPart
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,10 +37,10 @@ class Usage(Reply):
 
 
 class AssistantMessage(Reply):
-    """The assistant's message: a string where modalities are ["text"], else parts in order."""
+    """The assistant's message: a string without images, else parts in order."""
 
     role: Literal["assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
 
 class Choice(Reply):
@@ -68,7 +69,7 @@ class Delta(Reply):
     """What a chunk adds: the role first, then text, or a list of one image."""
 
     role: Literal["assistant"] = Field("assistant", description="in the first chunk")
-    content: str | list[Part] = ""
+    content: str | list[ContentPart] = ""
 
 
 class Progress(Reply):
@@ -178,12 +179,29 @@ def complete_document(app: FastAPI, model: str, limits: Limits) -> None:
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-    bounds = {"steps": limits.steps, "max_tokens": limits.tokens, "max_completion_tokens": limits.tokens}
-    bounds |= {"max_images": limits.images, "n": limits.images}
+    bounds = {"steps": limits.steps, "max_images": limits.images, "n": limits.images}
     for request in ("ChatRequest", "ImagesRequest"):
         fields = schemas[request]["properties"]
-        fields["model"]["enum"], fields["sampler"]["enum"] = [model], sorted(SAMPLERS)
-        for field, most in bounds.items():
-            for kind in fields.get(field, {}).get("anyOf", [fields.get(field, {})]):
+        for field in fields.keys() & {"model", "sampler", *bounds}:
+            for kind in fields[field].get("anyOf", [fields[field]]):
                 if kind.get("type") == "integer":
-                    kind["maximum"] = min(most, kind["maximum"])
+                    kind["maximum"] = min(bounds[field], kind["maximum"])
+                elif kind.get("type") == "string":
+                    kind["enum"] = [model] if field == "model" else sorted(SAMPLERS)
+
+
+def addresses(app: FastAPI) -> dict[str, str]:
+    """Return what the app answers: "GET /health" and the like, and what each does."""
+    paths = app.openapi()["paths"]
+    return {f"{m.upper()} {path}": op["description"] for path, found in paths.items() for m, op in found.items()}
+
+
+def front_page(app: FastAPI, model: str) -> str:
+    """Return the page of a server without a page for work: what is at which address."""
+    lines = "".join(f"<dt><code>{at}</code><dd>{escape(does)}" for at, does in addresses(app).items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(model)} · mgp5</title>'
+        f"<h1>mgp5 serves {escape(model)}</h1><p>It speaks OpenAI's API:</p><dl>{lines}</dl>"
+        '<p>For programs: <a href="/openapi.json">/openapi.json</a>. '
+        "For people: <code>mgp5 serve --web</code> has a chat and stories at /ui/."
+    )

@@ -17,7 +17,7 @@ LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})  # Host headers that name
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of one HTTP request; a request above them is refused, not cut."""
+    """Bounds of one HTTP request; a request above them is refused; text is cut to `tokens`."""
 
     body_bytes: int = 32 * 2**20
     body_seconds: float = 30.0  # for the headers of a request to arrive, and again for its body

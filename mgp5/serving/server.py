@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def serve(request: ServeRequest, tell: Tell = silent) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what runs and waits, for `request.drain` seconds at most.
 
-    `tell` takes one line about where the server listens, and notes of `open_model`. Raises Mgp5Error if a package is
-    not installed, the key is bad, or the address is taken.
+    `tell` takes a line about where the server listens, one for each request, and notes of `open_model`. Raises
+    Mgp5Error if a package is not installed, the key is bad, or the address is taken.
     """
     packages = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
     for package, extra in (packages | ({"gradio": "web"} if request.web else {})).items():
@@ -38,7 +38,7 @@ def serve(request: ServeRequest, tell: Tell = silent) -> None:
         serve_by_ray(request, tell)
         return
     key = read_key(request.key_file)
-    server = make_server(request, open_model(request.model, tell), key)
+    server = make_server(request, open_model(request.model, tell), key, tell)
     try:
         listener = server.config.bind_socket()
     except SystemExit:
@@ -52,7 +52,9 @@ def serve(request: ServeRequest, tell: Tell = silent) -> None:
     server.run(sockets=[listener])
 
 
-def make_server(request: ServeRequest, model: InterleavedModel, key: str | None = None) -> uvicorn.Server:
+def make_server(
+    request: ServeRequest, model: InterleavedModel, key: str | None = None, log: Tell = silent
+) -> uvicorn.Server:
     """Return a server with the app of a model; it does not run yet. Clients have to send the key, if there is one."""
     import uvicorn
 
@@ -64,7 +66,7 @@ def make_server(request: ServeRequest, model: InterleavedModel, key: str | None 
     if request.web:
         from .web.page import add_page
     config = uvicorn.Config(
-        make_app(make_loop(request, model, cores), request, key, add_page),
+        make_app(make_loop(request, model, cores), request, key, add_page, log),
         host=request.host,
         port=request.port,
         http=hang_up_after(request.limits.body_seconds),

@@ -13,10 +13,10 @@ from anyio import to_thread
 
 from ...apps.story import with_seeds
 from ...errors import Mgp5Error
-from ...messages import Conversation, Image, Message, Part, Text
+from ...messages import Conversation, Image, Part, Role, Text
 from ...prompts import CHAT_SYSTEM
 from ..loop import Refused
-from ..schema import check_size
+from ..schema import check_size, join_turns
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
@@ -96,15 +96,15 @@ def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation
 
     Raises Mgp5Error if an image cannot be read or the last message is empty, Refused if it is above the limits.
     """
-    talk: list[Message] = [Message("system", (Text(CHAT_SYSTEM),))]
+    turns: list[tuple[Role, list[Part]]] = []
     for turn in history:
-        role = "assistant" if turn["role"] == "assistant" else "user"
         if (turn.get("metadata") or {}).get("title") == FAILED:
-            talk = talk[:-1]
-        elif parts := _parts(turn["content"], role, limits):
-            before = talk.pop().content if talk[-1].role == role else ()
-            talk.append(Message(role, (*before, *parts)))
-    if talk[-1].role != "user":
+            turns = turns[:-1]
+        else:
+            role = "assistant" if turn["role"] == "assistant" else "user"
+            turns.append((role, _parts(turn["content"], role, limits)))
+    talk = join_turns([("system", [Text(CHAT_SYSTEM)]), *turns])
+    if not turns or not turns[-1][1]:
         raise Mgp5Error("the message is empty", "write something, or drop a picture in")
     check_size(len(talk), sum(len(message.images) for message in talk), limits)
     return Conversation(tuple(talk))

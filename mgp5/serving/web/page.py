@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import FileResponse
 from starlette.datastructures import MutableHeaders
 
 from ..loop import Refused
@@ -50,7 +50,6 @@ def add_page(app: FastAPI, state: AppState) -> None:
     app.state.page_files = holder = tempfile.TemporaryDirectory(prefix="mgp5-page-")
     folder, sources = Path(holder.name).resolve(), Path(__file__).parent
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where gradio puts uploads
-    app.add_api_route("/", lambda: RedirectResponse(WEB_PATH), include_in_schema=False)
     app.add_api_route("/favicon.ico", lambda: FileResponse(sources / "icon.svg"), include_in_schema=False)
     gr.mount_gradio_app(
         app,

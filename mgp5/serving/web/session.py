@@ -19,8 +19,7 @@ from ...events import Finished, ImageDone
 from ...messages import Conversation, Image, Message
 from ...views.files import write_png
 from ..images import read_image_bytes
-from ..loop import Refused
-from ..schema import ChatRequest, chat_options
+from ..schema import ChatRequest, chat_options, explain
 
 if TYPE_CHECKING:
     from ...options import Options
@@ -111,8 +110,7 @@ def read_options(state: AppState, values: dict[str, Any]) -> Options:
     try:
         body = ChatRequest(model=state.name, messages=[{"role": "user", "content": ""}], **values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise Refused(400, f"{first['loc'][-1]}: {first['msg']}", "invalid_value") from None
+        raise explain(error.errors(), values) from None
     return chat_options(body, state.limits, state.loop.model)
 
 
