@@ -277,6 +277,16 @@ def test_jsonl_one_sample_per_answer(tmp_path: Path) -> None:
     assert data.key(1) == "train.jsonl:1/4"
 
 
+def test_jsonl_learns_a_story_by_the_tasks_of_vist(tmp_path: Path) -> None:
+    story = json.dumps({"story": [{"text": text, "path": "a.png"} for text in ("One.", "Two.")]})
+    data = jsonl.load(write_jsonl(tmp_path, chat("a.png"), story))
+    assert [data.key(index) for index in range(1, 5)] == [f"train.jsonl:2/{number}" for number in (0, 3, 4, 5)]
+    targets = [sample.messages[-1] for sample in map(data.__getitem__, range(1, 5))]
+    assert [(message.text, len(message.images)) for message in targets] == [("", 1), ("", 1), ("Two.", 1), ("Two.", 0)]
+    assert [len(sample.images) for sample in map(data.__getitem__, range(1, 5))] == [1, 2, 2, 2]
+    assert data[2].images[0].path == tmp_path / "a.png" and "One." in data[2].messages[1].text
+
+
 def test_jsonl_counts_what_it_skips(tmp_path: Path) -> None:
     late = [*chat("a.png"), *chat("gone.png"), *chat("a.png")]
     data = jsonl.load(write_jsonl(tmp_path, late, chat("gone.png"), chat(), chat()[:1], [], chat()[1:]))
@@ -292,6 +302,10 @@ def test_jsonl_counts_what_it_skips(tmp_path: Path) -> None:
         "{}",
         '{"messages": 1}',
         '{"messages": ["x"]}',
+        '{"story": []}',
+        '{"story": [{"text": "One."}]}',
+        '{"story": [{"text": "One.", "path": "gone.png"}]}',
+        '{"story": [{"text": "One.", "path": "../a.png"}]}',
         '{"messages": [{"role": "robot", "content": "x"}]}',
         '{"messages": [{"role": "user", "content": ["x"]}]}',
         '{"messages": [{"role": "user", "content": null}]}',

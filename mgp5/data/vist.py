@@ -16,6 +16,7 @@ from .files import SUFFIXES, ImageFiles, Problems, check_usable, find_table, pic
 
 Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the image
 TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
+FIRST_STEP: dict[Task, int] = {"illustrate": 0, "continue": 1, "narrate": 1}  # first step of a story that has the task
 DATA_HINT = "give the folder that holds this file as data, and repair it if it is broken"
 
 
@@ -27,6 +28,17 @@ class Story:
     scenes: tuple[Scene, ...]
 
 
+def story_sample(story: Story, step: int, task: Task, *, context: Context, seed: int = 0) -> Conversation:
+    """Return a task at a step (from 0) of a story; `seed` chooses among the wordings of its question."""
+    history, (text, image) = story.scenes[:step], story.scenes[step]
+    choice = pick(len(TASK_PROMPTS[task]), seed, story.name, step, task)
+    if task == "illustrate":
+        return illustrate(history, text, choice, context=context).add("assistant", image)
+    if task == "continue":
+        return continue_(history, choice, context=context).add("assistant", text, image)
+    return narrate(history, image, choice, context=context).add("assistant", text)
+
+
 class VIST:
     """Samples of the three tasks, story by story, step by step, task by task."""
 
@@ -35,7 +47,7 @@ class VIST:
     ) -> None:
         self.stories, self.problems = stories, problems  # in file order
         self._context, self._seed = context, seed
-        begin = {"illustrate": 0, "continue": 1, "narrate": first}
+        begin = FIRST_STEP | {"narrate": first}
         self._samples = [
             (number, step, task)
             for number, story in enumerate(stories)
@@ -50,13 +62,7 @@ class VIST:
     def __getitem__(self, index: int) -> Conversation:
         number, step, task = self._samples[index]
         story = self.stories[number]
-        history, (text, image) = story.scenes[:step], story.scenes[step]
-        choice = pick(len(TASK_PROMPTS[task]), self._seed, story.name, step, task)
-        if task == "illustrate":
-            return illustrate(history, text, choice, context=self._context).add("assistant", image)
-        if task == "continue":
-            return continue_(history, choice, context=self._context).add("assistant", text, image)
-        return narrate(history, image, choice, context=self._context).add("assistant", text)
+        return story_sample(story, step, task, context=self._context, seed=self._seed)
 
     def key(self, index: int) -> str:
         """Return story, step (from 0) and task, as in "40470/2/narrate"."""

@@ -51,7 +51,7 @@ def story(rng: random.Random, split: Split, length: int = 5) -> Story:
             break
     she = rng.choice(tuple(PRONOUNS))
     steps = [Step(_opening(rng, scenes[0]), scenes[0])]
-    steps += [Step(_sentence(rng, *pair, she), pair[1]) for pair in pairwise(scenes)]
+    steps += [Step(sentence(rng, *pair, she), pair[1]) for pair in pairwise(scenes)]
     return Story(tuple(steps), rng.randrange(2**31))
 
 
@@ -87,7 +87,7 @@ def _opening(rng: random.Random, scene: Scene) -> str:
     return _finish(describe(scene, rng.choice(ORDERS), rng.choice(WHEN[scene.weather]), holds, hide))
 
 
-def _sentence(rng: random.Random, before: Scene, after: Scene, she: str) -> str:
+def sentence(rng: random.Random, before: Scene, after: Scene, she: str) -> str:
     """Write the sentence that takes `before` to `after`."""
     changed = [n for n in CHANGEABLE if getattr(before, n) != getattr(after, n)]
     deeds = [_move(rng, before, after)] if "place" in changed else []
