@@ -19,6 +19,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit codes are 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+        if sys.stdout.errors == "strict":  # of a terminal without UTF-8; a character that it lacks must not end a story
+            sys.stdout.reconfigure(errors="replace")
         warnings.showwarning = lambda message, *_: click.echo(f"mgp5: {message}", err=True)
         try:
             return super().invoke(ctx)

@@ -79,6 +79,9 @@ class ModelConfig:
     guidance: float = 7.5  # defaults of this model (the paper's are 7.5 and 1)
     temperature: float = 1.0
     narrate_from: Context = "full"  # history in prompts of narrations; small models narrate better without it
+    history: int | None = (
+        None  # messages before a reply that dialogues of its training had, and a chat shows; None: all
+    )
     mllm_kind: str = ""  # type, layers, width and vocabulary of the LLM it was trained with; "" in old checkpoints
     head_kind: str = ""  # `Head.description` of the frozen parts that the head was trained with
     lora: LoraConfig | None = None  # adapter of the LLM, at most one

@@ -23,6 +23,11 @@ class Mgp5Error(Exception):
         return f"{self.message}: {self.hint}" if self.hint else self.message
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 update", "1,200 updates"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def raise_all(problems: Iterable[str], checks: Iterable[Callable[[], Any]] = ()) -> None:
     """Run all checks; raise one Mgp5Error (wrong usage) with the problems given and those that checks raise, if any."""
     found = list(problems)

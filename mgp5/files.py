@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,19 @@ def read_json(path: Path, hint: str = "check the file") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Mgp5Error(f"{path} holds a JSON {type(value).__name__}, expected an object", hint)
     return value
+
+
+def read_text(path: Path) -> str:
+    """Return the contents of a UTF-8 file without a byte-order mark. Raises Mgp5Error when it cannot be read so."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mgp5Error(f"{path} cannot be read as UTF-8 text ({error})", "save it as UTF-8") from None
+
+
+def text_lines(text: str) -> list[str]:
+    """Return the lines of a text that are not blank, stripped; form feeds, NEL and U+2028 end no line."""
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
 def lock(path: Path) -> BinaryIO:

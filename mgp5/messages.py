@@ -23,6 +23,9 @@ class Text:
     """A piece of text."""
 
     text: str
+    words: str | None = field(
+        default=None, compare=False
+    )  # of the user's in it, where a task's template is around them
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class Message:
         return " ".join(part.text for part in self.content if isinstance(part, Text) and part.text)
 
     @property
+    def words(self) -> str:
+        """What the user said: all text, or the words in the template of a task that it ends with."""
+        last = next((part.words for part in reversed(self.content) if isinstance(part, Text)), None)
+        return self.text if last is None else last
+
+    @property
     def images(self) -> tuple[Image, ...]:
         """All images of the message, in order."""
         return tuple(part for part in self.content if isinstance(part, Image))
@@ -94,6 +103,12 @@ class Conversation:
     def images(self) -> tuple[Image, ...]:
         """The images of all messages, in order."""
         return tuple(image for message in self.messages for image in message.images)
+
+    def recent(self, history: int | None) -> Conversation:
+        """Return the conversation with its last `history` messages before the reply, and the system's; None: all."""
+        head = self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
+        rest = self.messages[len(head) :]
+        return self if history is None else Conversation((*head, *rest[max(0, len(rest) - max(1, history)) :]))
 
     def to_chat(self, paths: Iterator[str] | None = None) -> list[dict[str, Any]]:
         """Return the messages in the Hugging Face chat format, with these `paths` of images instead of their own."""

@@ -216,7 +216,7 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read the settings of a TOML file. Raises Mgp5Error with file and line if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Mgp5Error(f"cannot read {path} ({error.strerror})", "check the path", usage=True) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -56,20 +56,20 @@ def illustrate(history: Sequence[Scene], text: str, choice: int = 0, *, context:
         choice: index of the wording in `TASK_PROMPTS`.
         context: how much of the history the question shows: "full", "text" (no images) or "none".
     """
-    return _ask(history, context, TASK_PROMPTS["illustrate"][choice].replace("{text}", text))
+    return _ask(history, context, Text(TASK_PROMPTS["illustrate"][choice].replace("{text}", text), text))
 
 
 def continue_(history: Sequence[Scene], choice: int = 0, *, context: Context = "full") -> Conversation:
     """Ask for text and image of the next scene (multimodal generation); arguments as in `illustrate`."""
-    return _ask(history, context, TASK_PROMPTS["continue"][choice])
+    return _ask(history, context, Text(TASK_PROMPTS["continue"][choice], ""))
 
 
 def narrate(history: Sequence[Scene], image: Image, choice: int = 0, *, context: Context = "full") -> Conversation:
     """Ask for the text of the next scene, given its image (text generation); arguments as in `illustrate`."""
-    return _ask(history, context, TASK_PROMPTS["narrate"][choice], image)
+    return _ask(history, context, Text(TASK_PROMPTS["narrate"][choice], ""), image)
 
 
-def _ask(history: Sequence[Scene], context: Context, *question: str | Image) -> Conversation:
+def _ask(history: Sequence[Scene], context: Context, *question: Text | Image) -> Conversation:
     """Build the system message and one user turn: text and image of every scene in order, then the question."""
     if context not in get_args(Context):
         raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)

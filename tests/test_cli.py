@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image as pil
 from tiny import parts_of, picture, same_pixels, story_of
@@ -70,6 +71,19 @@ def test_stdout_holds_the_text_and_pictures_carry_how_they_were_made(mgp5, pictu
     assert facts["seed"] == 201 and facts["steps"] == 2 and facts["guidance"] == 7.5 and facts["sampler"]
     with pil.open(tmp_path / "out/003.png") as made:
         assert made.size == (16, 16)
+
+
+def test_a_picture_names_the_words_it_was_drawn_for_and_a_mark_is_none(mgp5, tmp_path):
+    """The second has the first in its history, and the prompt a template; a byte-order mark is no text."""
+    (tmp_path / "plain.txt").write_text("A fox.\nIt runs.\u2028 Far.")
+    (tmp_path / "marked.txt").write_text("\ufeffA fox.\r\nIt runs.\u2028 Far.")
+    for name in ("plain", "marked"):
+        assert mgp5("story", "--text", f"{name}.txt", "--scenes", 0, "--out", name).exit_code == 0
+        prompts = [read_png_metadata(tmp_path / name / f"00{n}.png")["prompt"] for n in (1, 2)]
+        assert prompts == ["A fox.", "It runs.\u2028 Far."]
+    assert all(same_pixels(tmp_path / f"plain/00{n}.png", tmp_path / f"marked/00{n}.png") for n in (1, 2))
+    assert mgp5("chat", "--out", "talk", stdin="\ufeffhi\n").exit_code == 0
+    assert texts_of(tmp_path / "talk")[1] == "hi" and "Img" not in (tmp_path / "talk/story.html").read_text()
 
 
 def test_json_lines_parse_and_name_the_pictures(mgp5, pictures, tmp_path):
@@ -251,6 +265,17 @@ def test_models_that_do_not_fit(mgp5, monkeypatch, small_folder, diffusion_folde
     result = mgp5("story", "--images", "pictures", "--model", tmp_path / "changed", "--out", "out")
     check_fails(result, *words)
     assert not (tmp_path / "out/story.json").exists()
+
+
+@pytest.mark.parametrize("command", ["story --text lines.txt", "chat --message hi --set image=always"])
+def test_a_picture_of_no_numbers_is_no_picture(mgp5, monkeypatch, tmp_path, command):
+    (tmp_path / "lines.txt").write_text("A fox.")
+    blank = torch.full((1, 3, 16, 16), float("nan"))
+    monkeypatch.setattr("mgp5.generators.latent_diffusion.LatentDiffusion.decode", lambda self, latents: blank)
+    result = mgp5(*command.split(), "--out", "out")
+    assert result.exit_code == 1 and not list(tmp_path.glob("out/*.png"))
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("mgp5: a picture came out as numbers that are not finite") and "--device cpu" in last
 
 
 def test_a_prompt_longer_than_the_context(mgp5, tmp_path):

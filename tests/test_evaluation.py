@@ -14,11 +14,12 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from mgp5.errors import Mgp5Error
-from mgp5.evaluation import metrics
+from mgp5.evaluation import metrics, words
 from mgp5.evaluation.measure import METRICS
 from mgp5.evaluation.metrics import mean_interval
 from mgp5.evaluation.replies import Replies, align
-from mgp5.evaluation.tasks import Sample
+from mgp5.evaluation.systems import BASELINES, BOUNDS
+from mgp5.evaluation.tasks import CONTEXTS, TASKS, Sample
 from mgp5.messages import Conversation, Image, Message, Text
 from mgp5.storyland import metrics as storyland
 from mgp5.storyland.draw import draw
@@ -52,7 +53,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form(distance):
     b = sample(30, 4, 1) * torch.tensor([1.0, 1.0, 1.5, 0.0]).double() @ turn + 2.0
     assert distance(a, b) == pytest.approx(4 * 4 + 0 + 1 + 1 + 9, rel=1e-6)
     assert distance(a, a) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(Mgp5Error, match="1 images"):
+    with pytest.raises(Mgp5Error, match="1 image:"):
         distance(a, b[:1])
 
 
@@ -156,6 +157,22 @@ def test_parts_are_aligned_within_their_kind():
     u, v = [Text(name) for name in "abc"], [Image(caption=name) for name in "def"]
     pairs = align([u[0], v[0], u[1], v[1], v[2]], [v[2], u[2], u[1], v[1], u[0]])
     assert pairs == [(u[0], u[2]), (u[1], u[1]), (None, u[0]), (v[0], v[2]), (v[1], v[1])]
+
+
+@pytest.mark.parametrize(("kind", "value", "n"), [("dialogue", 0.5, 2), ("narrate", 0.1, 10)])
+def test_texts_of_dialogues_count_as_the_release_counts_them(kind, value, n):
+    """One turn of a dialogue is right, none of nine of the other: the release takes the mean of the dialogues'."""
+    right, wrong = Message("assistant", (Text("a fox"),)), Message("assistant", (Text("one owl"),))
+    samples = [Sample(key=str(k), group="ab"[k > 0], kind=kind, tables=(), load=Conversation) for k in range(10)]
+    replies = Replies([(one, right, wrong if one.group == "b" else right) for one in samples])
+    number = METRICS["ROUGE-L"].measure(replies, None, generator())
+    assert (number.value, number.n) == (pytest.approx(value), n)
+
+
+def test_the_page_says_what_its_words_mean():
+    assert words.TASKS.keys() == {task for each in TASKS.values() for task in each}
+    assert words.CONTEXTS.keys() == {*CONTEXTS} and words.METRICS.keys() == METRICS.keys()
+    assert words.SYSTEMS.keys() == {"model", *BASELINES, *BOUNDS}
 
 
 def test_images_when_due():

@@ -7,7 +7,17 @@ import os
 import pytest
 
 from mgp5.errors import Mgp5Error
-from mgp5.files import digest, lock, read_json, remove_leftovers, replacing, write_json, write_text
+from mgp5.files import (
+    digest,
+    lock,
+    read_json,
+    read_text,
+    remove_leftovers,
+    replacing,
+    text_lines,
+    write_json,
+    write_text,
+)
 
 
 def test_a_block_that_fails_leaves_the_old_content(tmp_path):
@@ -55,6 +65,15 @@ def test_broken_json_is_one_line(tmp_path, text, reason):
     with pytest.raises(Mgp5Error, match=reason) as error:
         read_json(tmp_path / "a.json", "make it again")
     assert str(error.value).endswith(": make it again") and "\n" not in str(error.value)
+
+
+def test_texts_have_no_byte_order_mark_and_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffa fox\x0c\x85\u2028b\r\n \n owl \rcat".encode())
+    assert text_lines(read_text(path)) == ["a fox\x0c\x85\u2028b", "owl", "cat"]
+    path.write_bytes(b"a fox \xff")
+    with pytest.raises(Mgp5Error, match=r"a\.txt cannot be read as UTF-8 text.*: save it as UTF-8"):
+        read_text(path)
 
 
 def test_digests_tell_values_apart():

@@ -18,7 +18,7 @@ from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
 from mgp5.options import reply_options
-from mgp5.prompts import example
+from mgp5.prompts import example, prompt
 from mgp5.training.batch import Collator
 
 
@@ -165,6 +165,17 @@ def test_the_prompt_of_a_narration_has_the_history_of_the_models_configuration(m
     list(tell_story(StoryRequest(inputs=inputs, scenes=0), model))
     assert any(image is first for image in asked[0].images) is shown
     assert ("once" in asked[0].messages[-1].text) is shown
+
+
+@pytest.mark.parametrize(("history", "shown"), [(None, 5), (3, 3), (1, 1), (0, 1)])
+def test_a_reply_reads_as_many_messages_as_those_of_its_training_had(model, history, shown):
+    talk = Conversation().add("system", "Talk.").add("user", "one").add("assistant", "two")
+    talk = talk.add("user", "three").add("assistant", "four").add("user", "five")
+    model.config = replace(model.config, history=history)
+    session = Session(model)
+    list(generate(model, talk, reply_options(max_tokens=1, image="never"), session))
+    expected = Conversation((talk.messages[0], *talk.messages[-shown:]))
+    assert [token for token, _ in session.keys][: session.prefilled] == prompt(model.backbone, expected).ids
 
 
 def test_a_configuration_of_before_heads_had_names_is_read():

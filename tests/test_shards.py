@@ -65,9 +65,9 @@ def batches(data: shards.Shards, count: int, workers: int = 0, first: int = 0, *
 def test_samples_are_those_of_cc3m(tmp_path: Path) -> None:
     odd = [
         ("sub/a.PNG", b"1"),
-        ("sub/a.txt", b"Two; words."),
+        ("sub/a.txt", b"\xef\xbb\xbfTwo; words."),
         ("b.jpg", b"2"),
-        ("b.json", b'{"caption": "Of JSON"}'),
+        ("b.json", b'\xef\xbb\xbf{"caption": "Of JSON"}'),
         ("c.txt", b"no picture"),
         ("d.jpg", b"3"),
         ("e.jpg", b"4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import PIL.Image
 import pytest
 from browser import Page
 
-from mgp5.errors import Mgp5Error
+from mgp5.errors import Mgp5Error, counted
 from mgp5.events import Finished, ImageDone, ImageStep, SceneStart, TextChunk
 from mgp5.messages import Conversation, Image, Message, Text
 from mgp5.views.files import STORY, JsonEvents, StoryFolder, keep_images, read_png_metadata, write_png
 from mgp5.views.html import Scene, scenes, write_html
+from mgp5.views.tables import show, table
 from mgp5.views.terminal import TerminalView
 
 MADE = {"model": "demo", "seed": 7, "options": {"steps": 4}}
@@ -164,6 +166,29 @@ def test_events_become_json_lines(tmp_path: Path) -> None:
     assert [line["event"] for line in lines] == kinds and lines[1]["text"] == " The fox "
     assert (lines[5]["path"], lines[5]["seed"]) == (str(tmp_path / "001.png"), 7)
     assert read_png_metadata(tmp_path / "001.png")["seed"] == 7
+    few = io.StringIO()
+    for event in some_events():
+        JsonEvents(few, steps=False)(event)
+    assert few.getvalue().count("\n") == len(kinds) - 2 and "image_step" not in few.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, None])
+def test_tables_lose_nothing(monkeypatch, width: int | None) -> None:
+    name, path = "a-model-with-a-long-name-7b", "/a/very/long/" + 20 * "folder/" + "model"
+    out = Screen() if width else io.StringIO()
+    monkeypatch.setenv("COLUMNS", str(width))
+    show(table("", ["name", "count", "where"], [[name, "", path], [name, "1,200", "x" * 90]]), file=out)
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    assert "…" not in text and text.count(name) == 2
+    if width:
+        assert max(map(len, text.splitlines())) <= width
+        assert path in re.sub(r"\s", "", text.split("1,200")[0])
+    else:
+        assert path in text and "x" * 90 in text
+
+
+def test_counts_are_of_one_or_more() -> None:
+    assert [counted(n, "update") for n in (0, 1, 2, 1200)] == ["0 updates", "1 update", "2 updates", "1,200 updates"]
 
 
 @pytest.mark.parametrize("kind", ["story", "chat"])
@@ -176,7 +201,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path, kind: str) -> No
     assert len(page.links()) == 3 and all(link.startswith("data:") for link in page.links())
     assert "url(" not in text and "@import" not in text
     assert "alert" in page.text and sum("alt" in attributes for _, attributes in page.tags) == 2
-    assert ("Draw." in page.text) == (kind == "chat")
+    assert "Draw." not in page.text  # the system's words
 
 
 def test_scenes_pair_images_with_their_texts_and_no_word_of_the_users_is_lost() -> None:
@@ -240,6 +265,24 @@ def test_pictures_are_drawn_where_the_terminal_can(monkeypatch, images: str, env
     if not mark:
         assert out.getvalue() == "The fox smiles.\nThe end.\n"
         assert "picture 1 (seed 7)" in err.getvalue()
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", False), ("ascii", False), ("utf-8", True)])
+@pytest.mark.parametrize("images", ["auto", "blocks"])
+def test_a_terminal_without_utf_8_gets_text_and_paths(monkeypatch, encoding: str, shown: bool, images: str) -> None:
+    for name, value in {"TERM": "xterm-kitty", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("TMUX", "TERM_PROGRAM", "LC_TERMINAL", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding=encoding), io.StringIO()
+    out.isatty = lambda: True
+    with TerminalView(images, stdout=out, stderr=err) as view:
+        view(TextChunk("The fox “smiles”."))
+        view(ImageDone(0, picture("blue", META)))
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert text.startswith("The fox “smiles”." if shown else "The fox ?smiles?.")
+    assert ("\x1b" in text) == shown and ("picture 1 (seed 7)" in err.getvalue()) != shown
 
 
 def test_a_model_cannot_steer_the_terminal() -> None:

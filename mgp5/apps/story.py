@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error, raise_all
 from ..events import Event, Finished, ImageDone, SceneKind, SceneStart, TextChunk
+from ..files import read_text, text_lines
 from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options, unexpected
 from ..prompts import Context, Scene, continue_, illustrate, narrate
@@ -105,18 +106,10 @@ def read_image(path: Path) -> Image:
 
 def read_lines(path: Path) -> list[SceneInput]:
     """Return each line of a text file that is not blank as a scene to illustrate."""
-    lines = [SceneInput(text=line.strip()) for line in read_text(path).splitlines() if line.strip()]
+    lines = [SceneInput(text=line) for line in text_lines(read_text(path))]
     if not lines:
         raise Mgp5Error(f"--text {path} is empty", "write one scene per line", usage=True)
     return lines
-
-
-def read_text(path: Path) -> str:
-    """Return the contents of a text file. Raises Mgp5Error when it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mgp5Error(f"{path} cannot be read as UTF-8 text ({error})", "save it as UTF-8") from None
 
 
 def natural(path: Path) -> list[tuple[int, int | str]]:

@@ -171,7 +171,7 @@ def tables(rows: list[Row]) -> Group:
         view.add_column("", no_wrap=True)
         for column in columns:
             title = done[0].get("unit", column) if column == "median" else column.replace("_", " ")
-            view.add_column(title, justify="right", min_width=max(map(len, title.split())))
+            view.add_column(title, justify="right", min_width=max(map(len, title.split())), overflow="fold")
         for row in done:
             view.add_row(row["provider"], *(_cell(row.get(column)) for column in columns))
         views += [view] if done else [f"{name}: {size}"]

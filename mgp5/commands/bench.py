@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,8 @@ def bench(out: Path, as_json: bool, **options: Any) -> None:
     from ..device import quiet_libraries
 
     quiet_libraries()
-    from rich.console import Console
-
     from ..bench.run import BenchRequest, measure, tables
+    from ..views.tables import show
 
     request, began, rows = BenchRequest(out=out, **options), time.monotonic(), []
     for row in measure(request, lambda text: say(f"[{time.monotonic() - began:4.0f} s] {text}")):
@@ -47,5 +45,5 @@ def bench(out: Path, as_json: bool, **options: Any) -> None:
         if as_json:
             click.echo(json.dumps(row))
     if not as_json:
-        Console(width=None if sys.stdout.isatty() else 140).print(tables(rows))
+        show(tables(rows))
     say(f"The report is in {out}")

@@ -32,6 +32,7 @@ def chat(messages: tuple[str, ...], **flags: Any) -> None:
     elif sys.stdin.isatty():
         repl.run()
     else:
-        repl.say_all(line for line in map(str.strip, sys.stdin) if line)
+        lines = (line.removeprefix("\ufeff").strip() for line in sys.stdin)  # a byte-order mark is no text
+        repl.say_all(line for line in lines if line)
     if chat.folder:
         say(f"The conversation is in {chat.folder.path}")

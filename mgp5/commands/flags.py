@@ -82,7 +82,7 @@ GENERATION = (
         "--show",
         type=click.Choice(["auto", "blocks", "off"]),
         default="auto",
-        help="Images in the terminal (never when piped).",
+        help="Images in the terminal (never when piped); with --json, off leaves out the steps of images.",
     ),
 )
 
@@ -133,7 +133,7 @@ def view_of(flags: dict[str, Any]) -> JsonEvents | TerminalView:
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
-    return JsonEvents(sys.stdout) if flags["as_json"] else TerminalView(flags["show"])
+    return JsonEvents(sys.stdout, flags["show"] != "off") if flags["as_json"] else TerminalView(flags["show"])
 
 
 def say(line: str) -> None:

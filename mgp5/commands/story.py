@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, counted
 from .flags import COUNT, PATH, fill, generation_options, notes, progress, ray_option, requests_of, say, view_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> t
     room, count, needs = resources(flags["workers"], request.model.device)
     if count > room:
         raise Mgp5Error(f"--workers {count}, but the cluster has {room} GPUs", f"give at most {room}", usage=True)
-    tell(f"{count} workers, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
+    tell(f"{counted(count, 'worker')}, each with {', '.join(f'{n} {name[4:-1].upper()}' for name, n in needs.items())}")
     return stack.enter_context(spread(count, needs, absolute(request.model))), count
 
 

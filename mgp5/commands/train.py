@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, counted
 from .flags import COUNT, PATH, progress, say, settings_option
 
 if TYPE_CHECKING:
@@ -104,20 +104,19 @@ def _line(event: Progress) -> str:
 
 
 def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
-    from rich.console import Console
-
     from ..memory.estimate import table
+    from ..views.tables import show
 
     memory, tflop = found.memory, round(found.memory.flops / 1e12, 3)
     if as_json:
         values = {"samples": found.samples, "updates": found.updates, "tokens": memory.length, "tflop": tflop}
         parts = {"parts": [asdict(row) for row in memory.rows], "bytes": memory.total.total}
         return click.echo(json.dumps(values | parts))
-    Console(stderr=True).print(table(memory))
-    work = (
-        f"{found.samples} samples, {found.updates} updates of {found.batch} samples, {batch} of {memory.length} tokens"
-    )
-    say(f"{work} at a time; {memory.total.trained:,} trainable parameters, {tflop} TFLOP per update")
+    show(table(memory), file=sys.stderr)
+    samples = "an unknown number of samples" if found.samples is None else counted(found.samples, "sample")
+    work = f"{samples}, {counted(found.updates, 'update')} of {counted(found.batch, 'sample')}"
+    work += f", {batch} of {counted(memory.length, 'token')} at a time"
+    say(f"{work}; {memory.total.trained:,} trainable parameters, {tflop} TFLOP per update")
 
 
 @click.command()

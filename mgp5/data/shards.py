@@ -157,7 +157,7 @@ class Shard:
             return Skipped("missing image", key)
         try:
             data = self._read(*image)
-            text = self._read(*parts["txt" if "txt" in parts else "json"]).decode()
+            text = self._read(*parts["txt" if "txt" in parts else "json"]).decode("utf-8-sig")
             caption = clean_caption(text if "txt" in parts else json.loads(text)["caption"])
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             caption = ""

@@ -69,8 +69,8 @@ def _bleu(order: int, replies: Replies, encoders: Encoders, generator: torch.Gen
 def _text_pairs(
     function: Callable[..., Tensor], replies: Replies, encoders: Encoders, generator: torch.Generator, **options: Any
 ) -> Number:
-    generated, real, groups = replies.texts
-    return mean(function(generated, real, **options), groups, generator)
+    generated, real, _ = replies.texts
+    return replies.mean_of_texts(function(generated, real, **options), generator)
 
 
 def _meteor(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
@@ -79,9 +79,9 @@ def _meteor(replies: Replies, encoders: Encoders, generator: torch.Generator) ->
 
 def _s_bert(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
     """S-BERT (Reimers & Gurevych, 2019; MiniGPT-5, table 2); an empty text has a vector too."""
-    generated, real, groups = replies.texts
+    generated, real, _ = replies.texts
     values = metrics.cosine_similarity(encoders.sentences(generated), encoders.sentences(real))
-    return mean(values, groups, generator)
+    return replies.mean_of_texts(values, generator)
 
 
 def _part_vectors(message: Message, encoders: Encoders) -> list[Tensor]:
@@ -124,6 +124,7 @@ def _image_rate(replies: Replies, encoders: Encoders, generator: torch.Generator
     return mean(torch.tensor(values), groups, generator, **{"not due": rate})
 
 
+_DIALOGUES = "rows (dialogues, the mean of their turns) in [0, 1]"
 _COSINE, _INCEPTION = "rows, cosine in [-1, 1]", ("torchmetrics", "torch_fidelity", "inception")
 _CHARACTERS = [partial(_text_pairs, partial(metrics.bleu_characters, order=order)) for order in (1, 2)]
 METRICS: dict[str, Metric] = {
@@ -138,8 +139,8 @@ METRICS: dict[str, Metric] = {
     # Texts
     "BLEU-1": Metric(partial(_bleu, 1), ("torchmetrics",), "number in [0, 1]", "Papineni et al.; MMDialog"),
     "BLEU-2": Metric(partial(_bleu, 2), ("torchmetrics",), "number in [0, 1]", "Papineni et al.; MMDialog"),
-    "BLEU-1, characters": Metric(_CHARACTERS[0], ("nltk",), "rows in [0, 1]", "the release, MMDialog"),
-    "BLEU-2, characters": Metric(_CHARACTERS[1], ("nltk",), "rows in [0, 1]", "the release, MMDialog"),
+    "BLEU-1, characters": Metric(_CHARACTERS[0], ("nltk",), _DIALOGUES, "the release, MMDialog"),
+    "BLEU-2, characters": Metric(_CHARACTERS[1], ("nltk",), _DIALOGUES, "the release, MMDialog"),
     "ROUGE-L": Metric(
         partial(_text_pairs, metrics.rouge_l), ("torchmetrics",), "rows in [0, 1]", "Lin; MiniGPT-5, VIST and MMDialog"
     ),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, counted
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:  # (B, E), (B, E) -> (B,)
@@ -49,7 +49,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:  # (N, F), (M, F)
 
 def _require_two(*sets: Tensor) -> None:
     if (fewest := min(map(len, sets))) < 2:
-        raise Mgp5Error(f"{fewest} images", "a Frechet distance needs two or more on each side")
+        raise Mgp5Error(counted(fewest, "image"), "a Frechet distance needs two or more on each side")
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:  # (N, F) -> (F,), (min(N, F), F)
@@ -66,7 +66,7 @@ def inception_score(logits: Tensor, seed: int, splits: int = 10) -> tuple[float,
     from torchmetrics.image.inception import InceptionScore
 
     if len(logits) < splits:
-        raise Mgp5Error(f"{len(logits)} images", f"an Inception Score of {splits} splits needs {splits} or more")
+        raise Mgp5Error(counted(len(logits), "image"), f"an Inception Score of {splits} splits needs {splits} or more")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that features stay in memory
         torch.manual_seed(seed)
@@ -150,6 +150,14 @@ def mm_relevance_pooled(generated: Sequence[dict[str, Tensor]], real: Sequence[d
 
 def _relevance(total: float, generated: int, real: int) -> Relevance:
     return Relevance(total / generated if generated else 0.0, total / real, 2 * total / (generated + real))
+
+
+def group_means(values: Tensor, groups: Sequence[str]) -> tuple[Tensor, list[str]]:  # (B,) -> (G,)
+    """Return the mean of the values of each group, and the groups in order."""
+    rows: dict[str, list[float]] = {}
+    for value, group in zip(values.tolist(), groups, strict=True):
+        rows.setdefault(group, []).append(value)
+    return torch.tensor([sum(row) / len(row) for row in rows.values()], dtype=torch.float64), list(rows)
 
 
 def mean_interval(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..messages import Image, Message, Part, Text
-from .metrics import mean_interval
+from .metrics import group_means, mean_interval
 from .tasks import Sample
 
 if TYPE_CHECKING:
@@ -94,6 +94,13 @@ class Replies:
         if not pairs:
             raise Mgp5Error("no true reply holds a text", "nothing to compare with")
         return [p.text if p else "" for p, _, _ in pairs], [t.text for _, t, _ in pairs], [s.group for _, _, s in pairs]
+
+    def mean_of_texts(self, values: Tensor, generator: torch.Generator) -> Number:
+        """Return the mean of values (B,) of `texts`; of dialogues that of their own means, as the release has it."""
+        groups = self.texts[2]
+        if self.rows[0][0].kind == "dialogue":
+            values, groups = group_means(values, groups)
+        return mean(values, groups, generator)
 
     def counts(self) -> dict[str, int]:
         """Return how many replies there are, and how many lack what the true reply has."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -157,11 +158,16 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # (B, 3, H, W)
-        """Decode latents (B, Z, h, w) to float32 pixels in [-1, 1]."""
+        """Decode latents (B, Z, h, w) to float32 pixels in [-1, 1]; again in float32 where the VAE overflows."""
         latents = latents / self.vae.config.scaling_factor + self._shift
         if self.engine and self.engine.decode and not self.vae.use_tiling:
-            return self.engine.decode(latents).float().clamp(-1, 1)
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float().clamp(-1, 1)
+            pixels = self.engine.decode(latents)
+        else:
+            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
+        half = self.vae.dtype != torch.float32 and not pixels.is_meta
+        if half and not pixels.isfinite().all() and latents.isfinite().all():  # a copy: engines hold these weights
+            pixels = deepcopy(self.vae).float().decode(latents.to(self.vae.device, torch.float32)).sample
+        return pixels.float().clamp(-1, 1)
 
     @property
     def _shift(self) -> float:

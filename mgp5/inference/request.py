@@ -16,6 +16,7 @@ import torch
 from PIL import Image as pil
 from torch import Tensor
 
+from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
 from ..heads import DrawContext, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
 from ..messages import Conversation, Image, Message, Text
@@ -124,7 +125,7 @@ class ActiveRequest:
         options = self.options
         if options.draw != "never" and options.max_images > 0:
             self.head.check(options.image)
-        session.read(self.conversation, reply=self.head.spec.positions)
+        session.read(self.conversation.recent(self.model.config.history), reply=self.head.spec.positions)
         self.writer.stops = (*role_markers(self.model.backbone), *options.stop)
         self.params = SamplingParams(
             options.temperature, options.top_p, options.repetition_penalty, rng(options.seed, 0, "text")
@@ -307,7 +308,7 @@ class ActiveRequest:
     def _metadata(self, seed: int) -> dict[str, Any]:
         """Return what is needed to make an image again, and what it shows."""
         messages = self.conversation.messages
-        prompt = self.writer.text or (messages[-1].text if messages else "")
+        prompt = self.writer.text or (messages[-1].words if messages else "")
         kept = {k: v for k, v in self.options.flat().items() if k not in ("image_seed", "max_images", "seed")}
         metadata = {"prompt": prompt, "seed": seed, "text_seed": self.options.seed}
         return metadata | {k: v for k, v in kept.items() if v is not None}
@@ -323,6 +324,9 @@ def complete(model: InterleavedModel, options: Options) -> Options:
 
 
 def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
-    """Return pixels (3, H, W) in [-1, 1] as an image."""
+    """Return pixels (3, H, W) in [-1, 1] as an image. Raises Mgp5Error unless all of them are finite."""
+    if not pixels.isfinite().all():
+        hint = "try other --steps, --guidance or --backend eager; cards that compute in float16 may need --device cpu"
+        raise Mgp5Error("a picture came out as numbers that are not finite (NaN)", hint)
     data = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
     return Image(pixels=pil.fromarray(data.cpu().numpy()), meta=metadata or {})

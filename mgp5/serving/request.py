@@ -100,7 +100,7 @@ def read_key(file: Path | None) -> str | None:
     Raises Mgp5Error if the file cannot be read, or the key is too short or not one word.
     """
     try:
-        key = os.environ.get(KEY) if file is None else file.read_text()
+        key = os.environ.get(KEY) if file is None else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError):
         raise Mgp5Error(f"cannot read an API key from {file}", "give a file with the key on one line") from None
     if key is None:

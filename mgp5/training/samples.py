@@ -54,7 +54,7 @@ def sample_page(model: InterleavedModel, samples: list[Conversation], step: int,
             reply = reply_to(model, sample)
         except Mgp5Error:
             continue
-        target = Message("system", (Text("In the data:"), *sample.messages[-1].content))
+        target = Message("user", (Text("In the data:"), *sample.messages[-1].content))
         page = Conversation((*page.messages, *sample.messages[:-1], reply, target))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -177,13 +177,18 @@ def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]
 
 
 class JsonEvents(contextlib.AbstractContextManager):
-    """Write every event as one JSON object per line; an image has the path that `keep_images` gave it, or null."""
+    """Write every event as one JSON object per line; an image has the path that `keep_images` gave it, or null.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Without `steps` those of images are left out.
+    """
+
+    def __init__(self, stream: TextIO, steps: bool = True) -> None:
+        self._stream, self._steps = stream, steps
 
     def __call__(self, event: Event) -> None:
         """Write one event, and flush."""
+        if isinstance(event, ImageStep) and not self._steps:
+            return
         self._stream.write(json.dumps(_fields(event), default=str) + "\n")
         self._stream.flush()
 

@@ -30,7 +30,7 @@ class Scene:
 def write_html(
     conversation: Conversation, meta: Mapping[str, Any], path: Path, *, kind: Literal["story", "chat"] = "story"
 ) -> None:
-    """Write the page: of a story its scenes, of a chat every message.
+    """Write the page: of a story its scenes, of a chat every message but the system's.
 
     `meta` may hold `title`, `model`, `seed`, `options` and `lang`, as story.json. Raises Mgp5Error if an image cannot
     be read, or the page not be written.
@@ -38,7 +38,7 @@ def write_html(
     if kind == "story":
         body = [_scene(scene, number) for number, scene in enumerate(scenes(conversation), 1)]
     else:
-        body = [_turn(message) for message in conversation.messages]
+        body = [_turn(message) for message in conversation.messages if message.role != "system"]
     page = PAGE.format(
         lang=escape(str(meta.get("lang") or "en")),
         title=escape(str(meta.get("title") or ("A picture story" if kind == "story" else "A conversation"))),
@@ -95,8 +95,6 @@ def _turn(message: Message) -> str:
             parts.append(_figure(part, message.text, "Picture", ""))
         elif text := part.text.strip():
             parts.append(f"<p>{escape(text)}</p>")
-    if message.role == "system":
-        return f'<div class="system">{"".join(parts)}</div>'
     who = "You" if message.role == "user" else "Model"
     return f'<article class="turn {message.role}"><h2 class="who">{who}</h2>{"".join(parts)}</article>'
 

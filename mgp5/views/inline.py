@@ -24,6 +24,8 @@ def painter(images: Images, stdout: TextIO) -> Painter | None:
     console, protocol = Console(file=stdout), _protocol() if images == "auto" else "halfcell"
     if protocol == "halfcell" and (console.color_system is None or console.no_color):
         return None
+    if protocol != "sixel" and not console.encoding.startswith("utf"):  # blocks, and kitty's marks, are characters
+        return None
     renderable = _load(protocol).Image
 
     def paint(image: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TextIO
 
+from ..errors import counted
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
 from .inline import Images, Painter, painter
 
@@ -139,7 +140,8 @@ class TerminalView:
         """Print why a reply ended early; outside of stories also its seed, tokens and seconds."""
         words = [ENDINGS[event.reason]] if event.reason in ENDINGS else []
         if not self._in_story:  # which would print it after every scene
-            forms, meta = {"seed": "seed {}", "tokens": "{} tokens", "seconds": "{:.1f} s"}, event.meta
-            words += [form.format(meta[key]) for key, form in forms.items() if isinstance(meta.get(key), int | float)]
+            forms = {"seed": "seed {}".format, "tokens": partial(counted, noun="token"), "seconds": "{:.1f} s".format}
+            values = {key: event.meta.get(key) for key in forms}
+            words += [forms[key](value) for key, value in values.items() if isinstance(value, int | float)]
         if words:
             self._note(" · ".join(words))

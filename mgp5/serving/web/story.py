@@ -17,6 +17,7 @@ from anyio import to_thread
 from ...apps.recorder import StoryScene, story_conversation
 from ...apps.story import SceneInput, finished_scene, natural, scene_request
 from ...errors import Mgp5Error
+from ...files import text_lines
 from ...views.html import write_html
 from ..loop import Refused
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
@@ -173,7 +174,7 @@ def _plan(task: Task, scenes: list[StoryScene], lines: str, count: int) -> list[
     if task == "narrate":
         return [(n, SceneInput(scene.image)) for n, scene in enumerate(scenes) if scene.image and not scene.text]
     if task == "draw":
-        texts = [line.strip() for line in (lines or "").splitlines() if line.strip()]
+        texts = text_lines(lines or "")
         return [(number, SceneInput(text=text)) for number, text in enumerate(texts, len(scenes))]
     return [(len(scenes) + number, SceneInput()) for number in range(int(count))]
 
