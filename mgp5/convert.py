@@ -129,7 +129,8 @@ def _fill(model: InterleavedModel, released: dict[str, Tensor], parts: Parts) ->
     """Load the released tensors into the model; return the names of those that are not needed."""
     ranks = [len(value) for name, value in released.items() if name.endswith("lora_A")]
     model.adapt(LoraConfig(rank=ranks[0], alpha=2 * ranks[0]) if ranks else None, None)
-    model.config = replace(model.config, stage="finetune" if ranks else "pretrain")
+    # Of dialogues the release keeps three messages; stories are one message.
+    model.config = replace(model.config, stage="finetune" if ranks else "pretrain", history=3 if ranks else None)
     names = {name: _common(name.removeprefix("adapter.")) for name in trained_tensors(model)}
     cut = {name: value[-ADDED : VOKENS - ADDED] if name in ROWS else value for name, value in released.items()}
     tensors = {ours: cut[common].float() for ours, common in names.items() if common in cut}

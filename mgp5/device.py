@@ -38,6 +38,17 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     return device, torch.float32
 
 
+def launched() -> bool:
+    """Return whether this is one of the processes of a launcher such as torchrun."""
+    return "LOCAL_RANK" in os.environ
+
+
+def check_launched(device: str) -> None:
+    """Raise Mgp5Error (wrong usage) if a launcher shares out the GPUs, and the user names one."""
+    if launched() and device not in ("auto", "cpu"):
+        raise Mgp5Error(f"--device {device} under a launcher", "leave it out: every process takes a GPU", usage=True)
+
+
 def user_cache() -> Path:
     """Return the folder for files that can be computed again, $XDG_CACHE_HOME/mgp5."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5"

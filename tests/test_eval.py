@@ -48,7 +48,14 @@ def trained(llava_folder, diffusion_folder, tmp_path_factory) -> str:
 def evaluate(out: Path, *args: str) -> dict:
     result = CliRunner().invoke(cli.main, ["eval", "--out", str(out), *QUICK, *args])
     assert result.exit_code == 0, result.stderr
-    return json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    if "--json" in args:
+        assert json.loads(result.stdout.splitlines()[-1])["tables"] == report["tables"]
+    else:
+        assert all(table in result.stdout for table in report["tables"]) and "replies" in result.stdout
+        assert str(out / "report.html") in result.stderr.splitlines()[-1]
+    assert "What the words mean" in Page(out / "report.html").text
+    return report
 
 
 def refused(out: Path, *args: str) -> str:
@@ -71,6 +78,8 @@ def pictures(page: Page) -> int:
 
 
 def test_tasks_ask_what_the_papers_ask(storyland):
+    data = load("mmdialog", storyland / "mmdialog", "train", history=1)
+    assert {len(sample.load().messages) for sample in data.samples} == {3}  # the system's, one before, the reply
     data = load("vist", storyland / "vist", "train")
     by_key = {sample.key: sample for sample in data.samples}
     assert len(by_key) == len(data.samples) == 5 + 4 + 1 + 3
@@ -132,6 +141,7 @@ def test_baselines_reply_beside_the_model(trained, storyland, llava_folder, diff
     given += ["--metric", "BLEU-1"]
     alone = evaluate(tmp_path / "out", *given)
     made = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/model*/*")}
+    assert evaluate(tmp_path / "out", *given, "--json")["tables"] == alone["tables"]  # a second call tells them too
     baselines = ["t2i", f"t2i-tuned={diffusion_folder}", f"two-stage={llava_folder}", f"gill={trained}", "text-only"]
     report = evaluate(tmp_path / "out", *given, *(f"--baseline={name}" for name in baselines))
     assert {file: file.read_bytes() for file in made} == made  # the model has not replied again

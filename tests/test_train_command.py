@@ -48,7 +48,8 @@ def test_both_stages_from_the_command_line(base, storyland, tmp_path, monkeypatc
     result = run("finetune", "pretrain", *both)
     assert not result.stdout and "finetune" in result.stderr and "x broken image (first: " in result.stderr
     monkeypatch.chdir("/")  # a run knows its parts from anywhere
-    assert load(tmp_path / "finetune").config.lora == LoraConfig(rank=2)
+    trained = load(tmp_path / "finetune").config
+    assert trained.lora == LoraConfig(rank=2) and trained.history == 3  # of the dialogues
     saved = json.loads((tmp_path / "finetune/config.json").read_text())
     assert (saved["batch"], saved["lora"]["rank"], saved["stage"]) == (2, 2, "finetune")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .flags import COUNT, PATH, SEED, fill, generation_options, notes, progress, requests_of, without
+from .flags import COUNT, PATH, SEED, fill, generation_options, notes, progress, requests_of, say, without
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -72,7 +72,8 @@ def eval_command(**flags: Any) -> None:
     weights = {name: Path(path).expanduser() for name, _, path in (item.partition("=") for item in flags["weights"])}
     request = fill(EvaluateRequest, flags, weights=weights, model=model, options=options)
     bars: dict[str, TaskID] = {}
-    with progress(transient=True, disable=os.environ.get("RANK", "0") != "0") as bar:  # the first process shows a bar
+    first = os.environ.get("RANK", "0") == "0"  # of several processes it speaks
+    with progress(transient=True, disable=not first) as bar:
 
         def show(replied: Replied) -> None:
             if replied.system not in bars:
@@ -81,4 +82,27 @@ def eval_command(**flags: Any) -> None:
             if flags["as_json"]:
                 click.echo(json.dumps(replied.row))
 
-        evaluate(request, notes(flags), show)
+        report = evaluate(request, notes(flags), show)
+    if first:
+        _show(report, request.out, flags["as_json"])
+
+
+def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print the numbers of a report, a column for each system, and where its page is."""
+    from ..views.tables import show, table
+
+    if as_json:
+        return click.echo(json.dumps({"report": str(out / "report.json"), "tables": report["tables"]}))
+    systems = dict.fromkeys(name for found in report["tables"].values() for name in found)
+    rows = []
+    for title, found in report["tables"].items():
+        metrics = {name: entry["metrics"] for name, entry in found.items()}
+        cells = {"replies": {name: f"{entry['replies']:,}" for name, entry in found.items()}}
+        if any(entry["failed"] for entry in found.values()):
+            cells["failed"] = {name: f"{entry['failed']:,}" for name, entry in found.items()}
+        for metric in dict.fromkeys(metric for each in metrics.values() for metric in each):
+            cells[metric] = {name: f"{each[metric]['value']:.4g}" for name, each in metrics.items() if metric in each}
+        lines = [[metric, *(each.get(name, "") for name in systems)] for metric, each in cells.items()]
+        rows += [["" if number else title, *line] for number, line in enumerate(lines)]
+    show(table("", ["task", "metric", *systems], rows))
+    say(f"Numbers with intervals, charts and samples are in {out / 'report.html'}")

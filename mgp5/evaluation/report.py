@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..device import machine, versions
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, counted
 from ..files import write_json, write_text
 from ..messages import Conversation, Image, Message, Part, Text
 from ..storyland.metrics import acceptance
@@ -25,6 +25,7 @@ from .replies import Replies
 from .request import EvaluateRequest
 from .storyland import METRICS as STORYLAND
 from .tasks import Data, Sample
+from .words import words
 
 PAGE_STYLE = STYLE + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SIDE = 192  # pixels of an image in the page
@@ -97,6 +98,8 @@ def _write_page(path: Path, report: dict[str, Any], samples: dict[str, Shown]) -
     parts = [f"<p>{escape(_summary(report))}</p>", f"<p><code>{escape(report['command'])}</code></p>"]
     if "acceptance" in report:
         parts.append(_acceptance(report["acceptance"]))
+    meanings = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in words(report).items())
+    parts.append(f"<details><summary>What the words mean</summary><dl>{meanings}</dl></details>")
     parts += ["<h2>Charts</h2>", "<p><small>Lines are 95 % intervals.</small></p>", *_charts(report)]
     for table, systems in report["tables"].items():
         parts += [f"<h2>{escape(table)}</h2>", _numbers(systems, report["published"].get(table, [])), *_notes(systems)]
@@ -113,7 +116,7 @@ def _write_page(path: Path, report: dict[str, Any], samples: dict[str, Shown]) -
 def _summary(report: dict[str, Any]) -> str:
     data, options = report["data"], report["settings"]["options"]
     problems = ", ".join(f"{count} x {kind}" for kind, count in data["problems"].items()) or "none"
-    parts = [f"{data['samples']} samples of {data['groups']} groups (problems: {problems})"]
+    parts = [f"{counted(data['samples'], 'sample')} of {counted(data['groups'], 'group')} (problems: {problems})"]
     if "sampler" in options:  # of a diffusion model
         parts.append(f"{options['steps']} steps of {options['sampler']}")
     if "guidance" in options:
@@ -140,20 +143,22 @@ def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
-    """Return the table of systems and of the papers' rows, a column for each metric."""
+    """Return the table of systems and of the papers' rows by metrics; what is more stands one below the other."""
     names = list(dict.fromkeys(name for row in (*systems.values(), *published) for name in row["metrics"]))
     arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
-    counts = ("replies", "failed", "without a picture that is due", "without a text that is due")
-    heads = ("", "replies", "failed", "no picture", "no text", *(f"{escape(name)} {arrows[name]}" for name in names))
-    lines = []
+    counts = {"replies": "replies", "failed": "failed"}
+    counts |= {"without a picture that is due": "no picture", "without a text that is due": "no text"}
+    counts = {key: head for key, head in counts.items() if key == "replies" or any(e[key] for e in systems.values())}
+    lines = [["", *counts.values(), *(f"{escape(name)} {arrows[name]}" for name in names)]]
     for system, entry in systems.items():
         numbers = [_number(entry["metrics"].get(name)) for name in names]
-        lines.append(_row((escape(system), *(entry[name] for name in counts), *numbers)))
+        lines.append([escape(system), *(entry[name] for name in counts), *numbers])
     for row in published:
-        who = f"{escape(row['model'])} <small>(theirs: {escape(row['source'])})</small>"
-        numbers = [row["metrics"].get(name, "") for name in names]
-        lines.append(_row((who, *("" for _ in counts), *numbers), kind="theirs"))
-    return _table(heads, lines)
+        who = f"<i>{escape(row['model'])} <small>theirs: {escape(row['source'])}</small></i>"
+        numbers = [f"<i>{row['metrics'][name]}</i>" if name in row["metrics"] else "" for name in names]
+        lines.append([who, *("" for _ in counts), *numbers])
+    heads, *rows = lines if len(lines) >= len(lines[0]) else zip(*lines, strict=True)
+    return _table(heads, map(_row, rows))
 
 
 def _notes(systems: dict[str, Any]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..device import pick_device
+from ..device import check_launched, pick_device
 from ..errors import Mgp5Error, raise_all
 from ..hub import Parts, resolve
 from ..options import ModelRequest, Options
@@ -60,12 +59,11 @@ class EvaluateRequest:
             problems.append(f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             problems.append(f"no metric {', '.join(map(repr, unknown))}: there are {'; '.join(METRICS)}")
-        if launched() and self.model.device not in ("auto", "cpu"):
-            problems.append(f"--device {self.model.device} under a launcher: leave it out, every process takes a GPU")
         checks: list[Callable[[], Any]] = [
             lambda: tasks.check(self.format, self.tasks, self.contexts),
             lambda: self.systems,
             lambda: pick_device(self.model.device),
+            lambda: check_launched(self.model.device),
             lambda: trained(self.model.model),
         ]
         checks += [] if problems else [lambda: self.left_out]
@@ -91,11 +89,6 @@ class EvaluateRequest:
     def num_groups(self) -> int | None:
         """How many stories, dialogues or images are taken; None: all."""
         return self.limit or (STORIES if self.format == "storyland" else None)
-
-
-def launched() -> bool:
-    """Return whether this is one of the processes of a launcher such as torchrun."""
-    return "LOCAL_RANK" in os.environ
 
 
 def trained(name: str) -> Parts:

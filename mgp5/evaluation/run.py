@@ -24,7 +24,7 @@ from accelerate.utils import patch_environment
 from ..apps.open_model import Tell, open_model, silent
 from ..apps.story import WINDOW
 from ..data.files import pick
-from ..device import pick_device
+from ..device import launched, pick_device
 from ..errors import Mgp5Error
 from ..files import digest, read_json, sha256, write_json
 from ..hub import Parts, read_config
@@ -37,7 +37,7 @@ from ..training.distributed import on_main
 from ..views.files import write_png
 from . import tasks
 from .report import report
-from .request import EvaluateRequest, launched, trained
+from .request import EvaluateRequest, trained
 from .storyland import write_data
 from .systems import Entry, System, build
 from .tasks import Data, Question, Sample
@@ -96,8 +96,9 @@ def evaluate(
 
 
 def _load_data(request: EvaluateRequest, folder: Path, parts: Parts) -> tasks.Data:
-    narrate_from = read_config(parts.trained / CONFIG).get("narrate_from", "full")
-    shown = {"tasks": request.tasks, "contexts": request.contexts, "narrate_from": narrate_from}
+    trained_with = read_config(parts.trained / CONFIG)
+    shown = {name: trained_with[name] for name in ("narrate_from", "history") if name in trained_with}
+    shown |= {"tasks": request.tasks, "contexts": request.contexts}
     return tasks.load(request.format, folder, request.split, limit=request.num_groups, **shown)
 
 

@@ -87,6 +87,7 @@ def load(
     contexts: Sequence[str] = (),
     limit: int | None = None,
     narrate_from: str = "full",
+    history: int | None = None,
 ) -> Data:
     """Read the samples of a data set. Raises Mgp5Error as `check`, or if the data cannot be used.
 
@@ -95,6 +96,7 @@ def load(
         tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on), "last"
             the last one, "narrate" tells every image from the second on, "continue" asks for text and image of one step
             of a story, chosen by its name, "story" for all scenes after the first, each reply history for the next.
+        history: of dialogues, messages before the reply that a question has; None: all.
         contexts: of story tasks; empty takes all four for "last", `narrate_from` for "narrate", else "full".
         limit: takes only the first stories, dialogues or images.
     """
@@ -111,7 +113,7 @@ def load(
         samples = [sample for story in stories.stories[:limit] for sample in _of_story(story, plan, first=int(own))]
         problems.merge(stories.problems)
     if "dialogue" in asked:
-        samples += _plain(load_data("mmdialog", root["mmdialog"], split), "dialogue", limit, problems)
+        samples += _plain(load_data("mmdialog", root["mmdialog"], split, history=history), "dialogue", limit, problems)
     if "caption" in asked:
         samples += _plain(load_data("cc3m", path, split), "caption", limit, problems)
     if not samples:

@@ -29,7 +29,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from ..config import TrainConfig
-from ..device import DTYPES, pick_device
+from ..device import DTYPES, check_launched, launched, pick_device
 from ..errors import Mgp5Error
 from ..model import InterleavedModel
 from .batch import Batch
@@ -43,9 +43,7 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
     `device` is that of a single process: under a launcher each takes its own GPU. Trackers write to `out`/trackers.
     Raises Mgp5Error when the device, precision or a tracker is not available.
     """
-    launched = "LOCAL_RANK" in os.environ
-    if launched and device not in ("auto", "cpu"):
-        raise Mgp5Error(f"--device {device} under a launcher", "leave it out: every process takes a GPU", usage=True)
+    check_launched(device)
     torch_device, _ = pick_device(device)
     if torch_device.type == "cpu" and config.precision == "fp16":
         raise Mgp5Error("precision is fp16, but a CPU cannot train in it", "set precision=bf16 or fp32", usage=True)
@@ -54,7 +52,7 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
         hint = f"pip install 'mgp5[track]'; here are: {', '.join(available) or 'none'}"
         raise Mgp5Error(f"no tracker {', '.join(missing)}", hint, usage=True)
     plugin = _fsdp_plugin(config) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
-    with patch_environment(**({} if launched else {"accelerate_torch_device": str(torch_device)})):
+    with patch_environment(**({} if launched() else {"accelerate_torch_device": str(torch_device)})):
         accelerator = Accelerator(
             cpu=torch_device.type == "cpu",
             mixed_precision="no" if config.precision == "fp32" else config.precision,

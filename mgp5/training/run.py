@@ -99,6 +99,9 @@ def train_stage(
     total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
     dtype = frozen_dtype(config, accelerator.device)
     model = initial_model(request.model, config, vokens=request.vokens, dtype=dtype)
+    formats = {format for format, _ in request.data}
+    if config.stage == "finetune" and "mmdialog" in formats and "jsonl" not in formats:  # which has whole conversations
+        model.config = replace(model.config, history=config.data.history)
     caches = Caches.open(request.caches, model) if request.caches else None
     options = {"resume": request.resume, "stop_after": request.stop_after, "stop": stop, "caches": caches}
     yield from train(model, data, config, request.out, accelerator=accelerator, **options)
