@@ -11,6 +11,7 @@ from tiny import parts_of, picture, story_of
 from mgp5 import Conversation
 from mgp5.apps.chat import Chat
 from mgp5.commands.repl import Repl
+from mgp5.inference.session import Session
 from mgp5.options import reply_options
 from mgp5.views.files import StoryFolder
 from mgp5.views.terminal import TerminalView
@@ -68,6 +69,26 @@ def talk(small_model, tmp_path, monkeypatch):
 
 def texts(conversation: Conversation) -> list[str]:
     return [message.text for message in conversation.messages[1:]]
+
+
+def test_a_chat_goes_on_when_the_context_is_full(talk, monkeypatch):
+    """The oldest turns are left out of what the model is shown, and stay in the conversation."""
+    told, shown = [], []
+    monkeypatch.setattr(talk.chat.model.backbone, "context_length", 330)
+    monkeypatch.setattr(talk.chat, "tell", told.append)
+    read = Session.read
+    monkeypatch.setattr(Session, "read", lambda self, talk, **more: (shown.append(talk), read(self, talk, **more))[1])
+    lines = [f"{number} a red fox waves with a ball on the beach" for number in range(8)]
+    talk.type(*lines)
+    assert [message.text for message in talk.chat.conversation.messages if message.role == "user"] == lines
+    assert {each.messages[0].role for each in shown} == {"system"} and {each.messages[-1].text for each in shown} == {
+        *lines
+    }
+    counts = [sum(message.role == "user" for message in each.messages) for each in shown]
+    assert counts[:2] == [1, 2] and max(counts) < 8
+    assert told and "context is full" in told[0] and "1 oldest" in told[0]
+    talk.type("/undo", "/retry")
+    assert len(talk.chat.conversation.messages) == 1 + 2 * 7
 
 
 def test_undo_takes_back_a_message_and_its_reply(talk, capfd):

@@ -49,7 +49,9 @@ class Chat:
     pending: list[Image] = field(default_factory=list)  # images that go with the next message
     folder: StoryFolder | None = None  # where it is saved after every reply
     record: dict[str, Any] = field(default_factory=dict)  # what story.json keeps beside the conversation
+    tell: Tell = silent  # takes a line for the user
     _session: Session | None = None
+    _hidden: int = 0  # turns that the model is not shown any more
     _number: int = 0  # replies since the seed was set; each takes seeds of its own
 
     def __post_init__(self) -> None:
@@ -111,7 +113,7 @@ class Chat:
         self._number += 1
         recorder = Recorder()
         try:
-            events = generate(self.model, asked, options, self._session)
+            events = generate(self.model, self._recent(asked, options), options, self._session)
             for event in keep_images(events, self.folder) if self.folder else events:
                 recorder(event)
                 yield event
@@ -125,6 +127,21 @@ class Chat:
             if recorder.parts:
                 self.conversation = Conversation((*self.conversation.messages, recorder.message))
             self.save()
+
+    def _recent(self, asked: Conversation, options: Options) -> Conversation:
+        """Return what the model is shown: a conversation without its oldest turns, as many as do not fit the context
+        with a reply of `options.max_tokens` (at most a quarter of it) and an image."""
+        reply = min(options.max_tokens, self.model.backbone.context_length // 4) + self.model.head.spec.positions
+        system = tuple(message for message in asked.messages if message.role == "system")
+        starts = [index for index, message in enumerate(asked.messages) if message.role == "user"]
+        for hidden, start in enumerate(starts):
+            recent = asked if hidden == 0 else Conversation((*system, *asked.messages[start:]))
+            if self._session.fits(recent, reply):
+                break
+        if hidden > self._hidden:
+            self.tell(f"the model's context is full: it does not see the {hidden} oldest of your messages any more")
+        self._hidden = hidden
+        return recent
 
 
 def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
@@ -151,4 +168,4 @@ def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
         if folder:
             folder.discard()
         raise
-    return Chat(model, request.options, pending=pending, folder=folder, record=record, **earlier)
+    return Chat(model, request.options, pending=pending, folder=folder, record=record, tell=tell, **earlier)

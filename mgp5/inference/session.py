@@ -57,10 +57,8 @@ class Session:
 
         Raises Mgp5Error if the conversation and `reply` more tokens do not fit the context, or an image cannot be read.
         """
-        rendered = prompt(self.backbone, conversation)
-        images = self._encode(rendered.images)
+        ids, images = self._render(conversation)
         slots = [len(image.tokens) for image in images]
-        ids = rendered.expand(self.backbone.image_token_id, slots)
         check_length(self.backbone, len(ids), reply)
         keys = self._keys(ids, images)
         kept = self._rewind(keys)
@@ -77,6 +75,11 @@ class Session:
         self.append(hidden, keys[kept:])
         self.prefilled = len(ids) - kept
         return self.state
+
+    @torch.inference_mode()
+    def fits(self, conversation: Conversation, reply: int) -> bool:
+        """Whether a conversation and `reply` more tokens fit the context; new images are encoded."""
+        return len(self._render(conversation)[0]) + reply <= self.backbone.context_length
 
     def embed(self, ids: tuple[int, ...]) -> tuple[Tensor, list[Key]]:  # (1, k, E)
         """Return the embeddings of text tokens, and their keys."""
@@ -100,6 +103,12 @@ class Session:
     def length(self) -> int:
         """Return the number of tokens in the cache."""
         return len(self.keys)
+
+    def _render(self, conversation: Conversation) -> tuple[list[int], list[EncodedImage]]:
+        """Return the tokens up to where the reply begins, and the images in their slots."""
+        rendered = prompt(self.backbone, conversation)
+        images = self._encode(rendered.images)
+        return rendered.expand(self.backbone.image_token_id, [len(image.tokens) for image in images]), images
 
     def _rewind(self, keys: list[Key]) -> int:
         """Cut the cache back to the longest common beginning; return its length, at least one token short of all."""
