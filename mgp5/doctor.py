@@ -16,6 +16,8 @@ from .export.request import missing
 from .hub import bases, local_names, resolve
 from .kernels import registry as kernels
 
+CARDS = (8, 12, 16, 24, 48, 80)  # sizes of GPUs in GB, of which 1e9 bytes each are counted on
+
 
 def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     """Return all that `mgp5 doctor` tells, with the memory that a model takes, or each named one; no weights are read.
@@ -70,13 +72,14 @@ def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
 
     needs = footprint(resolve(model), dtype)
     plans = [p for p in memory_plans() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
+    cards = {size: next((p.name for p in plans if needs.total(p) <= size * 1e9), None) for size in CARDS}
     modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p)} for p in plans]
     parts = [
         {"name": name, "parameters": count, "bytes": needs.weights[name], "phase": needs.phases_of[name]}
         for name, count in needs.parameters.items()
     ]
     facts = {"model": model, "dtype": str(dtype).removeprefix("torch."), "tokens": needs.tokens, "size": needs.size}
-    return facts | {"parts": parts, "quantized": needs.quantized, "cache": needs.cache, "modes": modes}
+    return facts | {"parts": parts, "quantized": needs.quantized, "cache": needs.cache, "modes": modes, "cards": cards}
 
 
 def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

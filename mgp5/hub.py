@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -127,7 +128,7 @@ def local_names() -> list[str]:
 def resolve(name: str) -> Parts:
     """Return the parts of a name or a folder, or of "MLLM+GENERATOR" of names, folders or hub ids.
 
-    Raises Mgp5Error where there is no such model; the message lists what exists here.
+    Raises Mgp5Error where there is no such model, with the nearest name.
     """
     folder = DEMO if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
@@ -136,12 +137,18 @@ def resolve(name: str) -> Parts:
     found = [find_part(part, kind) for part, kind in zip(parts, ("mllm", "generator"), strict=False)]
     if len(parts) == 2 and all(found):
         return Parts(name, *found, None)
-    raise Mgp5Error(
-        f"no model {name!r}",
-        f"here without a network: {', '.join(local_names()) or 'none'}; or a folder of a trained model; or to train "
-        f"from MLLM+GENERATOR, of folders, hub ids, {', '.join(_names('mllm'))} + {', '.join(_names('generator'))}",
-        usage=True,
-    )
+    raise _no_model(name)
+
+
+def _no_model(name: str) -> Mgp5Error:
+    if name in REPOS:
+        hint = f"it is to train with, as in {_names('mllm')[0]}+{_names('generator')[0]}: mgp5 models lists both kinds"
+    elif near := get_close_matches(name, [*local_names(), *REPOS, *bases()], 1, 0.7):
+        hint = f"did you mean {near[0]}?"
+    else:
+        here = ", ".join(local_names())
+        hint = f"here are {here} and folders of trained models; mgp5 models lists what can be trained"
+    return Mgp5Error(f"no model {name!r}", hint, usage=True)
 
 
 def find_part(part: str, kind: str) -> str | None:

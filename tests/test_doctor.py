@@ -78,6 +78,12 @@ def test_piped_it_is_plain_text():
     assert any(line[:1] == ["full"] and len(line) >= 6 for line in lines)
 
 
+def test_whether_a_model_fits_is_told_first():
+    lines = told("--model", "llava-1.5-7b+sd-2.1-base").stdout.splitlines()
+    fits = {line.split(" fits on ")[1] for line in lines[: len(doctor.CARDS)]}
+    assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= fits and "fits" not in lines[len(doctor.CARDS)]
+
+
 def test_what_is_wrong_is_one_line(monkeypatch):
     assert "no model 'nothing'" in told("--model", "nothing", code=2).stderr
     monkeypatch.setenv("MGP5_KERNELS", "cuda")

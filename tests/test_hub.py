@@ -28,11 +28,21 @@ def test_names_folders_and_ids_combine(llava_folder, diffusion_folder):
     assert resolve("me/mine+you/yours").diffusion == "you/yours"
 
 
-@pytest.mark.parametrize("name", ["sd-1.5", "llava-1.5-7b+nothing", "a+b+c", "me/mine+", "vicuna-7b-v0+sd-1.5", "+"])
-def test_what_is_no_model_is_told_with_all_names(name):
-    with pytest.raises(Mgp5Error, match=r"no model .*llava-1\.5-7b.*sd-3") as error:
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("sd-1.5", r"to train with, as in llava-1\.5-7b\+sd-2\.1-base"),
+        ("vicuna-7b-v0", "to train with, as in"),
+        ("demoo", r"did you mean demo\?"),
+        ("lava-1.5-7b+sd2.1", r"did you mean llava-1\.5-7b\+sd-2\.1\?"),
+        ("qwen2.5-v1-3b", r"did you mean qwen2\.5-vl-3b\?"),
+        *((name, "here are demo and folders") for name in ("a+b+c", "me/mine+", "nothing", "+")),
+    ],
+)
+def test_what_is_no_model_is_told_with_the_nearest_name(name, hint):
+    with pytest.raises(Mgp5Error, match=f"no model .*{hint}") as error:
         resolve(name)
-    assert error.value.exit_code == 2
+    assert error.value.exit_code == 2 and len(str(error.value)) < 140
 
 
 @pytest.mark.parametrize("name, load", [("llava-1.5-7b", HFBackbone.load), ("sd-2.1-base", StableDiffusion.load)])

@@ -49,6 +49,15 @@ def mgp5(hub, tmp_path):
     return run
 
 
+def test_what_generates_is_told_from_what_is_to_train_with(mgp5):
+    rows = [json.loads(line) for line in mgp5("models", "--json").stdout.splitlines()]
+    assert [row["name"] for row in rows if row["generates"]] == ["demo"]
+    assert "Ready to generate: demo. " in mgp5("models").stdout
+    assert (
+        "GB to fetch; it is to train with" in mgp5("pull", NAME).stderr and "train" not in mgp5("pull", "demo").stderr
+    )
+
+
 def pulled(mgp5) -> Path:
     return Path(mgp5("pull", NAME).stderr.strip().splitlines()[-1].partition(" is in ")[2])
 
@@ -146,3 +155,11 @@ def test_of_a_language_model_the_files_at_the_top_are_read():
     files = ["config.json", "a.safetensors", "a.bin", "onnx/a.safetensors", "a.pth", "tokenizer.model", "README.md"]
     assert needed_files(files) == ["config.json", "a.safetensors", "tokenizer.model"]
     assert needed_files(["config.json", "a.bin"]) == ["config.json", "a.bin"]
+    halves = [
+        "model_index.json",
+        "unet/a.fp16.safetensors",
+        "vae/a.safetensors",
+        "vae/a.fp16.safetensors",
+        "unet/a.fp16.bin",
+    ]
+    assert needed_files(halves) == ["model_index.json", "unet/a.fp16.safetensors", "vae/a.safetensors"]

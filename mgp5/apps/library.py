@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download, try_to_load_from_cache
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, ModelInfo
 
 GB = 1e9  # bytes; downloads and disks are sold in decimal units
-KINDS = {"mllm": "multimodal LLM", "generator": "diffusion model", "part": "part of a MiniGPT-4"}
+KINDS = {"mllm": "multimodal LLM to train with", "generator": "diffusion model to train with"}
+KINDS["part"] = "part of a MiniGPT-4 to train with"
+TO_TRAIN = "to train with, it generates nothing before that: mgp5 train --stage pretrain --model LLM+MODEL"
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # of files that are read
 PARTS = re.compile(r"(unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+|model_index\.json")
 VARIANTS = re.compile(r"[._-](fp16|bf16|non_ema|ema_only)\b")
@@ -32,15 +34,28 @@ Cached = tuple[str, "CachedRevisionInfo"]  # id of the repository, and a revisio
 def catalogue() -> list[dict[str, Any]]:
     """Return each named model: what it is made of, where it is from, its licence, size in GB, and what is on disk.
 
-    `bytes` counts the files here; `whole` tells whether it could be loaded.
+    `generates` tells whether it is more than a part to train with, `whole` whether it could be loaded; `bytes` counts
+    the files here.
     """
     size = sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file())
-    demo = {"name": "demo", "made_of": "a whole model, of Storyland", "from": ["this package"], "revision": None}
+    demo = {
+        "name": "demo",
+        "made_of": "generates: of Storyland",
+        "generates": True,
+        "from": ["this package"],
+        "revision": None,
+    }
     rows = [demo | {"licence": "apache-2.0", "size": size / GB, "bytes": size, "whole": "demo" in local_names()}]
     cached = _cached()
     for name, repo in REPOS.items():
         revisions = [revision for _, revision in _of(repo, cached)]
-        row = {"name": name, "made_of": KINDS[repo.kind], "from": [repo.id, *repo.mirrors], "revision": repo.revision}
+        row = {
+            "name": name,
+            "made_of": KINDS[repo.kind],
+            "generates": False,
+            "from": [repo.id, *repo.mirrors],
+            "revision": repo.revision,
+        }
         row |= {"licence": repo.licence, "size": repo.size, "bytes": sum(r.size_on_disk for r in revisions)}
         rows.append(row | {"whole": any(is_complete(r.snapshot_path) for r in revisions)})
     return rows
@@ -68,6 +83,7 @@ def pull(name: str, tell: Callable[[str], None]) -> None:
     repos = repositories(name)
     if not repos:
         tell(f"{name} is on this disk already")
+    note = f"; it is {TO_TRAIN}" if name in REPOS or resolve(name).trained is None else ""
     for repo in repos:
         repo_id, revision, info = from_hub(repo.id, _ask_hub)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -76,7 +92,7 @@ def pull(name: str, tell: Callable[[str], None]) -> None:
             raise Mgp5Error(f"{repo_id} holds no weights as safetensors", "choose another model")
         cached = (try_to_load_from_cache(repo_id, file, revision=info.sha) for file in files)
         missing = sum(sizes[file] for file, path in zip(files, cached, strict=True) if not isinstance(path, str))
-        tell(f"{repo_id}: {missing / GB:.2f} of {sum(sizes[file] for file in files) / GB:.2f} GB to fetch")
+        tell(f"{repo_id}: {missing / GB:.2f} of {sum(sizes[file] for file in files) / GB:.2f} GB to fetch{note}")
         _check_room(missing)
         with _one_line(f"the download of {repo_id} broke off", "run the same command again: what is whole is kept"):
             patterns = [glob.escape(file) for file in files]
@@ -87,10 +103,18 @@ def pull(name: str, tell: Callable[[str], None]) -> None:
 
 
 def needed_files(files: Sequence[str]) -> list[str]:
-    """Return which files of a repository are read: no second copies in other formats and precisions."""
+    """Return which files of a repository are read: no second copies in other formats and precisions.
+
+    Weights in float16 are read where a folder has no others.
+    """
     safe = any(file.endswith(".safetensors") for file in files)
+    plain = {PurePath(file).parent for file in files if file.endswith(".safetensors") and not VARIANTS.search(file)}
+
+    def only(file: str) -> bool:
+        return safe and ".fp16" in file and PurePath(file).parent not in plain
+
     suffixes = SUFFIXES if safe else (*SUFFIXES, ".bin")  # Vicuna has no others; they are read as tensors only
-    found = [file for file in files if file.endswith(suffixes) and not VARIANTS.search(file)]
+    found = [file for file in files if file.endswith(suffixes) and (not VARIANTS.search(file) or only(file))]
     return [file for file in found if (PARTS.fullmatch(file) if "model_index.json" in files else "/" not in file)]
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @click.option("--all", "every", is_flag=True, help="Tell the GPU memory of each named model; takes a minute or two.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def doctor(model: str | None, every: bool, as_json: bool) -> None:
-    """Tell what this machine has, which weights are here, which engine and kernels are chosen, and why."""
+    """Tell what this machine has, which weights are here, which engine and kernels are chosen, and why.
+
+    With --model it first says on which cards that fits.
+    """
     from ..doctor import examine
     from ..views.tables import show
 
@@ -31,9 +34,26 @@ def doctor(model: str | None, every: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
+    for line in _answers(found):
+        click.echo(line)
     show(*_tables(found))
     for line in found["next"]:
         click.echo(line)
+
+
+def _answers(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each size of card, and for this one: whether the model fits, and how."""
+    if (memory := found.get("memory")) is None:
+        return
+    precision = memory["dtype"].replace("bfloat", "bf").replace("float", "fp")
+    cards = {f"{size} GB": name for size, name in memory["cards"].items()}
+    if (free := memory["free"]) is not None:
+        fitting = (mode["name"] for mode in memory["modes"] if mode["total"] <= free)
+        cards = {f"this GPU ({_gib(free)} GiB free)": next(fitting, None)} | cards
+    for card, name in cards.items():
+        how = name if not name or "bits" in name else f"in {precision}, {name}".removesuffix(", full")
+        yield f"{memory['model']} fits on {card}: {f'yes, {how}' if how else 'no'}"
+    yield ""
 
 
 def _tables(found: dict[str, Any]) -> Iterator[Table]:
@@ -41,6 +61,8 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     from ..apps.library import on_disk
     from ..views.tables import table
 
+    if "memory" in found:
+        yield from _memory_tables(found["memory"])
     facts = [[name.replace("_gib", " (GiB)"), str(value)] for name, value in found["machine"].items()]
     facts += [[name, number or "not installed"] for name, number in found["versions"].items()]
     yield table("machine", ["", ""], facts)
@@ -52,8 +74,6 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
     yield table("named models", ["name", "what", "GB", "on this disk"], rows)
     rows = [[m["name"], m["what"], f"{m['megabytes']:,}", m["path"] or m["get"]] for m in found["metrics"]]
     yield table("weights of metrics", ["name", "what", "MB", "where, or how to get them"], rows)
-    if "memory" in found:
-        yield from _memory_tables(found["memory"])
     if "models" in found:
         totals = [(m["model"], [mode["total"] for mode in m["modes"]]) for m in found["models"]]
         rows = [[name, _gib(full), _gib(least)] for name, (full, *_, least) in totals]

@@ -14,11 +14,11 @@ from .flags import say
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per model on stdout.")
 def models(as_json: bool) -> None:
-    """List named models: what they are made of, where from, size, licence, and whether they are on this disk.
+    """List named models: whether they generate or are to train with, size, licence, whether they are on this disk.
 
     A multimodal LLM and a diffusion model make a model to train: LLM+MODEL, for instance llava-1.5-7b+sd-2.1-base.
     """
-    from ..apps.library import catalogue, on_disk
+    from ..apps.library import TO_TRAIN, catalogue, on_disk
     from ..views.tables import show, table
 
     rows = catalogue()
@@ -30,6 +30,8 @@ def models(as_json: bool) -> None:
         [r["name"], r["made_of"], f"{r['size']:.2f}", on_disk(r), r["licence"], ", ".join(r["from"])] for r in rows
     ]
     show(table("named models", ["name", "what", "GB", "on this disk", "licence", "from, mirrors"], cells))
+    ready = ", ".join(r["name"] for r in rows if r["generates"])
+    click.echo(f"Ready to generate: {ready}. Each of the others is {TO_TRAIN}")
 
 
 @click.command()
