@@ -78,6 +78,8 @@ class ModelConfig:
     head_config: Any
     guidance: float = 7.5  # defaults of this model (the paper's are 7.5 and 1)
     temperature: float = 1.0
+    # Of a context image, for LLMs whose slots grow with its size: 576 slots of Qwen2.5-VL, 441 of Qwen3-VL.
+    max_pixels: int = 672 * 672
     narrate_from: Context = "full"  # history in prompts of narrations; small models narrate better without it
     history: int | None = (
         None  # messages before a reply that dialogues of its training had, and a chat shows; None: all
@@ -130,6 +132,11 @@ class DataConfig:
     history: int | None = None  # MMDialog: utterances before the answer; None: all
     user_targets: bool = False  # MMDialog: the turns of both speakers are targets
     turn_tokens: int | None = None  # MMDialog: a dialogue ends before a turn with more tokens; None: no limit
+    max_pixels: int | None = None  # of a context image; None: `ModelConfig.max_pixels` of the model
+
+    def __post_init__(self) -> None:
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise Mgp5Error(f"max_pixels is {self.max_pixels}, expected at least 1", usage=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ class InterleavedModel(nn.Module):
     def __init__(self, backbone: HFBackbone, head: Head, config: ModelConfig) -> None:
         super().__init__()
         self.backbone, self.head, self.config = backbone, head, config
+        backbone.limit_pixels(config.max_pixels)
         head.install(backbone)
         self.requires_grad_(False)
         self.eval()
@@ -35,6 +36,11 @@ class InterleavedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the LLM computes."""
         return self.backbone.device
+
+    def limit_pixels(self, most: int | None) -> None:
+        """Let context images take at most so many pixels, from now on and when the model is loaded; None: as before."""
+        self.config = replace(self.config, max_pixels=most or self.config.max_pixels)
+        self.backbone.limit_pixels(self.config.max_pixels)
 
     def forward(self, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
         """Return the losses of a stage on a batch: text, and the head's image terms; none of an empty batch.

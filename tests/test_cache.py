@@ -265,6 +265,17 @@ def test_a_cache_of_another_model_is_refused(part, change, refused, folders, cac
         assert "\n" not in str(error.value)
 
 
+def test_features_of_images_that_were_seen_smaller_are_refused(folders, world, tmp_path):
+    more = ["--kinds", "features", "--set", "max_pixels=3136"]
+    assert command(folders["qwen"], world, tmp_path, *more, formats=("vist",)).exit_code == 0
+    model = fresh(folders["qwen"])
+    with pytest.raises(Mgp5Error, match=r"features.*transform \(size .*3136"):
+        Caches.open([tmp_path], model)
+    model.limit_pixels(3136)
+    Caches.open([tmp_path], model)
+    assert model.config.max_pixels == 3136  # which the trained model keeps
+
+
 @pytest.fixture(scope="module")
 def cached(folders, world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cached")

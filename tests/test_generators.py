@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    UNet2DConditionModel,
 )
 from tiny import LENGTH, SIZE, conditions_of
 from tiny_sd3 import GENERATORS, POOLED, ROWS, WIDTH
@@ -196,6 +197,48 @@ def test_text_is_encoded_as_the_pipeline_does(model, pipeline):
     if model.pooled_width:
         assert model.condition_shape == (ROWS + 1, WIDTH) and model.pooled_width == POOLED
         assert not torch.equal(actual[0, LENGTH], actual[1, LENGTH])  # T5 reads
+
+
+@pytest.mark.parametrize("folder", ["epsilon"], indirect=True)
+def test_weights_in_float16_alone_are_read(copied, model):
+    for file in copied.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    halves = load_generator(str(copied))
+    torch.testing.assert_close(halves.encode_text(TEXTS), model.encode_text(TEXTS))
+    assert all(map(torch.equal, halves.denoiser.parameters(), model.denoiser.parameters()))
+
+
+@pytest.mark.parametrize("folder", ["epsilon"], indirect=True)
+def test_steps_of_an_old_schedulers_file_are_those_of_the_pipeline(copied):
+    file = copied / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps_offset": 0}))
+    pipeline = DiffusionPipeline.from_pretrained(copied)
+    assert load_generator(str(copied)).schedule.steps_offset == pipeline.scheduler.config.steps_offset == 1
+
+
+@pytest.mark.parametrize(
+    "change, told", [({"in_channels": 9}, "9 channels"), ({"class_embed_type": "timestep"}, "4 .*class")]
+)
+@pytest.mark.parametrize("folder", ["epsilon"], indirect=True)
+def test_a_denoiser_that_takes_more_than_latents_is_refused(copied, change, told):
+    unet = UNet2DConditionModel.load_config(copied / "unet")
+    UNet2DConditionModel.from_config(unet | change).save_pretrained(copied / "unet")
+    with pytest.raises(Mgp5Error, match=f"the unet takes {told}.*expected the 4 channels"):
+        load_generator(str(copied))
+
+
+@one_of_each
+def test_text_encoders_are_read_when_a_text_is_encoded(folder):
+    model, names = load_generator(str(folder)), {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    shape = model.condition_shape
+    with torch.inference_mode():  # as sample pages of a training run do
+        empty = model.encode_text([""])
+    assert not empty.is_inference() and model.encode_text([""]) is empty
+    assert not names & dict(model.named_children()).keys()  # not kept for the empty text
+    torch.testing.assert_close(model.encode_text(["", "a fox"])[:1], empty)
+    assert names & dict(model.named_children()).keys() == model.readers.keys()
+    model.drop_text_encoders()
+    assert not names & dict(model.named_children()).keys() and model.condition_shape == shape == empty.shape[1:]
 
 
 @pytest.mark.parametrize("listed", [True, False])

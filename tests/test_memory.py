@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mgp5 import Conversation, Image
 from mgp5.cli import main
-from mgp5.config import LoraConfig, PrefixConfig, preset
+from mgp5.config import LoraConfig, ModelConfig, PrefixConfig, preset
 from mgp5.files import GiB
 from mgp5.hub import DEMO, REPOS
 from mgp5.loading import assemble, build
@@ -127,6 +127,14 @@ def test_what_costs_memory_costs_it():
     assert table(kept).row_count == len(kept.rows) + 1
 
 
+def test_text_encoders_take_memory_where_captions_are_encoded():
+    parts = {
+        stage: [row.part for row in estimate(shape(preset(stage)), preset(stage)).rows]
+        for stage in ("pretrain", "finetune")
+    }
+    assert "text encoders" in parts["pretrain"] and "text encoders" not in parts["finetune"]
+
+
 def test_a_dry_run_tells_it_without_weights_or_network(tmp_path):
     message = {"role": "assistant", "content": [{"type": "image", "path": "fox.png", "caption": "a fox"}]}
     shutil.copy(PICTURE, tmp_path / "fox.png")
@@ -142,10 +150,16 @@ def test_a_dry_run_tells_it_without_weights_or_network(tmp_path):
 
 
 def test_a_story_is_as_long_as_its_pictures():
+    """Of a phone's pictures, five in a story; max_pixels says how large they are seen."""
     config = preset("finetune")
+    limited = replace(config, data=replace(config.data, max_pixels=300 * 300))
     with torch.device("meta"):
-        assert usual_length(backbone_shape("llava-1.5-7b"), config) == 400 + 5 * 576
-        assert usual_length(backbone_shape("qwen2.5-vl-3b"), config) == 400 + 5 * 23 * 17
+        for name, length in {"llava-1.5-7b": 576, "qwen2.5-vl-3b": 27 * 20, "qwen3-vl-4b": 24 * 18}.items():
+            backbone = backbone_shape(name)
+            backbone.limit_pixels(ModelConfig.max_pixels)
+            assert usual_length(backbone, config) == 400 + 5 * length
+    backbone = skeleton("qwen2.5-vl-3b", "sd-2.1-base", limited).backbone
+    assert usual_length(backbone, limited) == 400 + 5 * 12 * 9
 
 
 def size(module):

@@ -59,8 +59,16 @@ def test_text_encoders_take_no_gpu_memory():
     assert told.total(SMALLEST) < 8 * GiB
 
 
+def test_images_that_are_drawn_at_once_are_planned_for():
+    """They are decoded one by one."""
+    one, eight = (needs("qwen2.5-vl-7b+sd-3", images=images) for images in (1, 8))
+    assert eight.activations == one.activations | {"draw": 8 * one.activations["draw"]}
+    assert eight.total(Plan()) > one.total(Plan())
+
+
 def test_weights_are_those_of_the_loaded_model():
     told, model = needs("demo", dtype=torch.float32), demo()
+    model.head.generator.read_text_encoders()
     tensors = [*model.parameters(), *model.buffers()]
     assert sum(told.parameters.values()) == sum(tensor.numel() for tensor in tensors)
     assert sum(told.weights.values()) == sum(tensor.nbytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Tokenizers in the layouts that real repositories have."""
+"""Tokenizers and image processors in the layouts that real repositories have."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import sentencepiece
+from PIL import Image as pil
 
 from mgp5.backbones import processors
 from mgp5.backbones.hf import HFBackbone
+from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
 
 
@@ -44,13 +46,59 @@ def test_what_reads_a_tokenizer_model_is_named_where_it_is_missing(vicuna, monke
     assert caught.value.hint == "pip install 'mgp5[sentencepiece]'"
 
 
-def test_a_template_may_stand_where_only_processors_read_it(tmp_path, llava_folder):
-    """As in llava-hf/llava-1.5-7b-hf."""
+CLIP = {"crop_size": {"height": 336, "width": 336}, "do_center_crop": True, "size": {"shortest_edge": 336}}
+QWEN = {"temporal_patch_size": 2, "merge_size": 2}
+# Of each family: preprocessor_config.json, other files, and the slots of a phone's photo (without a limit: 15,552 and
+# 11,844 of the Qwens).
+LAYOUTS = {
+    "llava": (
+        CLIP | {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"},
+        {"processor_config": {"patch_size": 14, "image_token": "<image>"}, "added_tokens": {"<image>": 259}},
+        576,
+    ),
+    "qwen": (
+        QWEN
+        | {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
+        | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
+        {},
+        27 * 20,
+    ),
+    "qwen3": (
+        QWEN
+        | {"patch_size": 16, "size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+        | {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"},
+        {"video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"}},
+        24 * 18,
+    ),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])  # as transformers 5 writes it: all in processor_config.json
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_named_models_load_as_their_repositories_are_laid_out(family, nested, request, tmp_path):
+    """As of llava-hf/llava-1.5-7b-hf, Qwen/Qwen2.5-VL-3B-Instruct, Qwen/Qwen3-VL-4B-Instruct."""
+    folder, (images, files, slots) = tmp_path / family, LAYOUTS[family]
+    shutil.copytree(request.getfixturevalue(f"{family}_folder"), folder)
+    for name in ("chat_template.jinja", "preprocessor_config.json"):
+        (folder / name).rename(tmp_path / name)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    files = files | {"chat_template": {"chat_template": template}, "preprocessor_config": images}
+    if nested:
+        files["processor_config"] = {"image_processor": files.pop("preprocessor_config")}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    backbone = HFBackbone.load(folder)
+    assert backbone.tokenizer.chat_template == template
+    backbone.limit_pixels(ModelConfig.max_pixels)
+    assert backbone.slots(backbone.preprocess([pil.new("RGB", (4032, 3024))])) == [slots]
+    strips = [
+        pil.new("RGB", size) for size in ((100, 1), (1, 100), (4000, 40), (30, 3000))
+    ]  # the thinnest that are read
+    assert all(0 < number <= 576 for number in backbone.slots(backbone.preprocess(strips)))
+
+
+def test_a_folder_without_a_template_is_refused(tmp_path, llava_folder):
     shutil.copytree(llava_folder, tmp_path / "llava")
-    template = (tmp_path / "llava" / "chat_template.jinja").read_text()
     (tmp_path / "llava" / "chat_template.jinja").unlink()
-    (tmp_path / "llava" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert HFBackbone.load(tmp_path / "llava").tokenizer.chat_template == template
-    (tmp_path / "llava" / "chat_template.json").unlink()
     with pytest.raises(Mgp5Error, match="no chat template"):
         HFBackbone.load(tmp_path / "llava")

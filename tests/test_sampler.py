@@ -84,7 +84,7 @@ def guide(latents, timestep, guidance=3.0):
 
 def reference(name, config, steps, dtype):
     """Return all latents and the timesteps of a diffusers scheduler, those of Euler made variance-preserving."""
-    scheduler = REFERENCE[name].from_config(config, clip_sample=False, skip_prk_steps=True)
+    scheduler = REFERENCE[name].from_config(config, clip_sample=False, skip_prk_steps=True, steps_offset=1)
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas if name == "euler" else torch.zeros(2 * steps)
     return follow(scheduler, scheduler.timesteps, NOISE.to(dtype) * scheduler.init_noise_sigma, sigmas)

@@ -40,6 +40,7 @@ def test_a_stage_changes_its_weights_and_no_others(
     stage, family, adapter, trained, llava_folder, qwen_folder, diffusion_folder, tales, tmp_path
 ):
     model = fresh({"llava": llava_folder, "qwen": qwen_folder}[family], diffusion_folder)
+    model.head.generator.read_text_encoders()
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # peft puts its own beside them
     before = {name: value.detach().clone() for name, value in tensors.items()}
     settings = config(stage, steps=6, batch=1, save_every=100, weight_decay=0.5, **adapter)
@@ -49,7 +50,9 @@ def test_a_stage_changes_its_weights_and_no_others(
     assert all(p.requires_grad == name.startswith(trained) for name, p in model.named_parameters() if name in before)
     if "prefix" in adapter:
         return
+    assert not model.backbone.capturable  # rows and LoRA beside the weights are found by the host
     model.merge()
+    assert model.backbone.capturable
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     rows = ("embed_tokens.weight", "lm_head.weight")
     merged = {name for name in after if not torch.equal(after[name], before[name])} - changed

@@ -188,7 +188,7 @@ class Batch:
 
 def local_answer(request: BatchRequest, tell: Tell = silent) -> Answer:
     """Return an `Answer` by one model in this process, which is opened when the first line needs it."""
-    model = cache(lambda: open_model(request.model, tell))
+    model = cache(lambda: open_model(request.model, tell, request.at_once))
     return lambda asks: answer(model(), asks)
 
 

@@ -34,12 +34,15 @@ def load(
     backend: Backend | None = "auto",  # the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone
     memory: Memory | Plan = "auto",  # on a GPU, "low" saves all it can, "auto" what it must; or a plan of its own
 ) -> InterleavedModel:
-    """Load a trained model, ready to generate.
+    """Load a trained model, ready to generate; the libraries' progress bars and FutureWarnings are turned off.
 
     Raises Mgp5Error if there is no such model, its parts do not fit together, or something cannot run here.
     """
     import torch
 
+    from ..device import quiet_libraries
+
+    quiet_libraries()
     from ..hub import resolve
     from ..loading import load_checkpoint
     from ..memory.generation import select_memory_plan
@@ -78,8 +81,10 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     return choice
 
 
-def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
+def open_model(request: ModelRequest, tell: Tell = silent, images: int = 1) -> InterleavedModel:
     """Load the trained model of a request, ready to generate, with libraries silenced and threads limited.
+
+    The memory plan has room to draw as many `images` at once.
 
     `tell` is given a line for each choice that was made for the user: the memory mode, and the engine. Raises
     Mgp5Error as `load` does, and for too little memory; a backend that cannot run here is found before weights are
@@ -94,7 +99,7 @@ def open_model(request: ModelRequest, tell: Tell = silent) -> InterleavedModel:
 
     device, dtype = pick_device(request.device)
     engines.select_backend(request.backend, device, dtype)
-    plan = select_memory_plan(request.memory, resolve(request.model), device, dtype, request.quantize)
+    plan = select_memory_plan(request.memory, resolve(request.model), device, dtype, request.quantize, images)
     backend = plan.engine(request.backend)
     if plan.why:
         tell(plan.why)

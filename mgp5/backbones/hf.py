@@ -53,6 +53,7 @@ class HFBackbone(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.size: dict[str, dict[str, int]] = {}  # of images, see `limit_pixels`
         config = model.config
         text = config.get_text_config()
         self.width: int = text.hidden_size
@@ -109,8 +110,14 @@ class HFBackbone(nn.Module):
         return self.compute_device or self.lm_head.weight.device
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Convert N images to the tensors that `encode_images` takes. Raises ValueError for an image too narrow."""
-        return dict(self.image_processor(images=images, return_tensors="pt"))
+        """Convert N images to the tensors that `encode_images` takes."""
+        return dict(self.image_processor(images=images, return_tensors="pt", **self.size))
+
+    def limit_pixels(self, most: int) -> None:
+        """Let `preprocess` scale images down to at most so many pixels, where their slots grow with their size."""
+        if hasattr(self.image_processor, "merge_size"):  # Qwen
+            size = {edge: min(value, most) for edge, value in dict(self.image_processor.size).items() if value}
+            self.size = {"size": size}
 
     def slots(self, inputs: dict[str, Tensor]) -> list[int]:
         """Return S, the number of token slots, of each of N preprocessed images."""
@@ -228,7 +235,8 @@ class HFBackbone(nn.Module):
     def capturable(self) -> bool:
         """Return whether the forward of one token can be a CUDA graph: nothing is offloaded or read by the host."""
         rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
-        return not (self.compute_device or is_quantized(self.core) or "dynamic" in str(rotary))
+        adapted = self.model is not self.core  # rows of adapters that are not merged are found by the host
+        return not (adapted or self.compute_device or is_quantized(self.core) or "dynamic" in str(rotary))
 
     def checkpointing(self, on: bool) -> None:
         """Turn gradient checkpointing of the language model on or off; it applies in training mode."""

@@ -77,7 +77,7 @@ def evaluate(
         data = _load_data(request, folder, parts)
 
     def load(name: str) -> InterleavedModel:
-        return open_model(replace(request.model, model=name, device=str(state.device)), tell)
+        return open_model(replace(request.model, model=name, device=str(state.device)), tell, request.batch)
 
     model = cache(partial(load, request.model.model))
     for entry in request.systems:

@@ -5,9 +5,10 @@ Letters: B batch, H and W pixels, Z latent channels, h and w latents, L conditio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,11 +42,18 @@ class LatentDiffusion(nn.Module):
     pooled_width = 0  # width of the pooled vector in the last row of a condition; 0 for a model without one
     engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
     compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
+    text_device: torch.device | None = None  # of text encoders that are read later; None: that of the denoiser
+    _empty: Tensor | None = None  # the encoding of the empty text
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: dict[str, Callable[[], nn.Module]] = {}  # name of a text encoder -> what reads it
 
     @classmethod
     def load(cls, name: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Self:
         """Load a folder or hub id in the layout of the diffusers pipeline; text encoders may be missing.
 
+        Text encoders (10 GiB of Stable Diffusion 3) are read when a text is encoded, see `read_text_encoders`.
         Only safetensors files are read, as other formats can run code. Raises Mgp5Error if a part is missing or cannot
         be read, or the configuration of scheduler or VAE is not supported.
         """
@@ -58,13 +66,25 @@ class LatentDiffusion(nn.Module):
         if kind not in AUTOENCODERS:
             raise Mgp5Error(f"vae is a {kind}, expected one of {', '.join(AUTOENCODERS)}", "choose another model")
         parts["vae"] = load_part(AUTOENCODERS[kind].from_pretrained, name, "vae", revision, **weights)
-        index = read_index(name, revision)
+        index, readers = read_index(name, revision), {}
         for encoder, (encoder_class, tokenizer, tokenizer_class) in cls.text_parts.items():
             listed = (index.get(encoder) or [None])[-1] is not None
             if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
-                parts[encoder] = load_part(encoder_class.from_pretrained, name, encoder, revision, **weights)
+                readers[encoder] = partial(load_part, encoder_class.from_pretrained, name, encoder, revision, **weights)
                 parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, revision)
-        return cls(**parts)
+        model = cls(**parts)
+        model.readers = readers
+        return model
+
+    def freeze(self) -> None:
+        """End the building of a model: nothing trains. Raises Mgp5Error for a denoiser that takes more than latents."""
+        self.requires_grad_(False).train(False)
+        takes, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
+        others = [name for name in ("class_embed_type", "addition_embed_type") if self.denoiser.config.get(name)]
+        if takes != latents or others:
+            found = ", ".join([f"{takes} channels", *others])
+            case = f"the {self.denoiser_name} takes {found}, expected the {latents} channels of the VAE's latents alone"
+            raise Mgp5Error(case, "take a text-to-image model, no inpainting, editing or upscaling one")
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -81,9 +101,47 @@ class LatentDiffusion(nn.Module):
         """Return the device of the computation, also while weights are offloaded."""
         return self.compute_device or self.denoiser.device
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
-        """Encode B texts to conditions. Raises Mgp5Error if the model has no text encoder."""
+        """Encode B texts to conditions; the empty text alone is encoded once, and keeps no text encoders.
+
+        Raises Mgp5Error if the model has no text encoder, or one cannot be read.
+        """
+        alone = texts == [""]
+        if alone and self._empty is not None:
+            return self._empty
+        new = self.read_text_encoders(torch.device("cpu") if alone else None)
+        encoded = self._encode_text(texts)
+        if alone:
+            self._empty = encoded
+            self.drop_text_encoders(new)
+        return encoded
+
+    def _encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+        """Encode B texts by the text encoders."""
         raise NotImplementedError
+
+    def read_text_encoders(self, device: torch.device | None = None) -> list[str]:
+        """Read the text encoders that are not there yet, to `device` or `text_device`; return their names.
+
+        Raises Mgp5Error if one cannot be read.
+        """
+        new = [name for name in self.readers if getattr(self, name) is None]
+        for name in new:
+            encoder = self.readers[name]().requires_grad_(False).train(False)
+            setattr(self, name, encoder.to(device or self.text_device or self.device))
+        return new
+
+    def drop_text_encoders(self, names: Iterable[str] | None = None) -> None:
+        """Free text encoders, None for all: a model that was loaded reads them again when it needs them."""
+        for name in self.text_parts if names is None else names:
+            setattr(self, name, None)
+
+    @property
+    def _clip_length(self) -> int:
+        """Return the number of tokens of a CLIP."""
+        return CLIP_LENGTH if self.tokenizer is None else min(CLIP_LENGTH, self.tokenizer.model_max_length)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
         """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.

@@ -93,7 +93,8 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Build the schedule from the contents of `scheduler_config.json`, or the `config` of a diffusers scheduler.
 
-        `clip_sample` is ignored: StableDiffusionPipeline turns it off too, as latents are not in [-1, 1]. Raises
+        As in StableDiffusionPipeline, `steps_offset` is 1 whatever an old file says, and `clip_sample` is ignored, as
+        latents are not in [-1, 1]. Raises
         Mgp5Error for a scheduler of another kind (such as flow matching) or settings that are not implemented here.
         """
         settings = without_defaults(config)
@@ -104,7 +105,7 @@ class NoiseSchedule:
         if problems:
             raise Mgp5Error("scheduler config: " + "; ".join(problems), "take a Stable Diffusion 1.x or 2.x config")
         known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in settings.items() if name in known}
+        values = {name: value for name, value in settings.items() if name in known} | {"steps_offset": 1}
         if values.get("trained_betas") is not None:
             values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
         return cls(**values)

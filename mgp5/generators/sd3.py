@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from ..errors import Mgp5Error
 from .flow import FlowSchedule
-from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, no_text_encoder
+from .latent_diffusion import LatentDiffusion, no_text_encoder
 
 T5_LENGTH = 256  # tokens for T5, the default of StableDiffusion3Pipeline, unless the tokenizer allows fewer
 
@@ -58,7 +58,7 @@ class StableDiffusion3(LatentDiffusion):
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
-        self.requires_grad_(False).train(False)
+        self.freeze()
         if self.pooled_width > self.condition_shape[1]:
             widths = f"the pooled vector has {self.pooled_width} numbers and a row {self.condition_shape[1]}"
             raise Mgp5Error(f"{widths}, expected no more than in a row", "choose another diffusion model")
@@ -72,10 +72,6 @@ class StableDiffusion3(LatentDiffusion):
     def pooled_width(self) -> int:
         """Return the width of the pooled vector in the last row of a condition; 2048 for the published models."""
         return self.transformer.config.pooled_projection_dim
-
-    @property
-    def _clip_length(self) -> int:
-        return CLIP_LENGTH if self.text_encoder is None else self.text_encoder.config.max_position_embeddings
 
     @property
     def _t5_length(self) -> int:
@@ -97,8 +93,7 @@ class StableDiffusion3(LatentDiffusion):
             raise Mgp5Error(f"image size {height}x{width}, expected at most {limit}", hint)
         return super().latent_shape(height, width)
 
-    @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+    def _encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
         """Encode B texts as StableDiffusion3Pipeline does, with the pooled vector as last row; zeros without a T5.
 
         Raises Mgp5Error if the model has no weights of a CLIP.

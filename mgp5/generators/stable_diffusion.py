@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .latent_diffusion import CLIP_LENGTH, LatentDiffusion, no_text_encoder
+from .latent_diffusion import LatentDiffusion, no_text_encoder
 from .schedule import NoiseSchedule
 
 
@@ -37,19 +37,17 @@ class StableDiffusion(LatentDiffusion):
         super().__init__()
         self.unet, self.vae, self.schedule = unet, vae, schedule
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.requires_grad_(False).train(False)
+        self.freeze()
 
     @property
     def condition_shape(self) -> tuple[int, int]:
         """Return (L, C) of a condition, (77, 1024) for Stable Diffusion 2.1."""
-        length = CLIP_LENGTH if self.text_encoder is None else self.text_encoder.config.max_position_embeddings
-        return length, self.unet.config.cross_attention_dim
+        return self._clip_length, self.unet.config.cross_attention_dim
 
-    @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
+    def _encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
         """Encode B texts, padded or truncated to L tokens: the text encoder's states after its final LayerNorm.
 
-        Raises Mgp5Error if the model has no text encoder.
+        Raises Mgp5Error if there is none.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise no_text_encoder()

@@ -130,10 +130,15 @@ class MiniGPT5Head(Head):
         )
 
     def prepare(self, config: TrainConfig) -> None:
-        """Choose the source of the unconditional condition, and set gradient checkpointing of the generator."""
+        """Choose the source of the unconditional condition, set the generator's checkpointing, read its text encoders
+        if captions are encoded."""
         # Without guidance dropout the mapper does not learn it: the encoding of the empty text takes its place.
         self.config = replace(self.config, unconditional="mapper" if config.guidance_dropout else "text")
         self.generator.checkpointing(config.checkpointing)
+        if config.caption_weight:
+            self.generator.read_text_encoders()
+        else:
+            self.generator.drop_text_encoders()
 
     def target(self, image: pil.Image) -> dict[str, Tensor]:
         """Return {"pixels": (3, H, W) in [-1, 1]} of the generator's native size."""

@@ -34,7 +34,7 @@ FRAGMENTS = 0.1  # of the activations: what the allocator cannot use between the
 BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}  # NF4 with doubly quantised scales; one scale a row
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter
 CAPTION, STORY, REPLY = 80, 400, 60  # tokens of text: a caption's sample, a story's, and those with a text loss
-IMAGES = 5  # of a story that is planned for
+IMAGES, PHOTO = 5, (4032, 3024)  # of a story that is planned for: number, width and height
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,6 @@ def usual_length(backbone: HFBackbone, config: TrainConfig) -> int:
 
 
 def story_length(backbone: HFBackbone) -> int:
-    """Return T of a story with five images of 640 x 480 pixels, at most the LLM's whole context."""
-    (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", (640, 480))]))
+    """Return T of a story with five images of a phone's size, at most the LLM's whole context."""
+    (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", PHOTO)]))
     return min(STORY + IMAGES * slots, backbone.context_length)

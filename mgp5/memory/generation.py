@@ -39,7 +39,8 @@ class Footprint:
     unpacked: int  # the largest quantised matrix, which is unpacked when it is used
     cache: int  # the LLM's keys and values, with room for T tokens
     # At the peak of "read" (a prefill of T tokens; no less is taken for "encode", as those of a vision tower are fewer
-    # and narrower), of "draw" (a guided step), of "decode" (the VAE) and of "tiles" (a tile of it).
+    # and narrower), of "draw" (a guided step of all images that are drawn at once), of "decode" (the VAE, of one image)
+    # and of "tiles" (a tile of it).
     activations: dict[str, int]
     tokens: int
     size: tuple[int, int]
@@ -65,8 +66,10 @@ class Footprint:
         return max(self.phases(plan).values())
 
 
-def footprint(parts: Parts, dtype: torch.dtype = torch.bfloat16, *, tokens: int | None = None) -> Footprint:
-    """Estimate what a model takes for one conversation and an image of native size, by its configurations alone.
+def footprint(
+    parts: Parts, dtype: torch.dtype = torch.bfloat16, *, tokens: int | None = None, images: int = 1
+) -> Footprint:
+    """Estimate what a model takes for one conversation and images of native size, by its configurations alone.
 
     T is that of a story with five images by default. Raises Mgp5Error for a configuration that is missing or unknown.
     """
@@ -76,7 +79,7 @@ def footprint(parts: Parts, dtype: torch.dtype = torch.bfloat16, *, tokens: int 
     cache, read = _measure_prefill(model, tokens)
     size = generator.native_size, generator.native_size
     draw, decode = _measure_drawing(model, size)
-    activations = {"read": read, "draw": draw, "decode": peak_bytes(decode)}
+    activations = {"read": read, "draw": draw * images, "decode": peak_bytes(decode)}
     tile_vae(generator)
     activations["tiles"] = peak_bytes(decode)
     held = memory_parts(model)
@@ -151,9 +154,9 @@ def _answer(request: Request, head: Head, width: int) -> Response:
 
 
 def select_memory_plan(
-    memory: Memory, parts: Parts, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none"
+    memory: Memory, parts: Parts, device: torch.device, dtype: torch.dtype, quantize: Quantize = "none", images: int = 1
 ) -> Plan:
-    """Return the plan of a memory mode, with at most the bits of `quantize`.
+    """Return the plan of a memory mode, with at most the bits of `quantize`; `images` are drawn at once.
 
     `full` keeps everything on the GPU, `low` saves all it can, `auto` takes the first of `memory_plans` that fits what
     is free. Only configurations are read. Raises Mgp5Error for an unknown mode, or when nothing fits.
@@ -164,7 +167,7 @@ def select_memory_plan(
         return Plan(quantize=quantize)
     if memory == "auto":
         try:
-            needs = footprint(parts, dtype)
+            needs = footprint(parts, dtype, images=images)
         except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
             raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
         return first_plan_that_fits(needs, torch.cuda.mem_get_info(device)[0], quantize, parts.name)

@@ -109,7 +109,9 @@ def tile_vae(generator: Any) -> None:
 
 
 def place(model: InterleavedModel, plan: Plan, device: torch.device) -> Offload | None:
-    """Put a loaded model where the plan wants it; text encoders stay where they are."""
+    """Put a loaded model where the plan wants it; text encoders stay on the CPU."""
+    if (generator := getattr(model.head, "generator", None)) is not None:
+        generator.text_device = CPU
     if plan.tiling:
         tile_vae(model.head.generator)
     if plan.offload:

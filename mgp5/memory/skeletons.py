@@ -60,6 +60,7 @@ def skeleton(
     layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
     with torch.device(device):
         model = _assemble(mllm, diffusion, dtype, trained, num_vokens=num_vokens, **layers)
+        model.limit_pixels(config.data.max_pixels)
         model.prepare(config)
     return model
 

@@ -38,7 +38,7 @@ def serve(request: ServeRequest, tell: Tell = silent) -> None:
         serve_by_ray(request, tell)
         return
     key = read_key(request.key_file)
-    server = make_server(request, open_model(request.model, tell), key, tell)
+    server = make_server(request, open_model(request.model, tell, request.rows), key, tell)
     try:
         listener = server.config.bind_socket()
     except SystemExit:

@@ -80,6 +80,7 @@ def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
         transform = {"size": [part.native_size] * 2, "fit": "centre", "resample": "Lanczos"}
         config = dict(part.vae.config)
     elif kind == "captions":
+        part.read_text_encoders()
         encoders = {name: module for name, module in part.named_children() if name.startswith("text_encoder")}
         named = nn.ModuleDict(encoders).named_parameters()
         transform = dict(zip(("rows", "width"), part.condition_shape, strict=True))
@@ -89,7 +90,7 @@ def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
     else:
         text = {id(p) for module in (part.language, part.lm_head) for p in module.parameters()}
         named = [(name, value) for name, value in part.core.named_parameters() if id(value) not in text]
-        transform = part.image_processor.to_dict()
+        transform = part.image_processor.to_dict() | part.size
         words = ("vision", "projector", "qformer", "query")
         config = {name: v for name, v in part.core.config.to_dict().items() if any(word in name for word in words)}
     revision = next((repo.revision for repo in REPOS.values() if repo.id == model), None)

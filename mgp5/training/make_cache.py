@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import DataConfig
+from ..config import DataConfig, ModelConfig, model_config_from
 from ..data import Problems, Skipped, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device
@@ -22,8 +22,8 @@ from ..errors import Mgp5Error, raise_all
 from ..files import digest
 from ..generators import load_generator
 from ..heads.minigpt5 import to_pixels
-from ..hub import Parts, resolve
-from ..loading import load_backbone
+from ..hub import Parts, read_config, resolve
+from ..loading import CONFIG, load_backbone
 from ..messages import Conversation, Image
 from ..options import override
 from .feature_cache import KINDS, FrozenPart, Item, Reader, Writer, cache_key
@@ -78,7 +78,7 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
     parts, kinds = resolve(request.model), request.kinds
     config = override(DataConfig(instruct_every=0), dict(request.overrides))  # all of the history, no sample twice
     data = load_sources(request.data, config, request.split, count=token_counter(request.model), tell=tell)
-    models = _load(parts, kinds, request.device)
+    models = _load(parts, kinds, request.device, config.max_pixels)
     samples, items, total = 0, 0, data.size if isinstance(data, Shards) else len(data)
     skipped: dict[Skipped, None] = {}
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
         raise Mgp5Error(f"the data has no {' and no '.join(kinds)}", "choose other --kinds or data", usage=True)
 
 
-def _load(parts: Parts, kinds: Sequence[str], name: str) -> dict[str, FrozenPart]:
+def _load(parts: Parts, kinds: Sequence[str], name: str, max_pixels: int | None) -> dict[str, FrozenPart]:
     """Return for each kind the model that computes it, on its device; one that no kind needs is not loaded."""
     device, dtype = pick_device(name)
     models: dict[str, FrozenPart] = {}
@@ -117,11 +117,18 @@ def _load(parts: Parts, kinds: Sequence[str], name: str) -> dict[str, FrozenPart
         models |= dict.fromkeys(("latents", "captions"), load_generator(parts.diffusion, dtype).to(device))
     if "features" in kinds:
         backbone = load_backbone(parts.mllm, dtype)
+        backbone.limit_pixels(max_pixels or _max_pixels(parts))
         backbone.language.layers = nn.ModuleList()  # the largest part of all, and not needed to encode images
         models["features"] = backbone.to(device)
     for model in models.values():
         limit_threads_for_small_models(model)
     return models
+
+
+def _max_pixels(parts: Parts) -> int:
+    """Return the most pixels that a context image of a model takes."""
+    path = parts.trained and parts.trained / CONFIG
+    return model_config_from(read_config(path), str(path)).max_pixels if path else ModelConfig.max_pixels
 
 
 def cacheables(conversation: Conversation) -> Iterator[tuple[str, Cacheable]]:

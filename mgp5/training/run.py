@@ -155,8 +155,11 @@ def initial_model(
     mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
     if parts.trained is None:
         layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
-        return build(mllm, diffusion, num_vokens=vokens, dtype=dtype, quantize=config.quantize, **layers)
+        model = build(mllm, diffusion, num_vokens=vokens, dtype=dtype, quantize=config.quantize, **layers)
+        model.limit_pixels(config.data.max_pixels)
+        return model
     model = load_checkpoint(parts, dtype=dtype, quantize=config.quantize)
+    model.limit_pixels(config.data.max_pixels)
     if model.config.lora or model.config.prefix:  # a new run saves its own adapter only: the old one would be lost
         raise Mgp5Error(f"--model {name} is finetuned already", "start from its pretrain run, or go on with --resume")
     model.merge()

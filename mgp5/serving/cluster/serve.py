@@ -38,7 +38,7 @@ class Replica:
     def __init__(self, request: ServeRequest, key: str | None) -> None:
         cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         self.request, self.key = request, key
-        self.loop = make_loop(request, open_model(request.model), cores)
+        self.loop = make_loop(request, open_model(request.model, images=request.rows), cores)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the app; Ray calls this."""
