@@ -77,6 +77,12 @@ def test_what_is_missing_is_said_in_one_line(story, tmp_path):
         assert not result.stdout
 
 
+def test_a_character_that_the_terminal_lacks_ends_no_command(monkeypatch):
+    monkeypatch.setattr("mgp5.apps.recall.recall", lambda path: ("draw “é”", []))
+    result = CliRunner(charset="latin-1").invoke(main, ["recall", "a.png"])
+    assert result.exit_code == 0 and result.stdout_bytes.decode("latin-1") == "draw ?é?\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_the_shells_own_code(shell):
     assert f"_MGP5_COMPLETE={shell}_complete" in run("completion", shell).stdout
