@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,10 @@ def test_a_chat_goes_on_when_the_context_is_full(talk, monkeypatch):
     assert told and "context is full" in told[0] and "1 oldest" in told[0]
     talk.type("/undo", "/retry")
     assert len(talk.chat.conversation.messages) == 1 + 2 * 7
+    told.clear(), shown.clear()  # a model of short dialogues is shown no more, and its context is not full
+    monkeypatch.setattr(talk.chat.model, "config", replace(talk.chat.model.config, history=3))
+    talk.type(lines[0])
+    assert [len(each.messages) for each in shown] == [1 + 3] and not told
 
 
 def test_undo_takes_back_a_message_and_its_reply(talk, capfd):

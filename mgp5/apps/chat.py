@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, counted
 from ..events import Event
 from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options
@@ -131,6 +131,7 @@ class Chat:
     def _recent(self, asked: Conversation, options: Options) -> Conversation:
         """Return what the model is shown: a conversation without its oldest turns, as many as do not fit the context
         with a reply of `options.max_tokens` (at most a quarter of it) and an image."""
+        asked = asked.recent(self.model.config.history)
         reply = min(options.max_tokens, self.model.backbone.context_length // 4) + self.model.head.spec.positions
         system = tuple(message for message in asked.messages if message.role == "system")
         starts = [index for index, message in enumerate(asked.messages) if message.role == "user"]
@@ -164,6 +165,9 @@ def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
         folder = StoryFolder.create(request.out)
     try:
         model = open_model(request.model, tell)
+        if model.config.history is not None:
+            seen = counted(max(1, model.config.history), "message")
+            tell(f"the model sees the last {seen} of a conversation, as it was trained")
     except Mgp5Error:
         if folder:
             folder.discard()
