@@ -16,7 +16,7 @@ from ..device import DTYPES, limit_threads_for_small_models
 from ..engines import trt_refusal
 from ..engines.exported import DENOISERS, FORMAT, MANIFEST, Session, check_files, engine_of, read_manifest, weights_hash
 from ..errors import Mgp5Error
-from ..files import GiB, replacing, write_json
+from ..files import Claim, GiB, replacing, write_json
 from ..generators import PIPELINES
 from ..generators.pipeline import load_part
 from ..hub import from_hub
@@ -36,6 +36,12 @@ def export(request: ExportRequest, tell: Tell = lambda line: None) -> Path:
     disk is full, files compute something else than PyTorch, or there is no TensorRT or GPU to build engines with.
     """
     folder = request.out or request.source
+    with Claim(folder, beside=bool(request.out)):
+        _export(request, folder, tell)
+    return folder
+
+
+def _export(request: ExportRequest, folder: Path, tell: Tell) -> None:
     if request.out:
         if reason := missing():
             raise Mgp5Error("nothing was exported", reason)
@@ -47,7 +53,6 @@ def export(request: ExportRequest, tell: Tell = lambda line: None) -> Path:
     if request.trt:
         for plan in _build_engines(folder, request, tell):
             tell(f"The TensorRT engine is in {plan}")
-    return folder
 
 
 def _build_engines(folder: Path, request: ExportRequest, tell: Tell) -> list[Path]:

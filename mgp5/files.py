@@ -1,4 +1,4 @@
-"""Write files that appear whole or not at all, lock folders, hash contents, read JSON: for all rooms, without torch."""
+"""Write files that appear whole or not at all, claim folders, hash contents, read JSON; for all, without torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 from .errors import Mgp5Error
 
@@ -92,26 +94,64 @@ def text_lines(text: str) -> list[str]:
     return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
-def lock(path: Path) -> BinaryIO:
-    """Open a file to read and append, in a folder that is made if needed, and keep other processes from locking it.
+class Claim(contextlib.AbstractContextManager):
+    """The right of this process to write into a folder, until `close` or its end; a forked process does not inherit it.
 
-    The lock ends when the file is closed or the process ends; a forked process does not inherit it.
-
-    Raises:
-        Mgp5Error: another process holds the lock, or the folder cannot be written.
+    A file says whose it is: `.lock` in the folder, or `beside` one that is going to be replaced, or a file. Raises
+    Mgp5Error if another process has the folder, or it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise Mgp5Error(f"{path.parent} cannot be written ({error.strerror})", "choose another --out") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        found = f"another process is at work in {path.parent}"
-        raise Mgp5Error(found, "wait for it, or choose another --out") from None
-    return file
+
+    _file: TextIO | None = None
+
+    def __init__(self, folder: Path, beside: bool = False) -> None:
+        self._path = folder.resolve().with_name(f".{folder.resolve().name}.lock") if beside else folder / ".lock"
+        self._process, self._new = os.getpid(), not self._path.parent.exists()
+        try:
+            while not self._take(folder):
+                pass
+        except (FileExistsError, NotADirectoryError):
+            found = f"--out {folder} has a file in its way, expected a folder"
+            raise Mgp5Error(found, "choose another --out") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Mgp5Error(f"--out {folder} cannot be written ({reason})", "choose another --out") from None
+        with contextlib.suppress(OSError):  # a full disk is told by what is written next
+            program = " ".join((Path(sys.argv[0]).name, *sys.argv[1:2]))
+            self._file.truncate(0)
+            self._file.write(f"{program}, process {self._process}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            self._file.flush()
+
+    def _take(self, folder: Path) -> bool:
+        """Lock the file; return False if whoever had it has removed it meanwhile."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a+")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            with self._file as file:
+                file.seek(0)
+                self._file = None
+                found = f"another process is at work in {folder} ({file.read() or 'it has just begun'})"
+            raise Mgp5Error(found, "wait for it, or choose another --out") from None
+        except OSError:
+            return True  # some network file systems have no locks
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        return False
+
+    def close(self) -> None:
+        """Let others write; a folder that this claim made and that is empty is removed."""
+        file, self._file = self._file, None
+        if file and self._process == os.getpid():
+            with contextlib.suppress(OSError), file:
+                self._path.unlink(missing_ok=True)
+                if self._new:
+                    self._path.parent.rmdir()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    __del__ = close
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ def read_image(
     try:
         return _read(file, path, formats, max_pixels)
     except FileNotFoundError:
-        raise Mgp5Error(f"no image at {path}", "check the path") from None
+        link = f", where the link {path} leads" if os.path.islink(path) else ""
+        raise Mgp5Error(f"no image at {os.readlink(path) if link else path}{link}", "check the path") from None
     except Mgp5Error:
         raise
     except Exception as error:  # decoders raise almost anything on damaged files
@@ -114,7 +116,7 @@ def _read_damaged(
         if not ("truncated" in str(error) and lost):
             return picture
     except UnidentifiedImageError:
-        raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG or WebP file") from None
+        raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from None
     except Mgp5Error:
         raise
     except Exception:  # as above

@@ -17,7 +17,8 @@ from PIL import Image as pil
 from tiny import parts_of, picture, same_pixels, story_of
 
 from mgp5 import cli
-from mgp5.apps.story import StoryRequest, read_folder, tell_story
+from mgp5.apps.inputs import read_images
+from mgp5.apps.story import StoryRequest, tell_story
 from mgp5.events import ImageDone
 from mgp5.options import reply_options
 from mgp5.views.files import read_png_metadata
@@ -158,7 +159,7 @@ def test_pictures_of_every_kind(tmp_path):
     pil.new("1", (20, 20), 1).save(tmp_path / "7 bit.png")
     picture("red").save(tmp_path / "8 moving.gif", save_all=True, append_images=[picture("blue")])
     (tmp_path / "._hidden.jpg").write_text("not a picture")
-    shown = [scene.image.load() for scene in read_folder(tmp_path)]
+    shown = [scene.image.load() for scene in read_images([tmp_path])]
     assert len(shown) == 8 and shown[0].size == (1, 1)
     assert shown[1].size == (20, 40) and shown[1].getpixel((10, 5))[2] > 200 and shown[1].getpixel((10, 35))[0] > 200
     assert all(abs(a - b) < 40 for a, b in zip(shown[2].getpixel((5, 5)), (255, 0, 0), strict=True))
@@ -282,7 +283,7 @@ def test_a_prompt_longer_than_the_context(mgp5, tmp_path):
     (tmp_path / "long.txt").write_text("word " * 1000)
     result = mgp5("chat", "--message", "word " * 1000, "--out", "talk", "--backend", "eager")
     check_fails(result, "tokens", "context is 1024")
-    assert not list((tmp_path / "talk").iterdir())
+    assert not (tmp_path / "talk").exists()
     result = mgp5("story", "--text", "long.txt", "--out", "out")
     assert result.exit_code == 1 and "context is 1024" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out/story.json").exists()  # the same --out may be used again
@@ -322,7 +323,7 @@ def test_an_error_nobody_foresaw_is_one_line_too(mgp5, monkeypatch, pictures):
     def fail(*args: object, **more: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("mgp5.apps.story.read_folder", fail)
+    monkeypatch.setattr("mgp5.apps.story.read_images", fail)
     result = mgp5("story", "--images", "pictures")
     assert result.stderr == "mgp5: ZeroDivisionError: two lines (MGP5_DEBUG=1 shows where)\n"
     assert result.exit_code == 1

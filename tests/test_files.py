@@ -1,15 +1,16 @@
-"""Files that appear whole or not at all, locks between processes, and JSON that is broken."""
+"""Files that appear whole or not at all, claims between processes, and JSON that is broken."""
 
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
 from mgp5.errors import Mgp5Error
 from mgp5.files import (
+    Claim,
     digest,
-    lock,
     read_json,
     read_text,
     remove_leftovers,
@@ -41,20 +42,38 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         write_json(tmp_path / "gone/a.json", {})
 
 
-def test_a_lock_keeps_other_processes_out(tmp_path):
-    def other() -> int:
-        """Exit code of a process that takes the lock: 0 if it could."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_one_process_at_a_time_has_a_folder(tmp_path, beside):
+    folder = tmp_path / "deep/x"
+
+    def other() -> str:
+        """What another process is told that claims the folder, "" if it gets it."""
+        read, write = os.pipe()
         if not (child := os.fork()):
             try:
-                lock(tmp_path / "x/.lock")
-                os._exit(0)
+                Claim(folder, beside)
             except Mgp5Error as error:
-                os._exit(3 if "at work in" in str(error) else 4)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                os.write(write, str(error).encode())
+            os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with open(read) as told:
+            return told.read()
 
-    with lock(tmp_path / "x/.lock"):
-        assert other() == 3
-    assert other() == 0
+    with Claim(folder, beside):
+        whose = rf"another process is at work in {folder} \(.*, process {os.getpid()}, since 20.*\): wait for it, .*"
+        assert re.fullmatch(whose, other())
+    assert not (tmp_path / "deep" if beside else folder).exists()  # nothing was written
+    assert other() == ""  # it ends without letting go
+    with Claim(folder, beside):
+        assert other()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_folder_that_cannot_be_claimed_is_told(tmp_path, beside):
+    (tmp_path / "file").touch()
+    with pytest.raises(Mgp5Error, match=r"file.* has a file in its way"):
+        Claim(tmp_path / "file/out" if beside else tmp_path / "file", beside)
 
 
 @pytest.mark.parametrize(

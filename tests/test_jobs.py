@@ -142,7 +142,7 @@ def test_another_batch_in_the_same_folder_is_refused(batch, small_folder):
     batch(chat("one"), flags=())  # a seed that was not given is kept
     batch(chat("one"), chat("two"), flags=("--json",))
     assert rows()[2]["seed"] == rows()[1]["seed"] + 10_000
-    code = "from mgp5 import files; f = files.lock(files.Path('out/results.jsonl')); print(flush=True); input()"
+    code = "from mgp5 import files; f = files.Claim(files.Path('out')); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert "another process is at work" in batch(chat("one"), code=1, flags=()).stderr

@@ -102,6 +102,7 @@ def test_saving_again_writes_only_what_is_new_and_undo_loses_nothing(tmp_path: P
     with pytest.raises(Mgp5Error, match="No space left"):
         folder.save(first, **MADE)
     assert (tmp_path / STORY).read_bytes() == before
+    folder.close()
     assert not list(tmp_path.glob(".*"))
 
 

@@ -35,9 +35,10 @@ from ..options import ModelRequest, Options, unexpected
 from ..prompts import Context, with_system
 from ..views.files import StoryFolder
 from ..views.html import write_html
+from .inputs import SceneInput, read_image
 from .open_model import Tell, narrate_from, open_model, silent, system_text
 from .recorder import StoryScene, story_conversation
-from .story import Ask, SceneInput, finished_scene, read_image, recorded_options, scene_request
+from .story import Ask, finished_scene, recorded_options, scene_request
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -69,7 +70,7 @@ class BatchRequest:
 
 
 class Batch:
-    """A batch at work in its folder, which is locked until `close`.
+    """A batch at work in its folder, which is claimed until `close`.
 
     Attributes:
         total: number of lines that are not blank.
@@ -78,31 +79,25 @@ class Batch:
     """
 
     def __init__(self, request: BatchRequest) -> None:
-        """Read the lines and lock the folder. Raises Mgp5Error if that fails, or the folder holds something else."""
+        """Read the lines and claim the folder. Raises Mgp5Error if that fails, or the folder holds something else."""
         from ..hub import resolve
 
         resolve(request.model.model)  # a wrong name is reported before a folder is made
         self.failures: dict[int, str] = {}
         self._lines, self._root = _read_lines(request.file)
-        self.total, out = sum(map(bool, self._lines)), request.out
-        others = {path.name for path in out.glob("*")} - {RESULTS, f".{SETTINGS}.part"}
-        if others and SETTINGS not in others:
-            raise Mgp5Error(f"--out {out} is not empty and holds no batch", "choose another --out", usage=True)
-        old = files.read_json(out / SETTINGS, "choose another --out") if others else {}
-        if request.keep_seed and isinstance(old.get("options"), dict):
-            request = replace(request, options=request.options.updated({"seed": old["options"].get("seed")}))
-        self.request, self._file = request, files.lock(out / RESULTS)
-        settings = {"scenes": request.scenes, "options": json.loads(json.dumps(request.options.flat()))}
-        settings |= {"model": request.model.model, "quantize": request.model.quantize}
-        if changed := [name for name in settings | old if others and old.get(name) != settings.get(name)]:
-            found = f"--out {out} is a batch with another {', '.join(changed)}"
-            raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
-        files.write_json(out / SETTINGS, settings)
-        self.done = self._read_done()
+        self.total, self._claim = sum(map(bool, self._lines)), files.Claim(request.out)
+        try:
+            self.request = _begin(request)
+            self._file = (request.out / RESULTS).open("a+b")
+            self.done = self._read_done()
+        except BaseException:
+            self._claim.close()
+            raise
 
     def close(self) -> None:
-        """Unlock the folder."""
+        """Let others write into the folder."""
         self._file.close()
+        self._claim.close()
 
     def run(self, answer: Answer, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Work on all lines that are not done, in rounds: each line at work asks, all are answered, replies recorded.
@@ -174,8 +169,8 @@ class Batch:
         name, model, seed = f"{line.number:06d}", self.request.model, line.options.seed
         with contextlib.suppress(FileNotFoundError):
             files.remove_folder(self.request.out / name)  # of a run that was killed before the row was written
-        with files.replacing(self.request.out / name) as part:
-            folder, options = StoryFolder.create(part), recorded_options(model, line.options)
+        with files.replacing(self.request.out / name) as part, contextlib.closing(StoryFolder.create(part)) as folder:
+            options = recorded_options(model, line.options)
             folder.save(line.conversation, model=model.model, seed=seed, options=options, title=line.title)
             write_html(*folder.load(), part / "story.html")
         text = " ".join(m.text for m in line.conversation.messages if m.role == "assistant" and m.text)
@@ -184,6 +179,24 @@ class Batch:
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         return row
+
+
+def _begin(request: BatchRequest) -> BatchRequest:
+    """Write the settings of a batch; return the request with the seed that the batch in the folder was begun with."""
+    out = request.out
+    others = {path.name for path in out.glob("*")} - {RESULTS, f".{SETTINGS}.part", ".lock"}
+    if others and SETTINGS not in others:
+        raise Mgp5Error(f"--out {out} is not empty and holds no batch", "choose another --out", usage=True)
+    old = files.read_json(out / SETTINGS, "choose another --out") if others else {}
+    if request.keep_seed and isinstance(old.get("options"), dict):
+        request = replace(request, options=request.options.updated({"seed": old["options"].get("seed")}))
+    settings = {"scenes": request.scenes, "options": json.loads(json.dumps(request.options.flat()))}
+    settings |= {"model": request.model.model, "quantize": request.model.quantize}
+    if changed := [name for name in settings | old if others and old.get(name) != settings.get(name)]:
+        found = f"--out {out} is a batch with another {', '.join(changed)}"
+        raise Mgp5Error(found, "go on with the same, or choose another --out", usage=True)
+    files.write_json(out / SETTINGS, settings)
+    return request
 
 
 def local_answer(request: BatchRequest, tell: Tell = silent) -> Answer:

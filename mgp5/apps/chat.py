@@ -14,9 +14,10 @@ from ..options import ModelRequest, Options
 from ..prompts import with_system
 from ..views.files import STORY, StoryFolder, keep_images
 from ..views.html import write_html
+from .inputs import read_image
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder
-from .story import read_image, recorded_options, with_seeds
+from .story import recorded_options, with_seeds
 
 if TYPE_CHECKING:
     from ..inference.session import Session
@@ -95,6 +96,17 @@ class Chat:
             self.folder.save(self.conversation, seed=self.options.seed, **self.record)
             write_html(*self.folder.load(), self.folder.path / "story.html", kind="chat")
 
+    def close(self) -> None:
+        """Let others write into the folder."""
+        if self.folder:
+            self.folder.close()
+
+    def move(self, folder: StoryFolder) -> None:
+        """Save the conversation in another folder from now on."""
+        self.close()
+        self.folder = folder
+        self.save()
+
     def _last_user(self) -> int:
         users = [index for index, message in enumerate(self.conversation.messages) if message.role == "user"]
         if not users:
@@ -158,18 +170,19 @@ def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
     record = {"model": request.model.model, "options": recorded_options(request.model, request.options)}
     earlier, folder = {}, None
     if request.resume:
-        folder = StoryFolder.open(request.resume)
-        earlier["conversation"], metadata = folder.load()
-        record["title"] = metadata["title"]
+        folder = StoryFolder.open(request.resume, write=True)
     elif request.out:
         folder = StoryFolder.create(request.out)
     try:
+        if request.resume:
+            earlier["conversation"], metadata = folder.load()
+            record["title"] = metadata["title"]
         model = open_model(request.model, tell)
         if model.config.history is not None:
             seen = counted(max(1, model.config.history), "message")
             tell(f"the model sees the last {seen} of a conversation, as it was trained")
-    except Mgp5Error:
+    except BaseException:
         if folder:
-            folder.discard()
+            folder.close()
         raise
     return Chat(model, request.options, pending=pending, folder=folder, record=record, tell=tell, **earlier)

@@ -17,10 +17,11 @@ from ..errors import Mgp5Error
 from ..messages import Conversation
 from ..views.files import STORY, StoryFolder, read_png_metadata
 from ..views.html import scenes
-from .story import SceneInput, scene_prompt
+from .earlier import ENGINE
+from .inputs import SceneInput
+from .story import scene_prompt
 
 NOT_OPTIONS = {"version", "prompt", "seed", "text_seed"}  # of an image's metadata
-ENGINE = ("backend", "exported", "quantize")  # options of a story.json that have a flag of their own
 
 
 def recall(path: Path) -> tuple[str, list[str]]:

@@ -2,76 +2,82 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Mgp5Error, raise_all
-from ..events import Event, Finished, ImageDone, SceneKind, SceneStart, TextChunk
-from ..files import read_text, text_lines
+from ..events import Event, Finished, ImageDone, SceneStart, TextChunk
 from ..messages import Conversation, Image, Message, Text
 from ..options import ModelRequest, Options, unexpected
 from ..prompts import Context, Scene, continue_, illustrate, narrate
 from ..views.files import StoryFolder, keep_images
 from ..views.html import write_html
+from .earlier import Earlier, take_up
+from .inputs import SceneInput, read_images, read_lines
 from .open_model import Tell, open_model, silent
-from .recorder import Recorder, StoryScene
+from .recorder import Recorder, StoryScene, story_conversation
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
 
 WINDOW = 4  # scenes of history that a prompt shows: models are trained on stories of five scenes
 SEEDS = 100  # between the seeds of two scenes, or of two replies of a chat; images of one reply count up by one
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Ask = tuple[Conversation, Options]  # a prompt, and how to reply to it
-
-
-@dataclass(frozen=True)
-class SceneInput:
-    """What the user gives of a scene: image, text, both, or nothing, where the model continues."""
-
-    image: Image | None = None
-    text: str = ""
-
-    @property
-    def kind(self) -> SceneKind:
-        """Which parts are given."""
-        if self.image:
-            return "given" if self.text else "narrated"
-        return "illustrated" if self.text else "continued"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryRequest:
     """Scenes of `images`, `text` and `inputs`, then the model's own. Raises Mgp5Error with all that is wrong."""
 
-    images: Path | None = None  # folder of images, each with a .txt file of the same stem or without
+    images: Path | Sequence[Path] = ()  # files, and folders, of images, each with a .txt file of the same stem or not
     text: Path | None = None  # file with one scene to illustrate per line
     inputs: tuple[SceneInput, ...] = ()  # scenes in memory
-    scenes: int = 1  # that the model adds
+    scenes: int | None = None  # that the model adds; None: 1, or as many as the story in `out` was to have
+    skip_bad: bool = False  # leave out images that cannot be read
     out: Path | None = None  # new folder for the story; None writes nothing
+    resume: bool = False  # make the scenes that the story in `out` lacks; inputs may be given again, or not
+    scene: int | None = None  # make this scene of the story in `out` anew, from 1
+    overwrite: bool = False  # remove the story in `out`
     title: str = ""  # heading of the page
     model: ModelRequest = field(default_factory=ModelRequest)
     options: Options = field(default_factory=Options)  # of every reply; seeds count up by SEEDS from scene to scene
 
     def __post_init__(self) -> None:
-        problems = []
-        if not (self.images or self.text or self.inputs):
-            problems.append("there is no story to continue: give --images DIR, --text FILE or both")
-        if self.images and not self.images.is_dir():
-            problems.append(f"--images {self.images} is not a folder: give a folder of images")
+        problems, paths = [], self.paths
+        if not (paths or self.text or self.inputs or self.again):
+            problems.append("there is no story to continue: give --images PATH, --text FILE or both")
+        problems += [f"--images {path} is not there: give folders or files" for path in paths if not path.exists()]
         if self.text and not self.text.exists():
             problems.append(f"no text file at {self.text}: check the path")
-        raise_all(problems + unexpected(self, scenes=(self.scenes >= 0, "0 or more")))
+        if self.resume + self.overwrite + (self.scene is not None) > 1:
+            problems.append("--resume, --overwrite and --scene were given together: give one of them")
+        if self.again and not self.out:
+            problems.append("--resume and --scene need the folder of the story: give --out DIR")
+        if self.scene is not None and (paths or self.text or self.inputs):
+            problems.append("--scene goes without --images and --text: the story has them")
+        rules = {"scenes": (self.scenes is None or self.scenes >= 0, "0 or more")}
+        rules["scene"] = (self.scene is None or self.scene >= 1, "1 or more")
+        raise_all(problems + unexpected(self, **rules))
 
-    def read_inputs(self) -> list[SceneInput]:
-        """Read what the user gives of each scene. Raises Mgp5Error for a file that cannot be read."""
-        given = [*(read_folder(self.images) if self.images else ()), *(read_lines(self.text) if self.text else ())]
-        return [*given, *self.inputs, *[SceneInput()] * self.scenes]
+    @property
+    def again(self) -> bool:
+        """Whether the story is there already, and is not to be overwritten."""
+        return self.resume or self.scene is not None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of `images`."""
+        return (self.images,) if isinstance(self.images, Path) else tuple(self.images or ())
+
+    def read_inputs(self, tell: Tell = silent) -> list[SceneInput]:
+        """Read what the user gives; `tell` is that of `read_images`. Raises Mgp5Error if a file cannot be read."""
+        images = read_images(self.paths, tell, self.skip_bad) if self.paths else ()
+        return [*images, *(read_lines(self.text) if self.text else ()), *self.inputs]
 
     def record(self) -> dict[str, Any]:
         """Return what story.json keeps of the request."""
@@ -85,45 +91,13 @@ def recorded_options(model: ModelRequest, options: Options) -> dict[str, Any]:
     return values | model.given()
 
 
-def read_folder(folder: Path) -> list[SceneInput]:
-    """Return the images of a folder in natural order, each with the text of the same stem, if any."""
-    try:
-        files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file()]
-    except OSError as error:
-        raise Mgp5Error(f"--images {folder} cannot be read ({error.strerror})", "check its permissions") from None
-    if not files:
-        raise Mgp5Error(f"--images {folder} holds no image", f"expected files with {', '.join(SUFFIXES)}", usage=True)
-    notes = [(file, file.with_suffix(".txt")) for file in sorted(files, key=natural)]
-    return [SceneInput(read_image(file), read_text(note).strip() if note.is_file() else "") for file, note in notes]
-
-
-def read_image(path: Path) -> Image:
-    """Return the image of a file, opened once, so that a broken one is reported before any work is done."""
-    image = Image(path=path)
-    image.load()
-    return image
-
-
-def read_lines(path: Path) -> list[SceneInput]:
-    """Return each line of a text file that is not blank as a scene to illustrate."""
-    lines = [SceneInput(text=line) for line in text_lines(read_text(path))]
-    if not lines:
-        raise Mgp5Error(f"--text {path} is empty", "write one scene per line", usage=True)
-    return lines
-
-
-def natural(path: Path) -> list[tuple[int, int | str]]:
-    """Return a sort key of file names by which page2 comes before page10."""
-    pieces = re.split(r"(\d+)", path.name.lower())
-    return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in pieces]
-
-
 def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tell: Tell = silent) -> Iterator[Event]:
-    """Tell a story; yields its events scene by scene.
+    """Tell a story, or what is missing of it, or one scene of it anew; yields its events scene by scene.
 
     With `request.out`, the folder gets every image at once, story.json after every scene, and the page at the end. What
-    was made is kept on an error or interruption too; close the generator (`contextlib.closing`) to have that done.
-    Raises Mgp5Error for an input that cannot be read, a wrong model or a folder that is taken, before anything is made.
+    was made is kept on an error or interruption too (but for a scene made anew, which then stays what it was); close
+    the generator (`contextlib.closing`) to have that done. Raises Mgp5Error for an input that cannot be read, a wrong
+    model or a folder that is taken, before anything is made.
 
     Args:
         model: an open model; None opens `request.model`.
@@ -131,48 +105,117 @@ def tell_story(request: StoryRequest, model: InterleavedModel | None = None, tel
     """
     from ..hub import resolve
 
-    inputs = request.read_inputs()
+    inputs = request.read_inputs(tell)
     if model is None:
         resolve(request.model.model)  # a wrong name is reported before a folder is made
-    folder = StoryFolder.create(request.out) if request.out else None
-    recorder, complete = Recorder(), False
+    with ExitStack() as stack:
+        folder = None
+        if request.again:
+            folder = StoryFolder.open(request.out, write=True)
+        elif request.out:
+            folder = StoryFolder.create(request.out, request.overwrite)
+        if folder:
+            stack.enter_context(closing(folder))
+        if request.again:
+            plan = _plan_again(request, take_up(folder, inputs, request.scenes, tell), tell)
+        else:
+            inputs += [SceneInput()] * (1 if request.scenes is None else request.scenes)
+            plan = Plan(inputs, [], request.record(), range(len(inputs)))
+        if plan.numbers and model is None:
+            model = open_model(request.model, tell)
+        if folder and request.overwrite:
+            folder.clear(part.image for part in inputs if part.image)
+        yield from _tell(plan, model, request.options, folder, tell)
+
+
+@dataclass
+class Plan:
+    """The scenes of a story: what the user gave of all, those that are whole, and the numbers of those to make."""
+
+    inputs: list[SceneInput]
+    scenes: list[StoryScene]
+    record: dict[str, Any]  # what story.json keeps of the request
+    numbers: range
+    anew: bool = False  # whether the one to make stands in the place of one that is whole
+    partial: Sequence[Image] = ()  # images in the folder that were made of a scene that is not whole
+
+
+def _plan_again(request: StoryRequest, earlier: Earlier, tell: Tell) -> Plan:
+    """Return what is to make of a story that was begun. Raises Mgp5Error if that is another story, or nothing."""
+    inputs, scenes, story = earlier.inputs, earlier.scenes, earlier.record
+    record = json.loads(json.dumps(request.record()))
+    compared = ("model", "seed", "options") if request.resume else ("model",)
+    if changed := [name for name in compared if record[name] != story[name]]:
+        found = f"the story in {request.out} was told with another {', '.join(changed)}"
+        raise Mgp5Error(found, "go on with the same", usage=True)
+    record = {name: story[name] for name in record} | ({"title": request.title} if request.title else {})
+    if request.scene is None:
+        if len(scenes) == len(inputs):
+            tell("the story is whole: nothing was missing")
+        return Plan(inputs, scenes, record, range(len(scenes), len(inputs)), partial=earlier.partial)
+    if request.scene > len(scenes):
+        raise Mgp5Error(f"--scene {request.scene}, but the story has {len(scenes)} whole scenes", usage=True)
+    before = scenes[request.scene - 1]
+    if before.kind == "given":
+        raise Mgp5Error(f"image and text of scene {request.scene} are yours", "name one of the model's", usage=True)
+    if before.kind != "narrated":
+        tell(f"the image before is still in {before.image.path}")
+    return Plan(inputs, scenes, record, range(request.scene - 1, request.scene), True, earlier.partial)
+
+
+def _tell(
+    plan: Plan, model: InterleavedModel | None, options: Options, folder: StoryFolder | None, tell: Tell
+) -> Iterator[Event]:
+    """Yield the events of the scenes to make, and keep the story in its folder."""
+    numbers, after, complete = plan.numbers, plan.scenes[plan.numbers.stop :], False
+    recorder, whole = Recorder(scenes=plan.scenes[: numbers.start]), len(plan.scenes)
+
+    def save() -> None:
+        given = [part.record(folder.path) for part in plan.inputs]
+        folder.save(story_conversation([*recorder.scenes, *after]), **plan.record, given=given, whole=whole)
+
+    if plan.partial:
+        recorder.scenes, scenes = list(plan.scenes), recorder.scenes
+        save()
+        folder.remove(plan.partial)
+        recorder.scenes = scenes
     try:
-        events = _events(model or open_model(request.model, tell), inputs, request.options)
+        events = _events(model, plan, options)
         with closing(keep_images(events, folder) if folder else events) as events:
             for event in events:
                 recorder(event)
+                whole += isinstance(event, Finished) and not plan.anew
                 if folder and isinstance(event, Finished) and recorder.generated:
-                    folder.save(recorder.conversation, **request.record())
+                    save()
                 yield event
         complete = True
     finally:
-        if folder and (complete or recorder.generated):
-            folder.save(recorder.conversation, **request.record())
+        if folder and (complete or (recorder.generated and not plan.anew)):
+            save()
             write_html(*folder.load(), folder.path / "story.html")
             tell(f"The story is in {folder.path / 'story.html'}")
-        elif folder:
-            folder.discard()
 
 
-def _events(model: InterleavedModel, inputs: Sequence[SceneInput], options: Options) -> Iterator[Event]:
-    """Yield the events of all scenes: for each SceneStart, what the user gave of it, then the model's reply."""
+def _events(model: InterleavedModel | None, plan: Plan, options: Options) -> Iterator[Event]:
+    """Yield the events of the scenes to make: for each SceneStart, what the user gave, then the model's reply."""
     from ..inference.reply import generate
     from ..inference.session import Session
 
-    scenes: list[StoryScene] = []
+    scenes = plan.scenes
     # One session for all scenes: images are encoded once. It reads each prompt anew, so that a scene does not depend
     # on the calls before.
-    session = Session(model, reuse=False)
-    for number, part in enumerate(inputs):
-        yield SceneStart(number, part.kind, len(inputs))
+    session = Session(model, reuse=False) if plan.numbers else None
+    for number in plan.numbers:
+        part = plan.inputs[number]
+        yield SceneStart(number, part.kind, len(plan.inputs))
         if part.image:
             yield ImageDone(0, part.image)
         if part.text:
             yield TextChunk(part.text)
-        if asked := scene_request(scenes, part, options, model.config.narrate_from):
+        if asked := scene_request(scenes[:number], part, options, model.config.narrate_from):
             for event in generate(model, *asked, session):
                 if isinstance(event, Finished):
-                    scenes.append(finished_scene(part, event.message))
+                    scenes[number : number + 1] = [finished_scene(part, event.message)]
                 yield event
         else:
             scenes.append(finished_scene(part))

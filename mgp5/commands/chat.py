@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Any
 
 import click
@@ -26,13 +27,14 @@ def chat(messages: tuple[str, ...], **flags: Any) -> None:
     chat = open_chat(fill(ChatRequest, flags, model=model, options=options), say)
     if flags["seed"] is None:
         say(f"seed {options.seed}")
-    repl = Repl(chat, lambda: view_of(flags))
-    if messages:
-        repl.say_all(messages)
-    elif sys.stdin.isatty():
-        repl.run()
-    else:
-        lines = (line.removeprefix("\ufeff").strip() for line in sys.stdin)  # a byte-order mark is no text
-        repl.say_all(line for line in lines if line)
+    with closing(chat):
+        repl = Repl(chat, lambda: view_of(flags))
+        if messages:
+            repl.say_all(messages)
+        elif sys.stdin.isatty():
+            repl.run()
+        else:
+            lines = (line.removeprefix("\ufeff").strip() for line in sys.stdin)  # a byte-order mark is no text
+            repl.say_all(line for line in lines if line)
     if chat.folder:
         say(f"The conversation is in {chat.folder.path}")

@@ -109,11 +109,16 @@ def without(*names: str) -> Callable[[Command], Command]:
     return remove
 
 
+def random_seed() -> int:
+    """Return a seed that people can type."""
+    return random.SystemRandom().randrange(2**31)
+
+
 def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
     """Return what the flags of `generation_options` ask for. A seed that was not given is drawn at random, and told."""
     from ..apps.open_model import image_options
 
-    seed = random.SystemRandom().randrange(2**31) if flags["seed"] is None else flags["seed"]
+    seed = random_seed() if flags["seed"] is None else flags["seed"]
     model = fill(ModelRequest, flags)
     kind, usual = image_options(model), DiffusionOptions()
     known = {field.name for field in fields(kind)}

@@ -83,8 +83,7 @@ class Repl:
             self.chat.seed(int(rest))
             say(f"the next reply takes seed {rest}")
         elif word == "/save" and rest:
-            self.chat.folder = StoryFolder.create(Path(rest).expanduser())
-            self.chat.save()
+            self.chat.move(StoryFolder.create(Path(rest).expanduser()))
             say(f"saved in {rest}")
         else:
             raise Mgp5Error(f"{line!r} is no command", "see /help")
@@ -97,6 +96,5 @@ class Repl:
                     view(event)
         finally:
             if self.chat.folder is None and self.chat.conversation.images:
-                self.chat.folder = StoryFolder.create(free_folder("chat"))
-                self.chat.save()
+                self.chat.move(StoryFolder.create(free_folder("chat")))
                 say(f"pictures and conversation are kept in {self.chat.folder.path}")

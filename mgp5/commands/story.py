@@ -5,23 +5,45 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import Mgp5Error, counted
-from .flags import COUNT, PATH, fill, generation_options, notes, progress, ray_option, requests_of, say, view_of
+from ..options import ModelRequest, Options
+from .flags import (
+    COUNT,
+    PATH,
+    fill,
+    generation_options,
+    notes,
+    progress,
+    random_seed,
+    ray_option,
+    requests_of,
+    say,
+    view_of,
+)
 
 if TYPE_CHECKING:
     from ..apps.batch import Answer, BatchRequest
 
 
 @click.command()
-@click.option("--images", type=PATH, help="Folder of pictures, each with a .txt of its name or none.")
+@click.argument("files", nargs=-1, type=PATH, metavar="[PICTURES]...")
+@click.option(
+    "--images", type=PATH, multiple=True, help="Pictures, or folders of them, each with a .txt of its name or without."
+)
 @click.option("--text", type=PATH, help="File with one scene to illustrate per line.")
-@click.option("--scenes", type=click.IntRange(0), default=1, help="How many scenes to add.")
+@click.option("--scenes", type=click.IntRange(0), help="How many scenes to add.  [default: 1]")
 @click.option("--out", type=PATH, help="Folder for the story.  [default: story-1, story-2, ...]")
+@click.option("--resume", is_flag=True, help="Make the scenes that the story in --out lacks.")
+@click.option("--scene", type=COUNT, help="Make this scene of the story in --out anew.")
+@click.option("--overwrite", is_flag=True, help="Put the story in the place of the one in --out.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be read.")
 @click.option("--title", default="", show_default=False, help="Heading of the page.")
 @click.option(
     "--batch",
@@ -45,15 +67,18 @@ def story(**flags: Any) -> None:
     if flags["ray"] and not flags["batch"]:
         raise Mgp5Error("--ray spreads the lines of a --batch", "give --batch FILE", usage=True)
     if flags["batch"]:
-        if flags["images"] or flags["text"] or flags["title"] or not flags["out"]:
-            found = "--batch goes with --out, and without --images, --text, --title"
+        alone = ("images", "files", "text", "title", "resume", "scene", "overwrite", "skip_bad")
+        if any(flags[name] for name in alone) or not flags["out"]:
+            found = "--batch goes with --out, and without pictures, --text, --title, --resume, --scene, --overwrite"
             raise Mgp5Error(found, "the lines of the batch say these", usage=True)
         return _batch(flags)
     from ..apps.story import StoryRequest, tell_story
     from ..views.files import free_folder
 
-    model, options = requests_of(flags)
-    flags["out"], tell = flags["out"] or free_folder("story"), notes(flags)
+    flags["images"], tell = flags["images"] + flags.pop("files"), notes(flags)
+    again = flags["out"] and (flags["resume"] or flags["scene"])
+    model, options = _requests_again(flags) if again else requests_of(flags)
+    flags["out"] = flags["out"] or free_folder("story")
     request = fill(StoryRequest, flags, model=model, options=options)
     if flags["seed"] is None:
         tell(f"seed {options.seed}")
@@ -62,12 +87,28 @@ def story(**flags: Any) -> None:
             view(event)
 
 
+def _requests_again(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
+    """Return what the story in --out was told by, with the flags that were given; a scene anew has another seed."""
+    from ..apps.earlier import recorded_request
+
+    model, options = recorded_request(flags["out"])
+    source = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in flags.items() if source(name) is ParameterSource.COMMANDLINE}
+    engine = {field.name for field in fields(ModelRequest)} & given.keys()
+    image = {name: given[name] for name in ("seed", "steps", "guidance", "guidance_until", "reuse") if name in given}
+    if flags["scene"]:
+        image = {"seed": random_seed(), "image_seed": None} | image
+    places = {"device": flags["device"], "memory": flags["memory"]}
+    return replace(model, **places | {name: given[name] for name in engine}), options.updated(image | flags["settings"])
+
+
 def _batch(flags: dict[str, Any]) -> None:
     """Answer the lines of --batch, with a progress bar. Raises Mgp5Error when lines have failed."""
     from ..apps.batch import FAILURES, Batch, BatchRequest
 
     model, options = requests_of(flags)
     more = {"file": flags["batch"], "keep_seed": flags["seed"] is None}
+    more["scenes"] = 1 if flags["scenes"] is None else flags["scenes"]
     request = fill(BatchRequest, flags, model=model, options=options, **more)
     quiet = flags["as_json"] or not sys.stderr.isatty()
     with ExitStack() as stack:

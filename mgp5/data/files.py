@@ -14,7 +14,7 @@ from ..files import digest
 from ..messages import Conversation, inside
 from ..messages import Skipped as Skipped
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of image files
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")  # of images
 SPLITS = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 
 

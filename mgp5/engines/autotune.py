@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device import user_cache
 from ..errors import Mgp5Error
-from ..files import digest, lock, read_json, write_json
+from ..files import Claim, digest, read_json, write_json
 from ..generators.latent_diffusion import LatentDiffusion
 from .engine import Engine
 
@@ -64,7 +64,7 @@ def fastest_engine(generator: LatentDiffusion, names: tuple[str, ...]) -> tuple[
             results[key] = list(fastest({name: partial(_draw, generator, name) for name in names}))
         finally:
             generator.engine = None
-        with suppress(Mgp5Error), lock(path.with_suffix(".lock")):  # another process may be writing there
+        with suppress(Mgp5Error), Claim(path, beside=True):  # another process may be writing there
             write_json(path, results)
     name, why = results[key]
     return name, why

@@ -10,8 +10,10 @@ report.json  report.html   see `report`
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -26,7 +28,7 @@ from ..apps.story import WINDOW
 from ..data.files import pick
 from ..device import launched, pick_device
 from ..errors import Mgp5Error
-from ..files import digest, read_json, sha256, write_json
+from ..files import Claim, digest, read_json, sha256, write_json
 from ..hub import Parts, read_config
 from ..loading import CONFIG
 from ..messages import Conversation, Image, Message
@@ -63,6 +65,11 @@ def evaluate(
     Under `torchrun` or `accelerate launch` every process calls this, and takes a share of the samples. Raises Mgp5Error
     if data or a model cannot be used, or if `request.out` holds another evaluation.
     """
+    with Claim(request.out) if os.environ.get("RANK", "0") == "0" else nullcontext():  # one of several processes writes
+        return _evaluate(request, tell, progress)
+
+
+def _evaluate(request: EvaluateRequest, tell: Tell, progress: Callable[[Replied], None]) -> dict[str, Any]:
     out = request.out
     parts = trained(request.model.model)
     device, _ = pick_device(request.model.device)
@@ -136,7 +143,7 @@ def _claim(out: Path, settings: dict[str, Any], systems: dict[str, str]) -> None
     file = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and any(out.iterdir()):
+        if not file.exists() and any(path.name != ".lock" for path in out.iterdir()):
             raise Mgp5Error(f"--out {out} is not empty and holds no evaluation", "choose another --out", usage=True)
         old = read_json(file) if file.exists() else settings
         changed = [name for name in settings if old.get(name) != settings[name]]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..backbones.hf import HFBackbone
 from ..device import DTYPES
 from ..errors import Mgp5Error
-from ..files import digest, lock, read_json, remove_folder, remove_leftovers, write_bytes, write_json
+from ..files import Claim, digest, read_json, remove_folder, remove_leftovers, write_bytes, write_json
 from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import REPOS
 from ..messages import Image
@@ -163,7 +163,7 @@ class Writer:
     def __init__(self, root: Path, key: CacheKey, dtype: str) -> None:
         self.kind, self.dtype = key.kind, dtype
         self.folder = root / f"{key.kind}-{key.fingerprint[:12]}"
-        self._lock = lock(self.folder / ".lock")
+        self._claim = Claim(self.folder)
         remove_leftovers(self.folder)
         self.done = Reader(self.folder)
         if self.done and (old := _manifest(self.folder).get("dtype")) != dtype:
@@ -205,7 +205,7 @@ class Writer:
             if not len(self):
                 remove_folder(self.folder)
         finally:
-            self._lock.close()
+            self._claim.close()
 
     def _flush(self) -> None:
         if self._fresh:

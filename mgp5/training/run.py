@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, pick_device, quiet_libraries
 from ..errors import Mgp5Error, raise_all
+from ..files import Claim
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..memory.estimate import Estimate, estimate
@@ -92,6 +93,11 @@ def train_stage(
     ends the run, which can be resumed. `tell` takes lines about data that was skipped and caches that were used.
     Raises Mgp5Error for data or a model that cannot be used, or a run that cannot be saved.
     """
+    with Claim(request.out) if os.environ.get("RANK", "0") == "0" else nullcontext():  # one of several processes writes
+        yield from _train_stage(request, stop, tell)
+
+
+def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) -> Iterator[Progress]:
     quiet_libraries()
     config = request.config
     data = _load_data(request, tell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .. import __version__
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
-from ..files import read_json, write_bytes, write_text
+from ..files import Claim, read_json, write_bytes, write_text
 from ..messages import Conversation, Image
 
 if TYPE_CHECKING:
@@ -63,48 +63,64 @@ def read_png_metadata(path: Path) -> dict[str, Any]:
 
 
 class StoryFolder:
-    """A folder that holds one story or chat and grows with it. Make one with `create` or `open`."""
+    """A folder that holds one story or chat and grows with it. Make one with `create` or `open`, and `close` it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, claim: Claim | None = None) -> None:
+        self.path, self._claim = path, claim  # without a claim it is read only
         # Images in memory are told apart by the ids of their pixels, which are held so that no id is used again.
-        self._kept: dict[int | Path, tuple[str, object]] = {}
+        self._kept: dict[int | Path | None, tuple[str, object]] = {}
         self._numbers = count(1)
 
     @classmethod
-    def create(cls, out: Path) -> StoryFolder:
-        """Make the folder of a new story. Raises Mgp5Error if `out` holds a story or cannot be written."""
-        try:
-            if (out / STORY).exists():
-                hint = "choose another --out, or resume it with mgp5 chat --resume"
-                raise Mgp5Error(f"--out {out} already holds a story", hint)
-            out.mkdir(parents=True, exist_ok=True)
-            probe = out / ".mgp5-probe"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except (FileExistsError, NotADirectoryError):
-            raise Mgp5Error(f"--out {out} has a file in its way, expected a folder", "choose another --out") from None
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise Mgp5Error(f"--out {out} cannot be written ({reason})", "choose another --out") from None
-        return cls(out)
+    def create(cls, out: Path, overwrite: bool = False) -> StoryFolder:
+        """Claim the folder of a new story; one that it holds stays there until it is cleared (`overwrite`).
 
-    def discard(self) -> None:
-        """Remove the folder if there is nothing in it."""
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+        Raises Mgp5Error if `out` holds a story, is taken or cannot be written.
+        """
+        claim = Claim(out)
+        if (out / STORY).exists() and not overwrite:
+            claim.close()
+            raise Mgp5Error(f"--out {out} already holds a story", "choose another --out, or go on with it by --resume")
+        return cls(out, claim)
 
     @classmethod
-    def open(cls, path: Path) -> StoryFolder:
-        """Open the folder of a story, by its path or that of its story.json. Raises Mgp5Error if it has none."""
+    def open(cls, path: Path, write: bool = False) -> StoryFolder:
+        """Open the folder of a story, by its path or that of its story.json; claim it to `write`.
+
+        Raises Mgp5Error if it holds no story, or is taken.
+        """
         folder = path.parent if path.name == STORY else path
         if not (folder / STORY).is_file():
             raise Mgp5Error(f"{folder} holds no {STORY}", "give a folder that mgp5 story or mgp5 chat wrote")
-        return cls(folder)
+        return cls(folder, Claim(folder) if write else None)
+
+    def close(self) -> None:
+        """Let others write into the folder; it is removed if it is new, and there is nothing in it."""
+        if self._claim:
+            self._claim.close()
+
+    def adopt(self, image: Image, kept: Image) -> None:
+        """Take note that an image is in the folder already: `kept`."""
+        name = kept.path.resolve().relative_to(self.path.resolve()).as_posix()
+        self._kept[_key(image)] = (name, image.pixels)
+
+    def remove(self, images: Iterable[Image]) -> None:
+        """Remove the files of images that are in the folder."""
+        for image in images:
+            if image.path and image.path.resolve().is_relative_to(self.path.resolve()):
+                image.path.unlink(missing_ok=True)
+
+    def clear(self, inputs: Iterable[Image]) -> None:
+        """Remove the story that is in the folder; `inputs`, images of the next one, and files of others stay."""
+        used = {image.path.resolve() for image in inputs if image.path}
+        with contextlib.suppress(Mgp5Error):  # it is broken
+            self.remove(image for image in self.load()[0].images if image.path.resolve() not in used)
+        for name in (STORY, "story.html"):
+            (self.path / name).unlink(missing_ok=True)
 
     def keep(self, image: Image) -> Path:
         """Write an image into the folder unless it is there already; return its path."""
-        key = image.path if image.pixels is None else id(image.pixels)
+        key = _key(image)
         if key not in self._kept:
             path, root = image.path.resolve() if image.path else None, self.path.resolve()
             here = path and path.is_relative_to(root) and path.is_file()
@@ -122,11 +138,19 @@ class StoryFolder:
         return f"{stem}.jpg"
 
     def save(
-        self, conversation: Conversation, *, model: str, seed: int | None, options: Mapping[str, Any], title: str = ""
+        self,
+        conversation: Conversation,
+        *,
+        model: str,
+        seed: int | None,
+        options: Mapping[str, Any],
+        title: str = "",
+        **more: Any,
     ) -> None:
         """Write the images that are not in the folder yet, then story.json: the story so far, and what it is made with.
 
-        Raises Mgp5Error if a file cannot be written; story.json is then what it was.
+        `more` are further fields of story.json, which `load` gives back. Raises Mgp5Error if a file cannot be written;
+        story.json is then what it was.
         """
         names = [self.keep(image).relative_to(self.path).as_posix() for image in conversation.images]
         story = {
@@ -136,6 +160,7 @@ class StoryFolder:
             "model": model,
             "seed": seed,
             "options": dict(options),
+            **more,
             "messages": conversation.to_chat(iter(names)),
         }
         write_text(self.path / STORY, json.dumps(story, ensure_ascii=False, indent=2, default=str))
@@ -160,6 +185,10 @@ class StoryFolder:
         metadata = {"title": "", "model": "", "seed": None, "options": {}}
         names = story.keys() - {"format", "version", "messages"}
         return conversation, metadata | {name: story[name] for name in names}
+
+
+def _key(image: Image) -> int | Path | None:
+    return image.path if image.pixels is None else id(image.pixels)
 
 
 def free_folder(stem: str) -> Path:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import gradio as gr
 from anyio import to_thread
 
+from ...apps.inputs import SceneInput, natural
 from ...apps.recorder import StoryScene, story_conversation
-from ...apps.story import SceneInput, finished_scene, natural, scene_request
+from ...apps.story import finished_scene, scene_request
 from ...errors import Mgp5Error
 from ...files import text_lines
 from ...views.html import write_html
