@@ -89,5 +89,5 @@ def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) 
         return {"name": backend, "chosen": None, "why": error.message.partition("cannot run here: ")[2]}
     why = choice.why
     if backend == "auto" and device.type == "cpu" and not missing():  # see `export.cache.apply`
-        why += "; onnx for models of 1 to 100 million parameters, such as demo"
+        why += "; onnx where mgp5 export --cache has made it"
     return {"name": backend, "chosen": choice.name, "why": why}

@@ -250,7 +250,6 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
     refused = run("--backend", "triton", "--model", "demo", "--out", "talk")
     assert refused.exit_code == 2 and "--backend triton cannot run here" in refused.stderr
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("mgp5.export.cache.TINY", 10**9)  # else the demo would be exported
     told = run("--set", "max_tokens=0", "--set", "image=always", "--show", "off")
     assert told.exit_code == 0 and "backend eager: the fastest" in told.stderr, told.stderr
     quiet = run("--set", "max_tokens=0", "--set", "image=never", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -115,25 +116,50 @@ def test_a_story_by_the_exported_files(small_export, small_folder, tmp_path):
     assert parity.psnr(*pixels) > 40
 
 
-def test_the_cache_is_filled_once(model, small_export, tmp_path, monkeypatch, capsys):
+def test_the_cache_is_filled_once_and_on_request(model, small_export, tmp_path, monkeypatch, capsys):
     def copied(model, request, out):
         assert request.split and request.components == ("denoiser", "vae_decoder")
         shutil.copytree(small_export, out)
 
+    def paths() -> list:
+        return [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("model.onnx"))]
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("mgp5.export.run.write_export", copied)
-    generator, times = model.head.generator, []
-    assert cache.apply(generator, "auto").name == "eager"  # too small to be worth it
+    generator = model.head.generator
+    assert cache.apply(generator, "auto").why == "the fastest on a CPU that starts at once"  # too small to be worth it
     expected = draw(generator)
     monkeypatch.setattr(cache, "TINY", 0)
-    for backend in ("auto", "onnx"):
-        assert cache.apply(generator, backend).name == "onnx"
-        assert_near([draw(generator)], [expected])
-        times += [path.stat().st_mtime_ns for path in tmp_path.rglob("model.onnx")]
-    assert len(times) == 2 * len(NAMES) and times[: len(NAMES)] == times[len(NAMES) :]
+    choice = cache.apply(generator, "auto")  # which does not wait
+    assert choice.name == "eager" and "mgp5 export --cache" in choice.why and not paths()
+    assert cache.apply(generator, "onnx").name == "onnx"
+    made = paths()
+    generator.denoiser.register_to_config(_name_or_path="elsewhere")  # it lies in the folder of another model
+    assert cache.apply(generator, "auto").name == "onnx" and paths() == made and len(made) == len(NAMES)
+    assert_near([draw(generator)], [expected])
     assert capsys.readouterr().err.count("exporting the denoiser") == 1
     with pytest.raises(Mgp5Error, match="nothing is exported for meta"):
         cache.cached_denoiser(generator.to("meta"))
+
+
+def test_the_cache_keeps_what_was_used_last_and_is_emptied(model, small_export, tmp_path, monkeypatch):
+    def copied(model, request, out):
+        shutil.copytree(small_export, out)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("mgp5.export.run.write_export", copied)
+    size = sum(path.stat().st_size for path in small_export.rglob("*") if path.is_file())
+    monkeypatch.setattr(cache, "LIMIT", 2 * size)
+    kept = []
+    for number in range(3):
+        with torch.no_grad():
+            next(model.head.generator.denoiser.parameters()).add_(1)  # another denoiser
+        kept.append(cache.cached_denoiser(model.head.generator))
+        os.utime(kept[-1], (number, number))
+    assert [folder.exists() for folder in kept] == [False, True, True]
+    result = CliRunner().invoke(main, ["export", "--empty-cache"])
+    assert result.exit_code == 0 and f"{2 * size / 1e6:.0f} MB removed" in result.stderr
+    assert not any(folder.exists() for folder in kept)
 
 
 def test_damaged_and_foreign_files_are_refused(small_export, model, tmp_path):

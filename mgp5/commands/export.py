@@ -12,6 +12,8 @@ from .flags import COUNT, PATH, say, settings_option
 @click.command("export")
 @click.option("--onnx", is_flag=True, help="Write ONNX files and prove that they compute what PyTorch does.")
 @click.option("--trt", is_flag=True, help="Build TensorRT engines from them too.")
+@click.option("--cache", is_flag=True, help="Make once what --backend auto then draws by on this CPU, and keep it.")
+@click.option("--empty-cache", is_flag=True, help="Remove all that --cache made.")
 @click.option("--model", default="demo", help="A name, or the folder of a model.")
 @click.option("--out", type=PATH, help="New folder for the files.")
 @click.option("--from", "source", type=PATH, help="Build engines from this exported folder.")
@@ -28,7 +30,15 @@ from .flags import COUNT, PATH, say, settings_option
 @click.option("--height", type=COUNT, help="Of the image that proves.  [default: the model's, or 256]")
 @click.option("--width", type=COUNT, help="The same.")
 @settings_option("settings", "Of --trt: batches, sizes, level.")
-def export(opset: str, height: int | None, width: int | None, settings: dict[str, Any], **values: Any) -> None:
+def export(
+    cache: bool,
+    empty_cache: bool,
+    opset: str,
+    height: int | None,
+    width: int | None,
+    settings: dict[str, Any],
+    **values: Any,
+) -> None:
     """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
 
     The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
@@ -39,6 +49,14 @@ def export(opset: str, height: int | None, width: int | None, settings: dict[str
     if bool(height) != bool(width):
         raise click.UsageError("--height and --width go together: give both or none")
     from ..device import quiet_libraries
+
+    if cache or empty_cache:
+        quiet_libraries()
+        from ..export.cache import empty, fill
+
+        if empty_cache:
+            empty(say)
+        return fill(values["model"], say) if cache else None
     from ..export.request import EngineOptions, ExportRequest
     from ..options import override
 

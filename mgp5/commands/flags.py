@@ -67,7 +67,7 @@ GENERATION = (
         "--exported",
         type=PATH,
         metavar="DIR",
-        help="Made by export, for --backend onnx or trt.  [onnx on a CPU: made when needed, and kept]",
+        help="Made by export, for --backend onnx or trt.  [onnx on a CPU: that of export --cache]",
     ),
     click.option(
         "--memory",

@@ -86,5 +86,6 @@ def _key(generator: LatentDiffusion, names: tuple[str, ...]) -> str:
     denoiser = generator.denoiser
     card = torch.cuda.get_device_properties(denoiser.device).name if denoiser.device.type == "cuda" else "cpu"
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "mgp5")]
-    model = type(denoiser).__name__, str(denoiser.dtype), dict(denoiser.config)
+    config = {name: value for name, value in denoiser.config.items() if name[0] != "_"}  # without where it lies
+    model = type(denoiser).__name__, str(denoiser.dtype), config
     return digest([card, *libraries, *model, *names], size=8)
