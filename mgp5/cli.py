@@ -11,10 +11,11 @@ import click
 
 from . import __version__
 from .commands import bench, chat, data, doctor, evaluate, export, models, serve, story, train
-from .errors import Mgp5Error
+from .commands.flags import Group
+from .errors import Mgp5Error, told
 
 
-class Commands(click.Group):
+class Commands(Group):
     """A group that prints an error as one line, and ends with exit code 130 after an interruption."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -28,7 +29,7 @@ class Commands(click.Group):
             raise
         except click.ClickException as error:
             command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mgp5"
-            click.echo(f"mgp5: {error.format_message().rstrip('.')}: see {command} --help", err=True)
+            click.echo(f"mgp5: {error.format_message().rstrip('.')} (see {command} --help)", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("mgp5: interrupted", err=True)
@@ -39,10 +40,8 @@ class Commands(click.Group):
         except Exception as error:
             if os.environ.get("MGP5_DEBUG") == "1":
                 raise
-            known = isinstance(error, Mgp5Error)
-            line = str(error) if known else f"{type(error).__name__}: {error} (MGP5_DEBUG=1 shows where)"
-            click.echo(f"mgp5: {' '.join(line.splitlines())}", err=True)
-            ctx.exit(error.exit_code if known else 1)
+            click.echo(f"mgp5: {told(error)}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, Mgp5Error) else 1)
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}

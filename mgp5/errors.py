@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,15 @@ class Mgp5Error(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+def told(error: Exception) -> str:
+    """Return the line that tells an error. One that nobody foresaw is raised again where MGP5_DEBUG=1 asks for it."""
+    known = isinstance(error, Mgp5Error)
+    if not known and os.environ.get("MGP5_DEBUG") == "1":
+        raise error
+    line = str(error) if known else f"{type(error).__name__}: {error} (MGP5_DEBUG=1 shows where)"
+    return " ".join(line.splitlines())
 
 
 def counted(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .errors import Mgp5Error, raise_all
 
 SAMPLERS = ("dpm++", "ddim", "euler", "pndm", "flow-euler")  # names that `generators.sampler` has tables for
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
 DrawMode = Literal["auto", "always", "never"]
 Memory = Literal["auto", "low", "full"]
 Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
@@ -183,7 +184,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     elif any(map(is_dataclass, kinds)):
         expected = "" if value is None else f"settings of its own, as in {name}.NAME=VALUE"
     elif simple and len(simple) == len(kinds) and type(value) not in simple:
-        expected = " or ".join(sorted(k.__name__ for k in simple))
+        expected = " or ".join(words for kind, words in WORDS.items() if kind in simple)
     if expected:
         raise Mgp5Error(f"{name} is {value!r}, expected {expected}", "correct its value", usage=True)
     return value

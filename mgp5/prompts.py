@@ -123,7 +123,15 @@ class Example:
 
 
 def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
-    """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins."""
+    """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins.
+
+    Raises Mgp5Error for a text of which UTF-8 knows no bytes, such as half a character.
+    """
+    for text in (message.text for message in conversation.messages):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Mgp5Error(f"the text {text!r:.60} is not UTF-8", "write it in UTF-8") from None
     ids = _encode(backbone, _render(backbone, conversation.messages, reply=True))
     return Prompt(ids, conversation.images)
 

@@ -125,7 +125,7 @@ def mgp5(small_model, small_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("mgp5.apps.open_model.load", lambda name, **_: small_model)
     quick = ("--model", str(small_folder), "--steps", "2", "--set", "max_tokens=6", "--seed", "1")
 
-    def run(command: str, *args: object, stdin: str | None = None):
+    def run(command: str, *args: object, stdin: str | bytes | None = None):
         return CliRunner().invoke(main, [command, *quick, *map(str, args)], input=stdin, catch_exceptions=False)
 
     return run

@@ -64,7 +64,7 @@ def test_presets_are_the_papers_and_the_releases_numbers():
         (("batch.size=3",), "batch has no settings of its own"),
         (("prefix.tokens=0",), "prefix has 0 tokens and hidden width 1024"),
         (("ema=1.0",), "ema is 1.0, expected 0 or more and below 1"),
-        (("data.history=x",), "history is 'x', expected NoneType or int"),
+        (("data.history=x",), "history is 'x', expected a whole number or none"),
         (("prefix.tokens=3", "lora.rank=4"), "lora and prefix are both given"),
     ],
 )

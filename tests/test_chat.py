@@ -46,6 +46,26 @@ def test_chat_pictures_are_kept_although_no_folder_was_asked_for(mgp5, tmp_path)
     assert ("assistant", "image") in parts_of(tmp_path / "chat-1")
 
 
+def test_a_pipe_takes_commands_and_an_error_costs_its_line_only(mgp5, tmp_path, monkeypatch):
+    from mgp5.inference import reply
+
+    real = reply.generate
+
+    def fail(model, conversation, *more):
+        if conversation.messages[-1].text == "odd":
+            raise TypeError("nobody foresaw this")
+        return real(model, conversation, *more)
+
+    monkeypatch.setattr(reply, "generate", fail)
+    lines = b"one\ntwo\n/undo\n/seed\na fox \xff\nodd\nthree\n/quit\nfour\n"
+    result = mgp5("chat", "--out", "talk", stdin=lines)
+    assert result.exit_code == 1 and roles_of(tmp_path / "talk") == ["system", *["user", "assistant"] * 2]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("mgp5: ")]
+    assert len(errors) == 3 and "'/seed' lacks a whole number, N" in errors[0]
+    assert r"the text 'a fox \udcff' is not UTF-8" in errors[1] and "TypeError: nobody foresaw this" in errors[2]
+    assert not (tmp_path / "talk/.lock").exists()
+
+
 @pytest.fixture
 def talk(small_model, tmp_path, monkeypatch):
     """A chat, and a function that types lines into it."""

@@ -217,7 +217,7 @@ def test_broken_pictures(mgp5, tmp_path, command):
         ("story --images pictures --model empty", "empty is not a model", 2),
         ("story --images pictures --set steps", "name=value", 2),
         ("story --images pictures --set nope=1", "nope", 2),
-        ("story --images pictures --set steps=many", "steps is 'many', expected int", 2),
+        ("story --images pictures --set steps=many", "steps is 'many', expected a whole number", 2),
         ("story --images pictures --set steps=0 --set top_p=2", "steps is 0|top_p is 2", 2),
         ("story --images pictures --set top_p=2 --set max_tokens=-1", "top_p is 2|max_tokens is -1", 2),
         ("story --images pictures --set image=maybe", "image is maybe", 2),
@@ -227,15 +227,18 @@ def test_broken_pictures(mgp5, tmp_path, command):
         ("chat --message hi --model empty", "empty is not a model", 2),
         ("chat --out a --resume b", "--out|--resume", 2),
         ("chat --resume nowhere", "nowhere|story.json", 1),
+        ("chat --out file --message hi", "file has a file in its way", 1),
         ("walk", "walk", 2),
+        ("storyy", "'story'? (see mgp5 --help)", 2),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(mgp5, pictures, tmp_path, command, words, code):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "file").touch()
     check_fails(mgp5(*command.split()), *words.split("|"), code=code)
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "blank.txt", "latin.txt", "pictures"}
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file", "blank.txt", "latin.txt", "pictures"}
 
 
 @pytest.mark.parametrize("case", ["vokens", "diffusion", "llm", "field", "json", "no weights", "weights", "no llm"])

@@ -138,6 +138,23 @@ def test_lines_that_fail_are_told_at_the_end_and_tried_again(batch):
     assert len(rows()) == len(WRONG) + 1 and not Path("out/failures.jsonl").read_text()
 
 
+def test_an_error_that_nobody_foresaw_costs_its_line_only(batch, monkeypatch):
+    from mgp5 import prompts
+
+    real = prompts.prompt
+
+    def fail(backbone, conversation):
+        if conversation.messages[-1].text == "odd":
+            raise TypeError("nobody foresaw this")
+        return real(backbone, conversation)
+
+    monkeypatch.setattr("mgp5.inference.session.prompt", fail)
+    batch(chat("one"), chat("odd"), chat("half \ud800"), chat("two"), code=1)
+    failures = [json.loads(line) for line in Path("out/failures.jsonl").read_text().splitlines()]
+    assert list(rows()) == [1, 4] and [row["line"] for row in failures] == [2, 3]
+    assert "TypeError: nobody foresaw" in failures[0]["error"] and "is not UTF-8" in failures[1]["error"]
+
+
 def test_another_batch_in_the_same_folder_is_refused(batch, small_folder):
     batch(chat("one"), flags=())  # a seed that was not given is kept
     batch(chat("one"), chat("two"), flags=("--json",))

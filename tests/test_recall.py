@@ -49,16 +49,19 @@ def story(tmp_path_factory):
 def test_the_last_picture_of_a_story(story, tmp_path):
     paths = [image.path for image in StoryFolder.open(story).load()[0].images]
     assert drawn_again(paths[-1], tmp_path)
-    command, notes = recall(paths[-3])
-    assert '"max_tokens": 0' in command and "a `red` fox sleeps" in command and len(notes) == 1
-    assert "--backend eager" in command
+    found = recall(paths[-3])
+    assert '"max_tokens": 0' in found.line and "a `red` fox sleeps" in found.command and len(found.notes) == 1
+    assert "--backend eager" in found.command
 
 
 def test_the_second_picture_of_a_chat(small_folder, tmp_path):
     flags = ["--model", str(small_folder), "--steps", "1", "--seed", "3", "--set", "max_tokens=4"]
     flags += ["--set", "image=always"]
     run("chat", *flags, "--backend", "eager", "--message", "one", "--message", "two", "--out", str(tmp_path / "talk"))
-    assert drawn_again(StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path, tmp_path)
+    path = StoryFolder.open(tmp_path / "talk").load()[0].images[-1].path
+    assert drawn_again(path, tmp_path)
+    again = Path(run("recall", "--run", str(path)).stderr.splitlines()[0].removeprefix("it will be "))
+    assert same_pixels(path, again)
 
 
 def test_what_is_missing_is_said_in_one_line(story, tmp_path):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..errors import Mgp5Error, raise_all
+from ..errors import Mgp5Error, raise_all, told
 from ..events import Finished
 from ..messages import Conversation, Message, inside
 from ..options import ModelRequest, Options, unexpected
@@ -143,8 +143,8 @@ class Batch:
             if text and number not in self.done:
                 try:
                     line = self._read(number, text)
-                except Mgp5Error as error:
-                    self.failures[number] = str(error)
+                except Exception as error:  # whatever it is, it costs this line
+                    self.failures[number] = told(error)
                 else:
                     yield line
 
@@ -214,8 +214,8 @@ def answer(model: InterleavedModel, asks: Sequence[Ask]) -> list[Reply]:
         for index, event in generate_batch(model, [ask for ask, _ in asks], [options for _, options in asks]):
             if isinstance(event, Finished):
                 replies[index] = event.message
-    except Mgp5Error as error:
-        return [error] if len(asks) == 1 else [answer(model, [ask])[0] for ask in asks]
+    except Exception as error:  # whatever a head or a driver raises costs this line
+        return [Mgp5Error(told(error))] if len(asks) == 1 else [answer(model, [ask])[0] for ask in asks]
     return [replies[index] for index in range(len(asks))]
 
 

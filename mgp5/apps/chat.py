@@ -129,8 +129,8 @@ class Chat:
             for event in keep_images(events, self.folder) if self.folder else events:
                 recorder(event)
                 yield event
-        except Mgp5Error:
-            (self.conversation, self.pending), recorder = before, Recorder()
+        except Exception:  # whatever a head or a driver raises costs this turn
+            (self.conversation, self.pending), recorder, self._session = before, Recorder(), None
             raise
         except KeyboardInterrupt:
             self._session = None  # it may have been cut inside a forward, with cache and tokens at odds

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,29 @@ from .story import scene_prompt
 NOT_OPTIONS = {"version", "prompt", "seed", "text_seed"}  # of an image's metadata
 
 
-def recall(path: Path) -> tuple[str, list[str]]:
-    """Return the command (several lines of shell), and notes: where the image will be, and why it may differ.
+@dataclass(frozen=True)
+class Recalled:
+    """What draws an image again: `mgp5` with these words, in this folder, with this line on its standard input."""
+
+    words: list[str]
+    folder: Path
+    line: str
+    notes: list[str]  # where the image will be, and why it may differ
+
+    @property
+    def command(self) -> str:
+        """The command, several lines of shell."""
+        home, text = shlex.quote(str(self.folder.resolve())), shlex.quote(self.line)
+        return f"(cd {home} &&\n  printf '%s\\n' {text} |\n  mgp5 {shlex.join(self.words)})"
+
+    def run(self) -> int:
+        """Draw the image again by a process of its own; return its exit code."""
+        command = [sys.executable, "-m", "mgp5", *self.words]
+        return subprocess.run(command, input=self.line.encode(), cwd=self.folder, check=False).returncode
+
+
+def recall(path: Path) -> Recalled:
+    """Return what draws an image again.
 
     Raises Mgp5Error that says what the image or its folder lacks.
     """
@@ -44,18 +68,15 @@ def recall(path: Path) -> tuple[str, list[str]]:
     for part in (part for message in line["messages"] for part in message["content"]):
         part.pop("meta", None)
     out = f"recalled-{path.stem}"
-    words = ["--batch", "-", "--out", out, "--model", _absolute(story["model"])]
+    words = ["story", "--batch", "-", "--out", out, "--model", _absolute(story["model"])]
     for name in ENGINE:
         words += [f"--{name}", _absolute(story["options"][name])] if name in story["options"] else []
-    text = shlex.quote(json.dumps(line, ensure_ascii=False))
-    home = shlex.quote(str(folder.resolve()))
-    command = f"(cd {home} &&\n  printf '%s\\n' {text} |\n  mgp5 story {shlex.join(words)})"
     notes = [f"it will be {folder / out / '000001' / f'{len(set(names)) + index + 1:03d}.png'}"]
     if any(name.endswith(".jpg") for name in names):
         notes.append("given JPEG pictures were kept anew, without private data: it will be close, not the same")
     if metadata.get("version") != __version__:
         notes.append(f"it was drawn by mgp5 {metadata.get('version')}, and this is {__version__}")
-    return command, notes
+    return Recalled(words, folder, json.dumps(line, ensure_ascii=False), notes)
 
 
 def _prompt(conversation: Conversation, path: Path, options: Mapping[str, Any]) -> tuple[Conversation, int, dict]:

@@ -28,13 +28,17 @@ def chat(messages: tuple[str, ...], **flags: Any) -> None:
     if flags["seed"] is None:
         say(f"seed {options.seed}")
     with closing(chat):
-        repl = Repl(chat, lambda: view_of(flags))
+        repl, failed = Repl(chat, lambda: view_of(flags)), 0
         if messages:
-            repl.say_all(messages)
+            failed = repl.say_all(messages)
         elif sys.stdin.isatty():
             repl.run()
         else:
-            lines = (line.removeprefix("\ufeff").strip() for line in sys.stdin)  # a byte-order mark is no text
-            repl.say_all(line for line in lines if line)
+            lines = (line.decode("utf-8", "surrogateescape") for line in sys.stdin.buffer)
+            failed = repl.read_all(
+                line.removeprefix("\ufeff").strip() for line in lines
+            )  # a byte-order mark is no text
     if chat.folder:
         say(f"The conversation is in {chat.folder.path}")
+    if failed:
+        raise click.exceptions.Exit(1)

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from .flags import COUNT, PATH, SEED, progress, say, settings_option
+from .flags import COUNT, PATH, SEED, Group, progress, say, settings_option
 from .train import data_of
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Make data sets, and caches of them."""
 

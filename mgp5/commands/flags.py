@@ -26,6 +26,16 @@ PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 
 
+class Group(click.Group):
+    """A group of commands whose help tells the whole first sentence of each."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands."""
+        commands = sorted((name, command.get_short_help_str(1000)) for name, command in self.commands.items())
+        with formatter.section("Commands"):
+            formatter.write_dl(commands)
+
+
 def settings_option(name: str, text: str) -> Callable[[Command], Command]:
     """Return the option --set, whose value is the nested dictionary of all settings."""
 

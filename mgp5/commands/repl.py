@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..apps.chat import Chat
-from ..errors import Mgp5Error
+from ..errors import Mgp5Error, told
 from ..events import Event
 from ..views.files import StoryFolder, free_folder
 from .flags import say
@@ -22,6 +23,7 @@ HELP = """\
 /help         this list
 /quit         end (so does Ctrl-D); Ctrl-C stops a reply and keeps what it has said
 """
+NEEDED = {"/image": "the path of a picture, FILE", "/seed": "a whole number, N", "/save": "the path of a folder, DIR"}
 
 
 class Repl:
@@ -35,10 +37,14 @@ class Repl:
     def __init__(self, chat: Chat, make_view: Callable[[], Any]) -> None:
         self.chat, self._make_view = chat, make_view
 
-    def say_all(self, messages: Iterable[str]) -> None:
-        """Send one message after the other. Raises Mgp5Error and KeyboardInterrupt, with everything kept."""
-        for message in messages:
-            self._show(self.chat.say(message))
+    def say_all(self, messages: Iterable[str]) -> int:
+        """Send one message after the other; return how many failed. Raises KeyboardInterrupt."""
+        return sum(not self._try(self._say, message) for message in messages)
+
+    def read_all(self, lines: Iterable[str]) -> int:
+        """Do what lines say until /quit, as `run` does; return how many failed. Raises KeyboardInterrupt."""
+        lines = itertools.takewhile(lambda line: line != "/quit", lines)
+        return sum(not self._try(self._line, line) for line in lines if line)
 
     def run(self) -> None:
         """Read lines until /quit or the end of input; an error is printed and the conversation goes on."""
@@ -54,22 +60,37 @@ class Repl:
             except KeyboardInterrupt:
                 say("\n(/quit or Ctrl-D ends)")
                 continue
+            except UnicodeDecodeError as error:
+                say(f"mgp5: the line {error.object!r} is not UTF-8: write it in UTF-8")
+                continue
+            if line == "/quit":
+                return
             try:
-                if line == "/quit":
-                    return
                 if line:
-                    self._line(line)
-            except Mgp5Error as error:
-                say(f"mgp5: {error}")
+                    self._try(self._line, line)
             except KeyboardInterrupt:
                 say("\n(stopped; what was said is kept)")
+
+    def _try(self, do: Callable[[str], None], line: str) -> bool:
+        """Do something with a line, and return whether that went well; an error, which is printed, costs this line."""
+        try:
+            do(line)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # whatever it is, the next line may do
+            say(f"mgp5: {told(error)}")
+            return False
+        return True
+
+    def _say(self, message: str) -> None:
+        self._show(self.chat.say(message))
 
     def _line(self, line: str) -> None:
         """Do what one line says: a message, or a /command. Raises Mgp5Error."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if not word.startswith("/"):
-            self._show(self.chat.say(line))
+            self._say(line)
         elif word == "/help":
             say(HELP.rstrip())
         elif word == "/image" and rest:
@@ -85,6 +106,8 @@ class Repl:
         elif word == "/save" and rest:
             self.chat.move(StoryFolder.create(Path(rest).expanduser()))
             say(f"saved in {rest}")
+        elif word in NEEDED:
+            raise Mgp5Error(f"{line!r} lacks {NEEDED[word]}", f"write {word} {NEEDED[word].split()[-1]}")
         else:
             raise Mgp5Error(f"{line!r} is no command", "see /help")
 

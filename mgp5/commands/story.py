@@ -148,16 +148,18 @@ def _answer(request: BatchRequest, flags: dict[str, Any], stack: ExitStack) -> t
 
 @click.command()
 @click.argument("picture", type=PATH)
-def recall(picture: Path) -> None:
+@click.option("--run", "at_once", is_flag=True, help="Draw it, instead of printing the command.")
+def recall(picture: Path, at_once: bool) -> None:
     """Print the command that draws a PICTURE of a story, chat or batch again.
 
-    The story.json beside it tells what was said before. Notes go to stderr:
-
-      eval "$(mgp5 recall story-1/003.png)"
+    The story.json beside it tells what was said before. Notes go to stderr.
     """
-    from ..apps.recall import recall as run
+    from ..apps.recall import recall as find
 
-    command, remarks = run(picture)
-    click.echo(command)
-    for note in remarks:
+    found = find(picture)
+    for note in found.notes:
         say(note)
+    if not at_once:
+        click.echo(found.command)
+    elif code := found.run():
+        raise click.exceptions.Exit(code)
