@@ -38,7 +38,7 @@ def chat(messages: tuple[str, ...], **flags: Any) -> None:
             failed = repl.read_all(
                 line.removeprefix("\ufeff").strip() for line in lines
             )  # a byte-order mark is no text
-    if chat.folder:
+    if chat.folder and chat.folder.path.exists():
         say(f"The conversation is in {chat.folder.path}")
     if failed:
         raise click.exceptions.Exit(1)
