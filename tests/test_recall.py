@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from contextlib import chdir
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -81,7 +82,7 @@ def test_what_is_missing_is_said_in_one_line(story, tmp_path):
 
 
 def test_a_character_that_the_terminal_lacks_ends_no_command(monkeypatch):
-    monkeypatch.setattr("mgp5.apps.recall.recall", lambda path: ("draw “é”", []))
+    monkeypatch.setattr("mgp5.apps.recall.recall", lambda path: SimpleNamespace(command="draw “é”", notes=[]))
     result = CliRunner(charset="latin-1").invoke(main, ["recall", "a.png"])
     assert result.exit_code == 0 and result.stdout_bytes.decode("latin-1") == "draw ?é?\n"
 
