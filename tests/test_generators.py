@@ -209,6 +209,14 @@ def test_weights_in_float16_alone_are_read(copied, model):
 
 
 @pytest.mark.parametrize("folder", ["epsilon"], indirect=True)
+def test_a_cut_text_encoder_is_one_line(copied):
+    file = copied / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Mgp5Error, match="cannot load text_encoder of "):
+        load_generator(str(copied)).encode_text(["a fox"])
+
+
+@pytest.mark.parametrize("folder", ["epsilon"], indirect=True)
 def test_steps_of_an_old_schedulers_file_are_those_of_the_pipeline(copied):
     file = copied / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"steps_offset": 0}))

@@ -54,6 +54,7 @@ def run(code: str, folder: Path, *before: Path, safe: bool = False) -> list[str]
     command = [sys.executable, *(["-P"] if safe else []), "-c", code]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not re.search("Warning|it/s", done.stderr), done.stderr  # nor a library's progress bar
     return done.stdout.splitlines()
 
 

@@ -7,10 +7,15 @@ import shutil
 
 import pytest
 import sentencepiece
+import torch
 from PIL import Image as pil
+from tiny import TEXT
+from tiny_mllm import save_blip2
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgp5.backbones import processors
 from mgp5.backbones.hf import HFBackbone
+from mgp5.backbones.minigpt4 import compose
 from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
 
@@ -33,6 +38,25 @@ def test_a_tokenizer_model_alone_is_read(vicuna):
     tokenizer = processors.load_tokenizer(vicuna)
     ids = tokenizer.encode("a red fox")
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids, skip_special_tokens=True) == "a red fox"
+
+
+def test_minigpt4_is_composed_of_a_vicuna_in_its_layout(vicuna, tmp_path):
+    """As of lmsys/vicuna-7b-v1.5 and Vision-CAIR/vicuna-7b: weights as .bin, a generation config that is not valid."""
+    folder = shutil.copytree(vicuna, tmp_path / "vicuna")
+    tokenizer = processors.load_tokenizer(folder)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TEXT))
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"max_length": 4096}))
+    marks = {name: {"content": mark} for name, mark in (("bos_token", "<s>"), ("eos_token", "</s>"))}
+    (folder / "special_tokens_map.json").write_text(json.dumps(marks))
+    composed = compose(save_blip2(tmp_path / "blip2"), folder, tmp_path / "minigpt4", dtype=torch.float32)
+    backbone = HFBackbone.load(composed)
+    assert backbone.tokenizer.encode("a red fox") == tokenizer.encode("a red fox")
+    assert backbone.tokenizer.chat_template and tokenizer.eos_token_id in backbone.stop_ids
+    weights = model.get_input_embeddings().weight
+    assert torch.equal(backbone.language.get_input_embeddings().weight[: len(weights)], weights)
 
 
 def test_what_reads_a_tokenizer_model_is_named_where_it_is_missing(vicuna, monkeypatch):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import Mgp5Error
 
 
@@ -37,7 +39,7 @@ def load_part(load: Callable[..., Any], name: str, part: str, revision: str | No
     for variant in ({}, {"variant": "fp16"}) if "use_safetensors" in options else ({},):
         try:
             return load(str(name), subfolder=part, revision=revision, **options, **variant)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             failed = failed or error
     reason = _first_line(failed)
     raise Mgp5Error(f"cannot load {part} of {name} ({reason})", "only safetensors weights are read") from failed
