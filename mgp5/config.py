@@ -90,6 +90,7 @@ class ModelConfig:
     prefix: PrefixConfig | None = None
     stage: Stage | None = None  # last stage that trained it
     system: str = CHAT_SYSTEM  # system text of conversations that have none of their own
+    world: str = ""  # the only one that it knows, see `apps.world`; training on other data removes the name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,13 @@ class SceneStart:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A line for the user beside the reply: what words the model has never met."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class TextChunk:
     """The next piece of a text, to be joined to the one before without a blank or line break."""
 
@@ -64,4 +71,4 @@ class Finished:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-Event = SceneStart | TextChunk | ImageStep | ImageDone | Finished
+Event = SceneStart | Note | TextChunk | ImageStep | ImageDone | Finished

@@ -18,6 +18,7 @@ from .inputs import read_image
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder
 from .story import recorded_options, with_seeds
+from .world import remarks
 
 if TYPE_CHECKING:
     from ..inference.session import Session
@@ -125,6 +126,7 @@ class Chat:
         self._number += 1
         recorder = Recorder()
         try:
+            yield from remarks(self.model.config.world, asked.messages[-1].text)
             events = generate(self.model, self._recent(asked, options), options, self._session)
             for event in keep_images(events, self.folder) if self.folder else events:
                 recorder(event)

@@ -20,6 +20,7 @@ from .earlier import Earlier, take_up
 from .inputs import SceneInput, read_images, read_lines
 from .open_model import Tell, open_model, silent
 from .recorder import Recorder, StoryScene, story_conversation
+from .world import remarks
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -208,6 +209,7 @@ def _events(model: InterleavedModel | None, plan: Plan, options: Options) -> Ite
     for number in plan.numbers:
         part = plan.inputs[number]
         yield SceneStart(number, part.kind, len(plan.inputs))
+        yield from remarks(model.config.world, part.text)
         if part.image:
             yield ImageDone(0, part.image)
         if part.text:

@@ -169,7 +169,7 @@ def initial_model(
     if model.config.lora or model.config.prefix:  # a new run saves its own adapter only: the old one would be lost
         raise Mgp5Error(f"--model {name} is finetuned already", "start from its pretrain run, or go on with --resume")
     model.merge()
-    model.config = replace(model.config, mllm=mllm, diffusion=diffusion)
+    model.config = replace(model.config, mllm=mllm, diffusion=diffusion, world="")
     return model
 
 

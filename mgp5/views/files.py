@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from .. import __version__
 from ..errors import Mgp5Error
-from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
+from ..events import Event, Finished, ImageDone, ImageStep, Note, SceneStart, TextChunk
 from ..files import Claim, read_json, write_bytes, write_text
 from ..messages import Conversation, Image
 
@@ -229,6 +229,8 @@ def _fields(event: Event) -> dict[str, Any]:
     match event:
         case SceneStart():
             return {"event": "scene", "scene": event.scene, "kind": event.kind, "total": event.total}
+        case Note():
+            return {"event": "note", "text": event.text}
         case TextChunk():
             return {"event": "text", "text": event.text}
         case ImageStep():

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, TextIO
 
 from ..errors import counted
-from ..events import Event, Finished, ImageDone, ImageStep, SceneStart, TextChunk
+from ..events import Event, Finished, ImageDone, ImageStep, Note, SceneStart, TextChunk
 from .inline import Images, Painter, painter
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class TerminalView:
         match event:
             case SceneStart():
                 self._heading(event)
+            case Note():
+                self._note(event.text)
             case TextChunk():
                 self._text(event.text)
             case ImageStep():
