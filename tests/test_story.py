@@ -134,6 +134,7 @@ def taken(folder: Path) -> Iterator[int]:
         "chat --message hi --resume out",
         "story --batch lines.txt --out out",
         "eval --format storyland --out out",
+        "data storyland --out out",
         "train --stage pretrain --model demo --data storyland/cc3m --format cc3m --out out",
     ],
 )

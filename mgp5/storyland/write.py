@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from ..data.files import lines
 from ..errors import Mgp5Error
+from ..files import Claim
 from .draw import draw
 from .talk import dialog
 from .tell import caption, story
@@ -44,14 +45,15 @@ def write(
         raise Mgp5Error(f"asked for {counts}, expected numbers >= 0 and not all 0", "ask for at least one item")
     if out.exists() and not out.is_dir():
         raise Mgp5Error(f"{out} is a file, expected a folder", "name a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove this one")
-    done, total = 0, sum(counts.values())
-    for (name, count), writer in zip(counts.items(), (_cc3m, _vist, _mmdialog), strict=True):
-        for _ in writer(out / name, split, count, seed) if count else ():
-            done += 1
-            if progress:
-                progress(done, total)
+    done, total, writers = 0, sum(counts.values()), (_cc3m, _vist, _mmdialog)
+    with Claim(out):
+        if any(path.name != ".lock" for path in out.iterdir()):
+            raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove it")
+        for (name, count), writer in zip(counts.items(), writers, strict=True):
+            for _ in writer(out / name, split, count, seed) if count else ():
+                done += 1
+                if progress:
+                    progress(done, total)
 
 
 def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:
