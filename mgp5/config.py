@@ -12,7 +12,7 @@ from .prompts import CHAT_SYSTEM, Context
 
 VokenLabels = Literal["all", "first", "ends"]
 Stage = Literal["pretrain", "finetune"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MapperKind = Literal["encoder-decoder", "decoder-only"]
 
 
@@ -182,7 +182,7 @@ class TrainConfig:
     sample_every: int = 0  # updates between pages of samples; 0: none
     trackers: tuple[str, ...] = ()  # of Accelerate ("tensorboard", "trackio"), beside log.jsonl
     workers: int = 0
-    precision: Precision = "bf16"  # of the computation; trained weights stay in float32
+    precision: Precision = "auto"  # of the computation (see `device.pick_precision`); trained weights stay in float32
     quantize: Literal["none", "4bit", "8bit"] = "none"  # of the frozen LLM; extra `quant`
     checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
 
@@ -216,7 +216,8 @@ def preset(stage: Stage, name: str = "paper") -> TrainConfig:
     """Return the configuration of a stage; examples/train/README.md compares the presets.
 
     They are "paper" (as printed), "release" (as in the released code), "gill" (the paper's baseline with GILL's
-    objective), "prefix" (the paper's with prefix tuning) and "demo" (for the tiny model). Raises Mgp5Error for others.
+    objective), "prefix" (the paper's with prefix tuning), "demo" (for the tiny model), and for own stories "own-laptop"
+    (the demo on a CPU), "own-24gb" and "own-80gb" (7B models on a GPU). Raises Mgp5Error for others.
     """
     if stage not in get_args(Stage):
         raise Mgp5Error(f"unknown stage {stage!r}", "expected pretrain or finetune", usage=True)
@@ -259,7 +260,28 @@ def _demo(stage: Stage) -> TrainConfig:
     return TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **common)
 
 
+def _own(stage: Stage, **machine: Any) -> TrainConfig:
+    """Return settings for some tens to thousands of own stories: short runs, a page of samples in between."""
+    own = {"warmup": 20, "voken_labels": "first", "sample_every": 100, "data": DataConfig(narrate_first=True)}
+    return dataclasses.replace(_paper(stage), **{"lr": 1e-4, "rows_lr": 1e-4, "epochs": 5, **own, **machine})
+
+
+def _own_laptop(stage: Stage) -> TrainConfig:
+    lora = LoraConfig(dropout=0.0) if stage == "finetune" else None
+    rates = {"lr": 3e-4, "rows_lr": 1e-3, "lora": lora}
+    return _own(stage, batch=8, accumulation=1, epochs=10, checkpointing=False, **rates)
+
+
+def _own_24gb(stage: Stage) -> TrainConfig:
+    return _own(stage, batch=2, accumulation=8)  # 22 GiB with LLaVA-1.5-7B and five images a story, by the estimate
+
+
+def _own_80gb(stage: Stage) -> TrainConfig:
+    return _own(stage, batch=16, accumulation=1)
+
+
 PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefix, "demo": _demo}
+PRESETS |= {"own-laptop": _own_laptop, "own-24gb": _own_24gb, "own-80gb": _own_80gb}
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:

@@ -49,6 +49,13 @@ def check_launched(device: str) -> None:
         raise Mgp5Error(f"--device {device} under a launcher", "leave it out: every process takes a GPU", usage=True)
 
 
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return the key of DTYPES to train in; "auto" is bf16, but fp32 on a CPU that can only emulate bf16."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
 def user_cache() -> Path:
     """Return the folder for files that can be computed again, $XDG_CACHE_HOME/mgp5."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgp5"

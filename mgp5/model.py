@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .backbones.adapters import adapt, merge
+from .backbones.adapters import adapt, merge, put_on, take_off
 from .backbones.hf import HFBackbone
 from .config import LoraConfig, ModelConfig, PrefixConfig, TrainConfig
 from .errors import Mgp5Error
@@ -86,8 +86,15 @@ class InterleavedModel(nn.Module):
         self.backbone.checkpointing(config.checkpointing)
 
     def adapt(self, lora: LoraConfig | None, prefix: PrefixConfig | None) -> None:
-        """Put trainable rows of the head's tokens into embedding and LM head, and LoRA or a prefix into the LLM."""
+        """Put trainable rows of the head's tokens into embedding and LM head, and LoRA or a prefix into the LLM.
+
+        An adapter that is there goes on in the new one.
+        """
+        old, before = take_off(self.backbone), self.config.lora
         adapt(self.backbone, self.head.ids, lora, prefix)
+        if old:
+            scale = before.alpha / before.rank / (lora.alpha / lora.rank) if before and lora else 1.0
+            put_on(self.backbone, old, scale)
         self.config = replace(self.config, lora=lora, prefix=prefix)
 
     def merge(self) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mgp5 import Conversation, Mgp5Error
 from mgp5.apps.open_model import load
-from mgp5.config import LoraConfig, TrainConfig, preset
+from mgp5.config import LoraConfig, PrefixConfig, TrainConfig, preset
 from mgp5.data import load_data
 from mgp5.hub import resolve
 from mgp5.loading import load_checkpoint, trained_tensors
@@ -232,10 +232,32 @@ def test_each_stage_begins_with_what_the_one_before_has_saved(mllm_folder, diffu
     shutil.rmtree(tmp_path / "pretrain")  # it is not needed any more
     finish(model, tales, config("finetune", rows_lr=1e-2, lr=1e-2), tmp_path / "finetune")
     check_loaded(model, load(tmp_path / "finetune/checkpoints/step-000002"))
-    with pytest.raises(Mgp5Error, match="finetuned already"):
-        initial_model(str(tmp_path / "finetune"), config("finetune"))
+    more = config("finetune", steps=1, lora=LoraConfig(rank=12, alpha=6, targets=("v_proj", "q_proj")))
+    again = initial_model(str(tmp_path / "finetune"), more)  # the adapter goes on in one of more rank
+    again.prepare(more)
+    again.eval()  # no dropout
+    check_loaded(model, again)
+    finish(again, tales, more, tmp_path / "again")
+    check_loaded(again, load(tmp_path / "again"))
+    for settings, words in (
+        (config("pretrain"), "finetuned already"),
+        (config("finetune", lora=LoraConfig(rank=2)), r"set lora.rank=8 or more, and lora.targets=\["),
+        (config("finetune", lora=None, prefix=PrefixConfig()), "set the same lora or prefix"),
+    ):
+        with pytest.raises(Mgp5Error, match=words):
+            initial_model(str(tmp_path / "finetune"), settings)
     for name in ("mlp.0.weight", "queries"):
         assert torch.equal(model.head.mapper.state_dict()[name], first.head.mapper.state_dict()[name])
+
+
+def test_a_prefix_goes_on_in_the_next_run(llava, tales):
+    llava.adapt(None, PrefixConfig(tokens=2, hidden=8))
+    batch, rows = batch_of(llava, tales[0]), [p for n, p in llava.named_parameters() if "trainable_tokens_delta" in n]
+    with torch.no_grad():
+        rows[0].add_(1.0)
+        expected = llava.hidden(batch)
+        llava.prepare(config("finetune", lora=None, prefix=PrefixConfig(tokens=2, hidden=8)))
+        torch.testing.assert_close(llava.hidden(batch), expected)
 
 
 def test_another_llm_is_refused_although_its_width_fits(run, llava_folder, tmp_path):
@@ -321,6 +343,7 @@ def test_the_rate_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.02
     assert rate(config("pretrain", warmup=0), 0, 5) == 1.0
+    assert rate(config("pretrain", warmup=1000), 99, 100) == pytest.approx(0.1)  # obeyed in a short run too
     cosine = [rate(config("pretrain", warmup=10, schedule="cosine"), step, 100) for step in range(100)]
     assert cosine[:10] == rates[:10] and cosine[55] == pytest.approx(0.5) and cosine[-1] < 0.001
     assert total_steps(preset("pretrain"), range(4800)) == 200

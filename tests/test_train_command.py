@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from tiny_training import TIMES, join
 
 from mgp5 import Mgp5Error, cli
 from mgp5.apps.open_model import load
 from mgp5.config import LoraConfig
+from mgp5.data import load_data
 from mgp5.training.run import TrainRequest, estimate_stage, train_stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -52,6 +53,40 @@ def test_both_stages_from_the_command_line(base, storyland, tmp_path, monkeypatc
     assert trained.lora == LoraConfig(rank=2) and trained.history == 3  # of the dialogues
     saved = json.loads((tmp_path / "finetune/config.json").read_text())
     assert (saved["batch"], saved["lora"]["rank"], saved["stage"]) == (2, 2, "finetune")
+
+
+def test_own_stories_train_what_was_finetuned_before(base, storyland, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own, vist = Path("own"), load_data("vist", storyland / "vist")
+    shutil.copytree(vist.stories[0].scenes[0][1].path.parent, own)
+    scenes = [{"text": text, "path": image.path.name} for text, image in vist.stories[0].scenes]
+    (own / "train.jsonl").write_text(json.dumps({"story": scenes}) + "\n")
+
+    def run(*args: str) -> Result:
+        given = ["--stage", "finetune", "--data", "own", "--device", "cpu", "--set", "batch=14", *args]
+        return CliRunner().invoke(cli.main, ["train", *given], catch_exceptions=False)
+
+    result = run("--model", "base", "--vokens", "4", "--out", "first", "--max-steps", "1")
+    for words in ("--preset own-laptop", "warning: only 1 update of 14 samples", "grows over 20 updates"):
+        assert words in result.stderr
+    assert result.stderr.endswith(
+        "What was trained is in first, sample pages in first/samples. "
+        "Next: mgp5 story --model first --images PICTURES --out FOLDER\n"
+    )
+    result = run("--model", "first", "--out", "mine", "--dry-run")
+    assert "14 samples, 10 updates of 14 samples" in result.stderr
+    result = run("--model", "first", "--out", "mine", "--max-steps", "1", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["total"] == 1
+    for refused, words in (
+        (("--model", "first", "--out", "mine"), "already holds a run"),
+        (("--model", "first", "--out", "new", "--preset", "prefix"), "set the same lora or prefix"),
+        (("--model", "first", "--out", "new", "--preset", "gill"), "nothing would train the mapper"),
+    ):
+        for dry in ((), ("--dry-run",)):
+            result = run(*refused, *dry)
+            assert result.exit_code == 2 and words in result.stderr
+    result = run("--model", "first", "--out", "new", "--dry-run", "--set", "precision=fp16")
+    assert result.exit_code == 0 and "on this machine the run is refused: precision is fp16" in result.stderr
 
 
 def test_a_request_is_checked_whole_and_trains_from_python(base, storyland, tmp_path):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from .quantization import is_quantized
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..config import LoraConfig, PrefixConfig
     from .hf import HFBackbone
 
@@ -44,16 +46,51 @@ def adapt(
 def merge(backbone: HFBackbone, keep_lora: bool) -> None:
     """Merge trained rows and LoRA into the LLM; `keep_lora` leaves LoRA beside quantized weights, which would round
     most of it away."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
     if backbone.model is backbone.core:
         return
-    if not (keep_lora and is_quantized(backbone.core)):
+    if keep_lora and is_quantized(backbone.core):
+        merge_rows(backbone)
+    else:
         backbone.model = backbone.model.merge_and_unload()
-        return
+
+
+def merge_rows(backbone: HFBackbone) -> None:
+    """Merge trained rows into embedding and LM head, which are never quantized."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
     for module in backbone.model.modules():
         if isinstance(module, TrainableTokensLayer) and not module.merged:
             module.merge()
+
+
+def take_off(backbone: HFBackbone) -> dict[str, Tensor]:
+    """Merge trained rows into the LLM, take LoRA or the prefix off it, and return their tensors for `put_on`."""
+    from peft import get_peft_model_state_dict
+
+    if backbone.model is backbone.core:
+        return {}
+    state = get_peft_model_state_dict(backbone.model, save_embedding_layers=False)
+    tensors = {name: value.detach().clone() for name, value in state.items() if "lora_" in name}
+    if backbone.prefix is not None:
+        tensors, backbone.prefix = dict(backbone.prefix.state_dict()), None
+    merge_rows(backbone)
+    backbone.model = backbone.model.unload()
+    return tensors
+
+
+def put_on(backbone: HFBackbone, tensors: dict[str, Tensor], scale: float) -> None:
+    """Begin a fresh LoRA of at least the same rank, or a prefix of the same shape, with what `take_off` returned;
+    `scale` is that of the old LoRA (alpha / rank) in units of the new one's. The rest of the new rank adds nothing."""
+    if backbone.prefix is not None:
+        backbone.prefix.load_state_dict(tensors)
+        return
+    weights = dict(backbone.model.named_parameters())
+    for name, value in tensors.items():
+        weight = weights[name.removesuffix("weight") + "default.weight"].detach()
+        if "lora_A" in name:
+            weight[: len(value)] = value
+        else:
+            weight[:, : value.shape[1]] = value * scale
 
 
 def add_prefix(backbone: HFBackbone, num_tokens: int, hidden: int) -> None:

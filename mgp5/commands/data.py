@@ -20,7 +20,7 @@ def data() -> None:
 @data.command()
 @click.option("--model", required=True, help="Whose frozen parts: what train will be given, or has made.")
 @click.option("--data", "sources", required=True, multiple=True, type=PATH, help="As of train; repeatable.")
-@click.option("--format", "formats", required=True, multiple=True, help="As of train; one per --data.")
+@click.option("--format", "formats", multiple=True, help="As of train; one per --data.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train")
 @click.option("--out", type=PATH, required=True, help="Folder for the caches.")
 @click.option("--kinds", default="latents,captions,features", help="What to cache.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,18 +18,18 @@ from .flags import COUNT, PATH, progress, say, settings_option
 
 if TYPE_CHECKING:
     from ..training.loop import Progress
-    from ..training.run import StageEstimate
+    from ..training.run import StageEstimate, TrainRequest
 
 
 @click.command()
 @click.option("--stage", type=click.Choice(["pretrain", "finetune"]), required=True)
 @click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
 @click.option(
-    "--format", "formats", required=True, multiple=True, help="cc3m, shards, vist, mmdialog or jsonl; one per --data."
+    "--format", "formats", multiple=True, help="cc3m, shards, vist, mmdialog or jsonl, per --data.  [by its files]"
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
-@click.option("--preset", default="paper", help="paper, release, prefix, gill or demo.")
+@click.option("--preset", help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb (see above).")
 @click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
 @settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")
 @click.option("--max-steps", type=COUNT, help="Updates in all, instead of epochs.")
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
 def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
+
+    A finetuned model can be finetuned again: its adapter goes on. The settings are those of --preset: by default paper,
+    for finetuning on own stories (jsonl) own-laptop, own-24gb or own-80gb, by the machine.
 
     Ctrl-C saves before it ends the run, a second one does not wait. On several GPUs:
 
@@ -67,13 +71,29 @@ def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **
     for kind, (number, first) in read_json(request.out / REPORT)["problems"].items() if not as_json else ():
         say(f"{number} x {kind} (first: {first})")
     if not as_json:
-        say(f"What was trained is in {request.out}{': go on with --resume' if stopped else ''}")
+        say(_next(request, stopped))
     if stopped:
         raise KeyboardInterrupt
 
 
+def _next(request: TrainRequest, stopped: bool) -> str:
+    """Return what was made, and what to type next."""
+    out = shlex.quote(str(request.out))
+    pages = sorted(request.out.glob("samples/*.html"))
+    told = f"What was trained is in {request.out}" + (f", sample pages in {pages[-1].parent}" if pages else "")
+    if stopped:
+        return f"{told}: go on with --resume"
+    if request.stage == "pretrain":
+        return f"{told}. Next: mgp5 train --stage finetune --model {out} --data STORIES --out FOLDER"
+    return f"{told}. Next: mgp5 story --model {out} --images PICTURES --out FOLDER"
+
+
 def data_of(sources: tuple[Path, ...], formats: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
-    """Return format and path of each --data. Raises Mgp5Error when their numbers differ."""
+    """Return format and path of each --data; without --format by its files. Raises Mgp5Error when numbers differ."""
+    from ..data import find_format
+
+    if not formats:
+        return tuple((find_format(path), path) for path in sources)
     if len(sources) != len(formats):
         found = f"{len(sources)} --data but {len(formats)} --format"
         raise Mgp5Error(found, "give one --format for each --data, in the same order", usage=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Dataset", "Keyed", "Problems", "Skipped", "Source", "load_data", "load_sources"]
 
-FORMATS = ("cc3m", "vist", "mmdialog", "jsonl", "shards")
+# Format -> patterns of the files by which its data is recognised.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "cc3m": ("cc3m_*.tsv",),
+    "vist": ("*_cleaned.json", "*.story-in-sequence.json", "sis/*.story-in-sequence.json"),
+    "mmdialog": ("*_conversations.txt", "*/*_conversations.txt"),
+    "jsonl": ("*.jsonl",),
+    "shards": ("*.tar", "train/*.tar", "val/*.tar", "test/*.tar"),
+}
 Source = tuple[str, Path]  # format, path
 
 
@@ -64,15 +72,17 @@ def load_sources(
     *,
     count: Callable[[str], int],
     tell: Callable[[str], None] = lambda text: None,
+    **of_model: Any,
 ) -> Keyed | Shards:
     """Read several data sources as one; each format takes the settings of `config` that it knows.
 
-    `count` returns the number of tokens of a text, for `config.turn_tokens`; `tell` takes lines about what was skipped.
+    `count` returns the number of tokens of a text, for `config.turn_tokens`; `tell` takes lines about what was skipped;
+    `of_model` are options that depend on the model (narrate_from).
     Raises Mgp5Error as `load_data` does, or for shards beside another source.
     """
     if problems := check_sources(sources):
         raise Mgp5Error("; ".join(problems), usage=True)
-    settings = {**vars(config), "count": count}
+    settings = {**vars(config), "count": count, **of_model}
     parts = []
     for format, path in sources:
         options = {name: settings[name] for name in _loader(format)[1] if name in settings}
@@ -80,6 +90,22 @@ def load_sources(
         if parts[-1].problems:
             tell(f"{path}: skipped {parts[-1].problems}")
     return parts[0] if sources[0][0] == "shards" else Keyed(parts)
+
+
+def find_format(path: Path) -> str:
+    """Return the format of the data at a path, by the names of its files. Raises Mgp5Error where it is not clear."""
+    if not path.exists() and not path.name.endswith(".tar"):
+        raise Mgp5Error(f"no data at {path}", "check the path", usage=True)
+    found = [
+        format
+        for format, patterns in FORMATS.items()
+        if any(any(path.glob(pattern)) if path.is_dir() else fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+    if len(found) != 1:
+        names = ", ".join(pattern for patterns in FORMATS.values() for pattern in patterns[:1])
+        what = f"{path} holds data of the formats {' and '.join(found)}" if found else f"{path} holds none of {names}"
+        raise Mgp5Error(what, f"give --format: one of {', '.join(FORMATS)}", usage=True)
+    return found[0]
 
 
 def check_sources(sources: Sequence[Source]) -> list[str]:

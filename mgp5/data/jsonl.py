@@ -1,33 +1,34 @@
-"""Own data: one conversation on each line, in the chat format of Hugging Face, or one story, as in a batch.
+"""Own data: one conversation on each line, in the chat format of Hugging Face.
 
     {"messages": [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": [PART, ...]}]}
-    {"story": [{"text": "A cat wakes up.", "path": "cat-1.png"}, {"text": "It goes out.", "path": "cat-2.png"}]}
 
-A PART is {"type": "text", "text": "Here:"} or {"type": "image", "path": "cat.png"}, paths relative to the file. A story
-is learnt by the tasks of VIST.
+A PART is {"type": "text", "text": "Here:"} or {"type": "image", "path": "cat.png"}, paths relative to the file.
+Or a story, of which all three tasks of VIST are samples:
+
+    {"story": [{"text": "A cat sits on a wall.", "path": "1.png"}, {"text": "It jumps down.", "path": "2.png"}]}
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
-from ..messages import Conversation, Image, inside
-from ..prompts import Context
+from ..messages import Conversation
+from ..prompts import Context, Task
 from .files import Records, check_usable, find_table, lines
-from .vist import FIRST_STEP, TASKS, Story, story_sample
-
-_FIRST = [FIRST_STEP[task] for task in TASKS]
+from .vist import TASKS, Story, StoryTasks
 
 
 class JSONL(Records):
-    """Samples from all messages before an answer of the assistant to that answer; keys like "train.jsonl:7/1"."""
+    """Samples from all messages before an answer of the assistant to that answer, and of stories; keys like
+    "train.jsonl:7/1"."""
 
-    def __init__(self, root: Path, context: Context) -> None:
+    def __init__(self, root: Path, tasks: StoryTasks) -> None:
         super().__init__(root)
-        self._context = context
+        self._tasks = tasks
 
     def append(self, where: str, chat: list[dict[str, Any]]) -> None:
         """Add the samples of a conversation, which ends before a missing image. Raises Mgp5Error."""
@@ -43,39 +44,37 @@ class JSONL(Records):
                 self.problems.note("no answer", where)
         self.add(where, chat, targets)
 
-    def append_story(self, where: str, raw: Any) -> None:
+    def append_story(self, where: str, scenes: Any) -> None:
         """Add the samples of a story. Raises Mgp5Error for a scene without text, or without an image that is there."""
-        scenes = [scene for scene in raw if _is_scene(scene)] if isinstance(raw, list) else []
-        if not scenes or len(scenes) < len(raw):
-            raise Mgp5Error(f"{where} has a story without scenes", 'write [{"text": ..., "path": ...}, ...]')
-        try:
-            missing = [scene["path"] for scene in scenes if not inside(self.root, scene["path"]).is_file()]
-        except Mgp5Error as error:
-            raise Mgp5Error(f"{where}: {error.message}", error.hint) from None
-        if missing:
+        story = _story(where, scenes, self.root)
+        if missing := [image.path for _, image in story.scenes if image.path and not image.path.is_file()]:
             raise Mgp5Error(f"{where} names {missing[0]}, which is not there", "check the path")
-        steps = range(len(scenes))
-        self.add(
-            where, {"story": scenes}, [len(TASKS) * k + n for k in steps for n in range(len(TASKS)) if k >= _FIRST[n]]
-        )
+        self.add(where, {"story": scenes}, range(len(self._tasks.samples(len(scenes)))))
 
     def __getitem__(self, index: int) -> Conversation:
         where, content, number = self.record(index)
-        if isinstance(content, list):
-            return _parse(where, content[: number + 1], self.root)
-        scenes = tuple((scene["text"].strip(), Image(path=self.root / scene["path"])) for scene in content["story"])
-        step, task = divmod(number, len(TASKS))
-        return story_sample(Story(where, scenes), step, TASKS[task], context=self._context)
+        if isinstance(content, dict):
+            story = _story(where, content["story"], self.root)
+            return self._tasks.sample(story, *self._tasks.samples(len(story.scenes))[number])
+        return _parse(where, content[: number + 1], self.root)
 
 
-def load(path: Path, split: str = "train", *, context: Context = "full") -> JSONL:
-    """Read conversations and stories from `<split>.jsonl`, a file or in a folder.
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    tasks: Sequence[Task] = TASKS,
+    context: Context = "full",
+    narrate_first: bool = False,
+    narrate_from: Context = "full",
+) -> JSONL:
+    """Read conversations and stories from `<split>.jsonl`, a file or in a folder; options of stories as for VIST.
 
-    `context` is how much of a story's history its questions show. Raises Mgp5Error for a missing file, or a line
-    without a conversation: own data is repaired, not skipped.
+    Raises Mgp5Error for a missing file, or a line without a conversation: own data is repaired, not skipped.
     """
     table = find_table(path, split, "{split}.jsonl")
-    dataset = JSONL(table.parent, context)
+    asked = StoryTasks(tasks=tasks, context=context, narrate_first=narrate_first, narrate_from=narrate_from)
+    dataset = JSONL(table.parent, asked)
     for where, line in lines(table):
         try:
             row = json.loads(line)
@@ -83,12 +82,22 @@ def load(path: Path, split: str = "train", *, context: Context = "full") -> JSON
             raise Mgp5Error(f"{where} is not JSON ({error})", "write one object per line") from None
         if isinstance(row, dict) and "story" in row:
             dataset.append_story(where, row["story"])
-        elif not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise Mgp5Error(f"{where} has no list of messages", 'write {"messages": [...]} on each line')
-        else:
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
             dataset.append(where, row["messages"])
+        else:
+            found = f"{where} has no list of messages or scenes"
+            raise Mgp5Error(found, 'write {"messages": [...]} or {"story": [...]} on each line')
     check_usable(dataset, table)
     return dataset
+
+
+def _story(where: str, scenes: Any, folder: Path) -> Story:
+    """Return a story of {"text": ..., "path": ...}, one each scene. Raises Mgp5Error."""
+    if not isinstance(scenes, list) or not scenes or not all(map(_is_scene, scenes)):
+        raise Mgp5Error(f"{where} has a story without scenes", 'write [{"text": ..., "path": ...}, ...]')
+    parts = [scene | {"type": "image"} for scene in scenes]
+    images = _parse(where, [{"role": "user", "content": parts}], folder).images
+    return Story(where, tuple((scene["text"].strip(), image) for scene, image in zip(scenes, images, strict=True)))
 
 
 def _is_scene(raw: Any) -> bool:

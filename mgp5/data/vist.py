@@ -16,7 +16,7 @@ from .files import SUFFIXES, ImageFiles, Problems, check_usable, find_table, pic
 
 Find = Callable[[str, str], str | None]  # image id, and where it is named -> path of the image
 TASKS: tuple[Task, ...] = tuple(TASK_PROMPTS)
-FIRST_STEP: dict[Task, int] = {"illustrate": 0, "continue": 1, "narrate": 1}  # first step of a story that has the task
+CONTEXTS = ("none", "text", "full")  # the least history first
 DATA_HINT = "give the folder that holds this file as data, and repair it if it is broken"
 
 
@@ -28,32 +28,46 @@ class Story:
     scenes: tuple[Scene, ...]
 
 
-def story_sample(story: Story, step: int, task: Task, *, context: Context, seed: int = 0) -> Conversation:
-    """Return a task at a step (from 0) of a story; `seed` chooses among the wordings of its question."""
-    history, (text, image) = story.scenes[:step], story.scenes[step]
-    choice = pick(len(TASK_PROMPTS[task]), seed, story.name, step, task)
-    if task == "illustrate":
-        return illustrate(history, text, choice, context=context).add("assistant", image)
-    if task == "continue":
-        return continue_(history, choice, context=context).add("assistant", text, image)
-    return narrate(history, image, choice, context=context).add("assistant", text)
+@dataclass(frozen=True, kw_only=True)
+class StoryTasks:
+    """Which questions about a story are samples, and how they are asked; see `load`. Raises Mgp5Error."""
+
+    tasks: Sequence[Task] = TASKS
+    context: Context = "full"
+    narrate_first: bool = False
+    narrate_from: Context = "full"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks or set(self.tasks) - set(TASKS):
+            raise Mgp5Error(f"unknown tasks {tuple(self.tasks)}", f"expected some of {', '.join(TASKS)}", usage=True)
+        if self.context not in CONTEXTS:
+            raise Mgp5Error(f"unknown context {self.context!r}", "expected full, text or none", usage=True)
+
+    def samples(self, length: int) -> list[tuple[int, Task]]:
+        """Return step and task of each sample of a story of `length` scenes."""
+        first = {"illustrate": 0, "continue": 1, "narrate": 0 if self.narrate_first else 1}
+        return [(step, task) for step in range(length) for task in self.tasks if step >= first[task]]
+
+    def sample(self, story: Story, step: int, task: Task) -> Conversation:
+        """Return a question about a step of a story, and its answer."""
+        history, (text, image) = story.scenes[:step], story.scenes[step]
+        choice = pick(len(TASK_PROMPTS[task]), self.seed, story.name, step, task)
+        if task == "illustrate":
+            return illustrate(history, text, choice, context=self.context).add("assistant", image)
+        if task == "continue":
+            return continue_(history, choice, context=self.context).add("assistant", text, image)
+        context = min(self.context, self.narrate_from, key=CONTEXTS.index)
+        return narrate(history, image, choice, context=context).add("assistant", text)
 
 
 class VIST:
     """Samples of the three tasks, story by story, step by step, task by task."""
 
-    def __init__(
-        self, stories: list[Story], problems: Problems, tasks: Sequence[Task], context: Context, first: int, seed: int
-    ) -> None:
-        self.stories, self.problems = stories, problems  # in file order
-        self._context, self._seed = context, seed
-        begin = FIRST_STEP | {"narrate": first}
+    def __init__(self, stories: list[Story], problems: Problems, tasks: StoryTasks) -> None:
+        self.stories, self.problems, self._tasks = stories, problems, tasks  # stories in file order
         self._samples = [
-            (number, step, task)
-            for number, story in enumerate(stories)
-            for step in range(len(story.scenes))
-            for task in tasks
-            if step >= begin[task]
+            (number, *sample) for number, story in enumerate(stories) for sample in tasks.samples(len(story.scenes))
         ]
 
     def __len__(self) -> int:
@@ -61,8 +75,7 @@ class VIST:
 
     def __getitem__(self, index: int) -> Conversation:
         number, step, task = self._samples[index]
-        story = self.stories[number]
-        return story_sample(story, step, task, context=self._context, seed=self._seed)
+        return self._tasks.sample(self.stories[number], step, task)
 
     def key(self, index: int) -> str:
         """Return story, step (from 0) and task, as in "40470/2/narrate"."""
@@ -77,6 +90,7 @@ def load(
     tasks: Sequence[Task] = TASKS,
     context: Context = "full",
     narrate_first: bool = False,
+    narrate_from: Context = "full",
     seed: int = 0,
 ) -> VIST:
     """Read stories from `<split>_cleaned.json` and `<split>_image_mapping.json`, or from the official files.
@@ -92,15 +106,13 @@ def load(
         tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
         context: how much of the history the prompt shows: "full", "text" or "none".
         narrate_first: also narrate step 0, without any history.
+        narrate_from: the most history that prompts of narrations show, as `ModelConfig.narrate_from`.
         seed: chooses among the wordings of a question, per story, step and task.
 
     Raises:
         Mgp5Error: a missing or malformed file, a path that leaves the folder, or no usable story.
     """
-    if not tasks or set(tasks) - set(TASKS):
-        raise Mgp5Error(f"unknown tasks {tuple(tasks)}", f"expected some of {', '.join(TASKS)}", usage=True)
-    if context not in ("full", "text", "none"):
-        raise Mgp5Error(f"unknown context {context!r}", "expected full, text or none", usage=True)
+    asked = StoryTasks(tasks=tasks, context=context, narrate_first=narrate_first, narrate_from=narrate_from, seed=seed)
     official = "{split}.story-in-sequence.json"
     table = find_table(path, split, "{split}_cleaned.json", official, f"sis/{official}")
     images = ImageFiles(path if path.is_dir() else table.parent)
@@ -117,7 +129,7 @@ def load(
     for name, raw in raw_stories.items():
         if scenes := _scenes(raw, find, images.root, problems, f"{table.name} story {name}"):
             stories.append(Story(name, scenes))
-    dataset = VIST(stories, problems, tasks, context, 0 if narrate_first else 1, seed)
+    dataset = VIST(stories, problems, asked)
     check_usable(dataset, table)
     return dataset
 
@@ -149,6 +161,10 @@ def _scenes(raw: Any, find: Find, root: Path, problems: Problems, where: str) ->
     """Return the scenes of a story before the first one without its image; none when the story is malformed."""
     try:
         raw = sorted(raw, key=lambda step: int(step["sequence_index"]))
+        once = {int(step["sequence_index"]): step for step in reversed(raw)}  # the first of each is kept
+        if len(once) < len(raw):
+            problems.note("scene listed twice", where)
+            raw = [once[number] for number in sorted(once)]
         steps = [(step["caption"].strip(), str(step["image_id"])) for step in raw]
     except (TypeError, KeyError, ValueError, AttributeError):
         steps = []

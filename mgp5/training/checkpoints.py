@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,6 +50,11 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
     if changed := [name for name in new if name not in FREE and old.get(name) != new[name]]:
         problem = f"--out {out} is a run with another {', '.join(changed)}"
         raise Mgp5Error(problem, "resume it with the same settings", usage=True)
+
+
+def setting(out: Path, name: str) -> Any:
+    """Return a setting of the run in a folder, None where there is no run. Raises Mgp5Error."""
+    return read_json(out / SETTINGS, BROKEN).get(name) if (out / SETTINGS).exists() else None
 
 
 def claim(out: Path, config: TrainConfig, resume: bool, processes: int = 1, stream: bool = False) -> Path | None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -28,8 +29,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
+from ..backbones.quantization import quantization
 from ..config import TrainConfig
-from ..device import DTYPES, check_launched, launched, pick_device
+from ..device import DTYPES, check_launched, launched, pick_device, pick_precision
 from ..errors import Mgp5Error
 from ..model import InterleavedModel
 from .batch import Batch
@@ -45,12 +47,8 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
     """
     check_launched(device)
     torch_device, _ = pick_device(device)
-    if torch_device.type == "cpu" and config.precision == "fp16":
-        raise Mgp5Error("precision is fp16, but a CPU cannot train in it", "set precision=bf16 or fp32", usage=True)
-    available = sorted(LoggerType(tracker).value for tracker in get_available_trackers())
-    if missing := sorted(set(config.trackers) - set(available)):
-        hint = f"pip install 'mgp5[track]'; here are: {', '.join(available) or 'none'}"
-        raise Mgp5Error(f"no tracker {', '.join(missing)}", hint, usage=True)
+    config = replace(config, precision=pick_precision(config.precision, torch_device))
+    check_machine(config, torch_device)
     plugin = _fsdp_plugin(config) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
     with patch_environment(**({} if launched() else {"accelerate_torch_device": str(torch_device)})):
         accelerator = Accelerator(
@@ -70,6 +68,23 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
     return accelerator
 
 
+def check_machine(config: TrainConfig, device: torch.device) -> None:
+    """Raise Mgp5Error when the precision, the optimizer, quantization or a tracker does not run here."""
+    if device.type == "cpu" and config.precision == "fp16":
+        raise Mgp5Error("precision is fp16, but a CPU cannot train in it", "set precision=bf16 or fp32", usage=True)
+    if config.optimizer == "adamw8bit":
+        if find_spec("bitsandbytes") is None:
+            problem = "optimizer is adamw8bit, but bitsandbytes is not installed"
+            raise Mgp5Error(problem, "pip install 'mgp5[quant]', or set optimizer=adamw", usage=True)
+        if device.type != "cuda":
+            raise Mgp5Error("optimizer is adamw8bit, which needs a GPU", "set optimizer=adamw", usage=True)
+    quantization(config.quantize)
+    available = sorted(LoggerType(tracker).value for tracker in get_available_trackers())
+    if missing := sorted(set(config.trackers) - set(available)):
+        hint = f"pip install 'mgp5[track]'; here are: {', '.join(available) or 'none'}"
+        raise Mgp5Error(f"no tracker {', '.join(missing)}", hint, usage=True)
+
+
 def _fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin:
     """Return the settings of FSDP, which replace those of `accelerate launch`: each layer of the LLM is a unit."""
     low = None if config.precision == "fp32" else DTYPES[config.precision]
@@ -84,7 +99,7 @@ def _fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin:
 
 def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of frozen weights: that of `config.precision` on a GPU, float32 on a CPU."""
-    return torch.float32 if device.type == "cpu" else DTYPES[config.precision]
+    return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(config.precision, device)]
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

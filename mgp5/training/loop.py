@@ -99,7 +99,7 @@ def num_samples(data: Any) -> int | None:
 
 def rate(config: TrainConfig, step: int, total: int) -> float:
     """Return the factor of the peak learning rates: linear warm-up, then linear or cosine decay to zero."""
-    warmup = max(1, min(config.warmup, total // 10))
+    warmup = max(1, config.warmup)
     left = min(1.0, max(0.0, (total - step) / max(1, total - warmup)))
     decay = left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
     return min((step + 1) / warmup, decay)
@@ -150,7 +150,7 @@ def train(
         if accelerator.is_main_process and (ends or step % config.log_every == 0):
             with (out / checkpoints.LOG).open("a") as log:
                 log.write(json.dumps(progress.row()) + "\n")
-        if config.sample_every and step % config.sample_every == 0:
+        if config.sample_every and (step % config.sample_every == 0 or step == total):
             trainer.write_samples(samples, out / f"samples/step-{step:06d}.html")
         if ends or step % config.save_every == 0:
             trainer.save(out, getattr(data, "problems", Problems()))

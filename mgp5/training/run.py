@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..config import Stage, TrainConfig, model_config_from, preset
+from ..config import LoraConfig, ModelConfig, Stage, TrainConfig, model_config_from, preset
 from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
-from ..device import DTYPES, pick_device, quiet_libraries
+from ..device import DTYPES, pick_device, pick_precision, quiet_libraries
 from ..errors import Mgp5Error, raise_all
-from ..files import Claim
+from ..files import Claim, GiB
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..memory.estimate import Estimate, estimate
@@ -27,10 +27,11 @@ from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..options import override, read_toml
 from . import checkpoints as runs
-from .distributed import frozen_dtype, launch
+from .distributed import check_machine, frozen_dtype, launch
 from .feature_cache import Caches
 from .loop import Progress, num_samples, total_steps, train
 
+FEW = 50  # updates of a run below which its user is warned
 Tell = Callable[[str], None]  # takes a line of text for people
 
 
@@ -42,7 +43,7 @@ class TrainRequest:
     data: tuple[Source, ...]  # format and path of each
     out: Path  # folder of the run
     model: str  # a name, a folder, "MLLM+GENERATOR", or a run of the stage before
-    preset: str = "paper"  # settings to begin with
+    preset: str | None = None  # settings to begin with; None: "own-..." of the device for own stories, else "paper"
     config_file: Path | None = None  # TOML file of settings that replace those of the preset
     overrides: Mapping[str, Any] = field(default_factory=dict)  # replace both, nested as in {"lora": {"rank": 4}}
     max_steps: int | None = None  # updates in all, instead of epochs
@@ -51,7 +52,7 @@ class TrainRequest:
     device: str = "auto"
     caches: tuple[Path, ...] = ()  # folders of `mgp5 data cache`
     resume: bool = False  # go on with the run in `out`
-    dry_run: bool = False  # for `estimate_stage` only: `out` is not looked at
+    dry_run: bool = False  # for `estimate_stage` only: the precision "auto" is that of a GPU
 
     def __post_init__(self) -> None:
         most = {"max_steps": 10**9, "stop_after": 10**9, "vokens": 16}
@@ -61,17 +62,38 @@ class TrainRequest:
         problems += check_sources(self.data)
         problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
         checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
-        checks += [lambda: self.config] if self.dry_run else [lambda: runs.check(self.out, self.config, self.resume)]
+        checks += [lambda: runs.check(self.out, self.config, self.resume)]
+        checks += [lambda: check_adapter(self.model, self.trained, self.config)]
         raise_all(problems, checks)
 
     @cached_property
     def config(self) -> TrainConfig:
-        """The settings of the run: preset, then file, then overrides, then `max_steps`."""
-        config = preset(self.stage, self.preset)
+        """The settings of the run: preset, then file, then overrides, then `max_steps`; "auto" is resolved."""
+        config = preset(self.stage, self.preset or self.own_preset or "paper")
         if self.config_file:
             config = override(config, read_toml(self.config_file))
         config = override(config, dict(self.overrides))
+        if config.precision == "auto":
+            usual = "bf16" if self.dry_run else pick_precision("auto", pick_device(self.device)[0])
+            old = runs.setting(self.out, "precision") if self.resume else None
+            config = replace(config, precision=old or usual)
         return replace(config, steps=self.max_steps) if self.max_steps else config
+
+    @cached_property
+    def own_preset(self) -> str | None:
+        """The preset for finetuning on own stories by the device, None for other runs."""
+        if self.preset or self.stage != "finetune" or {format for format, _ in self.data} != {"jsonl"}:
+            return None
+        device = pick_device(self.device)[0]
+        if device.type == "cpu":
+            return "own-laptop"
+        return "own-80gb" if torch.cuda.get_device_properties(device).total_memory > 60 * GiB else "own-24gb"
+
+    @cached_property
+    def trained(self) -> ModelConfig | None:
+        """The configuration of what the model was trained to, None for parts that are put together."""
+        path = resolve(self.model).trained
+        return path and model_config_from(read_config(path / CONFIG), str(path / CONFIG))
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) ->
     quiet_libraries()
     config = request.config
     data = _load_data(request, tell)
+    _advise(request, data, tell)
     accelerator = launch(config, request.device, request.out)
     total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
     dtype = frozen_dtype(config, accelerator.device)
@@ -120,17 +143,66 @@ def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) ->
 def estimate_stage(request: TrainRequest, *, tell: Tell = lambda text: None) -> StageEstimate:
     """Estimate what a run would take on one device; data and configurations are read, no weights. Raises Mgp5Error."""
     quiet_libraries()
-    config, parts, processes = request.config, resolve(request.model), int(os.environ.get("WORLD_SIZE", "1"))
+    config, parts, processes = request.config, resolve(request.model), _processes()
     data = _load_data(request, tell)
     samples, updates = num_samples(data), total_steps(config, data, processes)
-    trained = parts.trained and model_config_from(read_config(parts.trained / CONFIG), parts.name)
-    shapes = {"num_vokens": request.vokens, "trained": trained, "dtype": DTYPES[config.precision]}
+    shapes = {"num_vokens": request.vokens, "trained": request.trained, "dtype": DTYPES[config.precision]}
     memory = estimate(skeleton(parts.mllm, parts.diffusion, config, **shapes), config)
+    _advise(request, data, tell)
+    try:
+        check_machine(config, pick_device(request.device)[0])
+    except Mgp5Error as error:  # the estimate may be for another machine
+        tell(f"warning: on this machine the run is refused: {error}")
     return StageEstimate(samples, updates, config.batch * config.accumulation * processes, memory)
 
 
 def _load_data(request: TrainRequest, tell: Tell) -> Keyed | Shards:
-    return load_sources(request.data, request.config.data, count=token_counter(request.model), tell=tell)
+    """Read the data of a request. Raises Mgp5Error for one without the captions that are all that trains the head."""
+    config = request.config
+    options = {"narrate_from": request.trained.narrate_from} if request.trained else {}
+    data = load_sources(request.data, config.data, count=token_counter(request.model), tell=tell, **options)
+    if config.caption_weight and not config.ldm_weight and isinstance(data, Keyed):
+        targets = (data[number][1].messages[-1] for number in range(len(data)))
+        if not any(image.caption for target in targets for image in target.images):
+            found = "ldm_weight is 0 and no image of the data has a caption: nothing would train the mapper"
+            raise Mgp5Error(found, "set ldm_weight=1, or give data with captions (cc3m, shards, jsonl)", usage=True)
+    return data
+
+
+def _advise(request: TrainRequest, data: Keyed | Shards, tell: Tell) -> None:
+    """Tell what was chosen for the user, and what would make the run useless."""
+    config, updates = request.config, total_steps(request.config, data, _processes())
+    if request.own_preset:
+        tell(f"settings: --preset {request.own_preset}")
+    if config.precision == "fp32" and pick_precision("auto", pick_device(request.device)[0]) == "fp32":
+        tell("precision: fp32, as this processor only emulates bf16")
+    if updates < FEW:
+        each = config.batch * config.accumulation * _processes()
+        hint = "more stories, --set epochs=N, or --set accumulation=1"
+        tell(f"warning: only {updates} update{'s' * (updates != 1)} of {each} samples will hardly be seen: {hint}")
+    if config.warmup >= updates:
+        tell(f"warning: the learning rate grows over {config.warmup} updates, the run has {updates}: --set warmup=N")
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_adapter(name: str, trained: ModelConfig | None, config: TrainConfig) -> None:
+    """Check that the adapter of a finetuned model can go on in that of the run. Raises Mgp5Error."""
+    if trained is None or not (trained.lora or trained.prefix):
+        return
+    old, new = trained.lora or trained.prefix, config.lora or config.prefix
+    if config.stage == "pretrain":
+        raise Mgp5Error(f"--model {name} is finetuned already", "finetune it, or pretrain the parts it is made of")
+    if isinstance(old, LoraConfig) and isinstance(new, LoraConfig):
+        if new.rank >= old.rank and {*new.targets} == {*old.targets}:
+            return
+        targets = ", ".join(f'"{target}"' for target in old.targets)
+        hint = f"set lora.rank={old.rank} or more, and lora.targets=[{targets}]"
+        raise Mgp5Error(f"--model {name} has a LoRA that does not fit into the run's", hint)
+    if old != new:
+        raise Mgp5Error(f"--model {name} is finetuned with {old}, the run has {new}", "set the same lora or prefix")
 
 
 def token_counter(model: str) -> Callable[[str], int]:
@@ -151,9 +223,9 @@ def _load_tokenizer(mllm: str) -> Any:
 def initial_model(
     name: str, config: TrainConfig, *, vokens: int = 8, dtype: torch.dtype = torch.float32
 ) -> InterleavedModel:
-    """Build the model that a stage begins with: a new one, or what the stage before has trained, adapters merged.
+    """Build the model that a stage begins with: a new one, or what was trained before, whose adapter will go on.
 
-    `dtype` is that of the weights that do not train. Raises Mgp5Error for a model that is finetuned already.
+    `dtype` is that of the weights that do not train. Raises Mgp5Error as `check_adapter` does.
     """
     parts = resolve(name)
     torch.manual_seed(config.seed)  # a new mapper is the same in every process and every run
@@ -166,9 +238,7 @@ def initial_model(
         return model
     model = load_checkpoint(parts, dtype=dtype, quantize=config.quantize)
     model.limit_pixels(config.data.max_pixels)
-    if model.config.lora or model.config.prefix:  # a new run saves its own adapter only: the old one would be lost
-        raise Mgp5Error(f"--model {name} is finetuned already", "start from its pretrain run, or go on with --resume")
-    model.merge()
+    check_adapter(name, model.config, config)
     model.config = replace(model.config, mllm=mllm, diffusion=diffusion, world="")
     return model
 
