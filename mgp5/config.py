@@ -127,7 +127,9 @@ class DataConfig:
     """How training samples are built from the data; see the loaders of the formats."""
 
     instruct_every: int = 100  # CC3M and shards: one of so many rows is repeated as an instruction; 0: none
-    tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")  # VIST
+    caption_column: str | None = None  # CC3M: name of the column; shards: suffix of the member, as "outputs.txt"
+    image_column: str | None = None
+    tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")  # VIST, and stories of jsonl
     context: Context = "full"  # VIST: how much of the history the prompts have
     narrate_first: bool = False  # VIST: the first image of a story is narrated too
     history: int | None = None  # MMDialog: utterances before the answer; None: all
@@ -181,17 +183,18 @@ class TrainConfig:
     keep: int = 2  # checkpoints
     sample_every: int = 0  # updates between pages of samples; 0: none
     trackers: tuple[str, ...] = ()  # of Accelerate ("tensorboard", "trackio"), beside log.jsonl
-    workers: int = 0
+    workers: int | None = None  # processes that read data; None: by the cores where a GPU trains, else 0
     precision: Precision = "auto"  # of the computation (see `device.pick_precision`); trained weights stay in float32
     quantize: Literal["none", "4bit", "8bit"] = "none"  # of the frozen LLM; extra `quant`
     checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
 
     def __post_init__(self) -> None:
+        at_least_0 = ("warmup", "workers", "sample_every", "clip", "rows_lr")
         counts = ("batch", "accumulation", "epochs", "log_every", "save_every", "keep", "steps")
         ranges = {
             "0 or more and below 1": (lambda value: 0 <= value < 1, ("guidance_dropout", "ema")),
             "at least 1": (lambda value: value is None or value >= 1, counts),
-            "0 or more": (lambda value: value >= 0, ("warmup", "workers", "sample_every", "clip", "rows_lr")),
+            "0 or more": (lambda value: value is None or value >= 0, at_least_0),
             "above 0": (lambda value: value > 0, ("lr",)),
         }
         problems = [

@@ -92,6 +92,25 @@ def test_broken_samples_are_left_out_and_named_never_replaced(collate, tmp_path)
     assert not collate(*good).skipped
 
 
+def test_a_row_that_fails_costs_that_row(collate, backbone, monkeypatch) -> None:
+    real = backbone.preprocess
+
+    def preprocess(images):
+        if images[0].size == (7, 7):
+            raise ZeroDivisionError("seven")
+        return real(images)
+
+    monkeypatch.setattr(backbone, "preprocess", preprocess)
+    good, odd = talk(("a", RED), "b"), talk(("a", Image(pixels=picture().resize((7, 7)))), "b")
+    spelt = talk("[IMG0]?", ("it begins with [IMG0]", RED)), talk("x", "[IM[IMG0]G0] [IMG0]")
+    batch = collate(("odd", odd), ("good", good), *(("spelt", sample) for sample in spelt))
+    assert [tuple(note) for note in batch.skipped] == [("unfit sample", "odd (ZeroDivisionError: seven)")]
+    assert (len(batch.ids), batch.num_targets) == (3, 1)
+    monkeypatch.setattr("mgp5.prompts._plain", lambda backbone, text: text)  # as if a spelling came through
+    batch = collate(("good", good), *(("spelt", sample) for sample in spelt))
+    assert len(batch.ids) == 1 and [note.kind for note in batch.skipped] == ["unfit sample"] * 2
+
+
 def test_nothing_left_is_an_empty_batch(collate, backbone) -> None:
     batch = collate(("k", talk("x", Image(data=b""))))
     assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (0, 0) and batch.ids.dtype == torch.int64

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mgp5.config import DataConfig
-from mgp5.data import FORMATS, Keyed, cc3m, jsonl, load_data, load_sources, mmdialog
+from mgp5.data import FORMATS, Keyed, cc3m, find_format, jsonl, load_data, load_sources, mmdialog
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image
 from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM, CHAT_SYSTEM
@@ -202,6 +202,30 @@ def test_cc3m_cleans_and_counts(tmp_path: Path) -> None:
     assert roles(data[0]) == ["user", "assistant"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "captions", "problems"),
+    [
+        (['"a blue', 'square"\ttrain/1.jpg'], ["a blue square"], {}),  # as the csv module writes a newline
+        (['"a\tblue square"\ttrain/1.jpg'], ["a blue square"], {}),
+        (['"a blue', "a red one\ttrain/1.jpg"], ["a red one"], {"bad row": 1}),  # a quote that nothing closes
+        (['"a blue'], [], {"bad row": 1}),
+        (['a 12" record\ttrain/1.jpg', '"odd\ttrain/2.jpg'], ["a 12 record", "odd"], {}),
+        (["nan\ttrain/1.jpg", "NULL.\ttrain/2.jpg"], [], {"bad row": 2}),
+    ],
+)
+def test_cc3m_rows_are_those_of_the_csv_module(rows, captions, problems, tmp_path: Path) -> None:
+    data = cc3m.load(write_cc3m(tmp_path, "a dog\ttrain/0.jpg", *rows, "a cat\ttrain/3.jpg"))
+    assert [sample.messages[0].text for sample in data] == ["a dog", *captions, "a cat"] and data.problems == problems
+
+
+def test_cc3m_columns_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "0.jpg")
+    (tmp_path / "cc3m_train.tsv").write_text("Text \t IMAGE\nA dog\t0.jpg\n")
+    with pytest.raises(Mgp5Error, match=r"\['text', 'image'\].*set data.caption_column and data.image_column"):
+        cc3m.load(tmp_path)
+    assert cc3m.load(tmp_path, caption_column="text", image_column="Image")[0].messages[0].text == "a dog"
+
+
 def test_cc3m_instructions_follow_every_nth_row(tmp_path: Path) -> None:
     folder = write_cc3m(tmp_path, *(f"row {n}\ttrain/{n}.jpg" for n in (0, 1, 2, 3)))
     assert len(cc3m.load(folder)) == len(cc3m.load(folder, instruct_every=0)) == 4
@@ -220,7 +244,7 @@ def test_cc3m_instructions_follow_every_nth_row(tmp_path: Path) -> None:
 
 def test_cc3m_refuses_another_header_and_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "cc3m_train.tsv").write_text("A dog.\ttrain/0.jpg\n")
-    with pytest.raises(Mgp5Error, match=r"cc3m_train.tsv begins with the columns .*A dog"):
+    with pytest.raises(Mgp5Error, match=r"cc3m_train.tsv begins with the columns .*a dog"):
         cc3m.load(tmp_path)
     write_cc3m(tmp_path, "gone\ttrain/7.jpg")
     with pytest.raises(Mgp5Error, match=r"no usable sample: skipped: 1 x missing image \(first: cc3m_train.tsv:2"):
@@ -285,6 +309,30 @@ def test_jsonl_learns_a_story_by_the_tasks_of_vist(tmp_path: Path) -> None:
     assert [(message.text, len(message.images)) for message in targets] == [("", 1), ("", 1), ("Two.", 1), ("Two.", 0)]
     assert [len(sample.images) for sample in map(data.__getitem__, range(1, 5))] == [1, 2, 2, 2]
     assert data[2].images[0].path == tmp_path / "a.png" and "One." in data[2].messages[1].text
+
+
+def test_jsonl_stories_are_asked_as_those_of_vist(tmp_path: Path) -> None:
+    scenes = [{"text": f"Scene {n}.", "path": "a.png"} for n in range(3)]
+    path = write_jsonl(tmp_path, json.dumps({"story": scenes}), chat("a.png"))
+    data = jsonl.load(path, narrate_first=True, narrate_from="none")
+    assert len(data) == 3 + 2 + 3 + 1 and data.key(0) == "train.jsonl:1/0" and not data.problems
+    assert [len(sample.images) for sample in data] == [1, 1, 2, 2, 1, 3, 3, 1, 1]  # narrations without history
+    assert data[1].messages[-1].text == "Scene 0." and data[4].messages[-1].text == "Scene 1."
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_is_found_by_the_files(format: str, tmp_path: Path) -> None:
+    if format == "shards":
+        touch(tmp_path, "00000.tar")
+    else:
+        make(format, tmp_path)
+    assert find_format(tmp_path) == format
+    touch(tmp_path, "x.jsonl", "cc3m_val.tsv")
+    with pytest.raises(Mgp5Error, match=r"of the formats .* and .*: give --format"):
+        find_format(tmp_path)
+    assert find_format(tmp_path / "x.jsonl") == "jsonl"
+    with pytest.raises(Mgp5Error, match="no data at"):
+        find_format(tmp_path / "gone")
 
 
 def test_jsonl_counts_what_it_skips(tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ def test_official_annotations(folder: str, tmp_path: Path) -> None:
     assert data.problems.first["missing image"] == "train.story-in-sequence.json story 9 99"
 
 
+def test_a_story_that_is_listed_twice_is_one_story(tmp_path: Path) -> None:
+    data = vist.load(write_vist(tmp_path, {"s": story() + story()}))
+    assert [len(s.scenes) for s in data.stories] == [5] and data.problems == {"scene listed twice": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "match"), [("{\n]", r"train_cleaned.json:2 is not JSON"), ("[]", "holds a JSON list")]
 )

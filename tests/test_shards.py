@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -75,12 +76,21 @@ def test_samples_are_those_of_cc3m(tmp_path: Path) -> None:
         ("f.webp", b"5"),
         ("f.cls", b"7"),
         ("f.txt", b"..."),
+        ("g.jpg", b"8"),  # whose members are not side by side
+        ("h.jpg", b"9"),
+        ("h.txt", b""),
+        ("h.json", b'{"caption": "in JSON"}'),
+        ("g.txt", b"\xef\xbb\xbfLate"),
+        ("i.jpg", b"10"),
+        ("i.txt", b"nan"),
     ]
     write_tar(tmp_path / "0.tar", *odd, *sample(1))
     data = load_data("shards", tmp_path, instruct_every=0)
     found = list(data)
-    assert data.size == len(found) == 7 and data.problems == {}
-    assert keys(found) == ["0.tar/sub/a", "0.tar/b", "missing image!", *["no caption!"] * 3, "0.tar/000000001"]
+    assert data.size == len(found) == 10 and data.problems == {}
+    lost, late = ["missing image!", *["no caption!"] * 3], ["0.tar/g", "0.tar/h", "no caption!"]
+    assert keys(found) == ["0.tar/sub/a", "0.tar/b", *lost, *late, "0.tar/000000001"]
+    assert [item[1].images[0].caption for item in found[6:8]] == ["late", "in json"]
     talk = found[0][1]
     assert (
         talk == caption_to_image(talk.images[0])
@@ -88,6 +98,24 @@ def test_samples_are_those_of_cc3m(tmp_path: Path) -> None:
         and talk.images[0].caption == "two words"
     )
     assert found[1][1].images[0].caption == "of json" and found[-1][1].messages[0].text == "a dog, 1"
+
+
+def test_columns_are_named_and_compressed_shards_are_told(tmp_path: Path) -> None:
+    members = [
+        ("a.input.jpg", b"1"),
+        ("a.outputs.txt", b"A dog"),
+        ("a.jpg", b"2"),
+        ("a.meta.json", b'{"caption": "x"}'),
+    ]
+    write_tar(tmp_path / "0.tar", *members)
+    with pytest.raises(Mgp5Error, match=r"no caption \(first: 0.tar/a has input.jpg, jpg, meta.json, outputs.txt"):
+        shards.load(tmp_path)
+    for caption, words in (("outputs.txt", "a dog"), ("META.json", "x")):
+        (found,) = shards.load(tmp_path, image_column="input.JPG", caption_column=caption, instruct_every=0)
+        assert found[1].images[0].data == b"1" and found[1].images[0].caption == words
+    (tmp_path / "0.tar").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    with pytest.raises(Mgp5Error, match=r"0.tar \(it is compressed: gunzip it"):
+        shards.load(tmp_path)
 
 
 def test_instructions_are_dealt_by_number(tmp_path: Path) -> None:
@@ -247,7 +275,9 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Mgp5Error, match="unknown split"):
         load_data("shards", tmp_path, "dev")
     write_tar(tmp_path / "0.tar", ("a.txt", b"alone"))
-    with pytest.raises(Mgp5Error, match=r"0 more have no usable sample: skipped: 1 x missing image \(first: 0.tar/a\)"):
+    with pytest.raises(
+        Mgp5Error, match=r"0 more have no usable sample: skipped: 1 x missing image \(first: 0.tar/a has txt\)"
+    ):
         load_data("shards", tmp_path)
 
 

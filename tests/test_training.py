@@ -126,6 +126,27 @@ def test_losses_fall_when_one_batch_is_repeated(llava, pairs, tmp_path):
     assert after["ldm"] < before["ldm"]
 
 
+def test_how_an_update_is_split_does_not_matter(llava_folder, diffusion_folder, tmp_path):
+    images = {1: "a fox", 5: "a hen", 6: ""}
+    data = [
+        Conversation()
+        .add("user", "hi")
+        .add("assistant", "ha " * i, *([Image(pixels=picture(), caption=images[i])] if i in images else []))
+        for i in range(1, 9)
+    ]
+    terms = {"text_weight": 1.0, "ldm_weight": 0.0, "caption_weight": 1.0, "guidance_dropout": 0.0}  # nothing random
+    found = []
+    for batch in (8, 2, 1):
+        settings = config("pretrain", steps=1, batch=batch, accumulation=8 // batch, **terms)
+        (last,) = finish(fresh(llava_folder, diffusion_folder), data, settings, out := tmp_path / str(batch))
+        state = load_file(out / "checkpoints/step-000001/state/tensors.safetensors")
+        found.append((last.losses, {name: value for name, value in state.items() if "exp_avg." in name}))
+    for losses, gradients in found[1:]:
+        assert losses == pytest.approx(found[0][0], abs=2e-5) and losses.keys() == {"text", "caption"}
+        for name, value in found[0][1].items():
+            torch.testing.assert_close(gradients[name], value, atol=1e-6, rtol=1e-3, msg=name)
+
+
 # The losses
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import Mgp5Error
@@ -10,13 +12,14 @@ from ..messages import Conversation, Image
 from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
 from .files import ImageFiles, Records, check_usable, find_table, instructed, lines, pick
 
-COLUMNS = ("caption", "image_path")
+NOTHING = ("nan", "null", "none", "n/a")  # what programs write where there is no caption
 _DROPPED = re.compile(r'[.!"()*#:;~]')
 
 
 def clean_caption(caption: str) -> str:
-    """Return a caption in lower case, without the characters . ! " ( ) * # : ; ~ and with single blanks."""
-    return " ".join(_DROPPED.sub(" ", caption.lower()).split())
+    """Return a caption in lower case with single blanks, without . ! " ( ) * # : ; ~ and "" for words of NOTHING."""
+    words = " ".join(_DROPPED.sub(" ", caption.lower()).split())
+    return "" if words in NOTHING else words
 
 
 class CC3M(Records):
@@ -37,13 +40,24 @@ class CC3M(Records):
         return name + "#instruction" * instruct
 
 
-def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: int = 0) -> CC3M:
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    instruct_every: int = 100,
+    caption_column: str | None = None,
+    image_column: str | None = None,
+    seed: int = 0,
+) -> CC3M:
     """Read captioned images from `cc3m_<split>.tsv`: a header "caption<TAB>image_path", then a row for each image.
+
+    A quoted caption may have tabs and newlines, as the csv module writes them.
 
     Args:
         path: folder of the table, or the table itself; image paths are relative to the table's folder.
         instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
             Other splits have none, so that every image counts once in an evaluation.
+        caption_column, image_column: names of the columns, if others; case and blanks around them do not count.
         seed: chooses among the wordings of the instruction.
 
     Raises:
@@ -54,11 +68,14 @@ def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: i
     table = find_table(path, split, "cc3m_{split}.tsv")
     dataset, images, source = CC3M(table.parent, seed), ImageFiles(table.parent), lines(table)
     every, count = instruct_every if split == "train" else 0, 0
-    header = next(source, ("", b""))[1].decode(errors="replace").split("\t")
-    if not set(COLUMNS) <= set(header):
-        raise Mgp5Error(f"{table} begins with the columns {header}", f"expected {' and '.join(COLUMNS)}, tab-separated")
-    for where, line in source:
-        if not (fields := _fields(line, header)):
+    header = [name.strip().lower() for name in next(source, ("", b""))[1].decode(errors="replace").split("\t")]
+    columns = [(name or usual).lower() for name, usual in ((caption_column, "caption"), (image_column, "image_path"))]
+    if not set(columns) <= set(header):
+        hint = f"expected {' and '.join(columns)}, tab-separated, or set data.caption_column and data.image_column"
+        raise Mgp5Error(f"{table} begins with the columns {header}", hint)
+    places = [header.index(name) for name in columns]
+    for where, row in _rows(source, len(header)):
+        if not (fields := _fields(row, places)):
             dataset.problems.note("bad row", where)
         elif path := images.find(fields[1], where):
             count += 1
@@ -69,14 +86,41 @@ def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: i
     return dataset
 
 
-def _fields(line: bytes, header: list[str]) -> tuple[str, str] | None:
-    """Return the cleaned caption and the image path of a row, None when either is missing."""
+def _rows(source: Iterator[tuple[str, bytes]], width: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield where each row begins, and its fields; none of what is no row of `width` fields.
+
+    A line with an open quote goes on in the next ones, until they end a row, or one of them is a row by itself.
+    """
+    begun, text = "", ""
+    for where, line in source:
+        fields = _split(line, width)
+        if text and (not fields or any(f.count('"') % 2 and not f.startswith('"') for f in fields)):
+            line = f"{text}\n".encode() + line
+            where, fields = begun, _split(line, width)
+        elif text:
+            yield begun, []
+        last = line.decode(errors="replace").rpartition("\t")[2] if not fields else ""
+        begun, text = (where, line.decode(errors="replace")) if last[:1] == '"' and last.count('"') % 2 else ("", "")
+        if not text:
+            yield where, fields
+    if text:
+        yield begun, []
+
+
+def _split(line: bytes, width: int) -> list[str]:
+    """Return the fields of a line, [] when there are not `width` of them."""
     try:
-        fields = line.decode().split("\t")
-    except UnicodeDecodeError:
-        return None
-    if len(fields) != len(header):
-        return None
-    caption, name = (fields[header.index(column)] for column in COLUMNS)
+        text = line.decode()
+        fields = text.split("\t")
+        if len(fields) != width or "\n" in text:  # a tab or a newline in quotes
+            (fields,) = csv.reader([text], delimiter="\t", strict=True)
+    except (UnicodeDecodeError, ValueError, csv.Error):
+        return []
+    return fields if len(fields) == width else []
+
+
+def _fields(row: list[str], places: list[int]) -> tuple[str, str] | None:
+    """Return the cleaned caption and the image path of a row, None when either is missing."""
+    caption, name = (row[place] for place in places) if row else ("", "")
     caption, name = clean_caption(caption), name.strip().strip('"')  # a spreadsheet may have put quotes around fields
     return (caption, name) if caption and name else None

@@ -17,8 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPException, IncompleteRead
 from io import BytesIO
-from itertools import count, groupby
-from operator import itemgetter
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import HTTPError
@@ -33,6 +32,7 @@ from .cc3m import clean_caption
 from .files import SPLITS, SUFFIXES, Problems, Skipped, instructed, pick
 
 Sample = tuple[str, Conversation] | Skipped
+Columns = tuple[str | None, str | None]  # suffixes of images and captions, None for the usual ones
 Member = tuple[str, str, int, int]  # name of its entry, suffix, offset and size in bytes
 NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # WebDataset's rule: a suffix begins at the first dot
 URL = ("http://", "https://")
@@ -42,9 +42,9 @@ TRIES, PAUSE, TIMEOUT = 4, 2.0, 60  # of a download; seconds
 class Shards(IterableDataset):
     """Yield every sample of the shards once, in order; data workers share the shards out."""
 
-    def __init__(self, names: Sequence[str], instruct_every: int, seed: int) -> None:
+    def __init__(self, names: Sequence[str], instruct_every: int, seed: int, columns: Columns = (None, None)) -> None:
         self.names, self.problems = tuple(names), Problems()  # shards are read while training goes on
-        self._every, self._seed = instruct_every, seed
+        self._every, self._seed, self._columns = instruct_every, seed, columns
 
     @property
     def size(self) -> int | None:
@@ -61,7 +61,7 @@ class Shards(IterableDataset):
 
     def open(self, name: str) -> closing[Shard]:
         """Return a context manager that gives the samples of a shard."""
-        return closing(Shard(name, self._every, self._seed))
+        return closing(Shard(name, self._every, self._seed, self._columns))
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -123,15 +123,20 @@ class Stream(IterableDataset):
 class Shard:
     """The samples of an open shard by number, as many as its stats file says; a lost one is a `Skipped`."""
 
-    def __init__(self, name: str, instruct_every: int, seed: int) -> None:
-        self.name, self._seed, self._file = name, seed, BytesIO()
+    def __init__(self, name: str, instruct_every: int, seed: int, columns: Columns) -> None:
+        self.name, self._seed, self._columns, self._file = name, seed, columns, BytesIO()
         entries: list[tuple[str, dict[str, list[int]]] | Skipped] = []  # name, and offset and size by suffix
+        begun: dict[str, dict[str, list[int]]] = {}
         lost, expected = "fewer samples than its stats file says", _declared(name)
         try:
             self._file = _open(name)
-            for entry, members in groupby(_members(self._file), itemgetter(0)):
-                entries.append((entry, {suffix: place for _, suffix, *place in members}))
+            for entry, suffix, *place in _members(self._file):
+                if suffix in begun.get(entry, (suffix,)):  # members of a name need not be side by side
+                    begun[entry] = {}
+                    entries.append((entry, begun[entry]))
+                begun[entry][suffix] = place
         except (tarfile.TarError, HTTPException, OSError, ValueError) as error:
+            del entries[-1:]  # nobody knows whether it is whole
             lost, expected = str(error), len(entries) + 1 if expected is None else expected
         missing = 0 if expected is None else expected - len(entries)
         if missing < 0:
@@ -152,22 +157,30 @@ class Shard:
             return entry
         name, parts = entry
         key = f"{Path(self.name).name}/{name}"
-        image = next((parts[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in parts), None)
+        image_column, caption_column = self._columns
+        suffixes = [image_column] if image_column else [suffix[1:] for suffix in SUFFIXES]
+        image = next((parts[suffix] for suffix in suffixes if suffix in parts), None)
         if image is None:
-            return Skipped("missing image", key)
+            return Skipped("missing image", f"{key} has {', '.join(sorted(parts))}")
         try:
             data = self._read(*image)
-            text = self._read(*parts["txt" if "txt" in parts else "json"]).decode("utf-8-sig")
-            caption = clean_caption(text if "txt" in parts else json.loads(text)["caption"])
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-            caption = ""
+            suffixes = [caption_column] if caption_column else ["txt", "json"]
+            caption = next(filter(None, (self._caption(suffix, parts) for suffix in suffixes)), "")
         except OSError as error:
             return Skipped("broken sample", f"{key} ({error})")
         if not caption:
-            return Skipped("no caption", key)
+            return Skipped("no caption", f"{key} has {', '.join(sorted(parts))}")
         choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, key) if instruct else None
         sample = caption_to_image(Image(data=data, caption=caption), choice)
         return key + "#instruction" * instruct, sample
+
+    def _caption(self, suffix: str, parts: dict[str, list[int]]) -> str:
+        """Return the cleaned caption in a member, "" without one. Raises OSError."""
+        try:
+            text = self._read(*parts[suffix]).decode("utf-8-sig")
+            return clean_caption(json.loads(text)["caption"] if suffix.endswith("json") else text)
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+            return ""
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
@@ -177,19 +190,29 @@ class Shard:
         self._file.close()
 
 
-def load(path: Path, split: str = "train", *, instruct_every: int = 100, seed: int = 0) -> Shards:
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    instruct_every: int = 100,
+    caption_column: str | None = None,
+    image_column: str | None = None,
+    seed: int = 0,
+) -> Shards:
     """Find the shards at a path, and check that one of them has a usable sample. Raises Mgp5Error.
 
     Args:
         path: a folder of .tar files (or with folders "train" and "val" of them), one .tar file, or a path or
             http(s) URL with ranges in it, as in "https://host/cc3m/{00000..00331}.tar".
         instruct_every: after how many training samples of a shard one is repeated as an instruction; 0 = never.
+        caption_column, image_column: suffixes of the members, as "outputs.txt" and "input.jpg", if others.
         seed: chooses among the wordings of the instruction.
     """
     if instruct_every < 0:
         raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     names = _find(path, split)
-    shards, problems = Shards(names, instruct_every if split == "train" else 0, seed), Problems()
+    columns = (image_column and image_column.lower(), caption_column and caption_column.lower())
+    shards, problems = Shards(names, instruct_every if split == "train" else 0, seed, columns), Problems()
     for sample in shards:
         if not isinstance(sample, Skipped):
             return shards
@@ -223,6 +246,9 @@ def _expand(text: str) -> list[str]:
 
 def _members(file: BinaryIO) -> Iterator[Member]:
     """Yield the regular files that are not hidden. Raises tarfile.TarError where the archive is damaged."""
+    if file.read(2) == b"\x1f\x8b":
+        raise tarfile.ReadError("it is compressed: gunzip it")
+    file.seek(0)
     archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
     while member := archive.next():
         archive.members.clear()  # a list of all members is of no use, and long

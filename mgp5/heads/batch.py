@@ -5,6 +5,7 @@ Letters: B batch, T tokens, N context images, P target images, S slots of one im
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..messages import Skipped
+from ..prompts import IGNORE
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,19 @@ class Batch:
         """Return P, the number of target images."""
         return len(self.target_starts)
 
+    def count(self, term: str) -> int:
+        """Return what a loss term of this name is a mean of: labels, images with a caption, or images."""
+        if term == "text":
+            return int((self.labels[:, 1:] != IGNORE).sum())
+        return sum(map(bool, self.captions)) if term == "caption" else self.num_targets
+
     def to(self, device: torch.device) -> Batch:
-        """Return the same batch on a device."""
-        moved = {f.name: tree_map_only(Tensor, lambda t: t.to(device), getattr(self, f.name)) for f in fields(self)}
-        return Batch(**moved)
+        """Return the same batch on a device; from pinned memory the copy does not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the same batch in page-locked memory; data loaders call it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{f.name: tree_map_only(Tensor, change, getattr(self, f.name)) for f in fields(self)})

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D LLM width, V vocabulary, J labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,10 @@ class Losses:
     def total(self) -> Tensor:
         """Return the loss to minimize, the weighted sum of the terms; 0 without any term."""
         return sum((self.weights[name] * value for name, value in self.terms.items()), start=torch.zeros(()))
+
+    def shared(self, shares: Mapping[str, float]) -> Losses:
+        """Return the terms with weights times a share; 1 for a name that has none."""
+        return Losses(self.terms, {name: weight * shares.get(name, 1.0) for name, weight in self.weights.items()})
 
     def __or__(self, other: Losses) -> Losses:
         return Losses(self.terms | other.terms, self.weights | other.weights)

@@ -78,6 +78,9 @@ class Collator:
                 kind, reason = error.args
                 skipped.append(Skipped(kind, f"{key} ({reason})"))
                 continue
+            except Exception as error:  # whatever a row holds may not end a run of days: it costs that row
+                skipped.append(Skipped("unfit sample", f"{key} ({type(error).__name__}: {error})"))
+                continue
             rows.append(row)
             skipped += [Skipped("history cut", f"{key} ({row.truncated})")] if row.truncated else []
         return self._batch(rows, tuple(skipped))
@@ -114,6 +117,8 @@ class Collator:
             raise _Unusable("unfit text", str(error)) from None
         first = len(inputs) - len(sample.images)  # truncation removes images from the left too
         ids, labels = expand_labels(sample, self.backbone.image_token_id, slots[first:])
+        if (runs := ids.count(self.head.ids[0])) != len(targets):
+            raise _Unusable("unfit text", f"{runs} x {self.head.spec.new_tokens[0]} for {len(targets)} images")
         return _Row(ids, labels, inputs[first:], targets, captions, truncated)
 
     def _truncate_to_fit(

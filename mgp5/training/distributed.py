@@ -6,7 +6,7 @@ FSDP is always version 2 of PyTorch (`fully_shard`), whichever version `accelera
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -131,11 +131,12 @@ class LossModule(nn.Module):
         self._no_split_modules = sorted({type(layer).__name__ for layer in model.backbone.language.layers})
 
     def forward(
-        self, batch: Batch, config: TrainConfig, generator: torch.Generator
+        self, batch: Batch, config: TrainConfig, generator: torch.Generator, shares: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss and the detached loss terms of a batch; `generator` is on the CPU."""
+        """Return the total loss, whose terms count by their `shares`, and the detached loss terms of a batch;
+        `generator` is on the CPU."""
         losses = self.model(batch, config, generator)
-        total = losses.total
+        total = losses.shared(shares or {}).total
         if not len(batch.ids):
             ids = batch.ids.new_zeros(1, 2)
             total = self.model.hidden(replace(batch, ids=ids, mask=torch.ones_like(ids)))[:0].sum()

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Progress:
 
     step: int  # updates done
     total: int  # updates of the run
-    losses: dict[str, float]  # means over the microbatches of the update
+    losses: dict[str, float]  # means over the update
     lr: float  # of the head
     samples_per_second: float  # since this call of `train` began
     images_per_second: float  # target images
@@ -131,6 +131,7 @@ def train(
         Mgp5Error: `out` holds a run and `resume` is not set, or holds a run of another configuration.
     """
     accelerator = accelerator or launch(config, str(model.device), out)
+    config = replace(config, workers=_num_workers(config, accelerator))
     processes, streams = accelerator.num_processes, hasattr(data, "stream")
     total = total_steps(config, data, processes)
     newest = on_main(accelerator, lambda: checkpoints.claim(out, config, resume, processes, streams))
@@ -193,6 +194,7 @@ def _batches(
         num_workers=config.workers,
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if config.workers else None,  # shares the collator's model instead of copying it
+        pin_memory=accelerator.device.type == "cuda",
         **source,
     )
     try:
@@ -202,6 +204,14 @@ def _batches(
             yield batch
     except Mgp5Error as error:  # a worker's error has its traceback before the last line, which is the message
         raise Mgp5Error(str(error).splitlines()[-1].partition("Mgp5Error: ")[2] or str(error)) from None
+
+
+def _num_workers(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return how many processes read data for this one: as set, else on a GPU its share of the cores, at most 8."""
+    if config.workers is not None or accelerator.device.type != "cuda":
+        return config.workers or 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, cores - 1))
 
 
 def _start_worker(worker: int) -> None:

@@ -38,7 +38,7 @@ class Trainer:
         self.terms = ("text", *model.head.spec.losses)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.step, self.lr = 0, config.lr  # updates done, current learning rate of the head
-        self.losses: dict[str, float] = {}  # of the last update: means over the microbatches that have a term
+        self.losses: dict[str, float] = {}  # of the last update, means over its labels, images or captions
         self.samples = self.images = 0.0  # samples and target images that this call has trained on
         self.stopped = False  # whether a process was asked to stop
         self.num_problems, self.problems = 0, Problems()  # samples left out or truncated: of the run, of this process
@@ -63,19 +63,20 @@ class Trainer:
     def update(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> None:
         """Do one update over `accumulation` microbatches; `stop` returns whether this process was asked to stop."""
         config = self.config
+        microbatches = [next(batches) for _ in range(config.accumulation)]
+        totals = self._totals(microbatches)
         # Sum and number of each loss term, then samples, images, problems and stops: reduced in one call.
         sums = torch.zeros(2 * len(self.terms) + 4, device=self.accelerator.device)
-        for part in range(config.accumulation):
-            batch = next(batches)
+        for part, batch in enumerate(microbatches):
             for note in batch.skipped:
                 self.problems.note(*note)
             last = part + 1 == config.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                terms = self._backward(batch, part)
+                terms = self._backward(batch, part, totals)
             for i, name in enumerate(self.terms):
-                if name in terms:
-                    sums[2 * i] += terms[name]
-                    sums[2 * i + 1] += 1
+                if name in terms and (number := batch.count(name)):
+                    sums[2 * i] += terms[name] * number
+                    sums[2 * i + 1] += number
             sums[-4:-1] += torch.tensor([len(batch.ids), batch.num_targets, len(batch.skipped)], device=sums.device)
         if config.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), config.clip)
@@ -91,14 +92,25 @@ class Trainer:
         self.samples, self.images, self.stopped = self.samples + samples, self.images + images, stops > 0
         self.num_problems += int(problems)
 
-    def _backward(self, batch: Batch, part: int) -> dict[str, Tensor]:
-        """Add the gradients of one microbatch; return its loss terms."""
+    def _totals(self, microbatches: list[Batch]) -> dict[str, float]:
+        """Return what each loss term of the update is a mean of: a number over its microbatches in all processes."""
+        numbers = [sum(batch.count(name) for batch in microbatches) for name in self.terms]
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(self.terms, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+    def _backward(self, batch: Batch, part: int, totals: dict[str, float]) -> dict[str, Tensor]:
+        """Add the gradients of one microbatch; return its loss terms.
+
+        Each counts by its share of the update, so that how this is split does not matter; DDP takes the mean over
+        processes.
+        """
         microbatch = (self.step * self.config.accumulation + part) * self.world + self.rank
         seed = (self.config.seed * 1_000_003 + microbatch) % 2**32
         torch.manual_seed(seed)  # LoRA's dropout uses the global generator
+        shares = {name: self.world * batch.count(name) / (totals[name] or 1) for name in self.terms}
         batch = batch.to(self.accelerator.device)
-        loss, terms = self.wrapped(batch, self.config, torch.Generator().manual_seed(seed))
-        self.accelerator.backward(loss / self.config.accumulation)
+        loss, terms = self.wrapped(batch, self.config, torch.Generator().manual_seed(seed), shares)
+        self.accelerator.backward(loss)
         return terms
 
     @contextmanager
