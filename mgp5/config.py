@@ -89,6 +89,8 @@ class ModelConfig:
     lora: LoraConfig | None = None  # adapter of the LLM, at most one
     prefix: PrefixConfig | None = None
     stage: Stage | None = None  # last stage that trained it
+    bare_captions: bool = False  # as `DataConfig` had them in the stages that trained it
+    history: int | None = None
     system: str = CHAT_SYSTEM  # system text of conversations that have none of their own
     world: str = ""  # the only one that it knows, see `apps.world`; training on other data removes the name
 
@@ -127,6 +129,7 @@ class DataConfig:
     """How training samples are built from the data; see the loaders of the formats."""
 
     instruct_every: int = 100  # CC3M and shards: one of so many rows is repeated as an instruction; 0: none
+    bare_captions: bool = False  # CC3M and shards: captions without the chat template, as the papers and the release
     caption_column: str | None = None  # CC3M: name of the column; shards: suffix of the member, as "outputs.txt"
     image_column: str | None = None
     tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")  # VIST, and stories of jsonl
@@ -231,7 +234,7 @@ def preset(stage: Stage, name: str = "paper") -> TrainConfig:
 
 def _paper(stage: Stage) -> TrainConfig:
     """Return the paper's numbers: batch 48 and two epochs, then batch 32 and four (section 4.1)."""
-    data = DataConfig(history=3, turn_tokens=50)
+    data = DataConfig(history=3, turn_tokens=50, bare_captions=True)
     if stage == "pretrain":
         return TrainConfig(stage=stage, lr=2e-4, rows_lr=2e-4, caption_weight=0.1, data=data)
     return TrainConfig(stage=stage, lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig(), data=data)

@@ -25,15 +25,21 @@ _tolerance = threading.Lock()
 
 
 def read_image(
-    file: Path | BinaryIO, path: Path | str = "", *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
+    file: Path | BinaryIO,
+    path: Path | str = "",
+    *,
+    formats: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    least: int | None = None,
 ) -> PIL.Image.Image:
     """Read an image file, which an error calls `path`. An image that lacks its last rows is read with a warning.
 
+    A JPEG may be decoded at a half, a quarter or an eighth of its size where its sides stay at `least` so many pixels.
     Raises Mgp5Error if it is missing, is none of Pillow's `formats`, is damaged, too large or too thin.
     """
     path = path or str(file)
     try:
-        return _read(file, path, formats, max_pixels)
+        return _read(file, path, formats, max_pixels, least)
     except FileNotFoundError:
         link = f", where the link {path} leads" if os.path.islink(path) else ""
         raise Mgp5Error(f"no image at {os.readlink(path) if link else path}{link}", "check the path") from None
@@ -88,7 +94,9 @@ def _eight_bits(picture: PIL.Image.Image, kind: str | None) -> PIL.Image.Image:
     return picture.point(lambda value: value * scale).convert("L")
 
 
-def _read(file: Path | BinaryIO, path: Path | str, formats: Sequence[str] | None, max_pixels: int) -> PIL.Image.Image:
+def _read(
+    file: Path | BinaryIO, path: Path | str, formats: Sequence[str] | None, max_pixels: int, least: int | None = None
+) -> PIL.Image.Image:
     from PIL import Image as pil
 
     if not isinstance(file, Path):
@@ -97,6 +105,8 @@ def _read(file: Path | BinaryIO, path: Path | str, formats: Sequence[str] | None
     try:
         with quiet, pil.open(file, formats=formats) as picture:
             check_size(picture.size, path, max_pixels)
+            if least:
+                picture.draft(None, (least, least))
             return upright(picture)
     except pil.DecompressionBombError:
         raise Mgp5Error(f"{path} is larger than {max_pixels:,} pixels", "make it smaller") from None

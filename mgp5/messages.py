@@ -38,16 +38,19 @@ class Image:
     caption: str = ""  # for the caption loss of the pretraining stage
     meta: dict[str, Any] = field(default_factory=dict, compare=False)  # of a generated image: seed, prompt, options
 
-    def load(self) -> PIL.Image.Image:
-        """Return the image in RGB, upright. Raises Mgp5Error when it cannot be read, or is too large or too thin."""
+    def load(self, least: int | None = None) -> PIL.Image.Image:
+        """Return the image in RGB, upright; a large JPEG may be halved while its sides have at least `least` pixels.
+
+        Raises Mgp5Error when it cannot be read, or is too large or too thin.
+        """
         if self.pixels is not None:
             check_size(self.pixels.size, "an image in memory")
             return upright(self.pixels)
         if self.data is not None:
-            return read_image(BytesIO(self.data), "an image in memory")
+            return read_image(BytesIO(self.data), "an image in memory", least=least)
         if self.path is None:
             raise Mgp5Error("an image has neither a file nor pixels", "give it a path")
-        return read_image(self.path)
+        return read_image(self.path, least=least)
 
     def digest(self) -> str:
         """Return a hash of the pixels where it has any, else of the file's bytes, or raise Mgp5Error."""
@@ -93,6 +96,7 @@ class Conversation:
     """Messages in order. In a training sample the last message is the target, and all before it are the context."""
 
     messages: tuple[Message, ...] = ()
+    bare: bool = False  # whether prompts are the texts alone, without the chat template
 
     def add(self, role: Role, *parts: Part | str) -> Conversation:
         """Return a conversation with one more message; strings become Text."""

@@ -80,7 +80,8 @@ class InterleavedModel(nn.Module):
         self.head.prepare(config)
         head_config = getattr(self.head, "config", self.config.head_config)
         system = self.config.system or CHAT_SYSTEM if finetune else ""  # captions are learnt bare
-        self.config = replace(self.config, stage=config.stage, head_config=head_config, system=system)
+        data = {"history": config.data.history} if finetune else {"bare_captions": config.data.bare_captions}
+        self.config = replace(self.config, stage=config.stage, head_config=head_config, system=system, **data)
         for parameter, rule in self._planned(config):
             parameter.requires_grad_(rule is not None and rule.lr is not None)
         self.backbone.checkpointing(config.checkpointing)

@@ -80,12 +80,13 @@ def _ask(history: Sequence[Scene], context: Context, *question: Text | Image) ->
     return Conversation().add("system", STORY_SYSTEM).add("user", *parts, *question)
 
 
-def caption_to_image(image: Image, instruction: int | None = None) -> Conversation:
+def caption_to_image(image: Image, instruction: int | None = None, bare: bool = False) -> Conversation:
     """Build a pretraining sample: the caption of an image as the user's turn, the image as the target.
 
-    `instruction` is an index of CAPTION_INSTRUCTIONS, which stands before the caption; None for the bare caption.
+    `instruction` is an index of CAPTION_INSTRUCTIONS, which stands before the caption; None for the caption alone, if
+    `bare` without the chat template (MiniGPT-5, appendix B.2, and its release).
     """
-    conversation, words = Conversation(), image.caption
+    conversation, words = Conversation(bare=bare and instruction is None), image.caption
     if instruction is not None:
         conversation = conversation.add("system", CAPTION_SYSTEM)
         words = f"{CAPTION_INSTRUCTIONS[instruction]} {words}"
@@ -125,15 +126,16 @@ class Example:
 def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
     """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins.
 
-    Raises Mgp5Error for a text of which UTF-8 knows no bytes, such as half a character.
+    A bare one is its texts only. Raises Mgp5Error for a text of which UTF-8 knows no bytes, such as half a character.
     """
     for text in (message.text for message in conversation.messages):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise Mgp5Error(f"the text {text!r:.60} is not UTF-8", "write it in UTF-8") from None
-    ids = _encode(backbone, _render(backbone, conversation.messages, reply=True))
-    return Prompt(ids, conversation.images)
+    if conversation.bare:
+        return Prompt(_bare(backbone, conversation.messages), conversation.images)
+    return Prompt(_encode(backbone, _render(backbone, conversation.messages, reply=True)), conversation.images)
 
 
 def example(
@@ -147,14 +149,18 @@ def example(
     *context, target = conversation.messages
     if target.role != "assistant":
         raise Mgp5Error(f"the last message of a sample is of role {target.role!r}", "end it with the assistant's reply")
-    head = _render(backbone, context, reply=True)
-    whole = _render(backbone, [*context, target], reply=False, trigger=trigger)
-    tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, target, trigger)
+    if conversation.bare:
+        before, tail = _bare(backbone, context), _content(backbone, target, trigger)
+    else:
+        head = _render(backbone, context, reply=True)
+        whole = _render(backbone, [*context, target], reply=False, trigger=trigger)
+        tail = whole[len(head) :] if whole.startswith(head) else _content(backbone, target, trigger)
+        before = _encode(backbone, head)
     if tail.lstrip().startswith(trigger):
         tail = tail.lstrip()  # an image follows the prompt at once: no blank may come between
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
-    before, after = _encode(backbone, head), backbone.tokenizer.encode(tail, add_special_tokens=False)
+    after = backbone.tokenizer.encode(tail, add_special_tokens=False)
     ids, labels, runs = list(before), [IGNORE] * len(before), iter(layouts)
     first = backbone.tokenizer.convert_tokens_to_ids(trigger)
     for token in after:
@@ -191,7 +197,7 @@ def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -
 
 def with_system(conversation: Conversation, text: str) -> Conversation:
     """Return a conversation that begins with a system message: its own, else one of this text, if there is any."""
-    if not text or (conversation.messages and conversation.messages[0].role == "system"):
+    if not text or conversation.bare or (conversation.messages and conversation.messages[0].role == "system"):
         return conversation
     return Conversation((Message("system", (Text(text),)), *conversation.messages))
 
@@ -225,6 +231,14 @@ def _encode(backbone: PromptBackbone, text: str) -> list[int]:
     return backbone.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
 
+def _bare(backbone: PromptBackbone, messages: Sequence[Message]) -> list[int]:
+    """Tokenize texts without the chat template, behind the token that begins a text, if there is one."""
+    text = " ".join(_content(backbone, message, backbone.image_token).strip() for message in messages)
+    begin = backbone.tokenizer.bos_token_id
+    ids = backbone.tokenizer.encode(text, add_special_tokens=False)
+    return ids if begin is None else [begin, *ids]
+
+
 def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: bool, trigger: str = "") -> str:
     # Some templates (LLaVA-1.5) move all images in front of all text; written into the text they keep their place.
     chat = []
@@ -236,7 +250,15 @@ def _render(backbone: PromptBackbone, messages: Sequence[Message], *, reply: boo
 
 
 def _content(backbone: PromptBackbone, message: Message, mark: str) -> str:
-    """Write a message as text with `mark` for each image; a blank stands between two pieces of text only."""
+    """Write a message as text with `mark` for each image; a blank stands between two pieces of text only.
+
+    For MiniGPT-4, whose template has no blank behind a role, as the release of MiniGPT-5 writes it: each piece behind a
+    blank, but the scenes of a story so far are glued and end with a newline.
+    """
+    if "<ImageHere>" in backbone.image_token and message.role != "system":
+        pieces = [mark if isinstance(part, Image) else _plain(backbone, part.text) for part in message.content]
+        asked = next((i for i, part in enumerate(message.content) if getattr(part, "words", None) is not None), 0)
+        return "".join(pieces[:asked]) + "\n" * (asked > 0) + "".join(f" {piece}" for piece in pieces[asked:] if piece)
     glued = ""
     for part in message.content:
         if isinstance(part, Image):

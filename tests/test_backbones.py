@@ -10,7 +10,7 @@ from tiny import TargetHead, feed, llm_only, picture
 from tiny_mllm import QUERIES
 from transformers import Blip2ForConditionalGeneration, LlamaForCausalLM
 
-from mgp5 import Conversation, Image
+from mgp5 import Conversation, Image, prompts
 from mgp5.apps.open_model import load
 from mgp5.backbones.adapters import add_prefix
 from mgp5.backbones.hf import HFBackbone
@@ -22,7 +22,7 @@ from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
 from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
-from mgp5.prompts import example, prompt
+from mgp5.prompts import STORY_SYSTEM, caption_to_image, continue_, example, illustrate, narrate, prompt
 from mgp5.training.batch import Collator
 
 FAMILIES = ["llava", "qwen", "qwen3", "minigpt4"]
@@ -156,8 +156,26 @@ def test_minigpt4_has_the_prompts_of_the_released_code(minigpt4_folder):
     tokenizer, stop = backbone.tokenizer, backbone.tokenizer.convert_tokens_to_ids("▁###")
     asked = prompt(backbone, TALK)
     mark = "<Img><ImageHere></Img>"
-    text = f"<s> Be kind.###Human: {mark} then{mark} draw ###Assistant:".replace(" ", "")
-    assert tokenizer.decode(asked.ids).replace(" ", "").replace("▁", "") == text
+    red, start = Image(pixels=picture("red")), f"<s>{STORY_SYSTEM}###Human:"
+    two = [("cap1", red), ("cap2", red)]
+    for conversation, text in (
+        (TALK, f"<s>Be kind.###Human: {mark} then {mark} draw ###Assistant:"),
+        (
+            illustrate(two, "cap3"),
+            f"{start}cap1{mark}cap2{mark}\n Generate an image with the scene description: cap3 ###Assistant:",
+        ),
+        (illustrate([], "cap", 1), f"{start} the scene description: cap ###Assistant:"),
+        (continue_(two, 2), f"{start}cap1{mark}cap2{mark}\n What should happen then? ###Assistant:"),
+        (narrate(two[:1], red, 1), f"{start}cap1{mark}\n What happen in the next scene image: {mark} ###Assistant:"),
+    ):
+        assert prompts._render(backbone, conversation.messages, reply=True) == text
+        assert prompt(backbone, conversation).ids == tokenizer.encode(text, add_special_tokens=False)
+    bare = caption_to_image(Image(pixels=picture(), caption="a fox"), bare=True)
+    caption = [tokenizer.bos_token_id, *tokenizer.encode("a fox", add_special_tokens=False)]
+    trigger = backbone.add_tokens(["[IMG0]"])[0]
+    drawn = example(backbone, bare, "[IMG0]", [([trigger, 7], [trigger, 7])])
+    assert drawn.ids == [*caption, trigger, 7, stop]
+    assert prompt(backbone, replace(bare, messages=bare.messages[:1])).ids == caption
     sample = example(backbone, TALK.add("assistant", "a fox"), "[IMG0]", [])
     assert [i for i in sample.labels if i != -100] == [*tokenizer.encode(" a fox", add_special_tokens=False), stop]
     assert backbone.stop_ids == {stop, *tokenizer.convert_tokens_to_ids(["</s>", "##"])}

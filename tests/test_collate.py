@@ -111,6 +111,12 @@ def test_a_row_that_fails_costs_that_row(collate, backbone, monkeypatch) -> None
     assert len(batch.ids) == 1 and [note.kind for note in batch.skipped] == ["unfit sample"] * 2
 
 
+def test_large_jpegs_are_decoded_smaller(tmp_path) -> None:
+    pil.effect_noise((4200, 2100), 9).save(tmp_path / "large.jpg")
+    image = Image(path=tmp_path / "large.jpg")
+    assert [image.load(least).size for least in (None, 1024, 1051)] == [(4200, 2100), (2100, 1050), (4200, 2100)]
+
+
 def test_nothing_left_is_an_empty_batch(collate, backbone) -> None:
     batch = collate(("k", talk("x", Image(data=b""))))
     assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (0, 0) and batch.ids.dtype == torch.int64

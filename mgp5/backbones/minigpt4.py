@@ -27,11 +27,12 @@ from ..hub import from_hub
 from .processors import load_tokenizer
 
 IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
-# The layout of the released code: system text, then "###Human: ... ###Assistant: ... ###Human: ...". The first token is
+# The layout of the released code: system text, then "###Human: ... ###Assistant: ... ###Human: ..."; the blanks behind
+# the roles are those of `prompts`, as a story has none. The first token is
 # that of the LLM, which differs between versions of Vicuna.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ {'system': '', 'user': '###Human: ', 'assistant': '###Assistant: '}[m['role']] }}"
+    "{{ {'system': '', 'user': '###Human:', 'assistant': '###Assistant:'}[m['role']] }}"
     "{% for c in m['content'] %}{{ '<Img><ImageHere></Img>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
     "{{ '' if m['role'] == 'system' else ' ' }}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"
 )

@@ -25,14 +25,15 @@ def clean_caption(caption: str) -> str:
 class CC3M(Records):
     """Samples from a caption to its image; after every `instruct_every`-th row, the row again as an instruction."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, bare: bool) -> None:
         super().__init__(root)
-        self._seed = seed
+        self._seed, self._bare = seed, bare
 
     def __getitem__(self, index: int) -> Conversation:
         name, caption, instruct = self.record(index)
         image = Image(path=self.root / name, caption=caption)
-        return caption_to_image(image, pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None)
+        choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None
+        return caption_to_image(image, choice, self._bare)
 
     def key(self, index: int) -> str:
         """Return the path of the image, relative to the folder; that of an instruction ends in "#instruction"."""
@@ -45,6 +46,7 @@ def load(
     split: str = "train",
     *,
     instruct_every: int = 100,
+    bare_captions: bool = False,
     caption_column: str | None = None,
     image_column: str | None = None,
     seed: int = 0,
@@ -57,6 +59,7 @@ def load(
         path: folder of the table, or the table itself; image paths are relative to the table's folder.
         instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
             Other splits have none, so that every image counts once in an evaluation.
+        bare_captions: ask for an image by its caption without the chat template.
         caption_column, image_column: names of the columns, if others; case and blanks around them do not count.
         seed: chooses among the wordings of the instruction.
 
@@ -66,7 +69,7 @@ def load(
     if instruct_every < 0:
         raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     table = find_table(path, split, "cc3m_{split}.tsv")
-    dataset, images, source = CC3M(table.parent, seed), ImageFiles(table.parent), lines(table)
+    dataset, images, source = CC3M(table.parent, seed, bare_captions), ImageFiles(table.parent), lines(table)
     every, count = instruct_every if split == "train" else 0, 0
     header = [name.strip().lower() for name in next(source, ("", b""))[1].decode(errors="replace").split("\t")]
     columns = [(name or usual).lower() for name, usual in ((caption_column, "caption"), (image_column, "image_path"))]

@@ -32,7 +32,7 @@ from .cc3m import clean_caption
 from .files import SPLITS, SUFFIXES, Problems, Skipped, instructed, pick
 
 Sample = tuple[str, Conversation] | Skipped
-Columns = tuple[str | None, str | None]  # suffixes of images and captions, None for the usual ones
+Columns = tuple[str | None, str | None, bool]  # suffixes of images and captions (None: the usual), bare captions
 Member = tuple[str, str, int, int]  # name of its entry, suffix, offset and size in bytes
 NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # WebDataset's rule: a suffix begins at the first dot
 URL = ("http://", "https://")
@@ -42,7 +42,9 @@ TRIES, PAUSE, TIMEOUT = 4, 2.0, 60  # of a download; seconds
 class Shards(IterableDataset):
     """Yield every sample of the shards once, in order; data workers share the shards out."""
 
-    def __init__(self, names: Sequence[str], instruct_every: int, seed: int, columns: Columns = (None, None)) -> None:
+    def __init__(
+        self, names: Sequence[str], instruct_every: int, seed: int, columns: Columns = (None, None, False)
+    ) -> None:
         self.names, self.problems = tuple(names), Problems()  # shards are read while training goes on
         self._every, self._seed, self._columns = instruct_every, seed, columns
 
@@ -157,7 +159,7 @@ class Shard:
             return entry
         name, parts = entry
         key = f"{Path(self.name).name}/{name}"
-        image_column, caption_column = self._columns
+        image_column, caption_column, bare = self._columns
         suffixes = [image_column] if image_column else [suffix[1:] for suffix in SUFFIXES]
         image = next((parts[suffix] for suffix in suffixes if suffix in parts), None)
         if image is None:
@@ -171,7 +173,7 @@ class Shard:
         if not caption:
             return Skipped("no caption", f"{key} has {', '.join(sorted(parts))}")
         choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, key) if instruct else None
-        sample = caption_to_image(Image(data=data, caption=caption), choice)
+        sample = caption_to_image(Image(data=data, caption=caption), choice, bare)
         return key + "#instruction" * instruct, sample
 
     def _caption(self, suffix: str, parts: dict[str, list[int]]) -> str:
@@ -195,6 +197,7 @@ def load(
     split: str = "train",
     *,
     instruct_every: int = 100,
+    bare_captions: bool = False,
     caption_column: str | None = None,
     image_column: str | None = None,
     seed: int = 0,
@@ -205,13 +208,14 @@ def load(
         path: a folder of .tar files (or with folders "train" and "val" of them), one .tar file, or a path or
             http(s) URL with ranges in it, as in "https://host/cc3m/{00000..00331}.tar".
         instruct_every: after how many training samples of a shard one is repeated as an instruction; 0 = never.
+        bare_captions: ask for an image by its caption without the chat template.
         caption_column, image_column: suffixes of the members, as "outputs.txt" and "input.jpg", if others.
         seed: chooses among the wordings of the instruction.
     """
     if instruct_every < 0:
         raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     names = _find(path, split)
-    columns = (image_column and image_column.lower(), caption_column and caption_column.lower())
+    columns = (image_column and image_column.lower(), caption_column and caption_column.lower(), bare_captions)
     shards, problems = Shards(names, instruct_every if split == "train" else 0, seed, columns), Problems()
     for sample in shards:
         if not isinstance(sample, Skipped):

@@ -104,7 +104,7 @@ def _evaluate(request: EvaluateRequest, tell: Tell, progress: Callable[[Replied]
 
 def _load_data(request: EvaluateRequest, folder: Path, parts: Parts) -> tasks.Data:
     trained_with = read_config(parts.trained / CONFIG)
-    shown = {name: trained_with[name] for name in ("narrate_from", "history") if name in trained_with}
+    shown = {name: trained_with[name] for name in ("narrate_from", "history", "bare_captions") if name in trained_with}
     shown |= {"tasks": request.tasks, "contexts": request.contexts}
     return tasks.load(request.format, folder, request.split, limit=request.num_groups, **shown)
 
@@ -241,7 +241,9 @@ def _answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]
         active = [i for i, s in enumerate(samples) if number < s.rounds and (not s.opening or len(history[i]) > number)]
         questions = []
         for i in active:
-            shown = continue_(history[i][-WINDOW:]) if history[i] else Conversation(loaded[i].messages[:-1])
+            shown = (
+                continue_(history[i][-WINDOW:]) if history[i] else replace(loaded[i], messages=loaded[i].messages[:-1])
+            )
             own_seed = pick(2**31, seed, samples[i].key, number)
             questions.append(Question(samples[i], shown, loaded[i].messages[-1], own_seed))
         for i, reply in zip(active, system(questions) if questions else [], strict=True):

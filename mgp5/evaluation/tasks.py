@@ -88,6 +88,7 @@ def load(
     limit: int | None = None,
     narrate_from: str = "full",
     history: int | None = None,
+    bare_captions: bool = False,
 ) -> Data:
     """Read the samples of a data set. Raises Mgp5Error as `check`, or if the data cannot be used.
 
@@ -97,6 +98,7 @@ def load(
             the last one, "narrate" tells every image from the second on, "continue" asks for text and image of one step
             of a story, chosen by its name, "story" for all scenes after the first, each reply history for the next.
         history: of dialogues, messages before the reply that a question has; None: all.
+        bare_captions: of CC3M, ask without the chat template.
         contexts: of story tasks; empty takes all four for "last", `narrate_from` for "narrate", else "full".
         limit: takes only the first stories, dialogues or images.
     """
@@ -115,7 +117,7 @@ def load(
     if "dialogue" in asked:
         samples += _plain(load_data("mmdialog", root["mmdialog"], split, history=history), "dialogue", limit, problems)
     if "caption" in asked:
-        samples += _plain(load_data("cc3m", path, split), "caption", limit, problems)
+        samples += _plain(load_data("cc3m", path, split, bare_captions=bare_captions), "caption", limit, problems)
     if not samples:
         raise Mgp5Error(f"{path} has no sample of these tasks", "stories need two scenes or more")
     keys: Counter[str] = Counter()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .feature_cache import Caches, Item
 
 
+LEAST = 1024  # pixels of a side to which a large JPEG is decoded: as many as any part takes
+
+
 class _Unusable(Exception):
     """Why a sample is left out: `args` are the kind of problem and the reason."""
 
@@ -171,7 +174,7 @@ class Collator:
 def _tensors(convert: Callable[[pil.Image], dict[str, Tensor]], image: Image) -> dict[str, Tensor]:
     """Read an image and convert it to tensors. Raises _Unusable."""
     try:
-        return convert(image.load())
+        return convert(image.load(LEAST))
     except (Mgp5Error, ValueError) as error:  # image processors refuse extreme shapes
         raise _Unusable("broken image", str(error)) from None
 

@@ -26,6 +26,7 @@ from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG, load_backbone
 from ..messages import Conversation, Image
 from ..options import override
+from .batch import LEAST
 from .feature_cache import KINDS, FrozenPart, Item, Reader, Writer, cache_key
 from .run import token_counter
 
@@ -156,7 +157,7 @@ def prepare(kind: str, value: Cacheable, model: FrozenPart) -> Any:
     """Return what a model is given of an image or caption. Raises Mgp5Error or ValueError for a broken image."""
     if kind == "captions":
         return value
-    image = value.load()
+    image = value.load(LEAST)
     return to_pixels(image, (model.native_size,) * 2) if kind == "latents" else model.preprocess([image])
 
 

@@ -17,7 +17,7 @@ import torch
 from ..config import LoraConfig, ModelConfig, Stage, TrainConfig, model_config_from, preset
 from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
-from ..device import DTYPES, pick_device, pick_precision, quiet_libraries
+from ..device import DTYPES, limit_threads_for_small_models, pick_device, pick_precision, quiet_libraries
 from ..errors import Mgp5Error, raise_all
 from ..files import Claim, GiB
 from ..hub import explain, from_hub, read_config, resolve
@@ -128,6 +128,8 @@ def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) ->
     total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
     dtype = frozen_dtype(config, accelerator.device)
     model = initial_model(request.model, config, vokens=request.vokens, dtype=dtype)
+    if accelerator.device.type == "cpu":
+        limit_threads_for_small_models(model)
     formats = {format for format, _ in request.data}
     if config.stage == "finetune" and "mmdialog" in formats and "jsonl" not in formats:  # which has whole conversations
         model.config = replace(model.config, history=config.data.history)

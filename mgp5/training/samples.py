@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
         max_tokens=TOKENS if target.text else 0,
         image=kind(steps=STEPS) if kind is DiffusionOptions else kind(),
     )
-    *_, last = generate(model, Conversation(tuple(context)), options)
+    *_, last = generate(model, replace(sample, messages=tuple(context)), options)
     assert isinstance(last, Finished)
     return last.message
 
