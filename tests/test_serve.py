@@ -17,6 +17,7 @@ from serve_process import HELLO, JSON, KEY, data_url, serving, serving_here
 
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
+from mgp5.prompts import CHAT_SYSTEM
 from mgp5.serving.request import Limits, ServeRequest, read_key
 
 ALWAYS = {"image": "always", "steps": 2}
@@ -116,6 +117,9 @@ def test_what_asks_for_nothing_is_accepted(server):
     assert isinstance(plain[0], str)  # always, where no image is in it
     assert reply(**NEUTRAL) == reply(max_completion_tokens=10**6) == plain
     assert reply(max_tokens=10**6)[1]["completion_tokens"] <= Limits().tokens
+    assert reply([{"role": "system", "content": CHAT_SYSTEM}, *HELLO]) == plain  # the model's own
+    stop = plain[0].strip()[1]
+    assert reply(stop=[stop, "never"])[0] == reply(stop=stop)[0] == plain[0][: plain[0].index(stop)].strip()
     for sent, means in TURNS.values():
         assert reply([*sent, *HELLO]) == reply([*means, *HELLO])
     drawn = {"prompt": "a fox", "model": None, "quality": "standard", "style": "vivid", "size": "auto", "steps": 1}

@@ -94,8 +94,14 @@ def test_a_chat(server, files):
         page.wait_for_function("document.querySelector('#talk-box img').naturalWidth == 60")
         other = visit(page.context.browser.new_context().new_page(), server)
         assert other.locator("#talk .user-row, #talk .bot-row").count() == 0
-        assert overflow(page) == 0
+        assert overflow(page) == 0 and "fox, rabbit" in page.inner_text("header")
+        page.reload()
+        page.wait_for_selector("#talk .bot-row img")
+        shows(page, "text", "image")
+        assert page.locator("#talk .user-row").count() == 1
         page.click("#talk button[aria-label=Clear]")
+        page.get_by_text("What shall we look at?").wait_for()
+        page.reload()
         page.get_by_text("What shall we look at?").wait_for()
 
 
@@ -104,6 +110,7 @@ def test_a_reply_is_stopped_and_left(server):
     with browser_page() as page:
         visit(page, server)
         settings(page, steps=100)
+        assert page.get_by_label("Seed").locator("visible=true").input_value() == ""
         page.get_by_label("always").check()
         before = server.metric("mgp5_cancelled_total")
         say(page, "Draw a red fox.")
@@ -143,13 +150,23 @@ def test_a_story(server, files, tmp_path):
         until(page, "#book-work", "seed 3")
         assert texts.nth(0).input_value() == "A <i>fox</i>" and texts.nth(1).input_value() == told[1]
         assert page.locator("#cards img").count() == 4 and texts.nth(3).input_value() == "The fox sleeps."
-        page.get_by_role("button", name="Take out").nth(2).click()
+        page.reload()
+        page.get_by_role("tab", name="Story").click()
+        page.wait_for_selector("#cards textarea >> nth=3")
+        assert texts.nth(0).input_value() == "A <i>fox</i>" and page.locator("#cards img").count() == 4
+        drawn = page.locator("#cards img").nth(3).get_attribute("src")
+        page.get_by_role("button", name="Redraw").nth(3).click()
+        until(page, "#book-work", "seed")
+        assert page.locator("#cards img").nth(3).get_attribute("src") != drawn
+        page.get_by_role("button", name="Move up").nth(3).click()
+        page.wait_for_function("document.querySelectorAll('#cards textarea')[2].value == 'The fox sleeps.'")
+        page.get_by_role("button", name="Remove").nth(3).click()
         page.wait_for_function("document.querySelectorAll('#cards textarea').length == 3")
         page.get_by_label("Title").fill("Foxes")
         with page.expect_download() as download:
             page.click("#page")
         download.value.save_as(tmp_path / "story.html")
-        page.get_by_label("Steps").locator("visible=true").first.fill("100")
+        settings(page, steps=100)
         page.click("#continue")
         page.wait_for_selector("#book-work progress")
         page.click("#stop")
@@ -217,6 +234,6 @@ def test_a_chat_as_gradio_has_it_is_a_conversation():
     failed = turn("assistant", "why", metadata={"title": FAILED})  # so the message before goes
     turns = [turn("user", "a"), failed, turn("user", "b"), turn("assistant", "1 &lt; 2")]
     talk = read_talk([*turns, turn("user", " c ")], Limits())
-    assert [(m.role, m.text) for m in talk.messages[1:]] == [("user", "b"), ("assistant", "1 < 2"), ("user", "c")]
+    assert [(m.role, m.text) for m in talk.messages] == [("user", "b"), ("assistant", "1 < 2"), ("user", "c")]
     with pytest.raises(Mgp5Error, match="empty"):
         read_talk([*turns, turn("user", "")], Limits())

@@ -14,7 +14,6 @@ from anyio import to_thread
 from ...apps.story import with_seeds
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part, Role, Text
-from ...prompts import CHAT_SYSTEM
 from ..loop import Refused
 from ..schema import check_size, join_turns
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
@@ -32,8 +31,8 @@ EMPTY = "<h2>What shall we look at?</h2><p>Ask for a picture, or drop one in and
 FAILED = "That did not work"  # title of an answer that tells why there is no reply
 
 
-def add_chat(state: AppState, session: gr.State) -> None:
-    """Add the chat to the page."""
+def add_chat(state: AppState, session: gr.State) -> list[Any]:
+    """Add the chat to the page; return what takes `PageSession.talk` when the page is loaded again."""
     options, work = settings(state), gr.HTML(progress_line(""), elem_id="talk-work", padding=False, render=False)
     chat = gr.ChatInterface(
         partial(reply, state, tuple(options)),
@@ -63,6 +62,14 @@ def add_chat(state: AppState, session: gr.State) -> None:
     )
     chat.textbox.stop(lambda: progress_line("stopped"), None, work, **HIDDEN)
     work.render()
+    chat.chatbot.undo(_undo, session, None, **HIDDEN)
+    chat.chatbot.clear(lambda session: session.talk.clear(), session, None, **HIDDEN)
+    return [chat.chatbot, chat.chatbot_state]
+
+
+def _undo(session: PageSession) -> None:
+    while session.talk and session.talk.pop()["role"] != "user":
+        pass
 
 
 async def reply(
@@ -86,7 +93,9 @@ async def reply(
                 if end := growing.finished:
                     cut = ", cut at its longest" if end.reason == "length" else ""
                     line = f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}"
-                yield _shown(session, growing.parts), progress_line(line, growing)
+                shown = _shown(session, growing.parts)
+                session.talk = [*turns, shown]
+                yield shown, progress_line(line, growing)
     except (Mgp5Error, Refused) as error:
         yield {"role": "assistant", "content": escape(str(error)), "metadata": {"title": FAILED}}, progress_line("")
 
@@ -103,7 +112,7 @@ def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation
         else:
             role = "assistant" if turn["role"] == "assistant" else "user"
             turns.append((role, _parts(turn["content"], role, limits)))
-    talk = join_turns([("system", [Text(CHAT_SYSTEM)]), *turns])
+    talk = join_turns(turns)
     if not turns or not turns[-1][1]:
         raise Mgp5Error("the message is empty", "write something, or drop a picture in")
     check_size(len(talk), sum(len(message.images) for message in talk), limits)
@@ -122,7 +131,9 @@ def _parts(content: Sequence[dict[str, Any]], role: str, limits: Limits) -> list
 
 def _shown(session: PageSession, parts: Sequence[Part]) -> dict[str, Any]:
     content = [
-        {"path": session.file(part)} if isinstance(part, Image) else escape(part.text, quote=False)
+        {"type": "file", "file": {"path": session.file(part), "mime_type": "image/png"}}
+        if isinstance(part, Image)
+        else {"type": "text", "text": escape(part.text, quote=False)}
         for part in parts
         if isinstance(part, Image) or part.text.strip()
     ]

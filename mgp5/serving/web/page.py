@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ import gradio as gr
 from fastapi.responses import FileResponse
 from starlette.datastructures import MutableHeaders
 
+from ...storyland.world import ATTRIBUTES
 from ..loop import Refused
 from ..middleware import error_response, replay
 from ..request import WEB_PATH
 from .chat import add_chat
-from .session import PageSession
+from .session import HIDDEN, PageSession
 from .story import StoryTab
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ FOLDERS = ("assets/", "static/", f"{API}heartbeat/")  # gradio forgets a page wh
 EVENTS = ("queue/join", "run/predict")  # their bodies may name files
 CALLS = {"GET": ("startup-events", "queue/data", "upload_progress"), "POST": (*EVENTS, "upload", "cancel", "reset")}
 FILE = f"{API}file="
+# A secret of a browser's tab, which outlives a reload; by what there is on plain http too.
+TICKET = """() => sessionStorage.mgp5 ??= Array.from(
+    crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("")"""
 # Nothing is fetched from another host, whatever a reply says; gradio's page is made of inline scripts and styles.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -66,17 +71,39 @@ def add_page(app: FastAPI, state: AppState) -> None:
     app.add_middleware(RouteFilter, folder=folder)
 
 
+def _about(state: AppState) -> str:
+    """Return what the model knows and draws, in words for visitors."""
+    model = state.loop.model
+    side = getattr(getattr(model.head, "generator", None), "native_size", None)
+    size = f"pictures of {side} x {side} pixels" if side else "pictures"
+    if state.request.model.model != "demo":
+        return f"{model.head.spec.name}: text and {size}"
+    animals, places, things = (", ".join(ATTRIBUTES[name]) for name in ("species", "place", "prop"))
+    return f"Knows a small world, in {size}: {animals}; {places}; {things.removeprefix('nothing, ')}"
+
+
 def make_blocks(state: AppState, folder: Path) -> gr.Blocks:
     """Return the page; its images are kept in a folder."""
     title, keep = f"{state.name} · mgp5", (600, CACHE_SECONDS)
     with gr.Blocks(title=title, delete_cache=keep, fill_width=True) as blocks:
-        session = gr.State(PageSession(folder))
-        gr.HTML("<header><h1>mgp5</h1><p>Words and pictures, in order</p></header>", padding=False)
+        session, ticket = gr.State(PageSession(folder)), gr.Textbox(visible=False)
+        gr.HTML(f"<header><h1>{escape(state.name)}</h1><p>{escape(_about(state))}</p></header>", padding=False)
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
-                add_chat(state, session)
+                chat = add_chat(state, session)
             with gr.Tab("Story", id="story"):
-                StoryTab(state, session)
+                story = StoryTab(state, session)
+
+        def restore(ticket: Any) -> list[Any]:
+            """Return what a page shows that is loaded again; its ticket is a secret of the browser's tab."""
+            kept = sessions.pop(str(ticket), None) or PageSession(folder)
+            sessions[str(ticket)] = kept
+            if len(sessions) > PAGES:
+                del sessions[next(iter(sessions))]
+            return [kept, *[kept.talk or gr.skip()] * len(chat), *story.view(kept)]
+
+        sessions: dict[str, PageSession] = {}  # by ticket, the ones loaded last
+        blocks.load(restore, ticket, [session, *chat, *story.shown], js=TICKET, **HIDDEN)
     blocks.state_session_capacity = PAGES
     return blocks.queue(default_concurrency_limit=None, max_size=2 * (state.request.rows + state.request.waiting))
 

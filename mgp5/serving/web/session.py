@@ -38,6 +38,8 @@ class PageSession:
 
     folder: Path  # of all pages' images; names of files in it cannot be guessed
     scenes: list[StoryScene] = field(default_factory=list)  # of the story
+    anew: int = 0  # scenes that were made once more; each takes seeds of its own
+    talk: list[dict[str, Any]] = field(default_factory=list)  # the chat, as gr.Chatbot shows it
     replies: int = 0  # of the chat so far; each takes seeds of its own
     running: ReplyStream | None = None  # the reply that is being made
     stopped: bool = False  # the visitor has stopped the story
@@ -95,10 +97,11 @@ def settings(state: AppState) -> dict[str, Any]:
     most, model, hidden = state.limits.steps, state.loop.model, {"render": False}
     steps, heat, guidance = min(20, most), model.config.temperature, model.config.guidance
     components = {
-        "seed": gr.Number(None, label="Seed", placeholder="another each time", precision=0, minimum=0, **hidden),
-        "temperature": gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="0: no chance", **hidden),
-        "steps": gr.Slider(1, most, steps, step=1, label="Steps", info="of a picture", **hidden),
-        "guidance": gr.Slider(0, 20, guidance, step=0.5, label="Guidance", info="how close to the text", **hidden),
+        # a text, as gradio makes 0 of a number that is empty
+        "seed": gr.Textbox(label="Seed", placeholder="another each time", max_lines=1, info="a whole number", **hidden),
+        "temperature": gr.Slider(0, 2, heat, step=0.05, label="Temperature", info="low: likely words", **hidden),
+        "steps": gr.Slider(1, most, steps, step=1, label="Steps", info="more: finer pictures, slower", **hidden),
+        "guidance": gr.Slider(0, 20, guidance, step=0.5, label="Guidance", info="high: closer to the text", **hidden),
         "image": gr.Radio(DRAW_MODES, value="auto", label="Pictures", **hidden),
     }
     known = {"seed", "temperature", "image", *(option.name for option in fields(model.head.spec.image_options))}
@@ -107,6 +110,9 @@ def settings(state: AppState) -> dict[str, Any]:
 
 def read_options(state: AppState, values: dict[str, Any]) -> Options:
     """Return the options that the fields of `settings` ask for. Raises Refused for those above the server's limits."""
+    if "seed" in values:
+        seed = (values["seed"] or "").strip()
+        values = values | {"seed": int(seed) if seed.isdecimal() else seed or None}
     try:
         body = ChatRequest(model=state.name, messages=[{"role": "user", "content": ""}], **values)
     except ValidationError as error:
