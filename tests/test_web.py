@@ -77,6 +77,7 @@ def test_a_chat(server, files):
         page.get_by_label("always").check()
         say(page, "Draw a red fox. <script>Now</script>")
         until(page, "#talk-work", "seed 3 ")
+        assert "it has no word for script" in page.inner_text("#talk-work")
         shows(page, "text", "image")
         assert page.locator("#talk script").count() == 0
         page.wait_for_function("document.querySelector('#talk .bot-row img').naturalWidth == 128")

@@ -12,6 +12,7 @@ import gradio as gr
 from anyio import to_thread
 
 from ...apps.story import with_seeds
+from ...apps.world import remarks
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part, Role, Text
 from ..loop import Refused
@@ -92,7 +93,9 @@ async def reply(
                 line = "writing"
                 if end := growing.finished:
                     cut = ", cut at its longest" if end.reason == "length" else ""
-                    line = f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}"
+                    notes = remarks(state.loop.model.config.world, message["text"] or "")
+                    told = "".join(f" · {note.text}" for note in notes)
+                    line = f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}{told}"
                 shown = _shown(session, growing.parts)
                 session.talk = [*turns, shown]
                 yield shown, progress_line(line, growing)

@@ -76,7 +76,7 @@ def _about(state: AppState) -> str:
     model = state.loop.model
     side = getattr(getattr(model.head, "generator", None), "native_size", None)
     size = f"pictures of {side} x {side} pixels" if side else "pictures"
-    if state.request.model.model != "demo":
+    if model.config.world != "storyland":
         return f"{model.head.spec.name}: text and {size}"
     animals, places, things = (", ".join(ATTRIBUTES[name]) for name in ("species", "place", "prop"))
     return f"Knows a small world, in {size}: {animals}; {places}; {things.removeprefix('nothing, ')}"
