@@ -260,8 +260,9 @@ def test_the_format_is_found_by_the_files(format: str, tmp_path: Path) -> None:
         touch(tmp_path, "00000.tar")
     else:
         make(format, tmp_path)
+    touch(tmp_path, "x.jsonl")  # as `mgp5 data storyland` writes one beside each format
     assert find_format(tmp_path) == format
-    touch(tmp_path, "x.jsonl", "cc3m_val.tsv")
+    touch(tmp_path, "train.jsonl", "cc3m_val.tsv")
     with pytest.raises(Mgp5Error, match=r"of the formats .* and .*: give --format"):
         find_format(tmp_path)
     assert find_format(tmp_path / "x.jsonl") == "jsonl"

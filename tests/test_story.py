@@ -135,7 +135,7 @@ def taken(folder: Path) -> Iterator[int]:
         "story --batch lines.txt --out out",
         "eval --format storyland --out out",
         "data storyland --out out",
-        "train --stage pretrain --model demo --data storyland/cc3m --format cc3m --out out",
+        "train --stage finetune --model demo --data storyland/vist --out out",
     ],
 )
 def test_a_folder_that_another_program_writes_is_refused_at_once(mgp5, tmp_path, storyland, command):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +25,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "cc3m": ("cc3m_*.tsv",),
     "vist": ("*_cleaned.json", "*.story-in-sequence.json", "sis/*.story-in-sequence.json"),
     "mmdialog": ("*_conversations.txt", "*/*_conversations.txt"),
-    "jsonl": ("*.jsonl",),
+    "jsonl": ("train.jsonl", "val.jsonl", "test.jsonl"),
     "shards": ("*.tar", "train/*.tar", "val/*.tar", "test/*.tar"),
 }
 Source = tuple[str, Path]  # format, path
@@ -96,11 +95,10 @@ def find_format(path: Path) -> str:
     """Return the format of the data at a path, by the names of its files. Raises Mgp5Error where it is not clear."""
     if not path.exists() and not path.name.endswith(".tar"):
         raise Mgp5Error(f"no data at {path}", "check the path", usage=True)
-    found = [
-        format
-        for format, patterns in FORMATS.items()
-        if any(any(path.glob(pattern)) if path.is_dir() else fnmatch(path.name, pattern) for pattern in patterns)
-    ]
+    if path.is_dir():
+        found = [format for format, patterns in FORMATS.items() if any(any(path.glob(p)) for p in patterns)]
+    else:
+        found = [format for format, (first, *_) in FORMATS.items() if path.suffix == Path(first).suffix]
     if len(found) != 1:
         names = ", ".join(pattern for patterns in FORMATS.values() for pattern in patterns[:1])
         what = f"{path} holds data of the formats {' and '.join(found)}" if found else f"{path} holds none of {names}"
