@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mgp5.export.cache import fill
 from mgp5.export.parity import psnr
 
 import mgp5
@@ -20,6 +21,7 @@ def draw(generator, **options):
 
 @pytest.mark.slow
 def test_auto_draws_the_demo_by_onnx_runtime():
+    fill("demo", lambda line: None)  # as `mgp5 export --cache`
     generator = mgp5.load("demo").head.generator
     assert isinstance(generator.engine, ExportedEngine)
     image, shortened = draw(generator), draw(generator, reuse=2)
