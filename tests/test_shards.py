@@ -152,6 +152,11 @@ def test_resumed_loaders_go_on_bit_for_bit(workers: int, positions: tuple, stats
         assert batches(make(), 4, workers=workers, rank=1, world=2, first=first) == whole[first : first + 4]
 
 
+def test_the_order_is_that_of_the_shards_wherever_they_lie(tmp_path: Path) -> None:
+    here, there = (shards.load(write_shards(tmp_path / name, 5, 7, 4)) for name in ("here", "there"))
+    assert batches(here, 20) == batches(there, 20)
+
+
 def test_one_shard_and_many_readers_resume_too(tmp_path: Path) -> None:
     data = shards.load(write_shards(tmp_path, 9), instruct_every=0)
     for rank in range(4):

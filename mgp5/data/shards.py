@@ -109,7 +109,7 @@ class Stream(IterableDataset):
                     skip -= size
                     continue
                 with self.shards.open(name) as shard:
-                    for number in self._shuffled(range(len(shard)), epoch, name)[share][skip:]:
+                    for number in self._shuffled(range(len(shard)), epoch, Path(name).name)[share][skip:]:
                         sample = shard.sample(number)
                         last, usable = (sample, usable) if isinstance(sample, Skipped) else (last, True)
                         yield sample
