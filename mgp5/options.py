@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -195,6 +194,8 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
 
     Raises Mgp5Error if an item is not of this form, or two items contradict each other.
     """
+    import tomllib  # here, and in `read_toml`: every --help would wait for it
+
     tree: dict[str, Any] = {}
     for item in items:
         path, equals, text = item.partition("=")
@@ -216,6 +217,8 @@ def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read the settings of a TOML file. Raises Mgp5Error with file and line if it cannot be read."""
+    import tomllib
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

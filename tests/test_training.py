@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import picture
 from tiny_training import VOKENS, batch_of, config, finish, fresh
@@ -12,8 +13,9 @@ from mgp5 import Conversation, Image, Mgp5Error
 from mgp5.config import LoraConfig, PrefixConfig, preset
 from mgp5.heads.losses import Losses
 from mgp5.model import InterleavedModel
-from mgp5.prompts import IGNORE
+from mgp5.prompts import CHAT_SYSTEM, IGNORE
 from mgp5.training.distributed import LossModule
+from mgp5.training.loop import _batches
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -24,6 +26,19 @@ def llava(llava_folder, diffusion_folder) -> InterleavedModel:
 
 
 # What trains
+
+
+def test_own_data_is_trained_with_the_system_text_that_replies_begin_with(llava):
+    bare = Conversation().add("user", "A ball.").add("assistant", Image(pixels=picture(), caption="A ball."))
+    own = Conversation().add("system", "Be kind.").add("user", "A ball.").add("assistant", *bare.messages[-1].images)
+    for stage, system in (("pretrain", ""), ("finetune", CHAT_SYSTEM)):
+        loaded = _batches([bare, own], llava, config(stage, workers=0), Accelerator(cpu=True), 0, None)
+        batch = next(loaded)
+        loaded.close()
+        rows = [row[mask.bool()] for row, mask in zip(batch.ids, batch.mask, strict=True)]
+        texts = llava.backbone.tokenizer.batch_decode(rows)
+        assert sum("Be kind." in text for text in texts) == 1
+        assert sum(CHAT_SYSTEM in text for text in texts) == bool(system)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..files import GiB
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -102,4 +100,6 @@ def _memory_tables(memory: dict[str, Any]) -> Iterator[Table]:
 
 
 def _gib(size: float) -> str:
+    from ..files import GiB
+
     return f"{size / GiB:.2f}"

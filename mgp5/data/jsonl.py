@@ -3,6 +3,7 @@
     {"messages": [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": [PART, ...]}]}
 
 A PART is {"type": "text", "text": "Here:"} or {"type": "image", "path": "cat.png"}, paths relative to the file.
+In finetuning a conversation without a system message begins with the model's own, as replies do.
 Or a story, of which all three tasks of VIST are samples:
 
     {"story": [{"text": "A cat sits on a wall.", "path": "1.png"}, {"text": "It jumps down.", "path": "2.png"}]}

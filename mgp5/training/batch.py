@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..errors import Mgp5Error
 from ..heads.batch import Batch
 from ..messages import Conversation, Image, Skipped
-from ..prompts import IGNORE, Example, example, expand_labels, history_truncations
+from ..prompts import IGNORE, Example, example, expand_labels, history_truncations, with_system
 
 if TYPE_CHECKING:
     from PIL import Image as pil
@@ -52,6 +52,7 @@ class Collator:
 
     A sample that cannot be used is left out and named in `Batch.skipped`, not replaced by another; one of more than
     `max_length` tokens loses history from the left. What the caches have for the whole batch is not computed.
+    Conversations without a system message begin with `system`, if there is any.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Collator:
         max_length: int,
         config: TrainConfig | None = None,
         caches: Caches | None = None,
+        system: str = "",
     ) -> None:
         self.backbone, self.head, self.max_length = backbone, head, max_length
-        self.config, self.caches = config, caches
+        self.config, self.caches, self.system = config, caches, system
 
     def __call__(self, samples: Sequence[tuple[str, Conversation] | Conversation | Skipped]) -> Batch:
         """Return a batch of the usable samples, in order; `skipped` names the others by their keys."""
@@ -76,7 +78,7 @@ class Collator:
                 continue
             key, conversation = sample
             try:
-                row = self._row(conversation, latents, features)
+                row = self._row(with_system(conversation, self.system), latents, features)
             except _Unusable as error:
                 kind, reason = error.args
                 skipped.append(Skipped(kind, f"{key} ({reason})"))

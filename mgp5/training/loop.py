@@ -188,9 +188,11 @@ def _batches(
         source: dict[str, Any] = {"batch_size": config.batch}
     else:
         source = {"batch_sampler": Order(len(data), config.batch, config.seed, done * world + rank, world)}
+    # as replies are asked for; captions of the first stage stand alone
+    system = model.config.system if config.stage == "finetune" else ""
     loader = DataLoader(
         data,
-        collate_fn=Collator(model.backbone, model.head, model.backbone.context_length, config, caches),
+        collate_fn=Collator(model.backbone, model.head, model.backbone.context_length, config, caches, system),
         num_workers=config.workers,
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if config.workers else None,  # shares the collator's model instead of copying it
