@@ -13,7 +13,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +24,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mgp5 import Conversation, Mgp5Error
 from mgp5.apps.open_model import load
-from mgp5.config import LoraConfig, PrefixConfig, TrainConfig, preset
+from mgp5.config import LoraConfig, PrefixConfig, TrainConfig
 from mgp5.data import load_data
 from mgp5.hub import resolve
 from mgp5.loading import load_checkpoint, trained_tensors
 from mgp5.model import InterleavedModel
 from mgp5.training import checkpoints as runs
-from mgp5.training.loop import rate, total_steps, train
+from mgp5.training.loop import train
 from mgp5.training.run import Interruption, initial_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -335,19 +334,3 @@ class Barren(torch.utils.data.Dataset):
 def test_an_error_of_a_data_worker_is_one_line(workers, llava, tmp_path):
     with pytest.raises(Mgp5Error, match=r"^nothing is here: look elsewhere$"):
         finish(llava, Barren(), config("pretrain", workers=workers), tmp_path / "run")
-
-
-def test_the_rate_warms_up_and_decays():
-    settings = config("pretrain", warmup=10)
-    rates = [rate(settings, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.02
-    assert rate(config("pretrain", warmup=0), 0, 5) == 1.0
-    assert rate(config("pretrain", warmup=1000), 99, 100) == pytest.approx(0.1)  # obeyed in a short run too
-    cosine = [rate(config("pretrain", warmup=10, schedule="cosine"), step, 100) for step in range(100)]
-    assert cosine[:10] == rates[:10] and cosine[55] == pytest.approx(0.5) and cosine[-1] < 0.001
-    assert total_steps(preset("pretrain"), range(4800)) == 200
-    assert total_steps(preset("finetune"), range(320)) == 40
-    assert total_steps(preset("finetune"), range(320), processes=4) == 10
-    with pytest.raises(Mgp5Error, match="is not known: give --max-steps"):
-        total_steps(preset("finetune"), SimpleNamespace(stream=None, size=None))

@@ -238,3 +238,13 @@ def test_a_reply_given_up_while_it_waits_never_begins(whole):
                 scheduler.cancel(given_up)
     assert isinstance(said[0][1], Mgp5Error)
     assert {request for request, _ in said} == {bad, other} and isinstance(said[-1][1], Finished)
+
+
+def test_a_picture_of_nan_is_the_servers_fault(whole, serving):
+    decoder = whole.head.generator.vae.decoder
+    engine, hook = serving(rows=2), decoder.register_forward_hook(lambda _module, _args, out: out * float("nan"))
+    engine.submit(asked := Asked(TALKS[0], WAYS[1]))
+    refusal = asked.refusal()
+    hook.remove()
+    assert refusal.status == 500 and refusal.message.startswith("a picture came out as numbers that are not finite")
+    assert serves(engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ from mgp5.heads.losses import Losses
 from mgp5.model import InterleavedModel
 from mgp5.prompts import CHAT_SYSTEM, IGNORE
 from mgp5.training.distributed import LossModule
-from mgp5.training.loop import _batches
+from mgp5.training.loop import _batches, rate, total_steps
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -226,3 +228,19 @@ def test_only_the_first_voken_of_a_run_has_a_label(model, tales):
         assert labels == [run[0], *[IGNORE] * (VOKENS - 1), run[-1]]
         assert run[-1] in model.backbone.stop_ids
     assert (batch.labels[batch.mask == 0] == IGNORE).all()
+
+
+def test_the_rate_warms_up_and_decays():
+    settings = config("pretrain", warmup=10)
+    rates = [rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.02
+    assert rate(config("pretrain", warmup=0), 0, 5) == 1.0
+    assert rate(config("pretrain", warmup=1000), 99, 100) == pytest.approx(0.1)  # obeyed in a short run too
+    cosine = [rate(config("pretrain", warmup=10, schedule="cosine"), step, 100) for step in range(100)]
+    assert cosine[:10] == rates[:10] and cosine[55] == pytest.approx(0.5) and cosine[-1] < 0.001
+    assert total_steps(preset("pretrain"), range(4800)) == 200
+    assert total_steps(preset("finetune"), range(320)) == 40
+    assert total_steps(preset("finetune"), range(320), processes=4) == 10
+    with pytest.raises(Mgp5Error, match="is not known: give --max-steps"):
+        total_steps(preset("finetune"), SimpleNamespace(stream=None, size=None))

@@ -323,10 +323,14 @@ def complete(model: InterleavedModel, options: Options) -> Options:
     return replace(options, image=replace(options.image, **own)) if own else options
 
 
+class NotFinite(Mgp5Error):
+    """A picture came out as NaN: a fault of the weights or of the machine, not of what was asked."""
+
+
 def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
-    """Return pixels (3, H, W) in [-1, 1] as an image. Raises Mgp5Error unless all of them are finite."""
+    """Return pixels (3, H, W) in [-1, 1] as an image. Raises NotFinite where one is NaN or infinite."""
     if not pixels.isfinite().all():
         hint = "try other --steps, --guidance or --backend eager; cards that compute in float16 may need --device cpu"
-        raise Mgp5Error("a picture came out as numbers that are not finite (NaN)", hint)
+        raise NotFinite("a picture came out as numbers that are not finite (NaN)", hint)
     data = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
     return Image(pixels=pil.fromarray(data.cpu().numpy()), meta=metadata or {})

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageStep, TextChunk
-from ..inference.request import ActiveRequest
+from ..inference.request import ActiveRequest, NotFinite
 from ..inference.scheduler import Scheduler
 from ..messages import Conversation
 from ..options import Options
@@ -166,6 +166,9 @@ class ServingLoop:
 
     def _deliver(self, request: ActiveRequest, event: Event | Exception) -> None:
         if (job := self._jobs.get(request)) is None:  # it ended meanwhile
+            return
+        if isinstance(event, NotFinite):
+            self._end(request, Refused(500, event.message, "internal_error"))
             return
         if isinstance(event, Mgp5Error | TemplateError):  # of the request: a prompt too long, turns out of order
             self._end(request, Refused(400, str(event), "invalid_value"))
