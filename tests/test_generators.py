@@ -276,23 +276,10 @@ def test_pixels_to_latents_and_back(model):
     torch.testing.assert_close(model.decode(sampled), model.vae.decode(sampled / scale + shift).sample.clamp(-1, 1))
 
 
-def test_a_vae_that_overflows_in_half_precision_decodes_in_float32(generator_folder):
-    model = load_generator(str(generator_folder("epsilon")))
-    for parameter in model.vae.decoder.conv_in.parameters():
-        parameter.mul_(3e4 / parameter.abs().max())
-    latents = torch.ones(1, 4, 4, 4)
-    expected = model.decode(latents)
-    model.vae.half()
-    assert not model.vae.decode(latents.half() / model.vae.config.scaling_factor).sample.isfinite().all()
-    torch.testing.assert_close(model.decode(latents), expected, rtol=0, atol=0.02)
-    assert model.vae.dtype == torch.float16
-
-
 @one_of_each
 def test_bfloat16_without_text_encoders_and_with_a_tiny_autoencoder(copied):
-    for part in copied.glob("t*er*"):
-        if part.name != "transformer":
-            shutil.rmtree(part)
+    for part in (*copied.glob("text_encoder*"), *copied.glob("tokenizer*")):
+        shutil.rmtree(part)
     sd3 = (copied / "transformer").is_dir()
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": 16 if sd3 else 4}

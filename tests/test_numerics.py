@@ -1,4 +1,4 @@
-"""Whole runs of the engines against diffusers' own UNet in float32: one call of it, and fifty guided steps."""
+"""Engines against diffusers' own UNet in float32: one call, fifty guided steps; a VAE that overflows in float16."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mgp5
 from mgp5 import engines
+from mgp5.generators import load_generator
 from mgp5.generators.denoising import PlainDenoiser, advance, begin
 from mgp5.generators.sampler import SamplerTable
 from mgp5.generators.schedule import NoiseSchedule
@@ -97,3 +98,15 @@ def test_fifty_steps(make, backend, dtype):
     torch.compiler.reset()
     least = (40, 50, 45) if dtype == torch.bfloat16 else (120,) * 3
     assert all(value > limit for value, limit in zip(values.values(), least, strict=True)), values
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_float32(generator_folder):
+    model = load_generator(str(generator_folder("epsilon")))
+    for parameter in model.vae.decoder.conv_in.parameters():
+        parameter.mul_(3e4 / parameter.abs().max())
+    latents = torch.ones(1, 4, 4, 4)
+    expected = model.decode(latents)
+    model.vae.half()
+    assert not model.vae.decode(latents.half() / model.vae.config.scaling_factor).sample.isfinite().all()
+    torch.testing.assert_close(model.decode(latents), expected, rtol=0, atol=0.02)
+    assert model.vae.dtype == torch.float16
