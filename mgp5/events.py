@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .messages import Image, Message
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SceneKind = Literal["given", "narrated", "illustrated", "continued"]
 
@@ -47,7 +44,7 @@ class ImageStep:
     image: int  # index of the image in this reply, from 0
     step: int  # from 1 to total
     total: int
-    latents: Tensor | None = field(default=None, compare=False, repr=False)  # (1, C, h, w)
+    preview: Image | None = field(default=None, compare=False, repr=False)  # so far, at the steps where it is wanted
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import ImageChops, ImageStat
 from test_decode import assert_same, finished
 from tiny import picture, save_pipeline
 from tiny_mllm import save_llava
@@ -66,9 +67,9 @@ def serving(whole):
 class Asked(Job):
     """A job and what it was given."""
 
-    def __init__(self, talk: Conversation, options: Options, seconds: float = 60.0) -> None:
+    def __init__(self, talk: Conversation, options: Options, seconds: float = 60.0, previews: int = 0) -> None:
         self.given: queue.Queue[Event | Refused] = queue.Queue()
-        super().__init__(talk, options, self.given.put, time.monotonic() + seconds)
+        super().__init__(talk, options, self.given.put, time.monotonic() + seconds, previews)
 
     def events(self) -> list[Event]:
         found = []
@@ -112,6 +113,19 @@ def test_replies_beside_each_other_are_what_they_are_alone(whole, serving, rows,
             assert engine.counts["denoising_calls"] < engine.counts["denoising_steps"]
     finally:
         engines.remove(whole.head.generator)
+
+
+def test_previews_show_the_image_so_far_and_change_nothing(serving):
+    engine, asked = serving(rows=3), [Asked(TALKS[0], WAYS[0], previews=count) for count in (0, 2, 3)]
+    engine.submit(*asked)
+    plain, two, three = (one.events() for one in asked)
+    for events, steps in ((plain, []), (two, [2, 4]), (three, [2, 3, 4])):  # of 6
+        shown = [event for event in events if isinstance(event, ImageStep) and event.preview]
+        assert [event.step for event in shown] == steps
+        assert_same(finished(events), finished(plain))
+        last = finished(events).message.images[0].load()
+        distances = [ImageStat.Stat(ImageChops.difference(event.preview.load(), last)).sum[0] for event in shown]
+        assert distances == sorted(distances, reverse=True) and 0 not in distances  # nearer and nearer
 
 
 def by_files(model, folder, *names: str) -> list[int]:

@@ -99,6 +99,11 @@ class DenoisingState:
         return self.step == len(self.table)
 
     @property
+    def clean(self) -> Tensor:  # (1, Z, h, w)
+        """Return the clean latents as far as they are known: DPM-Solver++'s own prediction, else the noisy ones."""
+        return self.history[0] if self.history and self.table.conversion.any() else self.latents
+
+    @property
     def takes_deep(self) -> bool:
         """Return whether the next step reuses the deep feature of an earlier one."""
         return self.deep is not None and self.step % self.reuse > 0

@@ -4,7 +4,7 @@ A head says how an image stands in the sequence, what the LLM has to do after th
 how an image is drawn step by step. The scheduler serves what `Head.draw` asks for and never knows which head it has.
 
 Letters: B batch, T tokens, D LLM width, E embedding width, N context images, P target images, S slots of one image, H
-and W pixels, Z latent channels, h and w latents.
+and W pixels.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Preview:
 
     step: int  # 1 to total
     total: int  # number of previews of this image
-    latents: Tensor | None = None  # (1, Z, h, w), the image so far
+    pixels: Tensor | None = None  # (3, H, W) in [-1, 1], the image so far, where `DrawContext.shows` this step
 
 
 Request = Forced | Sample | Embeds | Prefix | Step | Preview
@@ -133,6 +133,12 @@ class DrawContext:
     state: Tensor  # (1, 1, D), the state that predicted the trigger; the trigger itself has not been read
     options: ImageOptions
     rng: Callable[[str], torch.Generator] = field(compare=False)  # "noise" -> a generator on the CPU for this use
+    previews: int = 0  # how many images of unfinished steps are wanted
+
+    def shows(self, step: int, total: int) -> bool:
+        """Whether the image so far is wanted after this step, 1 to total; never after the last, which ends it."""
+        wanted = {round(total * (i + 1) / (self.previews + 1)) for i in range(self.previews)}
+        return 0 < step < total and step in wanted
 
 
 class ImageContext(NamedTuple):

@@ -221,9 +221,11 @@ class MiniGPT5Head(Head):
         state = (yield Step(("begin",), (condition, context))).output  # a Step: it needs the generator's weights
         while not state.done:
             yield Step(("denoising", *state.key), state)
-            yield Preview(state.step, len(state.table), state.latents)
-        response = yield Step(("decode", tuple(state.latents.shape)), state.latents)
-        return response.output
+            total, pixels = len(state.table), None
+            if context.shows(state.step, total):
+                pixels = (yield self._decode(state.clean)).output
+            yield Preview(state.step, total, pixels)
+        return (yield self._decode(state.latents)).output
 
     def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
         """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
@@ -238,6 +240,9 @@ class MiniGPT5Head(Head):
             self.generator.step(inputs)
             return inputs
         return [self.generator.decode(latents)[0] for latents in inputs]  # the decoder takes the most memory
+
+    def _decode(self, latents: Tensor) -> Step:
+        return Step(("decode", tuple(latents.shape)), latents)
 
     def _begin(self, condition: Tensor, context: DrawContext) -> DenoisingState:
         unconditional = None if context.options.guidance == 1.0 else self.unconditional(condition)

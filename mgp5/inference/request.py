@@ -91,11 +91,16 @@ class ActiveRequest:
     """
 
     def __init__(
-        self, model: InterleavedModel, conversation: Conversation, options: Options, session: Session | None = None
+        self,
+        model: InterleavedModel,
+        conversation: Conversation,
+        options: Options,
+        session: Session | None = None,
+        previews: int = 0,  # of each image, see `ImageStep.preview`
     ) -> None:
         self.model, self.head = model, model.head
         self.conversation = with_system(conversation, model.config.system)
-        self.options, self.session = complete(model, options), session
+        self.options, self.session, self.previews = complete(model, options), session, previews
         self.need: NextToken | Forced | Embeds | Step | None = None  # None before the start and after the end
         self.events: list[Event | Exception] = []  # not delivered yet
         self.writer = ReplyText()
@@ -252,7 +257,7 @@ class ActiveRequest:
     def _begin_image(self) -> None:
         self._end_text()
         random = partial(rng, self._image_seed, self.writer.num_images)
-        context = DrawContext(state=self.session.state, options=self.options.image, rng=random)
+        context = DrawContext(state=self.session.state, options=self.options.image, rng=random, previews=self.previews)
         self.drawing = self.head.draw(context)
         self._draw(None)
 
@@ -266,7 +271,8 @@ class ActiveRequest:
                 return
             response = None
             if isinstance(request, Preview):
-                self.events.append(ImageStep(self.writer.num_images, request.step, request.total, request.latents))
+                preview = None if request.pixels is None else to_image(request.pixels)
+                self.events.append(ImageStep(self.writer.num_images, request.step, request.total, preview))
             elif isinstance(request, Prefix):
                 response = Response(hidden=self.session.states)
             elif isinstance(request, Sample):

@@ -66,9 +66,11 @@ class Scheduler:
         """Return whether anything is left to do."""
         return bool(self.queue or self.active)
 
-    def submit(self, conversation: Conversation, options: Options, session: Session | None = None) -> ActiveRequest:
+    def submit(
+        self, conversation: Conversation, options: Options, session: Session | None = None, previews: int = 0
+    ) -> ActiveRequest:
         """Queue a reply; None as session, which is on a row of the decoder, gives it a free row and a new one."""
-        request = ActiveRequest(self.model, conversation, options, session)
+        request = ActiveRequest(self.model, conversation, options, session, previews)
         self.queue.append(request)
         return request
 

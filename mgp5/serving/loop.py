@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..errors import Mgp5Error
-from ..events import Event, Finished, ImageStep, TextChunk
+from ..events import Event, Finished, TextChunk
 from ..inference.request import ActiveRequest, NotFinite
 from ..inference.scheduler import Scheduler
 from ..messages import Conversation
@@ -46,6 +46,7 @@ class Job:
     options: Options
     deliver: Callable[[Event | Refused], None]  # takes events up to Finished, or what went wrong, in the loop's thread
     deadline: float  # by `time.monotonic`
+    previews: int = 0  # of each image, see `ImageStep.preview`
     cancelled: bool = False
     silent: bool = True  # nothing was delivered yet
     since: float = field(default_factory=time.monotonic)
@@ -158,7 +159,7 @@ class ServingLoop:
         with self._wake:
             while self._new:
                 job = self._new.popleft()
-                self._jobs[self.scheduler.submit(job.conversation, job.options)] = job
+                self._jobs[self.scheduler.submit(job.conversation, job.options, previews=job.previews)] = job
         now = time.monotonic()
         for request, job in list(self._jobs.items()):
             if job.cancelled or job.deadline < now:
@@ -180,8 +181,6 @@ class ServingLoop:
             self.counts["first_tokens"] += 1
             self.counts["first_token_seconds"] += time.monotonic() - job.since
         job.silent = False
-        if isinstance(event, ImageStep):
-            event = ImageStep(event.image, event.step, event.total)  # without latents
         if isinstance(event, Finished):
             self.counts["tokens"] += event.meta["tokens"]
             self.counts["images"] += len(event.message.images)
