@@ -15,12 +15,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 from .errors import Mgp5Error
 from .files import read_json
 
 LOST = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 DEMO = Path(__file__).parent / "demo"
+HALVES = ("fp16", "bf16")  # in names of weights, as in model.fp16.safetensors
 T = TypeVar("T")
 
 
@@ -186,6 +188,20 @@ def from_hub(name: str, load: Callable[[str, str | None], T]) -> T:
 def repo_of(repo_id: str) -> Repo:
     """Return the entry of the table for an id, or for that of a mirror; one without facts for other ids."""
     return next((r for r in REPOS.values() if repo_id in (r.id, *r.mirrors)), Repo(repo_id, "part", "", 0.0))
+
+
+def any_precision(load: Callable[..., T], name: str | Path, **options: Any) -> T:
+    """Return what a `from_pretrained` loads, also where there are weights of half precision only (*.fp16.safetensors).
+
+    Raises what it raises for the weights without such a name.
+    """
+    failed: Exception | None = None
+    for variant in ({}, *({"variant": each} for each in HALVES)):
+        try:
+            return load(name, **options, **variant)
+        except (OSError, ValueError, SafetensorError) as error:
+            failed = failed or error
+    raise failed
 
 
 def _causes(error: BaseException) -> list[BaseException]:

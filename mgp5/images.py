@@ -21,6 +21,7 @@ MAX_RATIO = 100  # of the sides: image processors scale the short one up, and th
 # Largest values of grey by mode; the first that holds all values of an image is white.
 WHITES = {"I;16": (255, 4095, 65535), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # at the 8th byte of a file
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes of a file
 _tolerance = threading.Lock()
 
 
@@ -98,7 +99,10 @@ def _read(
     file: Path | BinaryIO, path: Path | str, formats: Sequence[str] | None, max_pixels: int, least: int | None = None
 ) -> PIL.Image.Image:
     from PIL import Image as pil
+    from PIL import TiffImagePlugin, features
 
+    # Pillow's own reader of TIFFs without compression takes YCbCr for RGB, and stops.
+    TiffImagePlugin.READ_LIBTIFF = features.check("libtiff")
     if not isinstance(file, Path):
         file.seek(0)
     quiet = warnings.catch_warnings(action="ignore", category=pil.DecompressionBombWarning)
@@ -126,12 +130,22 @@ def _read_damaged(
         if not ("truncated" in str(error) and lost):
             return picture
     except UnidentifiedImageError:
-        raise Mgp5Error(f"{path} is not an image", "give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from None
+        found = "a TIFF of a kind that is not read" if _head(file)[:4] in TIFFS else "not an image"
+        raise Mgp5Error(f"{path} is {found}", "give a JPEG, PNG, WebP, GIF, BMP, AVIF or 8-bit TIFF file") from None
     except Mgp5Error:
         raise
     except Exception:  # as above
         pass
     raise Mgp5Error(f"{path} cannot be read as an image ({error})", "replace or remove the file") from None
+
+
+def _head(file: Path | BinaryIO) -> bytes:
+    """Return the first 12 bytes of a file."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return opened.read(12)
+    file.seek(0)
+    return file.read(12)
 
 
 @contextmanager
@@ -151,12 +165,7 @@ def _register_heif(file: Path | BinaryIO, path: Path | str) -> bool:
     """Let Pillow read HEIC if `file` is one, once in a process. Raises Mgp5Error if the package for it is missing."""
     from PIL import Image as pil
 
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            head = opened.read(12)
-    else:
-        file.seek(0)
-        head = file.read(12)
+    head = _head(file)
     if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS or "HEIF" in pil.OPEN:
         return False
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import zlib
 from io import BytesIO
@@ -38,6 +39,24 @@ def with_chunk(name: bytes, body: bytes, checksum: int | None = None) -> bytes:
     return data[:33] + len(body).to_bytes(4, "big") + chunk + checksum.to_bytes(4, "big") + data[33:]
 
 
+def ycbcr(across: int, down: int) -> bytes:
+    """A TIFF without compression, with one pair of colour differences for so many pixels; Pillow writes (1, 1) only."""
+    values = np.asarray(COLOURS.convert("YCbCr"))
+    blocks = [
+        (*values[y : y + down, x : x + across, 0].flat, *values[y, x, 1:])
+        for y in range(0, 32, down)
+        for x in range(0, 32, across)
+    ]
+    body = np.uint8(blocks).tobytes()
+    bits, longs = 8 + len(body), {273: 8, 279: len(body)}
+    shorts = {256: 32, 257: 32, 259: 1, 262: 6, 277: 3, 278: 32, 284: 1, 530: across | down << 16}
+    tags = {key: (3, 2 if key == 530 else 1, value) for key, value in shorts.items()} | {258: (3, 3, bits)}
+    tags |= {key: (4, 1, value) for key, value in longs.items()}
+    rows = b"".join(struct.pack("<HHII", key, *value) for key, value in sorted(tags.items()))
+    head = struct.pack("<2sHI", b"II", 42, bits + 6)
+    return head + body + struct.pack("<3H", 8, 8, 8) + struct.pack("<H", len(tags)) + rows + bytes(4)
+
+
 def noise() -> bytes:
     picture = pil.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8))
     picture.paste(RED, (32, 64, 96, 192))
@@ -59,6 +78,11 @@ FILES = {
     "12 bits in 16": (grey(4095, np.uint16), DARK, LIGHT),
     "16 bits": (saved(pil.fromarray((GREY * 65535).astype(np.uint16)), "PNG"), DARK, LIGHT),
     "CMYK": (saved(COLOURS.convert("CMYK"), "TIFF"), RED, BLUE),
+    "Lab": (saved(COLOURS.convert("LAB"), "TIFF"), RED, BLUE),
+    "YCbCr": (saved(COLOURS.convert("YCbCr"), "TIFF"), RED, BLUE),
+    "YCbCr of every pixel": (ycbcr(1, 1), RED, BLUE),
+    "YCbCr of four pixels": (ycbcr(2, 2), RED, BLUE),
+    "YCbCr, LZW": (saved(COLOURS.convert("YCbCr"), "TIFF", compression="tiff_lzw"), RED, BLUE),
 }
 
 
@@ -82,6 +106,10 @@ def test_a_damaged_image_is_told_by_its_name():
     [
         (noise()[: len(noise()) // 2], "truncated"),
         (b"nothing", "is not an image"),
+        (
+            saved(COLOURS, "TIFF").replace(b"\x06\x01\x03\0\x01\0\0\0\x02", b"\x06\x01\x03\0\x01\0\0\0\x20"),
+            "TIFF of a kind",
+        ),
         (saved(pil.new("RGB", (4000, 1)), "PNG"), "4000x1 pixels, sides of more than 100 to 1"),
         (saved(pil.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"), "not finite"),
         (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"),

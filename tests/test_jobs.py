@@ -110,6 +110,7 @@ def test_a_killed_batch_goes_on_and_does_every_line_once(tmp_path):
 
 WRONG = {
     "nonsense": "not JSON",
+    '{"story": [{"text": "a", "text": "b"}]}': "it has 'text' twice in one object",
     "[]": "not a conversation or a story",
     '{"messages": [], "scenes": 1}': "empty conversation",
     '{"messages": [{"role": "user"}, 3]}': "no role",

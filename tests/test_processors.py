@@ -18,6 +18,7 @@ from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.minigpt4 import compose
 from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
+from mgp5.loading import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,17 @@ def test_named_models_load_as_their_repositories_are_laid_out(family, nested, re
         pil.new("RGB", size) for size in ((100, 1), (1, 100), (4000, 40), (30, 3000))
     ]  # the thinnest that are read
     assert all(0 < number <= 576 for number in backbone.slots(backbone.preprocess(strips)))
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_weights_of_half_precision_alone_are_read(half, tmp_path, llava_folder):
+    folder = shutil.copytree(llava_folder, tmp_path / "llava")
+    (folder / "model.safetensors").rename(folder / f"model.{half}.safetensors")
+    halves, whole = HFBackbone.load(folder), HFBackbone.load(llava_folder)
+    assert all(map(torch.equal, halves.parameters(), whole.parameters()))
+    (folder / f"model.{half}.safetensors").rename(folder / "model.other.safetensors")
+    with pytest.raises(Mgp5Error, match=r"cannot load .*model\.safetensors"):
+        load_backbone(str(folder), torch.float32)
 
 
 def test_a_folder_without_a_template_is_refused(tmp_path, llava_folder):

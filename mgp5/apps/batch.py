@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
+from ..data.files import parse
 from ..errors import Mgp5Error, raise_all, told
 from ..events import Finished
 from ..messages import Conversation, Message, inside
@@ -289,7 +290,7 @@ Line = ChatLine | StoryLine
 def _checked(line: bytes) -> dict[str, Any]:
     """Return the object of a line, with fields of the right types."""
     try:
-        row = json.loads(line)
+        row = parse(line)
     except (ValueError, RecursionError) as error:
         raise Mgp5Error(f"not JSON ({error})", EXPECTED) from None
     wrong = not isinstance(row, dict) or any(type(value) is not TYPES.get(name) for name, value in row.items())

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import Mgp5Error
+from ..hub import any_precision
 from . import SideInputs
 from .kv_cache import KVCache, PrefixLayer, prefix_states
 from .processors import load_image_processor, load_tokenizer
@@ -78,14 +79,14 @@ class HFBackbone(nn.Module):
         """Load a folder or hub id in the transformers layout, frozen and in evaluation mode.
 
         Only safetensors weights are read, and no code. `revision` is a branch, tag or commit on the hub. Raises
-        Mgp5Error if the tokenizer has no chat template, OSError and ValueError as transformers does.
+        Mgp5Error if the tokenizer has no chat template, OSError, ValueError and SafetensorError as transformers does.
         """
         tokenizer = load_tokenizer(name, revision=revision)
         if tokenizer.chat_template is None:
             raise Mgp5Error(f"{name} has no chat template", "add a chat_template.jinja beside its tokenizer")
         image_processor = load_image_processor(name, revision=revision)
         options = {"dtype": dtype, "use_safetensors": True, "revision": revision, **quantization(quantize, dtype)}
-        model = AutoModelForImageTextToText.from_pretrained(name, **options)
+        model = any_precision(AutoModelForImageTextToText.from_pretrained, name, **options)
         return cls(keep_layout(model).eval().requires_grad_(False), tokenizer, image_processor)
 
     @property

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..errors import Mgp5Error
 from ..files import replacing
-from ..hub import from_hub
+from ..hub import any_precision, from_hub
 from .processors import load_tokenizer
 
 IMAGE, STOP = "<ImageHere>", "▁###"  # " ###" is one token of LLaMA's vocabulary
@@ -89,7 +89,7 @@ def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Mo
     # legacy as in the released code: a blank after special tokens.
     tokenizer = load_tokenizer(llm, revision=revision, legacy=True)
     # Pickled weights are read too (weights_only, no code): Vicuna has no others.
-    language = AutoModelForCausalLM.from_pretrained(llm, revision=revision, dtype=dtype)
+    language = any_precision(AutoModelForCausalLM.from_pretrained, llm, revision=revision, dtype=dtype)
     tokenizer.init_kwargs["legacy"] = True  # else it is not saved
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
@@ -111,8 +111,8 @@ def _vision(blip2: str, revision: str | None, width: int, dtype: torch.dtype) ->
         text_config={"model_type": "llama", **empty, **ends},
         num_query_tokens=config.num_query_tokens,
     )
-    options = {"dtype": dtype, "ignore_mismatched_sizes": True}
-    return Blip2ForConditionalGeneration.from_pretrained(blip2, revision=revision, config=config, **options)
+    options = {"revision": revision, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
+    return any_precision(Blip2ForConditionalGeneration.from_pretrained, blip2, **options)
 
 
 def _linear(config: Blip2Config, path: Path | None) -> nn.Linear:

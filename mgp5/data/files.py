@@ -153,6 +153,19 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise Mgp5Error(f"{path} cannot be read ({error.strerror})", "check the file") from None
 
 
+def parse(line: bytes) -> Any:
+    """Return the value of a line of JSON. Raises ValueError, also for an object with one key twice, RecursionError."""
+    return json.loads(line, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(value := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice!r:.40} twice in one object")
+    return value
+
+
 def check_usable(dataset: Dataset, table: Path) -> None:
     """Raise Mgp5Error when nothing is left to train on."""
     if not len(dataset):

@@ -11,7 +11,6 @@ Or a story, of which all three tasks of VIST are samples:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from ..errors import Mgp5Error
 from ..messages import Conversation
 from ..prompts import Context, Task
-from .files import Records, check_usable, find_table, lines
+from .files import Records, check_usable, find_table, lines, parse
 from .vist import TASKS, Story, StoryTasks
 
 
@@ -78,9 +77,11 @@ def load(
     dataset = JSONL(table.parent, asked)
     for where, line in lines(table):
         try:
-            row = json.loads(line)
+            row = parse(line)
         except (ValueError, RecursionError) as error:
             raise Mgp5Error(f"{where} is not JSON ({error})", "write one object per line") from None
+        if isinstance(row, dict) and {"story", "messages"} <= row.keys():
+            raise Mgp5Error(f"{where} has both a story and messages", "write them on two lines")
         if isinstance(row, dict) and "story" in row:
             dataset.append_story(where, row["story"])
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ..errors import Mgp5Error
+from ..hub import any_precision
 
 
 def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -30,19 +32,16 @@ def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
 def load_part(load: Callable[..., Any], name: str, part: str, revision: str | None, **options: Any) -> Any:
     """Load the subfolder `part` by a `from_pretrained` or `load_config`, which gets the options.
 
-    Weights that are there in float16 only (*.fp16.safetensors) are read too. Raises Mgp5Error if the part is missing or
-    cannot be read.
+    Raises Mgp5Error if the part is missing or cannot be read.
     """
     if Path(name).is_dir() and not (Path(name) / part).is_dir():
         raise Mgp5Error(f"{name} has no folder {part}, expected one for each part", "copy the whole model")
-    failed: Exception | None = None
-    for variant in ({}, {"variant": "fp16"}) if "use_safetensors" in options else ({},):
-        try:
-            return load(str(name), subfolder=part, revision=revision, **options, **variant)
-        except (OSError, ValueError, SafetensorError) as error:
-            failed = failed or error
-    reason = _first_line(failed)
-    raise Mgp5Error(f"cannot load {part} of {name} ({reason})", "only safetensors weights are read") from failed
+    try:
+        load = partial(any_precision, load) if "use_safetensors" in options else load
+        return load(str(name), subfolder=part, revision=revision, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = _first_line(error)
+        raise Mgp5Error(f"cannot load {part} of {name} ({reason})", "only safetensors weights are read") from error
 
 
 def _first_line(error: Exception) -> str:
