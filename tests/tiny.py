@@ -29,7 +29,7 @@ TEXT = {
 }
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def tiny_unet(**options) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIZE,
         block_out_channels=(16, 32),
@@ -39,6 +39,7 @@ def tiny_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=8,
+        **options,
     )
 
 

@@ -25,7 +25,10 @@ KINDS = {"mllm": "multimodal LLM to train with", "generator": "diffusion model t
 KINDS["part"] = "part of a MiniGPT-4 to train with"
 TO_TRAIN = "to train with, it generates nothing before that: mgp5 train --stage pretrain --model LLM+MODEL"
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # of files that are read
-PARTS = re.compile(r"(unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+|model_index\.json")
+PARTS = re.compile(
+    r"(unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?|image_(encoder|normalizer|noising_scheduler))/[^/]+"
+    r"|model_index\.json"
+)
 VARIANTS = re.compile(r"[._-](fp16|bf16|non_ema|ema_only)\b")
 SECONDS = 5.0  # to wait for the hub's first answer
 Cached = tuple[str, "CachedRevisionInfo"]  # id of the repository, and a revision of it in the cache

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PIPELINES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "StableUnCLIPPipeline": ("unclip", "StableUnCLIP"),
+    "StableUnCLIPImg2ImgPipeline": ("unclip", "StableUnCLIP"),
 }
 
 

@@ -37,6 +37,8 @@ class LatentDiffusion(nn.Module):
     schedule_class: ClassVar[type[Schedule]]
     text_parts: ClassVar[dict[str, tuple[Any, str, Any]]]  # name of an encoder -> class; tokenizer's name and class
 
+    embeddings: ClassVar[tuple[str, ...]] = ()  # settings of embeddings beside cross-attention that `predict` knows
+
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     pooled_width = 0  # width of the pooled vector in the last row of a condition; 0 for a model without one
@@ -72,15 +74,21 @@ class LatentDiffusion(nn.Module):
             if listed and (not Path(name).is_dir() or (Path(name) / encoder).is_dir()):
                 readers[encoder] = partial(load_part, encoder_class.from_pretrained, name, encoder, revision, **weights)
                 parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, revision)
-        model = cls(**parts)
+        model = cls(**parts, **cls.more_parts(name, revision, **weights))
         model.readers = readers
         return model
+
+    @classmethod
+    def more_parts(cls, name: str, revision: str | None, **weights: Any) -> dict[str, Any]:
+        """Read what else a subclass takes; `weights` are options of `from_pretrained`. Raises Mgp5Error as `load`."""
+        return {}
 
     def freeze(self) -> None:
         """End the building of a model: nothing trains. Raises Mgp5Error for a denoiser that takes more than latents."""
         self.requires_grad_(False).train(False)
         takes, latents = self.denoiser.config.in_channels, self.vae.config.latent_channels
-        others = [name for name in ("class_embed_type", "addition_embed_type") if self.denoiser.config.get(name)]
+        unknown = {"class_embed_type", "addition_embed_type"} - set(self.embeddings)
+        others = [name for name in sorted(unknown) if self.denoiser.config.get(name)]
         if takes != latents or others:
             found = ", ".join([f"{takes} channels", *others])
             case = f"the {self.denoiser_name} takes {found}, expected the {latents} channels of the VAE's latents alone"

@@ -51,8 +51,8 @@ class StableDiffusion(LatentDiffusion):
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise no_text_encoder()
-        length, _ = self.condition_shape
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        options = {"padding": "max_length", "max_length": self._clip_length, "truncation": True}
+        tokens = self.tokenizer(texts, **options, return_tensors="pt")
         # No attention mask: Stable Diffusion was trained on conditions that include the padding.
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
 
