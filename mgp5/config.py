@@ -1,4 +1,4 @@
-"""Configurations of models and training as frozen dataclasses, and presets of the training stages."""
+"""Configurations of models and of training as frozen dataclasses; each head has a subclass of its own settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from .options import kinds_of
 from .prompts import CHAT_SYSTEM, Context
 
 VokenLabels = Literal["all", "first", "ends"]
-Stage = Literal["pretrain", "finetune"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MapperKind = Literal["encoder-decoder", "decoder-only"]
 
@@ -88,7 +87,7 @@ class ModelConfig:
     head_kind: str = ""  # `Head.description` of the frozen parts that the head was trained with
     lora: LoraConfig | None = None  # adapter of the LLM, at most one
     prefix: PrefixConfig | None = None
-    stage: Stage | None = None  # last stage that trained it
+    stage: str | None = None  # last stage that trained it
     bare_captions: bool = False  # as `DataConfig` had them in the stages that trained it
     history: int | None = None
     system: str = CHAT_SYSTEM  # system text of conversations that have none of their own
@@ -147,22 +146,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one stage is trained; see `preset` for the numbers of the paper. Raises Mgp5Error that names all bad values.
+    """How one stage is trained, for any head; see `training.presets`. Raises Mgp5Error that names all bad values.
 
     A loss of weight 0 is not computed. Checkpoints store the moving average instead of the weights, where there is one.
     """
 
-    stage: Stage
-    lr: float  # peak learning rate of mapper, queries and adapter
+    stage: str  # name of one of `Head.stages`
+    lr: float  # peak learning rate of the head and the adapter
     rows_lr: float  # of the new tokens' rows of embedding and LM head, which have no weight decay
     text_weight: float = 0.01
-    ldm_weight: float = 1.0
-    caption_weight: float = 0.0
-    voken_labels: VokenLabels = "all"  # with a text loss: all (eq. 1), or first, or first and last (released code)
-    caption_distance: Literal["mse", "l2"] = "mse"  # eq. 4, or the mean distance of rows of GILL (arXiv 2305.17216)
-    guidance_dropout: float = 0.1  # probability that the voken states of an image are zeros before the mapper
-    min_snr: float | None = None  # gamma of the min-SNR weights of the LDM loss
-    train_queries: bool = True  # False is the paper's ablation with fixed queries
+    guidance_dropout: float = 0.1  # probability that an image is trained without its condition
     weight_decay: float = 0.01
     clip: float = 1.0  # norm to which gradients are clipped; 0: they are not
     batch: int = 4  # samples of a microbatch on one device
@@ -173,12 +166,8 @@ class TrainConfig:
     warmup: int = 1000  # updates of linear growth before
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # in 8 bits: extra `quant`, GPU only
     ema: float = 0.0  # decay of a moving average of the trained weights; 0: none
-    lora: LoraConfig | None = None  # adapter of the LLM in the finetuning stage; at most one
+    lora: LoraConfig | None = None  # adapter of the LLM in stages that may have one; at most one
     prefix: PrefixConfig | None = None
-    encoder_layers: int = 4  # shape of a fresh mapper, see MapperConfig
-    decoder_layers: int = 4
-    inner: int | None = None  # None is 1024 for generators with a condition wider than 2048, else 0
-    kind: MapperKind = "encoder-decoder"
     data: DataConfig = DataConfig()
     seed: int = 42
     log_every: int = 10  # updates between rows of log.jsonl
@@ -210,84 +199,50 @@ class TrainConfig:
             problems.append("lora and prefix are both given, expected one adapter")
         raise_all(problems + _unknown_words(self))
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the settings that shape a fresh head, as `Head.configure` takes them."""
+        return {}
+
+    @property
+    def captions_alone(self) -> bool:
+        """Return whether nothing but captions trains the head: data without any is refused."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniGPT5TrainConfig(TrainConfig):
+    """The settings of the head of MiniGPT-5: its losses, and the shape of a fresh mapper (see MapperConfig)."""
+
+    ldm_weight: float = 1.0
+    caption_weight: float = 0.0
+    voken_labels: VokenLabels = "all"  # with a text loss: all (eq. 1), or first, or first and last (released code)
+    caption_distance: Literal["mse", "l2"] = "mse"  # eq. 4, or the mean distance of rows of GILL (arXiv 2305.17216)
+    min_snr: float | None = None  # gamma of the min-SNR weights of the LDM loss
+    train_queries: bool = True  # False is the paper's ablation with fixed queries
+    num_vokens: int = 8  # of an image, 1 to 16; as the others below, of a new model
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    inner: int | None = None  # None is 1024 for generators with a condition wider than 2048, else 0
+    kind: MapperKind = "encoder-decoder"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the number of vokens and the layers of the mapper."""
+        names = ("num_vokens", "encoder_layers", "decoder_layers", "inner", "kind")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def captions_alone(self) -> bool:
+        """Return whether there is a caption loss and no LDM loss."""
+        return bool(self.caption_weight and not self.ldm_weight)
+
 
 def _unknown_words(config: Any) -> list[str]:
     """Return a line for each field whose value is none of its Literal."""
     hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
     found = {name: getattr(config, name) for name in hints}
     return [f"{k} is {v}, expected {' or '.join(hints[k])}" for k, v in found.items() if v not in hints[k]]
-
-
-def preset(stage: Stage, name: str = "paper") -> TrainConfig:
-    """Return the configuration of a stage; examples/train/README.md compares the presets.
-
-    They are "paper" (as printed), "release" (as in the released code), "gill" (the paper's baseline with GILL's
-    objective), "prefix" (the paper's with prefix tuning), "demo" (for the tiny model), and for own stories "own-laptop"
-    (the demo on a CPU), "own-24gb" and "own-80gb" (7B models on a GPU). Raises Mgp5Error for others.
-    """
-    if stage not in get_args(Stage):
-        raise Mgp5Error(f"unknown stage {stage!r}", "expected pretrain or finetune", usage=True)
-    if name not in PRESETS:
-        raise Mgp5Error(f"unknown preset {name!r}", f"expected one of {', '.join(PRESETS)}", usage=True)
-    return PRESETS[name](stage)
-
-
-def _paper(stage: Stage) -> TrainConfig:
-    """Return the paper's numbers: batch 48 and two epochs, then batch 32 and four (section 4.1)."""
-    data = DataConfig(history=3, turn_tokens=50, bare_captions=True)
-    if stage == "pretrain":
-        return TrainConfig(stage=stage, lr=2e-4, rows_lr=2e-4, caption_weight=0.1, data=data)
-    return TrainConfig(stage=stage, lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig(), data=data)
-
-
-def _release(stage: Stage) -> TrainConfig:
-    paper = _paper(stage)
-    data = dataclasses.replace(paper.data, user_targets=True)
-    common = {"rows_lr": 2e-5, "min_snr": 5.0, "voken_labels": "ends", "clip": 0.0, "epochs": 2, "accumulation": 12}
-    return dataclasses.replace(paper, data=data, **common)
-
-
-def _gill(stage: Stage) -> TrainConfig:
-    """Return GILL's objective, the distance to the generator's encoding of the caption alone, in both stages."""
-    objective = {"ldm_weight": 0.0, "caption_weight": 1.0, "caption_distance": "l2", "guidance_dropout": 0.0}
-    return dataclasses.replace(_paper(stage), voken_labels="first", **objective)
-
-
-def _prefix(stage: Stage) -> TrainConfig:
-    prefix = PrefixConfig() if stage == "finetune" else None
-    return dataclasses.replace(_paper(stage), lora=None, prefix=prefix)
-
-
-def _demo(stage: Stage) -> TrainConfig:
-    common = {"accumulation": 1, "warmup": 100, "voken_labels": "first", "checkpointing": False}
-    if stage == "pretrain":
-        layers = {"encoder_layers": 2, "decoder_layers": 3}
-        return TrainConfig(stage=stage, lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, **layers, **common)
-    return TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **common)
-
-
-def _own(stage: Stage, **machine: Any) -> TrainConfig:
-    """Return settings for some tens to thousands of own stories: short runs, a page of samples in between."""
-    own = {"warmup": 20, "voken_labels": "first", "sample_every": 100, "data": DataConfig(narrate_first=True)}
-    return dataclasses.replace(_paper(stage), **{"lr": 1e-4, "rows_lr": 1e-4, "epochs": 5, **own, **machine})
-
-
-def _own_laptop(stage: Stage) -> TrainConfig:
-    lora = LoraConfig(dropout=0.0) if stage == "finetune" else None
-    rates = {"lr": 3e-4, "rows_lr": 1e-3, "lora": lora}
-    return _own(stage, batch=8, accumulation=1, epochs=10, checkpointing=False, **rates)
-
-
-def _own_24gb(stage: Stage) -> TrainConfig:
-    return _own(stage, batch=2, accumulation=8)  # 22 GiB with LLaVA-1.5-7B and five images a story, by the estimate
-
-
-def _own_80gb(stage: Stage) -> TrainConfig:
-    return _own(stage, batch=16, accumulation=1)
-
-
-PRESETS = {"paper": _paper, "release": _release, "gill": _gill, "prefix": _prefix, "demo": _demo}
-PRESETS |= {"own-laptop": _own_laptop, "own-24gb": _own_24gb, "own-80gb": _own_80gb}
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:

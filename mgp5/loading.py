@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from .backbones.hf import HFBackbone
 from .backbones.quantization import Quantize
-from .config import MapperConfig, MiniGPT5Config, ModelConfig, model_config_from
+from .config import ModelConfig, model_config_from
 from .errors import Mgp5Error
 from .files import replacing, write_json
-from .generators.latent_diffusion import LatentDiffusion
+from .generators import load_generator
 from .heads import Head, head_class
 from .hub import Parts, explain, from_hub, read_config
 from .model import InterleavedModel
@@ -33,42 +33,33 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def build(
     mllm: str, diffusion: str, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none", **options: Any
 ) -> InterleavedModel:
-    """Return a MiniGPT-5 with a fresh mapper, ready for the pretraining stage; parts are folders or hub ids.
+    """Return a model with a fresh head, ready for its first stage; parts are folders or hub ids.
 
     `dtype` is that of the frozen parts, `options` are those of `assemble`.
     """
-    from .generators import load_generator
-
     return assemble(load_backbone(mllm, dtype, quantize), load_generator(diffusion, dtype), mllm, diffusion, **options)
 
 
 def assemble(
     backbone: HFBackbone,
-    generator: LatentDiffusion,
+    generator: Any,
     mllm: str,  # where the parts are from
     diffusion: str,
     *,
-    num_vokens: int = 8,
+    head: str = "minigpt5",
     guidance: float = 7.5,  # the model's default
-    **mapper: Any,  # see `mapper_for`
+    **shape: Any,  # see `Head.configure`
 ) -> InterleavedModel:
-    """Return a MiniGPT-5 of loaded parts with a fresh mapper."""
-    from .heads.minigpt5 import MiniGPT5Head, voken_tokens
-
-    kind = backbone_kind(backbone)
-    backbone.add_tokens(list(voken_tokens(num_vokens)))  # before the mapper, so that a seed gives what it always gave
-    head_config = MiniGPT5Config(num_vokens=num_vokens, mapper=mapper_for(backbone.width, generator, **mapper))
-    head = MiniGPT5Head(generator, head_config)
-    parts = {"mllm": mllm, "diffusion": diffusion, "mllm_kind": kind, "head_kind": head.description}
-    return InterleavedModel(backbone, head, ModelConfig(head_config=head_config, guidance=guidance, **parts))
-
-
-def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
-    """Return the shape of a mapper; `inner` None takes 1024 for conditions wider than 2048, else the condition's."""
-    length, width = generator.condition_shape
-    inner = (1024 if width > 2048 else 0) if inner is None else inner
-    shape = {"llm_width": llm_width, "width": width, "queries": length, "pooled": generator.pooled_width}
-    return MapperConfig(inner=inner, **shape, **layers)
+    """Return a model of loaded parts with a fresh head."""
+    kind, head_type = backbone_kind(backbone), head_class(head)
+    head_config = head_type.configure(backbone, generator, **shape)
+    spec = head_type.spec_of(head_config)
+    backbone.add_tokens(list(spec.new_tokens))  # before the head, so that a seed gives what it always gave
+    fresh = head_type(generator, head_config)
+    parts = {"mllm": mllm, "diffusion": diffusion, "mllm_kind": kind, "head_kind": fresh.description}
+    return InterleavedModel(
+        backbone, fresh, ModelConfig(head=head, head_config=head_config, guidance=guidance, **parts)
+    )
 
 
 def load_backbone(mllm: str, dtype: torch.dtype, quantize: Quantize = "none") -> HFBackbone:

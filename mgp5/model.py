@@ -49,6 +49,9 @@ class InterleavedModel(nn.Module):
         """
         if not len(batch.ids):
             return Losses()
+        if not self.head.stage(config.stage).llm:
+            return self.head.losses(None, batch, config, rng) if batch.num_targets else Losses()
+        batch = self.head.complete(self.backbone, batch) if batch.num_targets else batch
         hidden, losses = self.hidden(batch), Losses()
         if config.text_weight:
             states, targets = labelled(hidden, batch.labels)
@@ -66,7 +69,12 @@ class InterleavedModel(nn.Module):
         if not batch.features and batch.context_images:
             with torch.no_grad():
                 context = self.head.encode_images(self.backbone, batch.context_images)
-        embeds = self.backbone.embed(batch.ids, context.tokens)
+        ids, tokens = batch.ids, context.tokens
+        if context.ids:
+            ids, tokens = ids.masked_scatter(ids == self.backbone.image_token_id, torch.cat(context.ids).to(ids)), []
+        embeds = self.backbone.embed(ids, tokens)
+        if batch.num_targets:
+            embeds = self.head.embed_targets(embeds, batch)
         positions = self.backbone.positions(batch.ids, batch.context_images.get("image_grid_thw"), batch.mask)
         side = None
         if self.head.spec.reads_side:
@@ -75,12 +83,13 @@ class InterleavedModel(nn.Module):
 
     def prepare(self, config: TrainConfig) -> None:
         """Unfreeze exactly what a stage trains: what the head's plan says."""
-        finetune = config.stage == "finetune"
-        self.adapt(config.lora if finetune else None, config.prefix if finetune else None)
+        stage = self.head.stage(config.stage)
+        self.adapt(config.lora if stage.adapter else None, config.prefix if stage.adapter else None)
         self.head.prepare(config)
         head_config = getattr(self.head, "config", self.config.head_config)
-        system = self.config.system or CHAT_SYSTEM if finetune else ""  # captions are learnt bare
-        data = {"history": config.data.history} if finetune else {"bare_captions": config.data.bare_captions}
+        talks = stage.data == "conversations"
+        system = self.config.system or CHAT_SYSTEM if talks else ""  # captions are learnt bare
+        data = {"history": config.data.history} if talks else {"bare_captions": config.data.bare_captions}
         self.config = replace(self.config, stage=config.stage, head_config=head_config, system=system, **data)
         for parameter, rule in self._planned(config):
             parameter.requires_grad_(rule is not None and rule.lr is not None)

@@ -10,13 +10,14 @@ import torch
 from tiny import picture
 
 from mgp5 import Conversation, Image, Mgp5Error
-from mgp5.config import PRESETS, TrainConfig, preset
-from mgp5.heads.minigpt5 import caption_loss
+from mgp5.config import TrainConfig
+from mgp5.heads.losses import caption_loss
 from mgp5.loading import build
 from mgp5.model import InterleavedModel
 from mgp5.options import override, parse_settings
 from mgp5.prompts import IGNORE, example
 from mgp5.training.batch import Collator
+from mgp5.training.presets import PRESETS, preset
 
 TALK = Conversation().add("user", "a fox").add("assistant", Image(pixels=picture(), caption="fox"))
 
@@ -52,7 +53,7 @@ def test_presets_are_the_papers_and_the_releases_numbers():
     assert (older.lr, older.rows_lr, older.batch * older.accumulation, older.epochs) == (2e-5, 2e-5, 48, 2)
     prefix = preset("finetune", "prefix")
     assert (prefix.prefix.tokens, prefix.prefix.hidden, prefix.lora) == (5, 1024, None)
-    for name, stage in product(PRESETS, ("pretrain", "finetune")):
+    for name, stage in product(PRESETS["minigpt5"], ("pretrain", "finetune")):
         assert override(preset(stage, name), {}) == preset(stage, name)
 
 

@@ -16,10 +16,10 @@ from mgp5.bench import decoding, drawing, kernels, training
 from mgp5.bench.run import BenchRequest, tables
 from mgp5.bench.timing import Bench, Limits, Timing, interleave
 from mgp5.cli import main
-from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.hub import DEMO, resolve
 from mgp5.memory.skeletons import generator_shape, skeleton
+from mgp5.training.presets import preset
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,6 @@ from test_shards import write_tar
 from tiny_training import join
 
 from mgp5 import Image, Mgp5Error, cli
-from mgp5.config import preset
 from mgp5.data import Keyed, load_data
 from mgp5.loading import build
 from mgp5.model import InterleavedModel
@@ -27,6 +26,7 @@ from mgp5.training import feature_cache as caches
 from mgp5.training import make_cache as caching
 from mgp5.training.batch import Collator
 from mgp5.training.feature_cache import Caches
+from mgp5.training.presets import preset
 
 
 @pytest.fixture(scope="session")

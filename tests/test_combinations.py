@@ -11,12 +11,12 @@ from tiny_sd3 import GENERATORS
 
 from mgp5 import Conversation, Image
 from mgp5.apps.open_model import load
-from mgp5.config import preset
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
 from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
 from mgp5.training.batch import Collator
+from mgp5.training.presets import preset
 
 MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
 

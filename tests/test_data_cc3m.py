@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from test_data import roles, touch, write_cc3m
 
-from mgp5.config import preset
 from mgp5.data import cc3m, load_sources
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Image
 from mgp5.prompts import CAPTION_INSTRUCTIONS, CAPTION_SYSTEM
+from mgp5.training.presets import preset
 
 
 def test_cc3m_cleans_and_counts(tmp_path: Path) -> None:

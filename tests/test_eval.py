@@ -18,7 +18,7 @@ from tiny import same_pixels
 from tiny_training import fork, fresh
 
 from mgp5 import cli
-from mgp5.config import ModelConfig, preset
+from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation import EvaluateRequest, run
 from mgp5.evaluation.run import Replied, answer, reply_by
@@ -30,6 +30,7 @@ from mgp5.messages import Image, Message, Text
 from mgp5.model import InterleavedModel
 from mgp5.options import ModelRequest, reply_options
 from mgp5.storyland.metrics import acceptance
+from mgp5.training.presets import preset
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 REAL = Path(__file__).parents[2] / "shared/data/real"

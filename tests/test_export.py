@@ -27,8 +27,7 @@ from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.engines.exported import ExportedMapper, attach_mapper, check_files, read_manifest
 from mgp5.errors import Mgp5Error
-from mgp5.heads.minigpt5 import FeatureMapper
-from mgp5.loading import mapper_for
+from mgp5.heads.minigpt5 import FeatureMapper, mapper_for
 
 SLOW = pytest.mark.slow
 NAMES = ["mapper", "unet", "vae_decoder", "condition", "denoiser"]

@@ -17,9 +17,9 @@ from tiny import picture
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlavaForConditionalGeneration
 
 from mgp5 import Conversation, Image
-from mgp5.config import preset
 from mgp5.loading import build
 from mgp5.training.batch import Collator
+from mgp5.training.presets import preset
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 VOKENS = [f"[IMG{i}]" for i in range(4)]

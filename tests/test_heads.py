@@ -14,10 +14,10 @@ from tiny import feed, picture
 from toy_heads import CodesConfig, CodesHead, CodesOptions, ScalesHead, SideHead, with_head
 
 from mgp5 import Conversation, Image
-from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished, ImageDone, ImageStep
-from mgp5.heads import Step, rng
+from mgp5.heads import ImageContext, Step, rng
+from mgp5.heads.losses import labelled, text_loss
 from mgp5.hub import resolve
 from mgp5.inference.reply import generate, generate_batch
 from mgp5.inference.scheduler import Scheduler
@@ -27,6 +27,7 @@ from mgp5.options import reply_options
 from mgp5.serving.loop import Job, ServingLoop
 from mgp5.training.batch import Collator
 from mgp5.training.loop import train
+from mgp5.training.presets import preset
 
 TALK = Conversation().add("user", Image(pixels=picture("blue")), "draw")
 
@@ -181,6 +182,47 @@ def test_codes_train_resume_save_and_load(codes, llava_folder, config, tmp_path,
     loaded.merge()
     prefer_trigger(loaded.eval())
     assert len(list(generate(loaded, TALK, options(steps=1)))[-1].message.images) == 2
+
+
+def test_a_stage_without_the_llm_trains_the_head_alone(codes, config, tmp_path, fresh_accelerator):
+    reads = []
+    codes.backbone.language.register_forward_hook(lambda *call: reads.append(1))
+    run = list(train(codes, samples(), replace(config, stage="tokenizer", sample_every=1), tmp_path / "run"))
+    assert [set(step.losses) for step in run] == [{"pixels"}] * 2 and not reads
+    assert load_checkpoint(resolve(str(tmp_path / "run"))).config.stage == "tokenizer"
+    with pytest.raises(Mgp5Error, match="unknown stage 'finetune': expected tokenizer or pretrain"):
+        codes.head.stage("finetune")
+
+
+def test_codes_of_target_images_are_filled_in_before_the_llm_reads(codes, config):
+    batch = Collator(codes.backbone, codes.head, 512, config)(samples())
+    with torch.no_grad():
+        filled = codes.head.complete(codes.backbone, batch)
+        losses = codes(batch, config, torch.Generator())
+        hidden = codes.hidden(filled)
+    words = torch.tensor(codes.head.ids[2:])[batch.targets["codes"]]
+    for row, start, expected in zip(batch.target_rows, batch.target_starts, words, strict=True):
+        assert filled.ids[row, start + 1 : start + 5].tolist() == expected.tolist()
+    states, labels = labelled(hidden, filled.labels)
+    torch.testing.assert_close(losses.terms["text"], text_loss(codes.backbone.logits(states), labels))
+    assert (batch.ids != filled.ids).any()
+
+
+def test_context_images_as_tokens_train_the_rows_of_these_tokens(codes, config):
+    tokens = torch.tensor(codes.head.ids[2:6])
+
+    def encode(backbone, inputs):
+        count = len(next(iter(inputs.values())))
+        return ImageContext([backbone.embed(tokens[None], [])[0]] * count, ids=[tokens] * count)
+
+    codes.head.encode_images, codes.head.context_slots = encode, lambda backbone, inputs: [4]
+    codes.prepare(config)
+    sample = Conversation().add("user", Image(pixels=picture("blue")), "what").add("assistant", "blue")
+    batch = Collator(codes.backbone, codes.head, 512, config)([sample])
+    loss = codes(batch, config, torch.Generator()).total
+    loss.backward()
+    rows = [p.grad for name, p in codes.named_parameters() if "trainable_tokens" in name and p.grad is not None]
+    assert any(bool((grad[2:6].abs().sum(1) > 0).all()) for grad in rows)
 
 
 def test_a_checkpoint_of_another_head_is_refused_in_one_line(codes, config, tmp_path, fresh_accelerator):

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mgp5 import Conversation, Image
 from mgp5.cli import main
-from mgp5.config import LoraConfig, ModelConfig, PrefixConfig, preset
+from mgp5.config import LoraConfig, ModelConfig, PrefixConfig
 from mgp5.files import GiB
 from mgp5.hub import DEMO, REPOS
 from mgp5.loading import assemble, build
-from mgp5.memory.estimate import dry_run_step, estimate, step, table, usual_length
+from mgp5.memory.estimate import dry_run_step, estimate, step, story_length, table
 from mgp5.memory.skeletons import backbone_shape, generator_shape, known_models, skeleton
 from mgp5.training.batch import Collator
+from mgp5.training.presets import preset
 
 DEMO_PARTS = str(DEMO / "mllm"), str(DEMO / "diffusion")
 PICTURE = DEMO.parents[1] / "examples/picnic/1.png"
@@ -157,9 +158,9 @@ def test_a_story_is_as_long_as_its_pictures():
         for name, length in {"llava-1.5-7b": 576, "qwen2.5-vl-3b": 27 * 20, "qwen3-vl-4b": 24 * 18}.items():
             backbone = backbone_shape(name)
             backbone.limit_pixels(ModelConfig.max_pixels)
-            assert usual_length(backbone, config) == 400 + 5 * length
+            assert story_length(backbone) == 400 + 5 * length
     backbone = skeleton("qwen2.5-vl-3b", "sd-2.1-base", limited).backbone
-    assert usual_length(backbone, limited) == 400 + 5 * 12 * 9
+    assert story_length(backbone) == 400 + 5 * 12 * 9
 
 
 def size(module):

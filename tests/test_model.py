@@ -12,7 +12,7 @@ from tiny import feed, picture, same_pixels
 
 from mgp5 import Conversation, Image, Message, Text
 from mgp5.apps.story import SceneInput, StoryRequest, tell_story
-from mgp5.config import MapperConfig, MiniGPT5Config, model_config_from, preset
+from mgp5.config import MapperConfig, MiniGPT5Config, model_config_from
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
 from mgp5.heads.minigpt5 import predicting_states
 from mgp5.inference.reply import generate
@@ -20,6 +20,7 @@ from mgp5.inference.session import Session
 from mgp5.options import reply_options
 from mgp5.prompts import example, prompt
 from mgp5.training.batch import Collator
+from mgp5.training.presets import preset
 
 
 def ask(text="draw a fox", color="red"):

@@ -12,13 +12,13 @@ from mgp5 import Conversation, Image
 from mgp5.apps.open_model import load
 from mgp5.backbones.hf import HFBackbone
 from mgp5.backbones.quantization import quantization
-from mgp5.config import preset
 from mgp5.errors import Mgp5Error
 from mgp5.events import ImageDone
 from mgp5.inference.reply import generate
 from mgp5.loading import build, save_checkpoint
 from mgp5.options import reply_options
 from mgp5.training.batch import Collator
+from mgp5.training.presets import preset
 
 MLLMS = ("llava", "qwen", "qwen3", "minigpt4")
 TYPES = {"4bit": torch.uint8, "8bit": torch.int8}

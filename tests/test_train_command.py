@@ -80,7 +80,7 @@ def test_own_stories_train_what_was_finetuned_before(base, storyland, tmp_path, 
     for refused, words in (
         (("--model", "first", "--out", "mine"), "already holds a run"),
         (("--model", "first", "--out", "new", "--preset", "prefix"), "set the same lora or prefix"),
-        (("--model", "first", "--out", "new", "--preset", "gill"), "nothing would train the mapper"),
+        (("--model", "first", "--out", "new", "--preset", "gill"), "captions alone train the head"),
     ):
         for dry in ((), ("--dry-run",)):
             result = run(*refused, *dry)

@@ -12,12 +12,13 @@ from tiny import picture
 from tiny_training import VOKENS, batch_of, config, finish, fresh
 
 from mgp5 import Conversation, Image, Mgp5Error
-from mgp5.config import LoraConfig, PrefixConfig, preset
+from mgp5.config import LoraConfig, PrefixConfig
 from mgp5.heads.losses import Losses
 from mgp5.model import InterleavedModel
 from mgp5.prompts import CHAT_SYSTEM, IGNORE
 from mgp5.training.distributed import LossModule
 from mgp5.training.loop import _batches, rate, total_steps
+from mgp5.training.presets import preset
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

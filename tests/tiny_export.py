@@ -13,9 +13,9 @@ from tiny import SIZE, WIDTH, tiny_text_encoder, tiny_tokenizer
 
 def save_small(folder: Path, llava: Path) -> Path:
     """A trained folder, as `mgp5 train` makes one; the weights are random."""
-    from mgp5.config import preset
     from mgp5.loading import build, save_checkpoint
     from mgp5.prompts import CHAT_SYSTEM
+    from mgp5.training.presets import preset
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from mgp5 import Conversation, cli
-from mgp5.config import TrainConfig, preset
+from mgp5.config import TrainConfig
 from mgp5.heads.batch import Batch
 from mgp5.loading import build, trained_tensors
 from mgp5.model import InterleavedModel
 from mgp5.training.batch import Collator
 from mgp5.training.loop import Progress, train
+from mgp5.training.presets import preset
 
 VOKENS = 4
 TIMES = {"samples_per_second", "images_per_second", "eta", "memory_gib"}  # of a row of the log

@@ -8,7 +8,7 @@ states so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from mgp5.heads import (
     Prefix,
     Preview,
     Sample,
+    Stage,
     Step,
     TrainRule,
 )
@@ -61,6 +62,8 @@ class CodesOptions(ImageOptions):
 class CodesHead(Head):
     """Even positions take even codes, odd ones odd codes, so that a mask of the wrong step is seen."""
 
+    stages = (Stage("tokenizer", "captions", llm=False), Stage("pretrain", "captions"))
+
     def __init__(self, config: CodesConfig) -> None:
         super().__init__()
         self.config = config
@@ -69,7 +72,6 @@ class CodesHead(Head):
             name="codes",
             new_tokens=("<img>", "</img>", *codes),
             positions=config.length + 2,
-            stages=("pretrain",),
             losses=("pixels",),
             image_options=CodesOptions,
         )
@@ -101,8 +103,16 @@ class CodesHead(Head):
 
     def layout(self, target, config=None):
         first, last, *codes = self.ids
-        ids = [first, *(codes[i] for i in target["codes"].tolist()), last]
+        ids = [first, *codes[: self.config.length], last]
         return ids, ids
+
+    def complete(self, backbone, batch):
+        ids, labels = batch.ids.clone(), batch.labels.clone()
+        codes = torch.tensor(self.ids[2:])[batch.targets["codes"]]
+        for row, start, words in zip(batch.target_rows, batch.target_starts, codes, strict=True):
+            at = slice(start + 1, start + 1 + self.config.length)
+            ids[row, at] = labels[row, at] = words
+        return replace(batch, ids=ids, labels=labels)
 
     def losses(self, hidden, batch, config, rng) -> Losses:
         painted = self.decoder(batch.targets["codes"]).view(-1, 3, SIDE, SIDE)
@@ -139,6 +149,7 @@ class CodesHead(Head):
 class ScalesHead(Head):
     """Feeds 1, 4 and 9 embeddings; the state of a scale paints it and makes the next one's embeddings."""
 
+    stages = (Stage("pretrain", "captions"),)
     scales = (1, 2, 3)
 
     def __init__(self, width: int) -> None:
@@ -147,7 +158,6 @@ class ScalesHead(Head):
             name="scales",
             new_tokens=("<gen>", "</gen>"),
             positions=16,
-            stages=("pretrain",),
             losses=(),
             image_options=ImageOptions,
         )
@@ -173,13 +183,14 @@ class ScalesHead(Head):
 class SideHead(Head):
     """Adds to the states behind the first layer the mean of the features of all images that a token may attend to."""
 
+    stages = (Stage("pretrain", "captions"),)
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.spec = HeadSpec(
             name="side",
             new_tokens=("<boi>",),
             positions=1,
-            stages=("pretrain",),
             losses=(),
             image_options=ImageOptions,
             reads_prefix=True,

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mgp5.config import ModelConfig, Stage
+from mgp5.config import ModelConfig
 from mgp5.evaluation.request import EvaluateRequest
 from mgp5.evaluation.run import evaluate
 from mgp5.files import read_json, replacing, write_json
@@ -30,8 +30,8 @@ from mgp5.training.run import TrainRequest, train_stage
 METRICS = ("attributes", "Frechet distance, judge")
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)  # of guidance
 PAIRS, STORIES = 2000, 400  # to train on
-FORMATS: dict[Stage, str] = {"pretrain": "cc3m", "finetune": "vist"}
-SETTINGS: dict[Stage, tuple[str, ...]] = {  # of all rows; stories train only what is measured of them
+FORMATS: dict[str, str] = {"pretrain": "cc3m", "finetune": "vist"}
+SETTINGS: dict[str, tuple[str, ...]] = {  # of all rows; stories train only what is measured of them
     "pretrain": ("batch=16", "warmup=20", "save_every=50"),
     "finetune": ("batch=8", "warmup=10", "save_every=25", 'data.tasks=["illustrate"]'),
 }
@@ -58,12 +58,12 @@ class Row:
     vokens: int = 8
     guidance: float | None = None
     context: str = "full"
-    stages: tuple[Stage, ...] = ("pretrain", "finetune")
+    stages: tuple[str, ...] = ("pretrain", "finetune")
     against: str = "baseline"
     papers: list[int] | None = None
     source: str = ""
 
-    def training(self, stage: Stage) -> tuple[Any, ...]:
+    def training(self, stage: str) -> tuple[Any, ...]:
         """Return what tells its training up to a stage from others."""
         return self.vokens, self.pretrain, self.finetune if stage == "finetune" else None
 
@@ -126,13 +126,13 @@ class Ablations:
     out: Path
     model: str
     guidance: float
-    updates: dict[Stage, int]
+    updates: dict[str, int]
     samples: int = 48
     steps: int = 20
     caches: tuple[Path, ...] = ()
     backend: str = "auto"
 
-    def train(self, row: Row, stage: Stage, seed: int) -> Path:
+    def train(self, row: Row, stage: str, seed: int) -> Path:
         """Train a row up to a stage, from its last checkpoint on; return the folder of the run."""
         same = (other for other in rows(self.guidance).values() if other.training(stage) == row.training(stage))
         name = next(other.name for other in same if stage == "finetune" or other.pretrain is not None)
@@ -163,7 +163,7 @@ class Ablations:
         list(train_stage(request))  # one event for each update
         return folder
 
-    def measure(self, row: Row, stage: Stage, seed: int) -> list[float]:
+    def measure(self, row: Row, stage: str, seed: int) -> list[float]:
         """Return the METRICS of a row after a stage: test captions after pretraining, last images after finetuning."""
         folder, guidance = self.train(row, stage, seed), row.guidance or self.guidance
         task, contexts = ("caption", ()) if stage == "pretrain" else ("last", (row.context,))
@@ -182,7 +182,7 @@ class Ablations:
         return [systems["model"]["metrics"][name]["value"] for name in METRICS]
 
 
-def compare(chosen: Sequence[Row], values: Mapping[tuple[str, Stage], Sequence[Sequence[float]]]) -> list[dict]:
+def compare(chosen: Sequence[Row], values: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> list[dict]:
     """Return the table: means over seeds of METRICS, differences to the row compared with, and whether signs agree."""
     lines = []
     for row in chosen:

@@ -13,8 +13,7 @@ from mgp5.export.request import ExportRequest
 from mgp5.export.run import write_export
 
 from mgp5.device import quiet_libraries
-from mgp5.heads.minigpt5 import FeatureMapper
-from mgp5.loading import mapper_for
+from mgp5.heads.minigpt5 import FeatureMapper, mapper_for
 from mgp5.memory.skeletons import generator_shape
 
 

@@ -22,14 +22,16 @@ from sd3 import DEMO, paint
 from torch import Tensor
 from unet import moments, sheet
 
-from mgp5.config import TrainConfig, preset
+from mgp5.config import TrainConfig
 from mgp5.heads.batch import Batch
-from mgp5.heads.minigpt5 import caption_loss, predicting_states
+from mgp5.heads.losses import caption_loss
+from mgp5.heads.minigpt5 import predicting_states
 from mgp5.loading import build
 from mgp5.messages import Conversation, Image
 from mgp5.model import InterleavedModel
 from mgp5.prompts import IGNORE, example
 from mgp5.storyland.judge import load_judge
+from mgp5.training.presets import preset
 
 BATCH = 32
 PAINTED = 8  # pictures of a row of the sheet

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile, record_function, supported_activities
 
-from ..config import TrainConfig, preset
+from ..config import TrainConfig
 from ..device import DTYPES
 from ..files import GiB
 from ..heads.batch import Batch
@@ -23,6 +23,7 @@ from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..prompts import IGNORE
 from ..training.distributed import launch
+from ..training.presets import preset
 from ..training.trainer import Trainer
 from .timing import Bench, Row, digits, percentiles, release_memory, timed
 

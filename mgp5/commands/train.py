@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--stage", type=click.Choice(["pretrain", "finetune"]), required=True)
+@click.option("--stage", required=True, help="Of the head: pretrain or finetune for minigpt5.")
 @click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
 @click.option(
     "--format", "formats", multiple=True, help="cc3m, shards, vist, mmdialog or jsonl, per --data.  [by its files]"
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
+@click.option("--head", help="Of a new model: minigpt5.  [minigpt5]")
 @click.option("--preset", help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb (see above).")
 @click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
 @settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")
 @click.option("--max-steps", type=COUNT, help="Updates in all, instead of epochs.")
 @click.option("--stop-after", type=COUNT, help="End after so many updates; go on with --resume.")
-@click.option("--vokens", type=click.IntRange(1, 16), default=8, help="Vokens per image (new models).")
+@click.option("--vokens", type=click.IntRange(1, 16), help="Vokens per image (new models).  [8]")
 @click.option("--device", default="auto")
 @click.option("--cache", "caches", multiple=True, type=PATH, help="Made by data cache; repeatable.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
@@ -78,13 +79,16 @@ def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **
 
 def _next(request: TrainRequest, stopped: bool) -> str:
     """Return what was made, and what to type next."""
+    from ..heads import head_class
+
     out = shlex.quote(str(request.out))
     pages = sorted(request.out.glob("samples/*.html"))
     told = f"What was trained is in {request.out}" + (f", sample pages in {pages[-1].parent}" if pages else "")
     if stopped:
         return f"{told}: go on with --resume"
-    if request.stage == "pretrain":
-        return f"{told}. Next: mgp5 train --stage finetune --model {out} --data STORIES --out FOLDER"
+    stages = [stage.name for stage in head_class(request.head_name).stages]
+    if later := stages[stages.index(request.stage) + 1 :]:
+        return f"{told}. Next: mgp5 train --stage {later[0]} --model {out} --data STORIES --out FOLDER"
     return f"{told}. Next: mgp5 story --model {out} --images PICTURES --out FOLDER"
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..files import digest
+from ..generators import load_generator
 from ..options import ImageOptions
 from .losses import Losses
 
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
 HEADS: dict[str, tuple[str, str]] = {"minigpt5": ("mgp5.heads.minigpt5", "MiniGPT5Head")}
 
 
+class Stage(NamedTuple):
+    """One stage of a head's training."""
+
+    name: str
+    data: Literal["captions", "conversations"]  # what its samples are
+    llm: bool = True  # whether the LLM reads them; else the head trains alone, from target images and captions
+    adapter: bool = False  # whether LoRA or a prefix may be put into the LLM
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
     """The constants of a head."""
@@ -40,7 +50,6 @@ class HeadSpec:
     name: str  # key of HEADS
     new_tokens: tuple[str, ...]  # special tokens that it adds; the first is the trigger, which begins an image
     positions: int  # number of positions in the sequence that one drawn image takes
-    stages: tuple[str, ...]  # names of the training stages, in order
     losses: tuple[str, ...]  # names of its loss terms, without "text"
     image_options: type[ImageOptions]
     reads_prefix: bool = False  # whether it yields `Prefix`; only then the states of all tokens are kept
@@ -146,21 +155,45 @@ class ImageContext(NamedTuple):
 
     tokens: list[Tensor]  # N tensors (S, E), the embeddings in the S slots of each image
     side: Tensor | None = None  # (N, ...), features that layers of the LLM attend to besides the sequence
+    ids: list[Tensor] | None = None  # N tensors (S,), tokens whose embeddings `tokens` are, which training goes through
 
 
 class Head(nn.Module):
     """The base class of all heads, with defaults that fit most of them."""
 
+    stages: ClassVar[tuple[Stage, ...]]  # in order
     spec: HeadSpec
     ids: tuple[int, ...] = ()  # of `spec.new_tokens`, set by `install`
 
+    def __init__(self, generator: Any = None, config: Any = None) -> None:
+        """Build the head of a configuration with a frozen generator and fresh trained parts."""
+        super().__init__()
+
     @classmethod
     def load(cls, config: ModelConfig, dtype: torch.dtype) -> Head:
-        """Build the head of `config.head_config`: frozen parts in `dtype` from disk or the hub, trained parts fresh.
+        """Build the head of `config.head_config`: the generator in `dtype` from disk or the hub, trained parts fresh.
 
         Raises Mgp5Error if a part is missing or does not fit.
         """
+        return cls(load_generator(config.diffusion, dtype), config.head_config)
+
+    @classmethod
+    def configure(cls, backbone: Backbone, generator: Any, **shape: Any) -> Any:
+        """Return the configuration of a fresh head for an LLM and a generator; `shape` is `TrainConfig.shape`."""
         raise NotImplementedError
+
+    @staticmethod
+    def spec_of(config: Any) -> HeadSpec:
+        """Return the constants of a head of this configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def stage(cls, name: str) -> Stage:
+        """Return the stage of a name. Raises Mgp5Error for an unknown one."""
+        known = {stage.name: stage for stage in cls.stages}
+        if name not in known:
+            raise Mgp5Error(f"unknown stage {name!r}", f"expected {' or '.join(known)}", usage=True)
+        return known[name]
 
     def install(self, backbone: Backbone) -> None:
         """Add the new tokens, and layer hooks where a head has them, to the LLM; called once, before adapters."""
@@ -207,9 +240,17 @@ class Head(nn.Module):
         """Return ids and labels of a target image in the sequence (labels may be IGNORE); the trigger comes first."""
         raise NotImplementedError
 
-    def losses(self, hidden: Tensor, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
+    def complete(self, backbone: Backbone, batch: Batch) -> Batch:
+        """Fill in ids and labels of target images that only weights can tell (codes of a tokenizer)."""
+        return batch
+
+    def embed_targets(self, embeds: Tensor, batch: Batch) -> Tensor:
+        """Replace the embeddings (B, T, E) of target images by what the head makes of them (teacher forcing)."""
+        return embeds
+
+    def losses(self, hidden: Tensor | None, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
         """Return the named, weighted loss terms of a batch with P >= 1 target images, from the LLM's last states
-        (B, T, D); `rng` is on the CPU."""
+        (B, T, D), None in a stage without the LLM; `rng` is on the CPU."""
         raise NotImplementedError
 
     # --- inference ---

@@ -46,3 +46,16 @@ def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of the next token, mean over labels (MiniGPT-5, eq. 1); logits (J, V), targets (J,)."""
     return F.cross_entropy(logits.float(), targets)
+
+
+def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
+    """Return the distance of the mapper's condition to the encoding of the caption, both (P, L, C) (eq. 4).
+
+    The pooled vector of width `pooled` in the last row, if there is one, is a separate term: as one row among 334 it
+    would hardly count, although it modulates every layer of the generator. `distance` is "mse", or "l2", the mean
+    Euclidean distance of rows of GILL (arXiv 2305.17216).
+    """
+    difference = condition.float() - encoding.float()
+    parts = [difference[:, :-1], difference[:, -1:, :pooled]] if pooled else [difference]
+    measure = (lambda part: part.norm(dim=-1)) if distance == "l2" else torch.square
+    return torch.stack([measure(part).mean() for part in parts]).sum()

@@ -19,16 +19,16 @@ from PIL import Image as pil
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from ..config import MapperConfig, MiniGPT5Config, ModelConfig, TrainConfig
+from ..config import MapperConfig, MiniGPT5Config, MiniGPT5TrainConfig
 from ..errors import Mgp5Error
-from ..generators import load_generator
 from ..generators.latent_diffusion import LatentDiffusion
 from ..options import DiffusionOptions
 from ..prompts import IGNORE
-from . import DrawContext, Forced, Head, HeadSpec, Part, Preview, Request, Response, Step, TrainRule
-from .losses import Losses
+from . import DrawContext, Forced, Head, HeadSpec, Part, Preview, Request, Response, Stage, Step, TrainRule
+from .losses import Losses, caption_loss
 
 if TYPE_CHECKING:
+    from ..backbones import Backbone
     from ..generators.denoising import DenoisingState
     from .batch import Batch
 
@@ -61,25 +61,32 @@ def predicting_states(
 class MiniGPT5Head(Head):
     """Draw an image from the states that predict a run of vokens (MiniGPT-5, section 3.2); the generator is frozen."""
 
+    stages = (Stage("pretrain", "captions"), Stage("finetune", "conversations", adapter=True))
+
     def __init__(self, generator: LatentDiffusion, config: MiniGPT5Config) -> None:
         super().__init__()
-        self.config = config
-        self.spec = HeadSpec(
-            name="minigpt5",
-            new_tokens=voken_tokens(config.num_vokens),
-            positions=config.num_vokens,
-            stages=("pretrain", "finetune"),
-            losses=("ldm", "caption"),
-            image_options=DiffusionOptions,
-        )
+        self.config, self.spec = config, self.spec_of(config)
         self.mapper = FeatureMapper(config.mapper)
         self.generator = generator
         self._unconditional: Tensor | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig, dtype: torch.dtype) -> MiniGPT5Head:
-        """Load the generator `config.diffusion`, build a fresh mapper. Raises Mgp5Error as `load_generator` does."""
-        return cls(load_generator(config.diffusion, dtype), config.head_config)
+    def configure(
+        cls, backbone: Backbone, generator: LatentDiffusion, num_vokens: int = 8, **mapper: Any
+    ) -> MiniGPT5Config:
+        """Return the configuration of K vokens and a fresh mapper, see `mapper_for`."""
+        return MiniGPT5Config(num_vokens=num_vokens, mapper=mapper_for(backbone.width, generator, **mapper))
+
+    @staticmethod
+    def spec_of(config: MiniGPT5Config) -> HeadSpec:
+        """Return the constants of a head with K vokens. Raises Mgp5Error for K out of range."""
+        return HeadSpec(
+            name="minigpt5",
+            new_tokens=voken_tokens(config.num_vokens),
+            positions=config.num_vokens,
+            losses=("ldm", "caption"),
+            image_options=DiffusionOptions,
+        )
 
     @property
     def num_vokens(self) -> int:
@@ -111,7 +118,7 @@ class MiniGPT5Head(Head):
 
     # --- training ---
 
-    def train_plan(self, config: TrainConfig) -> tuple[TrainRule, ...]:
+    def train_plan(self, config: MiniGPT5TrainConfig) -> tuple[TrainRule, ...]:
         """Return what a stage trains (section 4.1).
 
         "pretrain": voken rows of embedding and LM head, and the mapper. "finetune": voken rows, LoRA or prefix, and the
@@ -129,7 +136,7 @@ class MiniGPT5Head(Head):
             TrainRule(r"^head\.mapper\.", config.lr, config.weight_decay),
         )
 
-    def prepare(self, config: TrainConfig) -> None:
+    def prepare(self, config: MiniGPT5TrainConfig) -> None:
         """Choose the source of the unconditional condition, set the generator's checkpointing, read its text encoders
         if captions are encoded."""
         # Without guidance dropout the mapper does not learn it: the encoding of the empty text takes its place.
@@ -144,7 +151,9 @@ class MiniGPT5Head(Head):
         """Return {"pixels": (3, H, W) in [-1, 1]} of the generator's native size."""
         return {"pixels": to_pixels(image, (self.generator.native_size,) * 2)}
 
-    def layout(self, target: dict[str, Tensor], config: TrainConfig | None = None) -> tuple[list[int], list[int]]:
+    def layout(
+        self, target: dict[str, Tensor], config: MiniGPT5TrainConfig | None = None
+    ) -> tuple[list[int], list[int]]:
         """Return K ids and labels of a target image; `config.voken_labels` says which vokens have a text loss.
 
         "all": the loss is over all tokens (eq. 1). "first": the others are forced at inference and get no label.
@@ -154,7 +163,7 @@ class MiniGPT5Head(Head):
         silent = {"all": (), "first": ids[1:], "ends": ids[1:-1]}[labelled_ids]
         return ids, [IGNORE if token in silent else token for token in ids]
 
-    def losses(self, hidden: Tensor, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Losses:
+    def losses(self, hidden: Tensor, batch: Batch, config: MiniGPT5TrainConfig, rng: torch.Generator) -> Losses:
         """Return the LDM loss and the caption loss of P target images (section 3.3), means over images.
 
         Their weights in the paper are 1 and 0.1 in the first stage, 1 and 0 in the second. With the probability
@@ -249,6 +258,14 @@ class MiniGPT5Head(Head):
         return self.generator.begin(condition, unconditional, context.options, context.rng("noise"))
 
 
+def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:
+    """Return the shape of a mapper; `inner` None takes 1024 for conditions wider than 2048, else the condition's."""
+    length, width = generator.condition_shape
+    inner = (1024 if width > 2048 else 0) if inner is None else inner
+    shape = {"llm_width": llm_width, "width": width, "queries": length, "pooled": generator.pooled_width}
+    return MapperConfig(inner=inner, **shape, **layers)
+
+
 class FeatureMapper(nn.Module):
     """Map the states that predict the vokens to a condition (MiniGPT-5, section 3.2).
 
@@ -323,19 +340,6 @@ def _transformer(config: MapperConfig) -> nn.Transformer:
     encoder = _encoder(config, config.encoder_layers)
     # nn.Transformer initializes every matrix again, so the decoder's copied layers do not start equal either.
     return nn.Transformer(width, config.heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
-
-
-def caption_loss(condition: Tensor, encoding: Tensor, pooled: int = 0, distance: str = "mse") -> Tensor:
-    """Return the distance of the mapper's condition to the encoding of the caption, both (P, L, C) (eq. 4).
-
-    The pooled vector of width `pooled` in the last row, if there is one, is a separate term: as one row among 334 it
-    would hardly count, although it modulates every layer of the generator. `distance` is "mse", or "l2", the mean
-    Euclidean distance of rows of GILL (arXiv 2305.17216).
-    """
-    difference = condition.float() - encoding.float()
-    parts = [difference[:, :-1], difference[:, -1:, :pooled]] if pooled else [difference]
-    measure = (lambda part: part.norm(dim=-1)) if distance == "l2" else torch.square
-    return torch.stack([measure(part).mean() for part in parts]).sum()
 
 
 def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)

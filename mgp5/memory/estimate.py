@@ -76,7 +76,7 @@ def estimate(model: InterleavedModel, config: TrainConfig, length: int | None = 
     T, the `length`, is that of a caption for pretraining and of a story with five images for finetuning, if None. With
     `cached`, latents are not computed.
     """
-    length = length or usual_length(model.backbone, config)
+    length = length or usual_length(model, config)
     quantised = set()  # matrices of the LLM
     if config.quantize != "none":
         linears = [item for item in model.backbone.language.named_modules() if isinstance(item[1], nn.Linear)]
@@ -129,8 +129,11 @@ def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool
 
     Each sample draws an image, whose latents may be `cached`; context images are encoded already.
     """
-    count, device = config.batch, model.backbone.device
+    count, device, settings = config.batch, model.backbone.device, replace(config, guidance_dropout=0.0)
     ids = torch.zeros(count, length, dtype=torch.long, device=device)
+    batch = _batch(model, ids, config, cached)
+    if not model.head.stage(config.stage).llm:
+        return model.head.losses(None, batch, settings, torch.Generator())
     embeds = model.backbone.embed(ids, [])
     positions = torch.arange(length, device=device).expand(ids.shape)
     if hasattr(getattr(model.backbone.core, "model", None), "get_rope_index"):
@@ -139,8 +142,7 @@ def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool
     hidden = model.backbone(embeds, positions, mask)
     states = hidden[:, -min(REPLY, length) :].flatten(0, 1)
     text = text_loss(model.backbone.logits(states), states.new_zeros(len(states), dtype=torch.long))
-    batch = _batch(model, ids, config, cached)
-    image = model.head.losses(hidden, batch, replace(config, guidance_dropout=0.0), torch.Generator())
+    image = model.head.losses(hidden, batch, settings, torch.Generator())
     return Losses({"text": text}, {"text": config.text_weight}) | image
 
 
@@ -173,9 +175,9 @@ def table(estimate: Estimate) -> Table:
     return tables.table("", names, rows)
 
 
-def usual_length(backbone: HFBackbone, config: TrainConfig) -> int:
+def usual_length(model: InterleavedModel, config: TrainConfig) -> int:
     """Return T of the samples that are planned for."""
-    return CAPTION if config.stage == "pretrain" else story_length(backbone)
+    return CAPTION if model.head.stage(config.stage).data == "captions" else story_length(model.backbone)
 
 
 def story_length(backbone: HFBackbone) -> int:

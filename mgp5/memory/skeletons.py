@@ -45,7 +45,7 @@ def skeleton(
     diffusion: str,
     config: TrainConfig,
     *,
-    num_vokens: int = 8,
+    head: str = "minigpt5",
     trained: ModelConfig | None = None,
     device: str | torch.device = "meta",
     dtype: torch.dtype = torch.float32,
@@ -57,9 +57,8 @@ def skeleton(
     none; or folders and other hub ids, whose configurations and tokenizers are read. `trained` is the configuration of
     a model that goes on from an earlier stage; `dtype` is that of frozen parts. Raises Mgp5Error for another pipeline.
     """
-    layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
     with torch.device(device):
-        model = _assemble(mllm, diffusion, dtype, trained, num_vokens=num_vokens, **layers)
+        model = _assemble(mllm, diffusion, dtype, trained, head=head, **config.shape)
         model.limit_pixels(config.data.max_pixels)
         model.prepare(config)
     return model
@@ -81,7 +80,7 @@ def generating_skeleton(parts: Parts, dtype: torch.dtype) -> InterleavedModel:
 def _assemble(
     mllm: str, diffusion: str, dtype: torch.dtype, trained: ModelConfig | None, **options: Any
 ) -> InterleavedModel:
-    """Return a model with frozen parts in `dtype`; with a fresh mapper by `options` if none is trained."""
+    """Return a model with frozen parts in `dtype`; with a fresh head by `options` if none is trained."""
     with local_torch_dtype(dtype, "a skeleton"):
         backbone, generator = backbone_shape(mllm), generator_shape(diffusion).to(dtype)  # buffers too, as when loaded
     if trained is None:

@@ -47,7 +47,7 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
     if not checkpoints(out):
         raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
     old, new = read_json(out / SETTINGS, BROKEN), json.loads(json.dumps(asdict(config)))
-    if changed := [name for name in new if name not in FREE and old.get(name) != new[name]]:
+    if changed := [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]:
         problem = f"--out {out} is a run with another {', '.join(changed)}"
         raise Mgp5Error(problem, "resume it with the same settings", usage=True)
 

@@ -140,7 +140,7 @@ def train(
     trainer = Trainer(model, config, accelerator, newest)
     last = total if stop_after is None else min(total, trainer.step + stop_after)
     batches = _batches(data, model, config, accelerator, trainer.step, caches)
-    samples = fixed_samples(data, config.seed) if config.sample_every else []
+    samples = fixed_samples(data, config.seed) if config.sample_every and model.head.stage(config.stage).llm else []
     first, started = trainer.step, time.monotonic()
     model.train()
     while trainer.step < last:
@@ -189,7 +189,8 @@ def _batches(
     else:
         source = {"batch_sampler": Order(len(data), config.batch, config.seed, done * world + rank, world)}
     # as replies are asked for; captions of the first stage stand alone
-    system = model.config.system if config.stage == "finetune" else ""
+    talks = model.head.stage(config.stage).data == "conversations"
+    system = model.config.system if talks else ""
     loader = DataLoader(
         data,
         collate_fn=Collator(model.backbone, model.head, model.backbone.context_length, config, caches, system),

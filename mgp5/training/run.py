@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from ..config import LoraConfig, ModelConfig, Stage, TrainConfig, model_config_from, preset
+from ..config import LoraConfig, ModelConfig, TrainConfig, model_config_from
 from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device, pick_precision, quiet_libraries
 from ..errors import Mgp5Error, raise_all
 from ..files import Claim, GiB
+from ..heads import head_class
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..memory.estimate import Estimate, estimate
@@ -30,6 +31,7 @@ from . import checkpoints as runs
 from .distributed import check_machine, frozen_dtype, launch
 from .feature_cache import Caches
 from .loop import Progress, num_samples, total_steps, train
+from .presets import PRESETS, preset
 
 FEW = 50  # updates of a run below which its user is warned
 Tell = Callable[[str], None]  # takes a line of text for people
@@ -39,16 +41,17 @@ Tell = Callable[[str], None]  # takes a line of text for people
 class TrainRequest:
     """What to train, on what data, and how. Raises Mgp5Error that names all that is wrong; no weights are read."""
 
-    stage: Stage
+    stage: str
     data: tuple[Source, ...]  # format and path of each
     out: Path  # folder of the run
     model: str  # a name, a folder, "MLLM+GENERATOR", or a run of the stage before
+    head: str | None = None  # of a new model; None: that of a trained one, else "minigpt5"
     preset: str | None = None  # settings to begin with; None: "own-..." of the device for own stories, else "paper"
     config_file: Path | None = None  # TOML file of settings that replace those of the preset
     overrides: Mapping[str, Any] = field(default_factory=dict)  # replace both, nested as in {"lora": {"rank": 4}}
     max_steps: int | None = None  # updates in all, instead of epochs
     stop_after: int | None = None  # updates after which this call ends; the run can be resumed
-    vokens: int = 8  # of an image, 1 to 16, for a new model
+    vokens: int | None = None  # of an image, 1 to 16, for a new MiniGPT-5; None: 8
     device: str = "auto"
     caches: tuple[Path, ...] = ()  # folders of `mgp5 data cache`
     resume: bool = False  # go on with the run in `out`
@@ -62,17 +65,20 @@ class TrainRequest:
         problems += check_sources(self.data)
         problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
         checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
-        checks += [lambda: runs.check(self.out, self.config, self.resume)]
+        checks += [
+            lambda: check_head(self.model, self.trained, self.head),
+            lambda: runs.check(self.out, self.config, self.resume),
+        ]
         checks += [lambda: check_adapter(self.model, self.trained, self.config)]
         raise_all(problems, checks)
 
     @cached_property
     def config(self) -> TrainConfig:
         """The settings of the run: preset, then file, then overrides, then `max_steps`; "auto" is resolved."""
-        config = preset(self.stage, self.preset or self.own_preset or "paper")
+        config = preset(self.stage, self.preset or self.own_preset or "paper", self.head_name)
         if self.config_file:
             config = override(config, read_toml(self.config_file))
-        config = override(config, dict(self.overrides))
+        config = override(config, dict(self.overrides) | ({"num_vokens": self.vokens} if self.vokens else {}))
         if config.precision == "auto":
             usual = "bf16" if self.dry_run else pick_precision("auto", pick_device(self.device)[0])
             old = runs.setting(self.out, "precision") if self.resume else None
@@ -82,12 +88,24 @@ class TrainRequest:
     @cached_property
     def own_preset(self) -> str | None:
         """The preset for finetuning on own stories by the device, None for other runs."""
-        if self.preset or self.stage != "finetune" or {format for format, _ in self.data} != {"jsonl"}:
+        if self.preset or self.stage != "finetune" or "own-laptop" not in PRESETS[self.head_name]:
+            return None
+        if {format for format, _ in self.data} != {"jsonl"}:
             return None
         device = pick_device(self.device)[0]
         if device.type == "cpu":
             return "own-laptop"
         return "own-80gb" if torch.cuda.get_device_properties(device).total_memory > 60 * GiB else "own-24gb"
+
+    @property
+    def head_name(self) -> str:
+        """The head that is trained."""
+        if self.head:
+            return self.head
+        try:
+            return self.trained.head if self.trained else "minigpt5"
+        except Mgp5Error:  # of a model that is not there, which `resolve` tells
+            return "minigpt5"
 
     @cached_property
     def trained(self) -> ModelConfig | None:
@@ -127,11 +145,12 @@ def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) ->
     accelerator = launch(config, request.device, request.out)
     total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
     dtype = frozen_dtype(config, accelerator.device)
-    model = initial_model(request.model, config, vokens=request.vokens, dtype=dtype)
+    model = initial_model(request.model, config, head=request.head_name, dtype=dtype)
     if accelerator.device.type == "cpu":
         limit_threads_for_small_models(model)
     formats = {format for format, _ in request.data}
-    if config.stage == "finetune" and "mmdialog" in formats and "jsonl" not in formats:  # which has whole conversations
+    talks = model.head.stage(config.stage).data == "conversations"
+    if talks and "mmdialog" in formats and "jsonl" not in formats:  # which has whole conversations
         model.config = replace(model.config, history=config.data.history)
     caches = Caches.open(request.caches, model) if request.caches else None
     options = {"resume": request.resume, "stop_after": request.stop_after, "stop": stop, "caches": caches}
@@ -148,7 +167,7 @@ def estimate_stage(request: TrainRequest, *, tell: Tell = lambda text: None) -> 
     config, parts, processes = request.config, resolve(request.model), _processes()
     data = _load_data(request, tell)
     samples, updates = num_samples(data), total_steps(config, data, processes)
-    shapes = {"num_vokens": request.vokens, "trained": request.trained, "dtype": DTYPES[config.precision]}
+    shapes = {"head": request.head_name, "trained": request.trained, "dtype": DTYPES[config.precision]}
     memory = estimate(skeleton(parts.mllm, parts.diffusion, config, **shapes), config)
     _advise(request, data, tell)
     try:
@@ -163,11 +182,12 @@ def _load_data(request: TrainRequest, tell: Tell) -> Keyed | Shards:
     config = request.config
     options = {"narrate_from": request.trained.narrate_from} if request.trained else {}
     data = load_sources(request.data, config.data, count=token_counter(request.model), tell=tell, **options)
-    if config.caption_weight and not config.ldm_weight and isinstance(data, Keyed):
+    if config.captions_alone and isinstance(data, Keyed):
         targets = (data[number][1].messages[-1] for number in range(len(data)))
         if not any(image.caption for target in targets for image in target.images):
-            found = "ldm_weight is 0 and no image of the data has a caption: nothing would train the mapper"
-            raise Mgp5Error(found, "set ldm_weight=1, or give data with captions (cc3m, shards, jsonl)", usage=True)
+            found = "captions alone train the head in this stage, and no image of the data has one"
+            hint = "give data with captions (cc3m, shards, jsonl), or set ldm_weight=1 where there is one"
+            raise Mgp5Error(found, hint, usage=True)
     return data
 
 
@@ -195,7 +215,7 @@ def check_adapter(name: str, trained: ModelConfig | None, config: TrainConfig) -
     if trained is None or not (trained.lora or trained.prefix):
         return
     old, new = trained.lora or trained.prefix, config.lora or config.prefix
-    if config.stage == "pretrain":
+    if not head_class(trained.head).stage(config.stage).adapter:
         raise Mgp5Error(f"--model {name} is finetuned already", "finetune it, or pretrain the parts it is made of")
     if isinstance(old, LoraConfig) and isinstance(new, LoraConfig):
         if new.rank >= old.rank and {*new.targets} == {*old.targets}:
@@ -205,6 +225,14 @@ def check_adapter(name: str, trained: ModelConfig | None, config: TrainConfig) -
         raise Mgp5Error(f"--model {name} has a LoRA that does not fit into the run's", hint)
     if old != new:
         raise Mgp5Error(f"--model {name} is finetuned with {old}, the run has {new}", "set the same lora or prefix")
+
+
+def check_head(name: str, trained: ModelConfig | None, head: str | None) -> None:
+    """Check that a model is trained for the head that is asked for. Raises Mgp5Error."""
+    head_class(head or "minigpt5")
+    if trained and head and trained.head != head:
+        found = f"--model {name} is trained for the head {trained.head}, not {head}"
+        raise Mgp5Error(found, "give its parts, as in MLLM+GENERATOR, to begin with a fresh head", usage=True)
 
 
 def token_counter(model: str) -> Callable[[str], int]:
@@ -223,19 +251,18 @@ def _load_tokenizer(mllm: str) -> Any:
 
 
 def initial_model(
-    name: str, config: TrainConfig, *, vokens: int = 8, dtype: torch.dtype = torch.float32
+    name: str, config: TrainConfig, *, head: str = "minigpt5", dtype: torch.dtype = torch.float32
 ) -> InterleavedModel:
     """Build the model that a stage begins with: a new one, or what was trained before, whose adapter will go on.
 
     `dtype` is that of the weights that do not train. Raises Mgp5Error as `check_adapter` does.
     """
     parts = resolve(name)
-    torch.manual_seed(config.seed)  # a new mapper is the same in every process and every run
+    torch.manual_seed(config.seed)  # a new head is the same in every process and every run
     # The run's configuration names its parts: folders absolutely, so that it can be used from anywhere.
     mllm, diffusion = (os.path.abspath(p) if os.path.isdir(p) else p for p in (parts.mllm, parts.diffusion))
     if parts.trained is None:
-        layers = {name: getattr(config, name) for name in ("encoder_layers", "decoder_layers", "inner", "kind")}
-        model = build(mllm, diffusion, num_vokens=vokens, dtype=dtype, quantize=config.quantize, **layers)
+        model = build(mllm, diffusion, head=head, dtype=dtype, quantize=config.quantize, **config.shape)
         model.limit_pixels(config.data.max_pixels)
         return model
     model = load_checkpoint(parts, dtype=dtype, quantize=config.quantize)

@@ -1,0 +1,99 @@
+"""Presets of the training stages: for each head the numbers of its paper, of its release, of small models and machines.
+
+examples/train/README.md compares them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ..config import DataConfig, LoraConfig, MiniGPT5TrainConfig, PrefixConfig, TrainConfig
+from ..errors import Mgp5Error
+from ..heads import head_class
+
+
+def preset(stage: str, name: str = "paper", head: str = "minigpt5") -> TrainConfig:
+    """Return the configuration of a stage of a head. Raises Mgp5Error for an unknown head, stage or preset.
+
+    Of MiniGPT-5 they are "paper" (as printed), "release" (as in the released code), "gill" (the paper's baseline with
+    GILL's objective), "prefix" (the paper's with prefix tuning), "demo" (for the tiny model), and for own stories
+    "own-laptop" (the demo on a CPU), "own-24gb" and "own-80gb" (7B models on a GPU).
+    """
+    head_class(head).stage(stage)
+    if name not in PRESETS[head]:
+        found = f"no preset {name!r} of the head {head}"
+        raise Mgp5Error(found, f"expected one of {', '.join(PRESETS[head])}", usage=True)
+    return PRESETS[head][name](stage)
+
+
+def _paper(stage: str) -> MiniGPT5TrainConfig:
+    """Return the paper's numbers: batch 48 and two epochs, then batch 32 and four (section 4.1)."""
+    data = DataConfig(history=3, turn_tokens=50, bare_captions=True)
+    if stage == "pretrain":
+        return MiniGPT5TrainConfig(stage=stage, lr=2e-4, rows_lr=2e-4, caption_weight=0.1, data=data)
+    return MiniGPT5TrainConfig(
+        stage=stage, lr=2e-5, rows_lr=2e-5, epochs=4, accumulation=8, lora=LoraConfig(), data=data
+    )
+
+
+def _release(stage: str) -> MiniGPT5TrainConfig:
+    paper = _paper(stage)
+    data = dataclasses.replace(paper.data, user_targets=True)
+    common = {"rows_lr": 2e-5, "min_snr": 5.0, "voken_labels": "ends", "clip": 0.0, "epochs": 2, "accumulation": 12}
+    return dataclasses.replace(paper, data=data, **common)
+
+
+def _gill(stage: str) -> MiniGPT5TrainConfig:
+    """Return GILL's objective, the distance to the generator's encoding of the caption alone, in both stages."""
+    objective = {"ldm_weight": 0.0, "caption_weight": 1.0, "caption_distance": "l2", "guidance_dropout": 0.0}
+    return dataclasses.replace(_paper(stage), voken_labels="first", **objective)
+
+
+def _prefix(stage: str) -> MiniGPT5TrainConfig:
+    prefix = PrefixConfig() if stage == "finetune" else None
+    return dataclasses.replace(_paper(stage), lora=None, prefix=prefix)
+
+
+def _demo(stage: str) -> MiniGPT5TrainConfig:
+    common = {"accumulation": 1, "warmup": 100, "voken_labels": "first", "checkpointing": False}
+    if stage == "pretrain":
+        layers = {"encoder_layers": 2, "decoder_layers": 3}
+        return MiniGPT5TrainConfig(stage=stage, lr=1e-3, rows_lr=1e-3, caption_weight=0.1, batch=32, **layers, **common)
+    return MiniGPT5TrainConfig(stage=stage, lr=3e-4, rows_lr=1e-3, batch=16, lora=LoraConfig(dropout=0.0), **common)
+
+
+def _own(stage: str, **machine: Any) -> MiniGPT5TrainConfig:
+    """Return settings for some tens to thousands of own stories: short runs, a page of samples in between."""
+    own = {"warmup": 20, "voken_labels": "first", "sample_every": 100, "data": DataConfig(narrate_first=True)}
+    return dataclasses.replace(_paper(stage), **{"lr": 1e-4, "rows_lr": 1e-4, "epochs": 5, **own, **machine})
+
+
+def _own_laptop(stage: str) -> MiniGPT5TrainConfig:
+    lora = LoraConfig(dropout=0.0) if stage == "finetune" else None
+    rates = {"lr": 3e-4, "rows_lr": 1e-3, "lora": lora}
+    return _own(stage, batch=8, accumulation=1, epochs=10, checkpointing=False, **rates)
+
+
+def _own_24gb(stage: str) -> MiniGPT5TrainConfig:
+    return _own(stage, batch=2, accumulation=8)  # 22 GiB with LLaVA-1.5-7B and five images a story, by the estimate
+
+
+def _own_80gb(stage: str) -> MiniGPT5TrainConfig:
+    return _own(stage, batch=16, accumulation=1)
+
+
+# Name of a head -> name of a preset -> the settings of a stage.
+PRESETS: dict[str, dict[str, Callable[[str], TrainConfig]]] = {
+    "minigpt5": {
+        "paper": _paper,
+        "release": _release,
+        "gill": _gill,
+        "prefix": _prefix,
+        "demo": _demo,
+        "own-laptop": _own_laptop,
+        "own-24gb": _own_24gb,
+        "own-80gb": _own_80gb,
+    }
+}
