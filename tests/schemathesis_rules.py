@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+
 import schemathesis
 from serve_process import data_url
+
+URL = data_url((2, 2))
+PNG = base64.b64decode(URL.partition("base64,")[2])
+DRAWN = {"size": "32x32", "stop": None, "timeout": 60, "sampler": "dpm++", "stream_options": None}
 
 
 @schemathesis.hook
@@ -12,14 +18,26 @@ def before_call(context, case, kwargs):
     body = case.body
     if not (case.meta and case.meta.generation.mode.is_positive and isinstance(body, dict)):
         return
-    drawn = {"size": "32x32", "stop": None, "timeout": 60, "sampler": "dpm++", "stream_options": None}
-    body.update({field: value for field, value in drawn.items() if field in body})
-    if "modalities" in body:
-        body.pop("image", None)
-    if "messages" in body:
-        body["messages"] = body["messages"][:2]
-    for message in body.get("messages", []):
-        message["role"], message["content"] = "user", (message.get("content") or "a")[:8]
-        for part in message["content"]:
-            if isinstance(part, dict) and "image_url" in part:
-                part["image_url"] = data_url((2, 2))
+    body.update({field: value for field, value in DRAWN.items() if field in body})
+    for field in ("modalities", "tool_choice"):
+        if field in body:
+            body.pop("image", None)
+    body.pop("previous_response_id", None)  # of a response that there has to be
+    for tool in body.get("tools") or []:
+        tool["size"] = "auto"
+    if case.path.endswith("edits"):
+        body["image"] = PNG
+    for name in ("messages", "input"):
+        if isinstance(body.get(name), list):
+            body[name] = [readable(one) for one in body[name][:2]]
+
+
+def readable(one):
+    """Change a message or an item so that it is short, the user's, and all its images are images."""
+    if one.get("type") == "image_generation_call":
+        return {"role": "user", "content": "a"}
+    one["role"], one["content"] = "user", (one.get("content") or "a")[:8]
+    for part in [*one["content"], *(one.get("images") or [])]:
+        if isinstance(part, dict) and "image_url" in part:
+            part["image_url"] = URL
+    return one

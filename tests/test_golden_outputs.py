@@ -104,9 +104,8 @@ def test_a_served_reply(tmp_path):
     events = [json.loads(e[6:]) for e in answer.decode().split("\n\n") if e.startswith("data: {")]
     text, steps, images = "", 0, []
     for choice in (event["choices"][0] for event in events if event["choices"]):
-        content = choice["delta"].get("content", "")
-        text += content if isinstance(content, str) else ""
-        images += [] if isinstance(content, str) else [part["image_url"]["url"] for part in content]
+        text += choice["delta"].get("content", "")
+        images += [image["image_url"]["url"] for image in choice["delta"].get("images", [])]
     steps = [event["progress"] for event in events if "progress" in event]
     check_value("served", {"text": text, "images": len(images), "last": steps[-1], "steps": len(steps)})
     for number, url in enumerate(images):

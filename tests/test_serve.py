@@ -20,7 +20,7 @@ from mgp5.errors import Mgp5Error
 from mgp5.prompts import CHAT_SYSTEM
 from mgp5.serving.request import Limits, ServeRequest, read_key
 
-ALWAYS = {"image": "always", "steps": 2}
+ALWAYS = {"image": "always", "steps": 2, "response_format": {"type": "parts"}}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_modalities_and_pictures_sent(client):
     assert all(isinstance(reply.choices[0].message.content, str) and reply.usage.images == 0 for reply in replies)
     assert replies[0].choices[0].message.content == replies[2].choices[0].message.content  # both are lossless
     drawn = ask(client, modalities=["image"], extra={"steps": 2, "size": "32x16"})
-    assert [image.size for image in pictures(drawn.choices[0].message.content)] == [(32, 16)]
+    assert [image.size for image in pictures(drawn.choices[0].message.images)] == [(32, 16)]
 
 
 NEUTRAL = {  # what OpenAI's client, LangChain, LiteLLM and Open WebUI send without being asked

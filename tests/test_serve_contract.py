@@ -33,7 +33,7 @@ def test_what_the_document_says_is_so(server, examples, tmp_path):
     command = [sys.executable, "-m", "schemathesis.cli", "run", address, *words]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | hooks, capture_output=True, text=True)
     assert done.returncode == 0 and "No issues found" in done.stdout, done.stdout[-5000:]
-    assert "6 selected / 6 total" in done.stdout
+    assert "8 selected / 8 total" in done.stdout
     assert server.metric("mgp5_finished_total", SHOWN) > 20  # requests that the server had to answer
 
 
@@ -47,6 +47,10 @@ def test_the_document_tells_of_this_server(server):
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer" and chat["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/health"]["get"]
     assert {"/v1/images/generations", "/v1/models", "/health", "/metrics"} < set(document["paths"])
+    form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert "image" in schemas[form["$ref"].rpartition("/")[2]]["required"]
+    streamed = json.dumps(document["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"])
+    assert "ResponseEvent" in streamed and "PartialImageEvent" in schemas
     assert schemas["ChatRequest"]["additionalProperties"] == {"type": "null"}
     assert "progress" in schemas["ChatChunk"]["properties"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}

@@ -134,6 +134,11 @@ DRAWINGS = {  # wrong values of fields of /v1/images/generations
     "n": (0, 3),
     "response_format": ("url",),
     "output_format": ("webp",),
+    "partial_images": (4, "2"),
+    "negative_prompt": ("ugly",),
+    "num_inference_steps": (0, 51),
+    "guidance_scale": (-1,),
+    "extra_body": ({"steps": 0}, 5),
 }
 OTHERS = {
     "another model": (404, "POST", CHAT, chat(model="gpt"), JSON),
@@ -190,12 +195,14 @@ def test_an_error_says_in_words_where_it_is(server):
         ),
         ({"tools": [{"type": "function"}]}, "tools: not supported here, expected [], or leave it out"),
         ({"tempreature": 1}, "tempreature: not a field of this request, leave it out"),
+        ({"num_inference_steps": 0}, "num_inference_steps: expected"),
+        ({"negative_prompt": "ugly"}, "negative_prompt: not supported, leave it out: pictures are drawn from what"),
         ({"size": "512x512"}, "size is 512x512, expected 16x16, which this model draws best, or sides up to 32"),
     ):
         assert json.loads(server.ask("POST", CHAT, chat(**fields), JSON)[1])["error"]["message"].startswith(told)
     for path, method in (("/v1/completions", "POST"), ("/chat/completions", "POST"), ("/v1", "GET")):
         told = json.loads(server.ask(method, path, b"{}", JSON)[1])["error"]["message"]
-        assert "nothing at this address, expected POST /v1/chat/completions, POST /v1/images/generations" in told
+        assert "nothing at this address, expected POST /v1/chat/completions, POST /v1/responses, POST" in told
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -209,7 +216,7 @@ def test_what_is_wrong_around_a_body(server, name):
 def works(server) -> bool:
     """Whether it serves others; with random weights a reply's text may be empty."""
     status, reply = server.post(CHAT, messages=HELLO, image="always", steps=2, max_tokens=3, seed=0)
-    return status == 200 and reply["choices"][0]["message"]["content"][-1]["type"] == "image_url"
+    return status == 200 and reply["choices"][0]["message"]["images"][0]["type"] == "image_url"
 
 
 def talk(server, *pieces: bytes, shut: bool = False) -> bytes:

@@ -80,14 +80,14 @@ async def ask(client: openai.AsyncOpenAI, args: argparse.Namespace, number: int,
         extra_body={"image": "always" if number % 4 else "never", "max_images": 1, "steps": args.steps},
     )
     async for chunk in stream:
-        content = chunk.choices[0].delta.content if chunk.choices else None
+        delta = chunk.choices[0].delta if chunk.choices else None
         complete |= bool(chunk.choices and chunk.choices[0].finish_reason)
-        if isinstance(content, str) and content:
+        if delta and delta.content:
             if not text:
                 phase.first.append(time.monotonic() - begun)
-            text += content
-        elif content:
-            data = base64.b64decode(content[0]["image_url"]["url"].partition("base64,")[2])
+            text += delta.content
+        for image in getattr(delta, "images", ()):
+            data = base64.b64decode(image["image_url"]["url"].partition("base64,")[2])
             pixels += Image.open(BytesIO(data)).convert("RGB").tobytes()
             phase.images += 1
     if not complete:

@@ -15,31 +15,22 @@ from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .loop import Refused
-from .replies import ErrorReply
+from .replies import error_body
 from .request import WEB_PATH, Limits
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 HEALTH_PATH = "/health"  # needs no key
-COUNTED = "/v1/chat/completions", "/v1/images/generations", "/v1/models", HEALTH_PATH, "/metrics", WEB_PATH
+V1 = tuple(f"/v1/{path}" for path in ("chat/completions", "responses", "images/generations", "images/edits", "models"))
+COUNTED = *V1, HEALTH_PATH, "/metrics", WEB_PATH
 
 
 def error_response(refused: Refused) -> JSONResponse:
     """Return an error as an answer in the form of OpenAI's API."""
     return JSONResponse(error_body(refused).model_dump(), refused.status, ERROR_HEADERS.get(refused.status))
-
-
-def error_body(refused: Refused) -> ErrorReply:
-    """Return the body of an error, its texts on one line and without lone surrogates, which UTF-8 cannot hold."""
-    usual = "invalid_request_error" if refused.status < 500 else "server_error"
-    texts = refused.message, refused.param
-    message, param = (text and " ".join(text.encode(errors="replace").decode().split()) for text in texts)
-    kind = ERROR_TYPES.get(refused.status, usual)
-    return ErrorReply(error={"message": message, "type": kind, "param": param, "code": refused.code})
 
 
 class AccessMiddleware:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from ..options import SAMPLERS
-from .schema import ContentPart
+from .loop import Refused
+from .schema import OTHER_NAMES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -20,6 +21,7 @@ ABOUT = """Interleaved text and images, in and out, in the form of OpenAI's API,
 
 Every error has OpenAI's form. An unknown path gets 404, another method 405 with `Allow`. What is not HTTP gets 400 in
 plain text; one connection too many gets 503 in plain text."""
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 REFS = "#/components/schemas/{model}"
 
 
@@ -27,93 +29,6 @@ class Reply(BaseModel):
     """A reply has these fields and no others; optional ones are left out where they are not set."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-class Usage(Reply):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    images: int
-
-
-class AssistantMessage(Reply):
-    """The assistant's message: a string without images, else parts in order."""
-
-    role: Literal["assistant"]
-    content: str | list[ContentPart]
-
-
-class Choice(Reply):
-    index: Literal[0]
-    message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
-
-
-class ReplyInfo(Reply):
-    """Fields that a reply and each of its chunks share."""
-
-    id: str
-    created: int = Field(description="seconds since 1970")
-    model: str
-    seed: int = Field(description="seed of the reply: the same request with it gives the same reply")
-
-
-class ChatReply(ReplyInfo):
-    object: Literal["chat.completion"]
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(Reply):
-    """What a chunk adds: the role first, then text, or a list of one image."""
-
-    role: Literal["assistant"] = Field("assistant", description="in the first chunk")
-    content: str | list[ContentPart] = ""
-
-
-class Progress(Reply):
-    image: int = Field(description="index of the image in this reply, from 0")
-    step: int = Field(description="from 1 to total")
-    total: int
-
-
-class ChunkChoice(Reply):
-    """What a chunk adds to the one reply."""
-
-    index: Literal[0]
-    delta: Delta
-    finish_reason: Literal["stop", "length"] | None
-    logprobs: None
-
-
-class ChatChunk(ReplyInfo):
-    """One event of a stream; `[DONE]` follows the last one."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChunkChoice] = Field(description="empty in the chunk with `usage`")
-    progress: Progress | None = None
-    usage: Usage | None = Field(None, description="in a chunk of its own, where stream_options ask for it")
-
-
-class DrawnImage(Reply):
-    """A PNG file in base64."""
-
-    b64_json: str
-    seed: int
-
-
-class ImagesUsage(Reply):
-    input_tokens: int
-    output_tokens: Literal[0]
-    total_tokens: int
-    images: int
-
-
-class ImagesReply(Reply):
-    created: int
-    data: list[DrawnImage]
-    usage: ImagesUsage
 
 
 class Model(Reply):
@@ -151,10 +66,35 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-CHUNK, ERROR = ({"$ref": REFS.format(model=name)} for name in ("ChatChunk", "ErrorReply"))
-DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [CHUNK, ERROR]}}
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, DATA]}}}
-EVENTS = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}  # FastAPI's `responses` of a stream
+def error_body(refused: Refused) -> ErrorReply:
+    """Return the body of an error, its texts on one line and without lone surrogates, which UTF-8 cannot hold."""
+    usual = "invalid_request_error" if refused.status < 500 else "server_error"
+    texts = refused.message, refused.param
+    message, param = (text and " ".join(text.encode(errors="replace").decode().split()) for text in texts)
+    kind = ERROR_TYPES.get(refused.status, usual)
+    return ErrorReply(error={"message": message, "type": kind, "param": param, "code": refused.code})
+
+
+DESCRIBED: list[type[BaseModel]] = [ErrorReply]  # models of streams and forms, which FastAPI does not know of
+
+
+def stream_of(event: type[BaseModel], end: str = "") -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` of a stream of such events, and of `end`."""
+    DESCRIBED.append(event)
+    kinds = {"anyOf": [{"$ref": REFS.format(model=model.__name__)} for model in (event, ErrorReply)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": kinds}
+    data = {"anyOf": [{"const": end}, data]} if end else data
+    item = {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+    return {200: {"content": {"text/event-stream": {"itemSchema": item}}}}
+
+
+def form_of(body: type[BaseModel]) -> dict[str, Any]:
+    """Return FastAPI's `openapi_extra` of a route that takes a form with these fields."""
+    DESCRIBED.append(body)
+    content = {"multipart/form-data": {"schema": {"$ref": REFS.format(model=body.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 PLAIN = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
@@ -173,14 +113,15 @@ def complete_document(app: FastAPI, model: str, limits: Limits) -> None:
     """Complete the document at /openapi.json: events of a stream, the model's name, and the bounds of this server."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
-    schemas |= models_json_schema([(ChatChunk, "validation")], ref_template=REFS)[1]["$defs"]
+    schemas |= models_json_schema([(model, "validation") for model in DESCRIBED], ref_template=REFS)[1]["$defs"]
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own: here they are 400, in OpenAI's form
         schemas.pop(unused, None)
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-    bounds = {"steps": limits.steps, "max_images": limits.images, "n": limits.images}
-    for request in ("ChatRequest", "ImagesRequest"):
+    bounds = {"max_images": limits.images, "n": limits.images}
+    bounds |= dict.fromkeys(("steps", OTHER_NAMES["steps"]), limits.steps)
+    for request in (name for name in schemas if name.endswith("Request")):
         fields = schemas[request]["properties"]
         for field in fields.keys() & {"model", "sampler", *bounds}:
             for kind in fields[field].get("anyOf", [fields[field]]):

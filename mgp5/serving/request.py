@@ -29,13 +29,15 @@ class Limits:
     steps: int = 100  # denoising steps of an image
     side: int = 1024  # longest side of a drawn image, in pixels
     seconds: float = 600.0  # for a reply, waiting included
+    responses: int = 256  # conversations of /v1/responses that are kept, to be gone on from
+    response_bytes: int = 256 * 2**20  # of their images, unpacked
     remote_images: bool = False  # whether images at http and https addresses are fetched
     fetch_bytes: int = 16 * 2**20  # of such an image
     fetch_seconds: float = 10.0
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one entry each."""
-        least = dict.fromkeys(vars(self), 1) | {"body_seconds": 0.1, "images": 0, "remote_images": 0}
+        least = dict.fromkeys(vars(self), 1) | {"body_seconds": 0.1, "images": 0, "remote_images": 0, "responses": 0}
         return _too_small(self, least)
 
 

@@ -1,20 +1,18 @@
-"""Bodies of requests in the form of OpenAI's API, with some more fields; the conversation and options they ask for."""
+"""What the bodies of all requests share: fields, values that are passed over, errors in words; options from them."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import Mgp5Error
-from ..messages import Conversation, Image, Message, Part, Role, Text
-from ..options import Options, reply_options
-from .images import read_image_url
+from ..options import DrawMode, Options, reply_options
 from .loop import Refused
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ def _integer(value: Any) -> Any:
 
 LARGEST = 2  # sides of a drawn image, in native ones: beyond it, what is drawn is drawn several times
 SIZE = "([1-9][0-9]{0,4})x([1-9][0-9]{0,4})"
+Size = Annotated[str, Field(json_schema_extra={"pattern": f"^({SIZE}|auto)$"})]
 Words = Annotated[str, AfterValidator(_encodable)]
 INTEGER = BeforeValidator(_integer)
 Seed = Annotated[int, Field(ge=0, lt=2**53), INTEGER]  # above, a client that reads numbers as floats would change it
@@ -44,23 +43,15 @@ Count = Annotated[int, Field(ge=0, le=2**31), INTEGER]
 
 
 ANY = None  # in a table of neutral values: no value of this field changes a reply
-EVERYWHERE = dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), ANY)
-OF_CHAT = dict.fromkeys(
-    ("reasoning_effort", "verbosity", "parallel_tool_calls", "prediction", "prompt_cache_retention"), ANY
-) | {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs", "min_p"), (0,)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    **{"n": (1,), "best_of": (1,), "top_k": (0, -1), "logprobs": (False,), "logit_bias": ({},)},
-    "response_format": ({"type": "text"},),
+EVERYWHERE = dict.fromkeys(
+    ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), ANY
+)
+NEUTRAL: dict[str, tuple[Any, ...] | None] = {}  # of all bodies
+OTHER_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}  # as other programs call these fields
+REASONS = {  # why a field that others have is refused
+    "negative_prompt": "pictures are drawn from what the language model says, so there is no text to steer away from",
+    "mask": "the next scene is drawn as a whole",
 }
-OF_IMAGES = {
-    **dict.fromkeys(("style", "moderation", "output_compression"), ANY),
-    **{"quality": ("auto", "standard"), "background": ("auto", "opaque"), "stream": (False,), "partial_images": (0,)},
-}
-OF_MESSAGES = {"name": ANY, "annotations": ANY, "tool_calls": ([],)}
-OF_PARTS = {"cache_control": ANY, "detail": ANY, "format": ANY, "annotations": ANY}
-NEUTRAL: dict[str, tuple[Any, ...] | None] = EVERYWHERE | OF_CHAT | OF_IMAGES | OF_MESSAGES | OF_PARTS
 
 
 def _asks_for_nothing(values: tuple[Any, ...] | None, value: Any) -> bool:
@@ -75,6 +66,8 @@ def _with_neutral(schema: dict[str, Any], body: type[Body]) -> None:
     """Let a JSON schema allow what `Body` passes over."""
     kinds = {name: {} if values is ANY else {"enum": [None, *values]} for name, values in body.neutral.items()}
     schema["properties"] |= kinds
+    known = schema["properties"]
+    known |= {other: known[name] for name, other in OTHER_NAMES.items() if name in known}
     schema["additionalProperties"] = {"type": "null"}
 
 
@@ -82,52 +75,29 @@ class Body(BaseModel):
     """Base of request bodies, whose types are strict.
 
     Fields that ask for nothing are passed over: those of `neutral` at their values, and any at null. Others that are
-    not known are refused, as they would change the reply.
+    not known are refused, as they would change the reply. What some clients nest in `extra_body` counts as if it
+    were not nested, and OTHER_NAMES as the names they stand for.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_with_neutral)
     neutral: ClassVar[dict[str, tuple[Any, ...] | None]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        NEUTRAL.update(cls.neutral)
 
     @model_validator(mode="before")
     @classmethod
     def _pass_over(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {n: v for n, v in values.items() if not _asks_for_nothing(cls.neutral.get(n, ()), v)}
-
-
-class TextPart(Body):
-    """A piece of text."""
-
-    neutral = OF_PARTS
-    type: Literal["text", "input_text", "output_text"]
-    text: Words
-
-
-class ImageUrl(Body):
-    """Where an image is: a data URL, or an http or https address where the server fetches them."""
-
-    neutral = OF_PARTS
-    url: str
-
-
-class ImagePart(Body):
-    """An image."""
-
-    neutral = OF_PARTS
-    type: Literal["image_url", "input_image"]
-    image_url: ImageUrl | str
-
-
-ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-class ChatMessage(Body):
-    """A message of a conversation; one without content is passed over."""
-
-    neutral = OF_MESSAGES
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Words | list[ContentPart] | None = None
+        if isinstance(values.get("extra_body"), dict):
+            values = {**values["extra_body"], **{n: v for n, v in values.items() if n != "extra_body"}}
+        values = {n: v for n, v in values.items() if not _asks_for_nothing(cls.neutral.get(n, ()), v)}
+        for name, other in OTHER_NAMES.items():
+            if name in cls.model_fields and other in values:
+                values.setdefault(name, values.pop(other))
+        return values
 
 
 class StreamOptions(Body):
@@ -140,10 +110,9 @@ class StreamOptions(Body):
 class DrawRequest(Body):
     """Fields that say how images are drawn; all but `model` and `size` are not OpenAI's."""
 
+    neutral = EVERYWHERE | {"negative_prompt": ("",)}
     model: str | None = Field(None, description="the one that is served")
-    size: str | None = Field(
-        None, description='"WIDTHxHEIGHT" in pixels, or "auto"', json_schema_extra={"pattern": f"^({SIZE}|auto)$"}
-    )
+    size: Size | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto"')
     seed: Seed | None = None
     steps: Annotated[int, Field(ge=1, le=1000), INTEGER] | None = Field(None, description="20, or the most allowed")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -151,18 +120,12 @@ class DrawRequest(Body):
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds, waiting included", examples=[60])
 
 
-class ChatRequest(DrawRequest):
-    """Body of /v1/chat/completions."""
+class ReplyRequest(DrawRequest):
+    """Fields of requests for replies of text and images."""
 
-    neutral = EVERYWHERE | OF_CHAT
-    model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
     image: Literal["auto", "always", "never"] | None = None
     image_seed: Seed | None = None
     max_images: Count | None = None
-    max_tokens: Count | None = Field(None, description="cut to the most that this server writes")
-    max_completion_tokens: Count | None = Field(None, description="the same; of both, the smaller one holds")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0.9 where it is not given")
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -173,23 +136,13 @@ class ChatRequest(DrawRequest):
     stream_options: StreamOptions | None = None
 
 
-class ImagesRequest(DrawRequest):
-    """Body of /v1/images/generations."""
-
-    neutral = EVERYWHERE | OF_IMAGES
-    prompt: Annotated[Words, Field(min_length=1)]
-    n: Annotated[int, Field(ge=1, le=1000), INTEGER] | None = 1
-    response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png"] | None = None
-
-
 def explain(errors: Sequence[dict[str, Any]], body: Any) -> Refused:
     """Return what is wrong with a body in words, without what was sent; `errors` are those of pydantic."""
     paths = [_path(error, body) for error in errors]
     path = max(paths, key=len)  # the member of a union that was meant is the one that fits furthest
     words = " or ".join(dict.fromkeys(_words(error) for error, at in zip(errors, paths, strict=True) if at == path))
     name, words = ".".join(path), words.replace(" or expected ", " or ")
-    return _refused(f"{name}: {words}"[:300] if name else f"the body: {words}", name[:100] or None)
+    return refused(f"{name}: {words}"[:300] if name else f"the body: {words}", name[:100] or None)
 
 
 def _path(error: dict[str, Any], value: Any) -> list[str]:
@@ -197,6 +150,8 @@ def _path(error: dict[str, Any], value: Any) -> list[str]:
     path: list[str] = []
     steps, missing = error["loc"], error["loc"][-1:] if error["type"] == "missing" else ()
     for step in steps[: len(steps) - len(missing)]:
+        if isinstance(value, dict) and step not in value and OTHER_NAMES.get(step) in value:
+            step = OTHER_NAMES[step]
         inside = isinstance(value, dict) and step in value
         if inside or (isinstance(value, list) and isinstance(step, int) and step < len(value)):
             path, value = [*path, str(step)], value[step]
@@ -209,6 +164,8 @@ def _words(error: dict[str, Any]) -> str:
             return "not valid JSON"
         case "missing":
             return "missing"
+        case "extra_forbidden" if reason := REASONS.get(error["loc"][-1]):
+            return f"not supported, leave it out: {reason}"
         case "extra_forbidden" if values := NEUTRAL.get(error["loc"][-1]):
             return f"not supported here, expected {' or '.join(map(json.dumps, values))}, or leave it out"
         case "extra_forbidden":
@@ -222,30 +179,39 @@ def _words(error: dict[str, Any]) -> str:
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
 
 
-def chat_options(body: ChatRequest, limits: Limits, model: InterleavedModel) -> Options:
+def text_options(
+    body: ReplyRequest,
+    draw: tuple[DrawMode, str],
+    tokens: Sequence[int | None],
+    limits: Limits,
+    model: InterleavedModel,
+) -> Options:
     """Return the options of a reply.
+
+    Args:
+        draw: when to draw, and the field that says so besides `image`.
+        tokens: largest numbers of tokens; the smallest one holds, and 256 without any.
 
     Raises Refused if fields contradict each other, are above the limits, or no image can be drawn with them.
     """
-    draw = {"text": "never", "image": "always"}.get("+".join(dict.fromkeys(body.modalities or [])), "auto")
-    if body.image and draw != "auto" and body.image != draw:
-        raise _refused(f"image is {body.image}, but modalities are {', '.join(body.modalities or [])}", "image")
-    asked = [count for count in (body.max_tokens, body.max_completion_tokens) if count is not None]
-    tokens = min(*(asked or [0 if draw == "always" else 256]), limits.tokens)  # 0: the reply is an image alone
+    mode, source = draw
+    if body.image and mode != "auto" and body.image != mode:
+        raise refused(f"image is {body.image}, but {source} says {mode}", "image")
     images = limits.images if body.max_images is None else body.max_images
-    _check_bound("max_images", images, limits.images)
+    check_bound("max_images", images, limits.images)
     values = body.model_dump(include={"image_seed", "temperature", "top_p", "repetition_penalty"}, exclude_none=True)
-    values |= {"max_tokens": tokens, "max_images": images, "image": body.image or draw}
+    most = min([count for count in tokens if count is not None] or [256])
+    values |= {"max_tokens": min(most, limits.tokens), "max_images": images, "image": body.image or mode}
     if stop := tuple(filter(None, [body.stop] if isinstance(body.stop, str) else body.stop or ())):
         values["stop"] = stop
     return _options(body, limits, model, **values)
 
 
-def image_options(body: ImagesRequest, limits: Limits, model: InterleavedModel) -> list[Options]:
-    """Return the options of each image; their seeds count up. Raises Refused as `chat_options` does."""
-    _check_bound("n", body.n or 1, limits.images)
+def image_options(body: DrawRequest, count: int, limits: Limits, model: InterleavedModel) -> list[Options]:
+    """Return the options of each image; their seeds count up. Raises Refused as `text_options` does."""
+    check_bound("n", count, limits.images)
     first = _options(body, limits, model, max_tokens=0, max_images=1, image="always")
-    return [replace(first, image_seed=first.seed + number) for number in range(body.n or 1)]
+    return [replace(first, image_seed=first.seed + number) for number in range(count)]
 
 
 def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text: Any) -> Options:
@@ -255,13 +221,13 @@ def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text:
     kind = model.head.spec.image_options
     if "steps" in {field.name for field in fields(kind)}:
         image.setdefault("steps", min(20, limits.steps))
-    _check_bound("steps", image.get("steps", 0), limits.steps)
+    check_bound("steps", image.get("steps", 0), limits.steps)
     seed = random.SystemRandom().randrange(2**31) if body.seed is None else body.seed
     try:
         options = reply_options(kind, seed=seed, **image, **text)
         model.head.check(options.image)
     except Mgp5Error as error:
-        raise _refused(str(error), None) from None
+        raise refused(str(error), None) from None
     return options
 
 
@@ -270,61 +236,21 @@ def _size(size: str | None, limits: Limits, head: Head) -> dict[str, int]:
     if size in (None, "auto"):
         return {}
     if not (match := re.fullmatch(SIZE, size)):
-        raise _refused('size is not "WIDTHxHEIGHT" in pixels, nor "auto"', "size")
+        raise refused('size is not "WIDTHxHEIGHT" in pixels, nor "auto"', "size")
     width, height = map(int, match.groups())
     native = getattr(getattr(head, "generator", None), "native_size", limits.side)
     if max(width, height) > (most := min(limits.side, LARGEST * native)):
         message = f"size is {size}, expected {native}x{native}, which this model draws best, or sides up to {most}"
-        raise _refused(message, "size")
+        raise refused(message, "size")
     return {"width": width, "height": height}
 
 
-def conversation(messages: list[ChatMessage], limits: Limits) -> Conversation:
-    """Return the conversation of a body; images are decoded, which takes a while. Raises Refused."""
-    last = messages[-1]
-    if last.role != "user":
-        raise _refused(f"the last message is of role {last.role}, expected user", "messages")
-    if last.content in (None, []):
-        raise _refused("the last message has no content, expected text or an image", "messages")
-    images = sum(isinstance(part, ImagePart) for message in messages for part in message.content or ())
-    check_size(len(messages), images, limits)
-    try:
-        turns = [("system" if m.role == "developer" else m.role, _parts(m.content, limits)) for m in messages]
-        return Conversation(tuple(join_turns(turns)))
-    except Mgp5Error as error:
-        raise _refused(str(error), "messages") from None
-
-
-def join_turns(turns: Iterable[tuple[Role, Sequence[Part]]]) -> list[Message]:
-    """Return the messages of turns, neighbours of one role as one; turns without parts are left out."""
-    joined: list[Message] = []
-    for role, parts in turns:
-        if parts:
-            before = joined.pop().content if joined and joined[-1].role == role else ()
-            joined.append(Message(role, (*before, *parts)))
-    return joined
-
-
-def _parts(content: str | list[TextPart | ImagePart] | None, limits: Limits) -> list[Part]:
-    if isinstance(content, str):
-        return [Text(content)]
-    return [Text(part.text) if isinstance(part, TextPart) else _image(part, limits) for part in content or ()]
-
-
-def _image(part: ImagePart, limits: Limits) -> Image:
-    return read_image_url(part.image_url if isinstance(part.image_url, str) else part.image_url.url, limits)
-
-
-def check_size(messages: int, images: int, limits: Limits) -> None:
-    """Raise Refused for a conversation with more messages or images than the limits allow."""
-    _check_bound("messages", messages, limits.messages)
-    _check_bound("images in messages", images, limits.context_images)
-
-
-def _check_bound(name: str, value: int, most: int) -> None:
+def check_bound(name: str, value: int, most: int) -> None:
+    """Raise Refused for a number above a limit."""
     if value > most:
-        raise _refused(f"{name}: {value}, and this server allows {most} at most", name)
+        raise refused(f"{name}: {value}, and this server allows {most} at most", name)
 
 
-def _refused(message: str, param: str | None) -> Refused:
+def refused(message: str, param: str | None) -> Refused:
+    """Return the refusal of a value."""
     return Refused(400, message, "invalid_value", param)

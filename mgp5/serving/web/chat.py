@@ -16,12 +16,12 @@ from ...apps.world import remarks
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part, Role, Text
 from ..loop import Refused
-from ..schema import check_size, join_turns
+from ..turns import check_size, join_turns
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
 
 if TYPE_CHECKING:
-    from ..app import AppState
     from ..request import Limits
+    from ..state import AppState
 
 EXAMPLES = (
     "Draw a red fox in the snow.",

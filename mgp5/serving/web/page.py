@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from ..app import AppState
+    from ..state import AppState
+
 
 PAGES = 200  # pages that are remembered, the ones used last
 CACHE_SECONDS = 6 * 3600  # for which gradio keeps files

@@ -18,13 +18,14 @@ from ...errors import Mgp5Error
 from ...events import Finished, ImageDone
 from ...messages import Conversation, Image, Message
 from ...views.files import write_png
+from ..api.chat import ChatRequest, chat_options
 from ..images import read_image_bytes
-from ..schema import ChatRequest, chat_options, explain
+from ..schema import explain
 
 if TYPE_CHECKING:
     from ...options import Options
-    from ..app import AppState, ReplyStream
     from ..request import Limits
+    from ..state import AppState, ReplyStream
 
 SHOWN_SIDE = 1024  # longest side of an uploaded image as the page shows it, in pixels
 UPDATE_SECONDS = 0.1  # between two updates of a page

@@ -26,7 +26,7 @@ from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_opti
 
 if TYPE_CHECKING:
     from ...options import Options
-    from ..app import AppState
+    from ..state import AppState
 
 HINT = "Drop pictures in or write scenes; then let the story go on."
 CARDS = 24  # the longest story that the page shows

@@ -1,0 +1,309 @@
+"""The APIs of `mgp5 serve` by OpenAI's own client: responses, images beside a chat's text, streamed images, edits."""
+
+from __future__ import annotations
+
+import base64
+import json
+from io import BytesIO
+
+import openai
+import pytest
+from openai.types.responses import Response
+from PIL import Image as pil
+from serve_process import HELLO, JSON, data_url, serving_here
+from test_serve_hostile import bomb, hold
+
+from mgp5.serving.request import Limits
+
+FAST = {"steps": 1, "max_images": 2}
+PNG = base64.b64decode(data_url((20, 20), "blue").partition("base64,")[2])
+TOOL = {"type": "image_generation", "partial_images": 2}
+
+
+@pytest.fixture(scope="module")
+def server(small_folder):
+    with serving_here(small_folder, rows=4, limits=Limits(responses=2)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+def respond(client, input="hello", seed=1, **more):
+    extra = FAST | {"seed": seed} | more.pop("extra", {})
+    more = {"max_output_tokens": 120} | more
+    return client.responses.create(model="tiny", input=input, extra_body=extra, **more)
+
+
+def told(response):
+    """What the items of a response hold, in order."""
+    assert isinstance(response, Response)
+    return [item.content[0].text if item.type == "message" else item.result for item in response.output]
+
+
+@pytest.fixture(scope="module")
+def mixed(client):
+    """The seed of a response of text and image, text and image, and maybe more."""
+    for seed in (14, *range(100)):
+        response, order = respond(client, seed=seed), ["message", "image_generation_call"] * 2
+        if [item.type for item in response.output][:4] == order and response.status == "completed":
+            return seed, response
+    raise AssertionError("no seed gave two texts and two images in order")
+
+
+def picture(data):
+    return pil.open(BytesIO(base64.b64decode(data)))
+
+
+def test_a_response_is_texts_and_images_in_order(client, mixed):
+    seed, whole = mixed
+    images = [item for item in whole.output if item.type == "image_generation_call"]
+    assert [picture(image.result).size for image in images] == [(16, 16)] * 2
+    assert {item.status for item in whole.output} == {"completed"}
+    assert whole.output_text == "".join(told(whole)[::2])
+    assert whole.usage.output_tokens > 0 and whole.usage.images == 2 and whole.error is None
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    assert told(respond(client, seed=seed)) == told(whole)
+    cut = respond(client, max_output_tokens=3)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    *_, last = respond(client, max_output_tokens=3, stream=True)
+    assert last.type == "response.incomplete" and told(last.response) == told(cut)
+
+
+def test_a_streamed_response_is_the_whole_one_in_events(client, mixed):
+    seed, whole = mixed
+    more = {"max_output_tokens": 120, "extra_body": FAST | {"seed": seed}}
+    with client.responses.stream(model="tiny", input="hello", **more) as stream:
+        events, final = list(stream), stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type == "response.completed" and told(final) == told(whole) and final.usage == whole.usage
+    for index, item in enumerate(final.output):
+        own = [event for event in events if getattr(event, "output_index", None) == index]
+        kinds = [event.type.removeprefix("response.") for event in own]
+        if item.type == "message":
+            assert "".join(event.delta for event in own if "delta" in event.type) == item.content[0].text
+            assert kinds[:2] == ["output_item.added", "content_part.added"] and "output_text.delta" in kinds[2:-3]
+            assert kinds[-3:] == ["output_text.done", "content_part.done", "output_item.done"]
+        else:
+            call = [f"image_generation_call.{name}" for name in ("in_progress", "generating", "completed")]
+            assert kinds == ["output_item.added", *call, "output_item.done"]
+            assert own[0].item.result is None and own[-1].item.result == item.result
+        assert {event.item_id for event in own if hasattr(event, "item_id")} == {item.id}
+    indices = [event.output_index for event in events if hasattr(event, "output_index")]
+    assert indices == sorted(indices)
+
+
+def test_partial_images_come_by_the_tools_option(client):
+    with client.responses.stream(
+        model="tiny",
+        input="hello",
+        tools=[TOOL],
+        tool_choice="required",
+        max_output_tokens=0,
+        extra_body={"steps": 6, "seed": 3},
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    partial = [event for event in events if event.type.endswith("partial_image")]
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    images = [*(event.partial_image_b64 for event in partial), *told(final)]
+    assert len(set(images)) == 3 and {picture(image).size for image in images} == {(16, 16)}
+    assert final.status == "completed" and final.tools[0].partial_images == 2
+
+
+def test_a_conversation_goes_on_by_the_id_of_its_last_response(client, mixed):
+    seed, first = mixed
+    first = respond(client, seed=seed)
+    by_id = respond(client, "and then?", previous_response_id=first.id, instructions="Be short.", store=False)
+    items = [{"role": "user", "content": "hello"}, *first.output, {"role": "user", "content": "and then?"}]
+    by_items = respond(client, items, instructions="Be short.")
+    assert told(by_id) == told(by_items) and by_id.usage == by_items.usage
+    second = respond(client, "and then?", previous_response_id=first.id)
+    assert second.usage.input_tokens > first.usage.input_tokens != by_id.usage.input_tokens
+    assert told(second) != told(by_id)  # instructions are of one response alone
+    for forgotten in (by_id.id, "resp_none"):
+        with pytest.raises(openai.NotFoundError, match="no such response is kept") as error:
+            respond(client, previous_response_id=forgotten)
+        assert error.value.code == "previous_response_not_found"
+    respond(client, "another"), respond(client, "one more")  # two are kept
+    with pytest.raises(openai.NotFoundError):
+        respond(client, previous_response_id=first.id)
+
+
+NEUTRAL = {  # what OpenAI's client, its agents and LangChain send without being asked
+    **{"store": True, "metadata": {"a": "b"}, "parallel_tool_calls": True, "truncation": "disabled", "include": []},
+    **{"text": {"format": {"type": "text"}, "verbosity": "low"}, "reasoning": {"effort": "low"}, "background": False},
+    **{"tool_choice": "auto", "tools": [], "top_logprobs": 0, "service_tier": "auto", "user": "me", "prompt": None},
+    **{"max_tool_calls": 2, "stream_options": {"include_obfuscation": False}, "prompt_cache_key": "x"},
+}
+
+
+def test_what_asks_for_nothing_is_accepted(client):
+    plain = told(respond(client))
+    assert told(respond(client, extra=NEUTRAL)) == plain
+    parts = [{"type": "input_text", "text": "hello"}]
+    assert told(respond(client, [{"type": "message", "role": "user", "content": parts, "status": None}])) == plain
+    assert told(respond(client, extra={"extra_body": {"seed": 1}, "num_inference_steps": 1, "steps": None})) == plain
+    assert not any(item.type != "message" for item in respond(client, tool_choice="none").output)
+    seen = [{"role": "user", "content": [*parts, {"type": "input_image", "image_url": data_url(), "detail": "auto"}]}]
+    assert respond(client, seen, tool_choice="none").usage.input_tokens > respond(client).usage.input_tokens
+
+
+def test_a_chat_is_a_string_with_images_in_their_places(client, mixed):
+    seed, response = mixed
+
+    def ask(messages=HELLO, **more):
+        extra = FAST | {"seed": seed, "response_format": more.pop("format", None)}
+        settings = {"model": "tiny", "messages": messages, "max_tokens": 120}
+        return client.chat.completions.create(**settings, extra_body=extra, **more)
+
+    message = ask().choices[0].message
+    texts, images = told(response)[::2], told(response)[1::2]
+    assert message.content == "\n\n".join(texts) and [image["index"] for image in message.images] == [0, 1]
+    assert [message.content[: image["offset"]] for image in message.images] == [texts[0], "\n\n".join(texts[:2])]
+    assert [image["image_url"]["url"].partition("base64,")[2] for image in message.images] == images
+    deltas = [chunk.choices[0].delta for chunk in ask(stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    assert [image for delta in deltas for image in getattr(delta, "images", [])] == message.images
+    parts = ask(format={"type": "parts"}).choices[0].message
+    assert [part["type"] for part in parts.content][:4] == ["text", "image_url"] * 2
+    again = [ask([*HELLO, one.model_dump(), *HELLO]).usage.prompt_tokens for one in (message, parts)]
+    assert again[0] == again[1] > len(message.content) // 8  # both say the same when they are sent back
+
+
+@pytest.mark.parametrize("kind", ["image_generation", "image_edit"])
+def test_images_are_streamed(client, kind):
+    def draw(extra, **more):
+        fields = {"model": "tiny", "prompt": "7", "n": 2, "extra_body": {"seed": 5} | extra} | more
+        if kind == "image_edit":
+            return client.images.edit(image=[("a.png", PNG), ("b.png", PNG)], **fields)
+        return client.images.generate(**fields)
+
+    whole = [image.b64_json for image in draw({"steps": 4}).data]
+    events = list(draw({"num_inference_steps": 4}, stream=True, partial_images=3))
+    assert {event.type for event in events} == {f"{kind}.partial_image", f"{kind}.completed"}
+    done = {event.index: event for event in events if event.type.endswith("completed")}
+    assert [done[index].b64_json for index in (0, 1)] == whole and [done[i].seed for i in (0, 1)] == [5, 6]
+    assert done[0].usage.images == 1 and done[0].size == "16x16"
+    for index in (0, 1):
+        partial = [event for event in events if event.index == index][:-1]
+        assert [event.partial_image_index for event in partial] == [0, 1, 2]
+        assert len({event.b64_json for event in partial} | {whole[index]}) == 4
+
+
+def test_an_edit_draws_the_scene_after_the_images(client):
+    edit = {"model": "tiny", "prompt": "a fox", "extra_body": {"seed": 5, "steps": 2, "size": "32x16"}}
+    alone = client.images.generate(**edit)
+    one, two = (client.images.edit(image=images, **edit) for images in (PNG, [("a", PNG), ("b", PNG)]))
+    assert len({drawn.data[0].b64_json for drawn in (alone, one, two)}) == 3
+    assert picture(one.data[0].b64_json).size == (32, 16)
+    assert alone.usage.input_tokens < one.usage.input_tokens < two.usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="mask: not supported, leave it out: the next scene is drawn"):
+        client.images.edit(image=PNG, mask=PNG, **edit)
+
+
+def test_an_item_that_is_an_image_alone_is_seen(client):
+    drawn = respond(client, "hello", tool_choice="required", max_output_tokens=0).output
+    assert [item.type for item in drawn] == ["image_generation_call"]
+    call = {"type": "image_generation_call", "id": "ig_1", "result": drawn[0].result}
+    counts = [
+        respond(client, [*before, {"role": "user", "content": "hello"}], tool_choice="none").usage.input_tokens
+        for before in ([], [call], [call, call])
+    ]
+    assert counts == sorted(set(counts))
+
+
+ITEMS = (  # wrong items of the input of /v1/responses
+    *(5, {"type": []}, {"type": "item_reference", "id": "msg_1"}, {"type": "function_call_output", "output": "a"}),
+    *({"type": "image_generation_call", "id": "ig_1", "result": result} for result in (None, 5, "%%", "aGVsbG8=")),
+    *({"role": "user", "content": [part]} for part in ({"type": "input_file"}, {"type": "input_image"})),
+    *({"role": "user", "content": [{"type": "input_image", "image_url": url}]} for url in ("/etc/passwd", "a", 5)),
+    {"role": "assistant", "content": "yes"},
+)
+RESPONSES = {  # wrong values of fields of /v1/responses
+    "input": (None, 5, [], "x" * 5000, *([item] for item in ITEMS)),
+    "instructions": (5, "\ud800", "x" * 5000),
+    "previous_response_id": (5,),
+    "max_output_tokens": (-1,),
+    "tools": (
+        *(5, [{"type": "function", "name": "f"}], [{"type": "web_search"}], [TOOL, TOOL]),
+        *([TOOL | more] for more in ({"size": "48x48"}, {"partial_images": 4}, {"input_image_mask": {}})),
+    ),
+    "tool_choice": ("any", {"type": "function", "name": "f"}),
+    "text": ({"format": {"type": "json_schema"}},),
+    "background": (True,),
+    "truncation": ("auto",),
+    "conversation": ("conv_1",),
+    "top_logprobs": (3,),
+    "store": ("yes",),
+}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+def form(*fields: tuple[str, bytes], end: bytes = b"--b--\r\n") -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    return b"".join(head % (name.encode(), data) for name, data in fields) + end
+
+
+FORMS = {
+    "nothing": b"",
+    "another boundary": form().replace(b"--b", b"--c"),
+    "no end": form(("prompt", b"a"), ("image", PNG), end=b""),
+    "no fields": form(),
+    "no image": form(("prompt", b"a")),
+    "no prompt": form(("image", PNG)),
+    "no picture": form(("prompt", b"a"), ("image", b"hello")),
+    "a bomb": form(("prompt", b"a"), ("image", bomb(60_000, 60_000))),
+    "too many": form(("prompt", b"a"), *[("image[]", PNG)] * 17),
+    "a mask": form(("prompt", b"a"), ("image", PNG), ("mask", PNG)),
+    "a wrong number": form(("prompt", b"a"), ("image", PNG), ("n", b"two")),
+    "deep": form(("prompt", b"a"), ("image", PNG), ("n", b"[" * 100_000)),
+    "not UTF-8": form(("prompt", b"\xff\xfe"), ("image", PNG)),
+    "a name of nothing": form(("prompt", b"a"), ("image", PNG), ("", b"a")),
+}
+
+
+def test_bodies_that_mean_no_good(server):
+    before = server.metric("mgp5_finished_total")
+    bodies = [{"input": "hello", name: value} for name in RESPONSES for value in RESPONSES[name]]
+    asked = [("responses", json.dumps({"model": "tiny"} | body).encode(), JSON, 400) for body in bodies]
+    asked += [("images/edits", body, FORM, 400) for body in FORMS.values()]
+    asked.append(("responses", json.dumps({"input": "a", "previous_response_id": "../passwd"}).encode(), JSON, 404))
+    asked.append(("images/edits", form(), FORM | {"Origin": "http://evil.example"}, 415))  # a web page's
+    asked.append(("images/edits", b'{"prompt": "a fox"}', JSON, 415))
+    for path, body, headers, status in asked:
+        found = server.ask("POST", f"/v1/{path}", body, headers)
+        assert found[0] == status, (body[:200], found)
+        hold(found[1])
+    assert server.metric("mgp5_finished_total") == before
+
+
+def test_requests_as_open_webui_sends_them(server):
+    """Written after open-webui's routers/images.py; chats, titles, images and edits (a form as aiohttp writes it)."""
+    seen = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": data_url()}}]
+    talk = [{"role": "system", "content": "be short"}, {"role": "user", "content": seen}]
+    chat = {
+        "stream": True,
+        "model": "tiny",
+        "messages": talk,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 4,
+    }
+    status, answer = server.ask("POST", "/v1/chat/completions", json.dumps(chat).encode(), JSON)
+    chunks = [json.loads(line[6:]) for line in answer.split(b"\n\n") if line.startswith(b"data: {")]
+    assert status == 200 and chunks[-1]["usage"]["completion_tokens"] <= 4
+    assert all(isinstance(c["delta"].get("content", ""), str) for chunk in chunks for c in chunk["choices"])
+    status, title = server.post("/v1/chat/completions", messages=HELLO, stream=False, max_completion_tokens=10)
+    assert status == 200 and isinstance(title["choices"][0]["message"]["content"], str)
+    fields = {"model": "tiny", "prompt": "a fox", "n": 1, "size": "16x16", "response_format": "b64_json"}
+    status, drawn = server.post("/v1/images/generations", **fields)
+    assert status == 200 and picture(drawn["data"][0]["b64_json"]).size == (16, 16)
+    kind = 'Content-Type: %s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n'
+    pieces = [(kind % ("text/plain; charset=utf-8", name, "")).encode() + str(fields[name]).encode() for name in fields]
+    pieces += [(kind % ("image/png", "image[]", f'; filename="image_{i}.png"')).encode() + PNG for i in (0, 1)]
+    body = b"".join(b"--b\r\n" + piece + b"\r\n" for piece in pieces) + b"--b--\r\n"
+    status, answer = server.ask("POST", "/v1/images/edits", body, FORM)
+    assert status == 200 and picture(json.loads(answer)["data"][0]["b64_json"]).size == (16, 16)
