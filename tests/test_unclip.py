@@ -114,13 +114,14 @@ def test_images_are_encoded_as_the_pipeline_does(folder, model, pipeline, tmp_pa
     pixels = pipeline.feature_extractor(images=images, return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = pipeline.image_encoder(pixels).image_embeds
-    torch.testing.assert_close(model.encode_images(images), expected)
+    torch.testing.assert_close(model.preprocess_images(images), pixels)
+    torch.testing.assert_close(model.embed_pixels(pixels), expected)
     assert not any(value.requires_grad for value in model.parameters())
     copy = shutil.copytree(folder, tmp_path / "model")
     shutil.rmtree(copy / "image_encoder")
     without = load_generator(str(copy))
-    with pytest.raises(Mgp5Error, match="no folder image_encoder"):
-        without.encode_images(images)
+    with pytest.raises(Mgp5Error, match="has no image encoder"):
+        without.embed_pixels(pixels)
     shutil.rmtree(copy / "image_normalizer")
     with pytest.raises(Mgp5Error, match="no folder image_normalizer"):
         load_generator(str(copy))

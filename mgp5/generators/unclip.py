@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from ..errors import Mgp5Error
 from .pipeline import load_part
@@ -48,13 +55,14 @@ class StableUnCLIP(StableDiffusion):
         image_noise: NoiseSchedule | None = None,  # of image embeddings; None adds no noise
         normalizer: StableUnCLIPImageNormalizer | None = None,  # mean and deviation of image embeddings
         read_image_encoder: Callable[[], CLIPVisionModelWithProjection] | None = None,
+        image_size: int = 224,  # pixels of each side that it reads
     ) -> None:
         kind, width = unet.config.class_embed_type, unet.config.projection_class_embeddings_input_dim
         if kind != "projection" or not width or width % 2 or width // 2 > unet.config.cross_attention_dim:
             case = f"the unet takes {width} numbers of an image by {kind}, expected by projection"
             raise Mgp5Error(f"{case}, at most twice a row of {unet.config.cross_attention_dim}", "take another model")
         super().__init__(unet, vae, schedule, text_encoder, tokenizer)
-        self.image_noise, self.read_image_encoder = image_noise, read_image_encoder
+        self.image_noise, self.read_image_encoder, self.image_size = image_noise, read_image_encoder, image_size
         self.image_encoder: CLIPVisionModelWithProjection | None = None
         scale = StableUnCLIPImageNormalizer(self.image_width) if normalizer is None else normalizer
         self.register_buffer("image_mean", scale.mean.detach())
@@ -65,12 +73,16 @@ class StableUnCLIP(StableDiffusion):
         """Read how image embeddings are normalized and noised; their encoder is read when it is needed."""
         noise = load_part(DDIMScheduler.load_config, name, "image_noising_scheduler", revision)
         load = StableUnCLIPImageNormalizer.from_pretrained
-        encoder = CLIPVisionModelWithProjection.from_pretrained
-        return {
+        parts = {
             "image_noise": NoiseSchedule.from_config(noise),
             "normalizer": load_part(load, name, "image_normalizer", revision, use_safetensors=True),
-            "read_image_encoder": partial(load_part, encoder, name, "image_encoder", revision, **weights),
         }
+        if not Path(name).is_dir() or (Path(name) / "image_encoder").is_dir():
+            at = name, "image_encoder", revision
+            encoder = CLIPVisionModelWithProjection.from_pretrained
+            parts["read_image_encoder"] = partial(load_part, encoder, *at, **weights)
+            parts["image_size"] = load_part(CLIPVisionConfig.from_pretrained, *at).image_size
+        return parts
 
     @property
     def image_width(self) -> int:
@@ -86,20 +98,20 @@ class StableUnCLIP(StableDiffusion):
         """Encode B texts as Stable Diffusion does; the two last rows are zeros: no image."""
         return pad(super()._encode_text(texts), (0, 0, 0, 2))
 
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:  # (B, P)
-        """Encode B images by the model's own CLIP, which is read at the first call and stays.
+    def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:  # (B, 3, H, W)
+        """Return the pixels of B images for `embed_pixels`; runs in data workers, without weights."""
+        processor = CLIPImageProcessorPil(size={"shortest_edge": self.image_size}, crop_size=self.image_size)
+        return processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
 
-        Raises Mgp5Error if the model has none.
-        """
+    @torch.no_grad()
+    def embed_pixels(self, pixels: Tensor) -> Tensor:  # (B, P)
+        """Return the image embeddings of preprocessed pixels, by the model's own CLIP, which is read at the first call
+        and stays. Raises Mgp5Error if the model has none."""
         if self.image_encoder is None:
             if self.read_image_encoder is None:
                 raise Mgp5Error("this diffusion model has no image encoder", "add its folder image_encoder")
             encoder = self.read_image_encoder().requires_grad_(False).eval()
             self.image_encoder = encoder.to(self.text_device or self.device)
-        size = self.image_encoder.config.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
-        pixels = processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         return self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds
 
     def image_condition(self, embeds: Tensor, rng: torch.Generator | None = None) -> Tensor:  # (B, L, C)
