@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import model_config_from
 from ..engines.exported import split_denoiser
 from ..errors import Mgp5Error
 from ..generators import load_generator
 from ..generators.denoising import guidance_batch
 from ..generators.latent_diffusion import LatentDiffusion
 from ..heads.minigpt5 import FeatureMapper, MiniGPT5Head
+from ..heads.settings import model_config_from
 from ..hub import read_config, resolve
 from ..loading import CONFIG, WEIGHTS, read_weights
 

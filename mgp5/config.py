@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import Mgp5Error, raise_all
-from .options import kinds_of
 from .prompts import CHAT_SYSTEM, Context
 
 VokenLabels = Literal["all", "first", "ends"]
@@ -63,17 +61,13 @@ class MiniGPT5Config:
     unconditional: Literal["mapper", "text"] = "mapper"
 
 
-# Name of a head -> class of its configuration.
-HEAD_CONFIGS: dict[str, type] = {"minigpt5": MiniGPT5Config}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The configuration of a model; stored beside its trained weights and checked when it is loaded."""
 
     mllm: str  # LLM and generator, as hub ids or folders (relative ones are in the model's folder)
     diffusion: str
-    head: str = "minigpt5"  # a key of HEAD_CONFIGS
+    head: str = "minigpt5"  # a key of `heads.HEADS`
     head_config: Any
     guidance: float = 7.5  # defaults of this model (the paper's are 7.5 and 1)
     temperature: float = 1.0
@@ -166,6 +160,7 @@ class TrainConfig:
     warmup: int = 1000  # updates of linear growth before
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # in 8 bits: extra `quant`, GPU only
     ema: float = 0.0  # decay of a moving average of the trained weights; 0: none
+    whole_llm: bool = False  # merge the adapter, then train the whole LLM but its embeddings
     lora: LoraConfig | None = None  # adapter of the LLM in stages that may have one; at most one
     prefix: PrefixConfig | None = None
     data: DataConfig = DataConfig()
@@ -195,6 +190,8 @@ class TrainConfig:
             for name in names
             if not fits(getattr(self, name))
         ]
+        if self.whole_llm and (self.lora or self.prefix or self.quantize != "none"):
+            problems.append("whole_llm is set beside an adapter or a quantised LLM, expected it alone")
         if self.lora and self.prefix:
             problems.append("lora and prefix are both given, expected one adapter")
         raise_all(problems + _unknown_words(self))
@@ -243,35 +240,3 @@ def _unknown_words(config: Any) -> list[str]:
     hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
     found = {name: getattr(config, name) for name in hints}
     return [f"{k} is {v}, expected {' or '.join(hints[k])}" for k, v in found.items() if v not in hints[k]]
-
-
-def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
-    """Return the configuration of a checkpoint's JSON file, also of versions in which heads had no names.
-
-    Raises Mgp5Error, which names the file, if fields are missing or unknown, or the head is unknown.
-    """
-    raw = dict(raw)
-    if "head_config" not in raw:
-        raw["head_config"] = {name: raw.pop(name) for name in ("num_vokens", "mapper", "unconditional") if name in raw}
-        raw["head_kind"] = raw.pop("diffusion_kind", "")
-    kind = raw.get("head", "minigpt5")
-    if kind not in HEAD_CONFIGS:
-        known = ", ".join(HEAD_CONFIGS)
-        raise Mgp5Error(f"{path} is of a model with the head {kind!r}, expected one of {known}", "update mgp5")
-    try:
-        raw["head_config"] = _from_dict(HEAD_CONFIGS[kind], raw["head_config"])
-        return _from_dict(ModelConfig, raw)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Mgp5Error(f"{path} is not a configuration of mgp5 ({error})", "train or copy the model again") from None
-
-
-def _from_dict(kind: type, raw: dict[str, Any]) -> Any:
-    """Build a dataclass from the dictionary that `asdict` returned and JSON stored."""
-    values = dict(raw)
-    for name, hint in get_type_hints(kind).items():
-        kinds = [kind for kind in kinds_of(hint) if dataclasses.is_dataclass(kind)]
-        if kinds and isinstance(values.get(name), dict):
-            values[name] = _from_dict(kinds[0], values[name])
-        elif isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
-    return kind(**values)

@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from .backbones.hf import HFBackbone
 from .backbones.quantization import Quantize
-from .config import ModelConfig, model_config_from
+from .config import ModelConfig
 from .errors import Mgp5Error
 from .files import replacing, write_json
 from .generators import load_generator
 from .heads import Head, head_class
+from .heads.settings import model_config_from
 from .hub import Parts, explain, from_hub, read_config
 from .model import InterleavedModel
 
@@ -101,7 +102,8 @@ def load_checkpoint(
 
 
 def trained_tensors(model: InterleavedModel) -> dict[str, Tensor]:
-    """Return all that the stages train, under stable names: NAME.* of the head's saved parts, "adapter.*", "prefix.*".
+    """Return all that the stages train, under stable names: NAME.* of the head's saved parts, "adapter.*", "prefix.*",
+    "llm.*" of the LLM's own weights.
 
     Where processes share the weights (FSDP), all of them have to call it.
     """
@@ -116,6 +118,7 @@ def trained_tensors(model: InterleavedModel) -> dict[str, Tensor]:
         for name in twice - once:  # with tied embeddings one set of rows has two names: the first is kept
             adapter.pop(name.removesuffix(".default"), None)
     tensors["adapter"] = dict(sorted(adapter.items()))
+    tensors["llm"] = model.llm_weights()
     tensors["prefix"] = backbone.prefix.state_dict() if backbone.prefix is not None else {}
     return {f"{kind}.{name}": full(value) for kind, part in tensors.items() for name, value in part.items()}
 
@@ -129,6 +132,8 @@ def load_trained_tensors(model: InterleavedModel, tensors: dict[str, Tensor], pa
     """Put trained tensors into a prepared model. Raises Mgp5Error when names or shapes differ."""
     from peft import set_peft_model_state_dict
 
+    named = {name.removeprefix("llm.") for name in tensors if name.startswith("llm.")}
+    model.llm_names |= named & {*model.llm_weights(everything=True)}
     expected = {name: value.shape for name, value in trained_tensors(model).items()}
     found = {name: value.shape for name, value in tensors.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
@@ -143,6 +148,9 @@ def load_trained_tensors(model: InterleavedModel, tensors: dict[str, Tensor], pa
     for name, part in model.head.parts().items():
         if part.saved:
             part.module.load_state_dict(by_part.get(name, {}))
+    with torch.no_grad():
+        for name, weight in model.llm_weights().items():
+            weight.copy_(by_part["llm"][name])
     if "adapter" in by_part:
         set_peft_model_state_dict(model.backbone.model, by_part["adapter"])
     if model.backbone.prefix is not None:

@@ -20,6 +20,9 @@ from .heads.batch import Batch
 from .heads.losses import Losses, labelled, text_loss
 from .prompts import CHAT_SYSTEM
 
+ADAPTERS = re.compile("lora_|trainable_tokens|token_adapter")  # in names of weights that peft added
+WHOLE = r"^backbone\.(?!prefix\.).*language_model\.(?!.*(embed_tokens|lm_head|lora_))"  # the LLM but its embeddings
+
 
 class InterleavedModel(nn.Module):
     """The whole model: the head adds its tokens to the LLM. Built frozen; `prepare` unfreezes what a stage trains."""
@@ -29,6 +32,7 @@ class InterleavedModel(nn.Module):
         self.backbone, self.head, self.config = backbone, head, config
         backbone.limit_pixels(config.max_pixels)
         head.install(backbone)
+        self.llm_names: frozenset[str] = frozenset()  # of the LLM's own weights that were trained
         self.requires_grad_(False)
         self.eval()
 
@@ -84,6 +88,8 @@ class InterleavedModel(nn.Module):
     def prepare(self, config: TrainConfig) -> None:
         """Unfreeze exactly what a stage trains: what the head's plan says."""
         stage = self.head.stage(config.stage)
+        if config.whole_llm:
+            self.merge()
         self.adapt(config.lora if stage.adapter else None, config.prefix if stage.adapter else None)
         self.head.prepare(config)
         head_config = getattr(self.head, "config", self.config.head_config)
@@ -93,7 +99,14 @@ class InterleavedModel(nn.Module):
         self.config = replace(self.config, stage=config.stage, head_config=head_config, system=system, **data)
         for parameter, rule in self._planned(config):
             parameter.requires_grad_(rule is not None and rule.lr is not None)
+        trained = {_plain(name) for name, p in self.backbone.core.named_parameters() if p.requires_grad}
+        self.llm_names |= trained & {*self.llm_weights(everything=True)}
         self.backbone.checkpointing(config.checkpointing)
+
+    def llm_weights(self, everything: bool = False) -> dict[str, nn.Parameter]:
+        """Return the LLM's own weights that were trained, or all of them, by their names in transformers."""
+        weights = {_plain(name): p for name, p in self.backbone.core.named_parameters() if not ADAPTERS.search(name)}
+        return {name: p for name, p in weights.items() if everything or name in self.llm_names}
 
     def adapt(self, lora: LoraConfig | None, prefix: PrefixConfig | None) -> None:
         """Put trainable rows of the head's tokens into embedding and LM head, and LoRA or a prefix into the LLM.
@@ -114,7 +127,7 @@ class InterleavedModel(nn.Module):
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
         """Return the optimizer's groups: parameters that train, by learning rate and weight decay."""
-        rules = [rule for rule in self.head.train_plan(config) if rule.lr is not None]
+        rules = [rule for rule in self._plan(config) if rule.lr is not None]
         groups = {(rule.lr, rule.weight_decay): [] for rule in rules}  # in the order of the plan
         for parameter, rule in self._planned(config):
             if rule is not None and rule.lr is not None:
@@ -122,10 +135,20 @@ class InterleavedModel(nn.Module):
         named = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
         return [group for group in named if group["params"]]
 
+    def _plan(self, config: TrainConfig) -> tuple[TrainRule, ...]:
+        """Return the head's plan, and what is trained of any LLM."""
+        whole = (TrainRule(WHOLE, config.lr, config.weight_decay),) if config.whole_llm else ()
+        return (*self.head.train_plan(config), *whole)
+
     def _planned(self, config: TrainConfig) -> list[tuple[nn.Parameter, TrainRule | None]]:
         """Return each parameter with the first rule that matches its name."""
-        plan = self.head.train_plan(config)
+        plan = self._plan(config)
         return [
             (parameter, next((rule for rule in plan if re.search(rule.pattern, name)), None))
             for name, parameter in self.named_parameters()
         ]
+
+
+def _plain(name: str) -> str:
+    """Return the name that a weight has without peft's wrappers."""
+    return name.replace(".base_layer", "")

@@ -50,8 +50,26 @@ class DiffusionOptions(ImageOptions):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedOptions(DiffusionOptions):
+    """How SEED draws an image: how its codes are sampled, apart from the text, and how they are drawn."""
+
+    code_temperature: float = 1.0  # 0 takes the most likely code
+    code_top_p: float = 0.5  # nucleus sampling, in (0, 1]; that of the released scripts
+    code_top_k: int = 0  # the most likely codes that may be taken; 0: all
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one entry each."""
+        return super().problems() + unexpected(
+            self,
+            code_temperature=(self.code_temperature >= 0, "0 or more"),
+            code_top_p=(0 < self.code_top_p <= 1, "above 0 and at most 1"),
+            code_top_k=(self.code_top_k >= 0, "0 or more"),
+        )
+
+
 # Name of a head -> class of the options that it draws with.
-IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {"minigpt5": DiffusionOptions}
+IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {"minigpt5": DiffusionOptions, "seed": SeedOptions}
 
 
 @dataclass(frozen=True, kw_only=True)

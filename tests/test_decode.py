@@ -207,15 +207,15 @@ def test_sampling_inverts_the_cumulative_distribution():
     chances = torch.tensor([0.1, 0.5, 0.0, 0.25, 0.15])
     logits = chances.log().expand(6, -1)
 
-    def tokens(numbers, top_p, temperature=1.0):
-        count = len(numbers)
-        settings = torch.full((count, 1), temperature), torch.full((count, 1), top_p), torch.tensor(numbers)[:, None]
-        return sample(logits[:count], *settings).tolist()
+    def tokens(numbers, top_p, temperature=1.0, top_k=0.0):
+        chance = [torch.full((len(numbers), 1), value) for value in (temperature, top_p, top_k)]
+        return sample(logits[: len(numbers)], *chance[:2], torch.tensor(numbers)[:, None], chance[2]).tolist()
 
     assert tokens([0.0, 0.49, 0.51, 0.74, 0.76, 0.9999], 1.0) == [1, 1, 3, 3, 4, 0]
     assert tokens([0.0, 0.66, 0.67, 0.9999], 0.7) == [1, 1, 3, 3]  # 0.5 and 0.25 reach 0.7
     assert tokens([0.99], 0.5) == tokens([0.99], 0.01) == [1]
     assert tokens([0.99], 1e-50) == tokens([0.99], 1.0, temperature=1e-50) == [1]  # zeros in single precision
+    assert tokens([0.0, 0.66, 0.67, 0.9999], 1.0, top_k=2) == [1, 1, 3, 3] and tokens([0.99], 1.0, top_k=1) == [1]
     squares = chances.square() / chances.square().sum()
     first = float(squares[1])
     assert tokens([first - 0.01, first + 0.01], 1.0, temperature=0.5) == [1, 3]

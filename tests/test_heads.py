@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_head_is_refused_in_one_line(codes, config, tmp_
     path = tmp_path / "run/mgp5/config.json"
     stored = json.loads(path.read_text())
     for change, message in (
-        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, codes"),
+        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, seed"),
         ({"head": "minigpt5"}, "is not a configuration of mgp5"),
         ({"head_config": {"num_codes": 10, "length": 4}, "head_kind": ""}, "do not fit|tokens of its head"),
         ({"head_config": {"num_codes": 10, "length": 4}}, "was trained for 4 of 12 codes, but .* is 4 of 10 codes"),

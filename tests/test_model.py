@@ -12,9 +12,10 @@ from tiny import feed, picture, same_pixels
 
 from mgp5 import Conversation, Image, Message, Text
 from mgp5.apps.story import SceneInput, StoryRequest, tell_story
-from mgp5.config import MapperConfig, MiniGPT5Config, model_config_from
+from mgp5.config import MapperConfig, MiniGPT5Config
 from mgp5.events import Finished, ImageDone, ImageStep, TextChunk
 from mgp5.heads.minigpt5 import predicting_states
+from mgp5.heads.settings import model_config_from
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
 from mgp5.options import reply_options

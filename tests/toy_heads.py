@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mgp5.backbones.hf import HFBackbone
-from mgp5.config import HEAD_CONFIGS, ModelConfig
+from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
 from mgp5.heads import (
     HEADS,
@@ -62,6 +62,7 @@ class CodesOptions(ImageOptions):
 class CodesHead(Head):
     """Even positions take even codes, odd ones odd codes, so that a mask of the wrong step is seen."""
 
+    config_type = CodesConfig
     stages = (Stage("tokenizer", "captions", llm=False), Stage("pretrain", "captions"))
 
     def __init__(self, config: CodesConfig) -> None:
@@ -221,7 +222,7 @@ class SideHead(Head):
         return self.paint(states.mean(1)).tanh()[0, :, None, None].expand(3, SIDE, SIDE)
 
 
-HEADS["codes"], HEAD_CONFIGS["codes"], IMAGE_OPTIONS["codes"] = ("toy_heads", "CodesHead"), CodesConfig, CodesOptions
+HEADS["codes"], IMAGE_OPTIONS["codes"] = ("toy_heads", "CodesHead"), CodesOptions
 
 
 def with_head(folder, head: Head, **config) -> InterleavedModel:

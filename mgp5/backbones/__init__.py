@@ -31,6 +31,7 @@ class Backbone(Protocol):
 
     tokenizer: Any  # with a chat template
     width: int  # D
+    vision_width: int  # V, width of the vision tower's tokens
     lm_head: nn.Module  # projection from D to V
     device: torch.device  # of the computation, also while weights are offloaded
     image_token: str  # text that stands for one image in a chat template
@@ -48,6 +49,9 @@ class Backbone(Protocol):
 
     def encode_images(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Encode N preprocessed images to features, one tensor (S, E) each."""
+
+    def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the vision tower's own tokens (N, S, V) of N preprocessed images of one size, before its last norm."""
 
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
         """Return the embeddings (B, T, E) of tokens (B, T), with image features in their slots, in reading order."""

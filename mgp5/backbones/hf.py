@@ -143,6 +143,29 @@ class HFBackbone(nn.Module):
             return list(torch.cat([torch.cat(features), *levels], dim=-1).split([len(f) for f in features]))
         return list(features)
 
+    @property
+    def _tower(self) -> nn.Module | None:
+        parts = (self.core, getattr(self.core, "model", None))
+        names = ("vision_tower", "vision_model")
+        return next((getattr(part, name) for part in parts for name in names if hasattr(part, name)), None)
+
+    @property
+    def vision_width(self) -> int:
+        """Return V, the width of `vision_tokens`."""
+        return self.core.config.vision_config.hidden_size
+
+    def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return all tokens (N, S, V) that the vision tower's layers give for N preprocessed images, before the norm
+        and the projector. Raises Mgp5Error if this LLM's tower does not work on images of one size."""
+        tower = self._tower
+        if tower is None or "image_grid_thw" in inputs:
+            case = f"the vision tower of {self.core.config.model_type} gives no tokens of its own"
+            raise Mgp5Error(case, "take a LLaVA or a BLIP-2")
+        pixels = inputs["pixel_values"].to(self.device, self.core.dtype)
+        if hasattr(tower, "encoder") and not hasattr(tower, "pre_layrnorm"):  # BLIP-2 has a norm over all of them
+            return tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
+        return tower(pixel_values=pixels).last_hidden_state  # CLIP's norm is for the pooled token alone
+
     def embed(self, ids: Tensor, features: list[Tensor]) -> Tensor:
         """Return the embeddings (B, T, E) of tokens (B, T), with image features, each (S, E), in their slots in order.
 

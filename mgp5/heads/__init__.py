@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
     from ..backbones import Backbone
     from ..config import ModelConfig, TrainConfig
+    from ..messages import Conversation
     from .batch import Batch
 
 # Name of a head, as configurations have it -> module and class. Whoever adds a head adds a line.
-HEADS: dict[str, tuple[str, str]] = {"minigpt5": ("mgp5.heads.minigpt5", "MiniGPT5Head")}
+HEADS: dict[str, tuple[str, str]] = {
+    "minigpt5": ("mgp5.heads.minigpt5", "MiniGPT5Head"),
+    "seed": ("mgp5.heads.seed", "SeedHead"),
+}
 
 
 class Stage(NamedTuple):
@@ -88,6 +92,7 @@ class Sample:
     rng: torch.Generator  # on the CPU
     temperature: float = 1.0  # 0 takes the most likely token
     top_p: float = 1.0  # nucleus sampling, in (0, 1]
+    top_k: int = 0  # the most likely tokens that may be taken; 0: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +163,18 @@ class ImageContext(NamedTuple):
     ids: list[Tensor] | None = None  # N tensors (S,), tokens whose embeddings `tokens` are, which training goes through
 
 
+class Drawn(NamedTuple):
+    """A drawn image, and what it is as a context image, where it need not be encoded again."""
+
+    pixels: Tensor  # (3, H, W) in [-1, 1]
+    context: ImageContext
+
+
 class Head(nn.Module):
     """The base class of all heads, with defaults that fit most of them."""
 
     stages: ClassVar[tuple[Stage, ...]]  # in order
+    config_type: ClassVar[type]  # dataclass of `ModelConfig.head_config`
     spec: HeadSpec
     ids: tuple[int, ...] = ()  # of `spec.new_tokens`, set by `install`
 
@@ -236,6 +249,10 @@ class Head(nn.Module):
         """Convert a target image to tensors, which batches stack by name; runs in data workers, without weights."""
         raise NotImplementedError
 
+    def arrange(self, sample: Conversation, config: TrainConfig) -> Conversation:
+        """Return a sample as a stage of this head learns it; runs in data workers."""
+        return sample
+
     def layout(self, target: dict[str, Tensor], config: TrainConfig | None = None) -> tuple[list[int], list[int]]:
         """Return ids and labels of a target image in the sequence (labels may be IGNORE); the trigger comes first."""
         raise NotImplementedError
@@ -258,7 +275,7 @@ class Head(nn.Module):
     def check(self, options: ImageOptions) -> None:
         """Raise Mgp5Error for options that the head cannot draw with; called before anything is computed."""
 
-    def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
+    def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor | Drawn]:
         """Draw one image: yield requests, receive their responses, return pixels (3, H, W) in [-1, 1]."""
         raise NotImplementedError
         yield

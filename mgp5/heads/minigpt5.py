@@ -24,12 +24,12 @@ from ..errors import Mgp5Error
 from ..generators.latent_diffusion import LatentDiffusion
 from ..options import DiffusionOptions
 from ..prompts import IGNORE
-from . import DrawContext, Forced, Head, HeadSpec, Part, Preview, Request, Response, Stage, Step, TrainRule
+from . import DrawContext, Forced, HeadSpec, Part, Request, Response, Stage, TrainRule
+from .diffusion import DiffusionHead
 from .losses import Losses, caption_loss
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
-    from ..generators.denoising import DenoisingState
     from .batch import Batch
 
 MAX_VOKENS = 16  # the paper's ablation goes from 1 to 16 (MiniGPT-5 2023, appendix C.2)
@@ -58,9 +58,10 @@ def predicting_states(
     )
 
 
-class MiniGPT5Head(Head):
+class MiniGPT5Head(DiffusionHead):
     """Draw an image from the states that predict a run of vokens (MiniGPT-5, section 3.2); the generator is frozen."""
 
+    config_type = MiniGPT5Config
     stages = (Stage("pretrain", "captions"), Stage("finetune", "conversations", adapter=True))
 
     def __init__(self, generator: LatentDiffusion, config: MiniGPT5Config) -> None:
@@ -99,22 +100,9 @@ class MiniGPT5Head(Head):
         length, width = self.generator.condition_shape
         return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the generator."""
-        return self.generator.device
-
     def parts(self) -> dict[str, Part]:
         """Return the mapper, which is trained, and the frozen parts of the generator."""
-        return {
-            "mapper": Part(self.mapper, "", True),
-            "denoiser": Part(self.generator.denoiser, "draw", False),
-            "VAE": Part(self.generator.vae, "decode", False),
-        } | {
-            name.replace("_", " "): Part(module, "", False)
-            for name, module in self.generator.named_children()
-            if name.startswith("text_encoder")
-        }
+        return {"mapper": Part(self.mapper, "", True)} | self.generator_parts()
 
     # --- training ---
 
@@ -214,10 +202,6 @@ class MiniGPT5Head(Head):
         self._unconditional = None
         return super().train(mode)
 
-    def check(self, options: DiffusionOptions) -> None:
-        """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""
-        self.generator.check(options)
-
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image: read the run of vokens, map the states that predict it, denoise step by step, decode.
 
@@ -227,35 +211,7 @@ class MiniGPT5Head(Head):
         response = yield Forced(self.ids)
         hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + K, D): the trigger is at 1
         condition = self.mapper(predicting_states(hidden, [0], [1], self.num_vokens))  # (1, L, C)
-        state = (yield Step(("begin",), (condition, context))).output  # a Step: it needs the generator's weights
-        while not state.done:
-            yield Step(("denoising", *state.key), state)
-            total, pixels = len(state.table), None
-            if context.shows(state.step, total):
-                pixels = (yield self._decode(state.clean)).output
-            yield Preview(state.step, total, pixels)
-        return (yield self._decode(state.latents)).output
-
-    def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
-        """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
-
-        By the first item of `key`, the inputs of an image and its output are: "begin", condition (1, L, C) and
-        DrawContext to DenoisingState; "denoising", that state, which advances; "decode", latents (1, Z, h, w) to pixels
-        (3, H, W) in [-1, 1].
-        """
-        if key[0] == "begin":
-            return [self._begin(*each) for each in inputs]
-        if key[0] == "denoising":
-            self.generator.step(inputs)
-            return inputs
-        return [self.generator.decode(latents)[0] for latents in inputs]  # the decoder takes the most memory
-
-    def _decode(self, latents: Tensor) -> Step:
-        return Step(("decode", tuple(latents.shape)), latents)
-
-    def _begin(self, condition: Tensor, context: DrawContext) -> DenoisingState:
-        unconditional = None if context.options.guidance == 1.0 else self.unconditional(condition)
-        return self.generator.begin(condition, unconditional, context.options, context.rng("noise"))
+        return (yield from self.denoise(condition, context))
 
 
 def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:

@@ -184,13 +184,13 @@ class Decoder:
             slot = state.length + self.cache.prefix_length if row in tokens else self.cache.index.capacity - 1
             integers.append([row, slot, state.position, row in tokens, tokens.get(row, 0)])
             params = state.sampling if row in tokens else PAUSED
-            chance = params.temperature or 1.0, params.temperature > 0, params.top_p, params.penalty
+            chance = params.temperature or 1.0, params.temperature > 0, params.top_p, params.penalty, params.top_k
             settings.append([*chance, *params.numbers(count)])
             if params.penalty != 1:
                 self.generated[row] = False
                 self.generated[row, list(params.generated_ids)] = True
         buffers.integers.copy_(torch.tensor(integers).T)
-        buffers.settings[: 4 + count].copy_(torch.tensor(settings).T)
+        buffers.settings[: 5 + count].copy_(torch.tensor(settings).T)
         buffers.step.zero_()
         return buffers
 
@@ -234,7 +234,7 @@ class Decoder:
         if not mode.random:
             return logits.argmax(-1)
         numbers = buffers.numbers.index_select(0, buffers.step)[0, :, None]
-        sampled = sample(logits, buffers.temperature, buffers.top_p, numbers)
+        sampled = sample(logits, buffers.temperature, buffers.top_p, numbers, buffers.top_k)
         return torch.where(buffers.random[:, 0] > 0, sampled, logits.argmax(-1)) if mode.greedy else sampled
 
     def _capture(self, step: Callable[[], None], buffers: DecodeBuffers) -> Callable[[], None]:
@@ -262,14 +262,14 @@ class DecodeBuffers:
         with torch.inference_mode(False):
             # (5, r): row, slot, rotary position, whether it is active, and the token to be read
             self.integers = torch.zeros(5, rows, dtype=torch.long, device=device)
-            # (4 + n, r): temperature, whether it was not 0, top_p, penalty, a number in [0, 1) for each step
-            self.settings = torch.ones(4 + tokens, rows, device=device)
+            # (5 + n, r): temperature, whether it was not 0, top_p, penalty, top_k, a number in [0, 1) for each step
+            self.settings = torch.ones(5 + tokens, rows, device=device)
             self.tokens = torch.zeros(tokens, rows, dtype=torch.long, device=device)  # (n, r), sampled
             self.states = torch.zeros(tokens, rows, width, dtype=dtype, device=device)  # (n, r, D), that predict them
             self.step = torch.zeros(1, dtype=torch.long, device=device)  # steps since the last sync
             self.rows, self.slot, self.position, self.active, self.token = self.integers
-            self.temperature, self.random, self.top_p, self.penalty = self.settings[:4, :, None]
-            self.counters, self.numbers = self.integers[1:3], self.settings[4:]
+            self.temperature, self.random, self.top_p, self.penalty, self.top_k = self.settings[:5, :, None]
+            self.counters, self.numbers = self.integers[1:3], self.settings[5:]
 
 
 def causal_mask(slots: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # (r, 1, k, W)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
-from ..heads import DrawContext, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
+from ..heads import DrawContext, Drawn, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
 from ..messages import Conversation, Image, Message, Text
 from ..options import Options
 from ..prompts import role_markers, with_system
@@ -105,7 +105,7 @@ class ActiveRequest:
         self.events: list[Event | Exception] = []  # not delivered yet
         self.writer = ReplyText()
         self.token: int | None = None  # sampled, not read yet
-        self.drawing: Generator[Request, Response, Tensor] | None = None
+        self.drawing: Generator[Request, Response, Tensor | Drawn] | None = None
         self.sample: Sample | None = None  # that the drawing waits for
         self.sampled: list[tuple[int, Tensor]] = []  # tokens of it, and the states (1, 1, D) that predict them
         self.committing = False  # whether the need is the head's commit of an image
@@ -277,7 +277,9 @@ class ActiveRequest:
                 response = Response(hidden=self.session.states)
             elif isinstance(request, Sample):
                 self.sample, self.sampled, self.need = request, [], NextToken()
-                self._set_allowed(SamplingParams(request.temperature, request.top_p, 1.0, request.rng))
+                self._set_allowed(
+                    SamplingParams(request.temperature, request.top_p, 1.0, request.rng, top_k=request.top_k)
+                )
                 return
             else:
                 self.need = request
@@ -297,9 +299,11 @@ class ActiveRequest:
         elif allowed[count] is not allowed[count - 1]:
             self._set_allowed(self.session.decoder.rows[self.row].sampling)
 
-    def _end_image(self, pixels: Tensor) -> None:
-        index = self.writer.num_images
+    def _end_image(self, drawn: Tensor | Drawn) -> None:
+        index, pixels = self.writer.num_images, drawn.pixels if isinstance(drawn, Drawn) else drawn
         image = to_image(pixels, self._metadata(self._image_seed + index))
+        if isinstance(drawn, Drawn):
+            self.session.remember(image, drawn.context)
         self.events.append(ImageDone(index, image))
         self.writer.parts.append(image)
         self.drawing = None

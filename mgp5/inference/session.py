@@ -17,6 +17,7 @@ from ..prompts import check_length, prompt
 from .decoder import Decoder
 
 if TYPE_CHECKING:
+    from ..heads import ImageContext
     from ..model import InterleavedModel
 
 Key = tuple[int, str]  # a token, and the image that it stands for, "" for text
@@ -31,6 +32,11 @@ class EncodedImage:
     tokens: Tensor  # (S, E)
     grid: Tensor | None  # (1, 3) patches in time, height and width, for backbones of any resolution
     side: Tensor | None  # (1, ...), features that layers of the LLM attend to besides the sequence
+    ids: Tensor | None  # (S,), tokens whose embeddings `tokens` are
+
+    def keys(self, slot: int) -> list[Key]:
+        """Return the keys of its S positions; tokens have those that they have in text, so that a reply's own fit."""
+        return [(slot, self.key)] * len(self.tokens) if self.ids is None else [(i, "") for i in self.ids.tolist()]
 
 
 @dataclass
@@ -104,6 +110,12 @@ class Session:
         """Return the number of tokens in the cache."""
         return len(self.keys)
 
+    def remember(self, image: Image, context: ImageContext, grid: Tensor | None = None) -> None:
+        """Keep what an image is for the LLM: it is not encoded again."""
+        picture, ids = image.load(), context.ids and context.ids[0]
+        key = digest(picture.tobytes() + repr(picture.size).encode())
+        self._encoded[id(image)] = EncodedImage(image, key, context.tokens[0], grid, context.side, ids)
+
     def _render(self, conversation: Conversation) -> tuple[list[int], list[EncodedImage]]:
         """Return the tokens up to where the reply begins, and the images in their slots."""
         rendered = prompt(self.backbone, conversation)
@@ -120,17 +132,14 @@ class Session:
         return kept
 
     def _keys(self, ids: list[int], images: list[EncodedImage]) -> list[Key]:
-        names = iter([image.key for image in images for _ in range(len(image.tokens))])
-        return [(i, next(names) if i == self.backbone.image_token_id else "") for i in ids]
+        keys = iter([key for image in images for key in image.keys(self.backbone.image_token_id)])
+        return [next(keys) if i == self.backbone.image_token_id else (i, "") for i in ids]
 
     def _encode(self, images: tuple[Image, ...]) -> list[EncodedImage]:
         """Encode the images that were not seen before, one by one (their sizes may differ)."""
         for image in images:
             if id(image) not in self._encoded:
-                picture = image.load()
-                inputs = self.backbone.preprocess([picture])
+                inputs = self.backbone.preprocess([image.load()])
                 context = self.head.encode_images(self.backbone, inputs)
-                key = digest(picture.tobytes() + repr(picture.size).encode())
-                grid = inputs.get("image_grid_thw")
-                self._encoded[id(image)] = EncodedImage(image, key, context.tokens[0], grid, context.side)
+                self.remember(image, context, inputs.get("image_grid_thw"))
         return [self._encoded[id(image)] for image in images]

@@ -20,6 +20,7 @@ class SamplingParams:
     penalty: float  # divides the logits of `generated_ids`; 1 is off
     rng: torch.Generator  # on the CPU; one number for each token, whatever the batch and tokens_per_sync are
     generated_ids: set[int] = field(default_factory=set)  # of the reply so far; whoever records the reply adds to it
+    top_k: int = 0  # the most likely tokens that may be taken; 0: all
     _drawn: list[float] = field(default_factory=list)
 
     def numbers(self, count: int) -> list[float]:
@@ -46,8 +47,9 @@ def penalise(logits: Tensor, generated: Tensor, penalty: Tensor) -> Tensor:  # (
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:  # (r,)
-    """Sample a token of each row from the smallest set that reaches top_p (Holtzman et al., arXiv 1904.09751).
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:  # (r,)
+    """Sample a token of each row from the smallest set that reaches top_p (Holtzman et al., arXiv 1904.09751), at most
+    top_k tokens; 0 is no limit.
 
     Logits (r, V), the others (r, 1). Temperature and top_p may be 0 in single precision. Numbers in [0, 1) say where to
     look in the cumulative distribution of the set, likely tokens first.
@@ -55,5 +57,6 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, numbers: Tensor) 
     values, order = torch.softmax(logits / temperature.clamp(min=COLDEST), dim=-1).sort(descending=True, stable=True)
     reached = values.cumsum(-1)
     last = (torch.searchsorted(reached - values, top_p) - 1).clamp(min=0)  # the token that reaches top_p is of the set
+    last = torch.where(top_k > 0, torch.minimum(last, top_k.long() - 1), last)
     index = torch.searchsorted(reached, numbers * reached.gather(1, last), right=True)
     return order.gather(1, torch.minimum(index, last))[:, 0]  # minimum: sums are rounded

@@ -20,12 +20,12 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..backbones.hf import HFBackbone
 from ..backbones.processors import load_image_processor, load_tokenizer
-from ..config import model_config_from
 from ..files import read_json
 from ..generators import generator_class
 from ..generators.latent_diffusion import AUTOENCODERS, CLIP_LENGTH
 from ..generators.pipeline import load_part, read_index
 from ..heads import head_class
+from ..heads.settings import model_config_from
 from ..hub import REPOS, Parts, explain, read_config
 from ..loading import CONFIG, assemble
 from ..model import InterleavedModel

@@ -78,7 +78,8 @@ class Collator:
                 continue
             key, conversation = sample
             try:
-                row = self._row(with_system(conversation, self.system), latents, features)
+                arranged = self.head.arrange(conversation, self.config) if self.config else conversation
+                row = self._row(with_system(arranged, self.system), latents, features)
             except _Unusable as error:
                 kind, reason = error.args
                 skipped.append(Skipped(kind, f"{key} ({reason})"))

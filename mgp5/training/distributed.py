@@ -141,7 +141,9 @@ class LossModule(nn.Module):
             ids = batch.ids.new_zeros(1, 2)
             total = self.model.hidden(replace(batch, ids=ids, mask=torch.ones_like(ids)))[:0].sum()
         weights = [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        return total + sum(p[:0].sum() for p in weights), {k: v.detach() for k, v in losses.terms.items()}
+        return total + sum((p if p.dim() else p[None])[:0].sum() for p in weights), {
+            k: v.detach() for k, v in losses.terms.items()
+        }
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import DataConfig, ModelConfig, model_config_from
+from ..config import DataConfig, ModelConfig
 from ..data import Problems, Skipped, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device
@@ -22,6 +22,7 @@ from ..errors import Mgp5Error, raise_all
 from ..files import digest
 from ..generators import load_generator
 from ..heads.minigpt5 import to_pixels
+from ..heads.settings import model_config_from
 from ..hub import Parts, read_config, resolve
 from ..loading import CONFIG, load_backbone
 from ..messages import Conversation, Image

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..config import DataConfig, LoraConfig, MiniGPT5TrainConfig, PrefixConfig, TrainConfig
 from ..errors import Mgp5Error
+from ..generators.seed_stages import SeedTokenizerConfig
 from ..heads import head_class
+from ..heads.settings import SeedTrainConfig
 
 
 def preset(stage: str, name: str = "paper", head: str = "minigpt5") -> TrainConfig:
@@ -84,6 +86,46 @@ def _own_80gb(stage: str) -> MiniGPT5TrainConfig:
     return _own(stage, batch=16, accumulation=1)
 
 
+def _seed(stage: str) -> SeedTrainConfig:
+    """Return what the papers and facts say of SEED: 10 epochs of the contrastive stage, then the tokenizer (SEED,
+    section 2.2); LoRA on all projections over captions and images half and half, then over stories."""
+    common = {"text_weight": 1.0, "guidance_dropout": 0.0, "schedule": "cosine", "weight_decay": 0.05}
+    data = DataConfig(bare_captions=True, instruct_every=0)
+    if stage == "tokenizer-contrastive":
+        return SeedTrainConfig(stage=stage, lr=3e-5, rows_lr=0.0, epochs=10, batch=64, accumulation=64, **common)
+    if stage == "tokenizer":
+        return SeedTrainConfig(stage=stage, lr=1e-4, rows_lr=0.0, epochs=500, batch=256, accumulation=1, **common)
+    lora = LoraConfig(rank=16, alpha=32, targets=SEVEN)
+    if stage == "pretrain":
+        common |= {"data": data, "both_ways": True}
+        return SeedTrainConfig(stage=stage, lr=1.5e-4, rows_lr=1.5e-4, steps=30_000, lora=lora, **common)
+    return SeedTrainConfig(stage=stage, lr=1e-4, rows_lr=1e-4, steps=50_000, lora=lora, **common)
+
+
+def _seed_release(stage: str) -> SeedTrainConfig:
+    """Return the released numbers where they differ: the quantizer's weights exchanged, norms of the LLM trained."""
+    paper = _seed(stage)
+    tokenizer = dataclasses.replace(paper.tokenizer, quantizer_loss="legacy")
+    return dataclasses.replace(paper, norms=stage in ("pretrain", "finetune"), tokenizer=tokenizer)
+
+
+def _seed_demo(stage: str) -> SeedTrainConfig:
+    """Return the numbers of the tiny model: see examples/storyland."""
+    tokenizer = SeedTokenizerConfig(
+        width=128, heads=4, causal_layers=4, codes=512, code_width=16, block_layers=2, reverse_layers=3, dropout=0.0
+    )
+    common = {"accumulation": 1, "warmup": 100, "checkpointing": False, "guidance_dropout": 0.0, "tokenizer": tokenizer}
+    common |= {"text_weight": 1.0, "schedule": "cosine"}
+    if stage.startswith("tokenizer"):
+        return SeedTrainConfig(stage=stage, lr=5e-4, rows_lr=0.0, batch=64, **common)
+    lora = LoraConfig(rank=16, alpha=32, dropout=0.0, targets=SEVEN)
+    data = DataConfig(bare_captions=stage == "pretrain", instruct_every=0)
+    both = stage == "pretrain"
+    return SeedTrainConfig(stage=stage, lr=1e-3, rows_lr=2e-3, batch=32, lora=lora, data=data, both_ways=both, **common)
+
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 # Name of a head -> name of a preset -> the settings of a stage.
 PRESETS: dict[str, dict[str, Callable[[str], TrainConfig]]] = {
     "minigpt5": {
@@ -95,5 +137,6 @@ PRESETS: dict[str, dict[str, Callable[[str], TrainConfig]]] = {
         "own-laptop": _own_laptop,
         "own-24gb": _own_24gb,
         "own-80gb": _own_80gb,
-    }
+    },
+    "seed": {"paper": _seed, "release": _seed_release, "demo": _seed_demo},
 }

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from ..config import LoraConfig, ModelConfig, TrainConfig, model_config_from
+from ..config import LoraConfig, ModelConfig, TrainConfig
 from ..data import Keyed, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device, pick_precision, quiet_libraries
 from ..errors import Mgp5Error, raise_all
 from ..files import Claim, GiB
 from ..heads import head_class
+from ..heads.settings import model_config_from
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
 from ..memory.estimate import Estimate, estimate
@@ -212,7 +213,7 @@ def _processes() -> int:
 
 def check_adapter(name: str, trained: ModelConfig | None, config: TrainConfig) -> None:
     """Check that the adapter of a finetuned model can go on in that of the run. Raises Mgp5Error."""
-    if trained is None or not (trained.lora or trained.prefix):
+    if trained is None or config.whole_llm or not (trained.lora or trained.prefix):
         return
     old, new = trained.lora or trained.prefix, config.lora or config.prefix
     if not head_class(trained.head).stage(config.stage).adapter:

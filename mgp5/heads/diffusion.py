@@ -1,0 +1,84 @@
+"""The base class of heads that draw with a latent-diffusion model.
+
+Letters: L condition length, C condition width, H and W pixels, Z latent channels, h and w latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..generators.latent_diffusion import LatentDiffusion
+from . import DrawContext, Head, Part, Preview, Request, Response, Step
+
+if TYPE_CHECKING:
+    from ..generators.denoising import DenoisingState
+    from ..options import DiffusionOptions
+
+
+class DiffusionHead(Head):
+    """Denoise step by step from a condition that a subclass makes."""
+
+    generator: LatentDiffusion
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the generator."""
+        return self.generator.device
+
+    def generator_parts(self) -> dict[str, Part]:
+        """Return the frozen parts of the generator."""
+        return {
+            "denoiser": Part(self.generator.denoiser, "draw", False),
+            "VAE": Part(self.generator.vae, "decode", False),
+        } | {
+            name.replace("_", " "): Part(module, "", False)
+            for name, module in self.generator.named_children()
+            if name.startswith("text_encoder")
+        }
+
+    def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
+        """Return the unconditional condition on device and in dtype of `condition`."""
+        raise NotImplementedError
+
+    def check(self, options: DiffusionOptions) -> None:
+        """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""
+        self.generator.check(options)
+
+    def denoise(self, condition: Tensor, context: DrawContext) -> Generator[Request, Response, Tensor]:
+        """Draw one image from a condition (1, L, C): denoise step by step, decode; return pixels (3, H, W) in [-1, 1].
+
+        Yields a `Step` to begin, to denoise (each with a `Preview`) and to decode. Raises Mgp5Error as `check` does.
+        """
+        state = (yield Step(("begin",), (condition, context))).output  # a Step: it needs the generator's weights
+        while not state.done:
+            yield Step(("denoising", *state.key), state)
+            total, pixels = len(state.table), None
+            if context.shows(state.step, total):
+                pixels = (yield self._decode(state.clean)).output
+            yield Preview(state.step, total, pixels)
+        return (yield self._decode(state.latents)).output
+
+    def step(self, key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
+        """Begin several images, run one denoising step of them in one call, or decode their latents one by one.
+
+        By the first item of `key`, the inputs of an image and its output are: "begin", condition (1, L, C) and
+        DrawContext to DenoisingState; "denoising", that state, which advances; "decode", latents (1, Z, h, w) to pixels
+        (3, H, W) in [-1, 1].
+        """
+        if key[0] == "begin":
+            return [self._begin(*each) for each in inputs]
+        if key[0] == "denoising":
+            self.generator.step(inputs)
+            return inputs
+        return [self.generator.decode(latents)[0] for latents in inputs]  # the decoder takes the most memory
+
+    def _decode(self, latents: Tensor) -> Step:
+        return Step(("decode", tuple(latents.shape)), latents)
+
+    def _begin(self, condition: Tensor, context: DrawContext) -> DenoisingState:
+        unconditional = None if context.options.guidance == 1.0 else self.unconditional(condition)
+        return self.generator.begin(condition, unconditional, context.options, context.rng("noise"))

@@ -1,0 +1,74 @@
+"""The settings of heads: how they are shaped and trained, and how a checkpoint's configuration is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from ..config import ModelConfig, TrainConfig
+from ..errors import Mgp5Error
+from ..generators.seed_stages import SeedTokenizerConfig
+from ..options import kinds_of
+from . import HEADS, head_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedConfig:
+    """The configuration of the head of SEED."""
+
+    tokenizer: SeedTokenizerConfig
+    # Source of the unconditional condition: zeros, the encoding of the empty text, or the codes that the LLM says
+    # without a prompt (all in the released code).
+    unconditional: Literal["zeros", "text", "codes"] = "text"
+    text_tokenizer: str = ""  # folder or hub id of the contrastive stage's; "": the LLM's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedTrainConfig(TrainConfig):
+    """The settings of the head of SEED; those after `text_tokens` shape a fresh head, see SeedTokenizerConfig."""
+
+    norms: bool = False  # also train the norms of the LLM, as the release does
+    both_ways: bool = False  # of captions half are learnt whole as caption and image, half as image and caption
+    text_tokens: int = 32  # to which captions are cut in the contrastive stage
+    unconditional: Literal["zeros", "text", "codes"] = "text"
+    text_tokenizer: str = ""
+    # Widths of features and condition are those of the parts.
+    tokenizer: SeedTokenizerConfig = field(default_factory=SeedTokenizerConfig)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the tokenizer's shape and the source of the unconditional condition."""
+        return {name: getattr(self, name) for name in ("tokenizer", "unconditional", "text_tokenizer")}
+
+
+def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:
+    """Return the configuration of a checkpoint's JSON file, also of versions in which heads had no names.
+
+    Raises Mgp5Error, which names the file, if fields are missing or unknown, or the head is unknown.
+    """
+    raw = dict(raw)
+    if "head_config" not in raw:
+        raw["head_config"] = {name: raw.pop(name) for name in ("num_vokens", "mapper", "unconditional") if name in raw}
+        raw["head_kind"] = raw.pop("diffusion_kind", "")
+    kind = raw.get("head", "minigpt5")
+    if kind not in HEADS:
+        known = ", ".join(HEADS)
+        raise Mgp5Error(f"{path} is of a model with the head {kind!r}, expected one of {known}", "update mgp5")
+    try:
+        raw["head_config"] = _from_dict(head_class(kind).config_type, raw["head_config"])
+        return _from_dict(ModelConfig, raw)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Mgp5Error(f"{path} is not a configuration of mgp5 ({error})", "train or copy the model again") from None
+
+
+def _from_dict(kind: type, raw: dict[str, Any]) -> Any:
+    """Build a dataclass from the dictionary that `asdict` returned and JSON stored."""
+    values = dict(raw)
+    for name, hint in get_type_hints(kind).items():
+        kinds = [kind for kind in kinds_of(hint) if dataclasses.is_dataclass(kind)]
+        if kinds and isinstance(values.get(name), dict):
+            values[name] = _from_dict(kinds[0], values[name])
+        elif isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    return kind(**values)
