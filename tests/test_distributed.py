@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_training import fork, join
+from tiny_training import fork_two, join
 
 from mgp5 import cli
 from mgp5.apps.open_model import load
@@ -69,18 +68,18 @@ def check(found: Path, expected: Path) -> None:
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(usual, one, tmp_path):
-    two = [*usual, "--out", "two", "--set", "accumulation=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgp5"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen([*torchrun, *two], cwd=tmp_path, env=env, **pipes)
-    first = json.loads(launcher.stdout.readline())
+    workers = fork_two([*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=2"], tmp_path)
+    while workers[1].is_alive() and not (tmp_path / "0.out").read_text().endswith("\n"):
+        time.sleep(0.001)
+    os.kill(workers[1].pid, signal.SIGTERM)  # to one of them only
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 130
+    out, err = ([(tmp_path / f"{rank}.{name}").read_text() for rank in (0, 1)] for name in ("out", "err"))
+    first, *rows = map(json.loads, out[0].splitlines())
     assert first["step"] == 1 and {"samples_per_second", "eta", "memory_gib"} <= first.keys()
-    workers = [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
-    workers[1].send_signal(signal.SIGTERM)  # to one of them only
-    out, err = launcher.communicate()
-    assert len(workers) == 2 and err.count("mgp5: interrupted") == 1 and "exitcode  : 130" in err
-    assert [json.loads(line)["step"] for line in out.splitlines()] == list(range(2, len(losses(tmp_path / "two")) + 1))
+    assert [row["step"] for row in rows] == list(range(2, len(losses(tmp_path / "two")) + 1))
+    assert out[1] == "" and "".join(err).count("mgp5: interrupted") == 1
     # One process goes on where the two were.
     given = [*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=4", "--resume"]
     result = CliRunner().invoke(cli.main, given)
@@ -91,17 +90,19 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(usual, one, tmp_
 
 
 @pytest.mark.slow
+def test_torchrun_starts_both(usual, one, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgp5"]
+    command += [*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=2"]
+    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+    check(tmp_path / "two", one)
+
+
+@pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones(usual, one, tmp_path):
-    """Processes forked with the environment of `accelerate launch --use_fsdp`: starting anew takes longer than this."""
+    """Processes with the environment of `accelerate launch --use_fsdp`."""
     two = [*usual, "--out", str(tmp_path / "two"), "--set", "accumulation=2"]
     for more in (["--stop-after", "3"], ["--resume"]):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        common |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        workers = [fork([*two, *more], **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-        for worker in workers:
+        for worker in fork_two([*two, *more], tmp_path, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"):
             worker.join()
             assert worker.exitcode == 0
     check(tmp_path / "two", one)

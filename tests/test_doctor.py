@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import get_args
@@ -19,6 +20,9 @@ from mgp5 import doctor, engines
 from mgp5.cli import main
 from mgp5.evaluation.weights import WEIGHTS
 from mgp5.hub import DEMO, resolve
+from mgp5.memory.generation import footprint
+
+LLAVA = "llava-1.5-7b+sd-2.1-base"
 
 
 def told(*command, code=0):
@@ -62,10 +66,13 @@ def test_without_a_model_it_imports_nothing_slow():
     assert done.stdout == "set()\n"
 
 
-def test_all_tells_of_every_named_model(monkeypatch):
-    monkeypatch.setattr(doctor, "bases", lambda: ["llava-1.5-7b+sd-2.1-base"])  # of 25, each takes seconds
-    lines = [line.split() for line in told("--all").stdout.splitlines()]
-    (row,) = [line for line in lines if line[:1] == ["llava-1.5-7b+sd-2.1-base"]]
+def test_whether_a_model_fits_is_told_first_and_all_tells_of_every_named_one(monkeypatch):
+    monkeypatch.setattr("mgp5.memory.generation.footprint", cache(footprint))
+    lines = told("--model", LLAVA).stdout.splitlines()
+    fits = {line.split(" fits on ")[1] for line in lines[: len(doctor.CARDS)]}
+    assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= fits and "fits" not in lines[len(doctor.CARDS)]
+    monkeypatch.setattr(doctor, "bases", lambda: [LLAVA])  # of 25, each takes seconds
+    (row,) = [line.split() for line in told("--all").stdout.splitlines() if line.split()[:1] == [LLAVA]]
     assert 10 < float(row[1]) < 30 and float(row[2]) < float(row[1])
 
 
@@ -76,12 +83,6 @@ def test_piped_it_is_plain_text():
     assert "mgp5 story --images" in result.stdout.splitlines()[-2]
     lines = [line.split() for line in result.stdout.splitlines()]
     assert any(line[:1] == ["full"] and len(line) >= 6 for line in lines)
-
-
-def test_whether_a_model_fits_is_told_first():
-    lines = told("--model", "llava-1.5-7b+sd-2.1-base").stdout.splitlines()
-    fits = {line.split(" fits on ")[1] for line in lines[: len(doctor.CARDS)]}
-    assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= fits and "fits" not in lines[len(doctor.CARDS)]
 
 
 def test_what_is_wrong_is_one_line(monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from accelerate import PartialState
 from browser import Page
 from click.testing import CliRunner
 from tiny import same_pixels
-from tiny_training import fork, fresh
+from tiny_training import fork_two, fresh
 
 from mgp5 import cli
 from mgp5.config import ModelConfig
@@ -221,13 +220,7 @@ def test_an_evaluation_that_ended_early_goes_on(usual, whole, tmp_path):
 
 
 def test_two_processes_reply_as_one(usual, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    args = ["eval", "--out", str(tmp_path / "out"), *QUICK, *usual]
-    workers = [fork(args, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-    for worker in workers:
+    for worker in fork_two(["eval", "--out", str(tmp_path / "out"), *QUICK, *usual], tmp_path):
         worker.join()
         assert worker.exitcode == 0
     assert all((tmp_path / f"out/replies/model-{rank}.jsonl").stat().st_size for rank in (0, 1))

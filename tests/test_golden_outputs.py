@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image as pil
 from safetensors.torch import load_file
-from serve_process import serving
+from serve_process import serving_here
 
 from mgp5 import cli
 
@@ -95,8 +95,8 @@ def test_a_batch_of_three_lines(tmp_path):
         check_folder(f"batch-{number}", tmp_path / f"b/{number:06d}")
 
 
-def test_a_served_reply(tmp_path):
-    with serving(tmp_path / "server", "--model", "demo", "--device", "cpu") as server:
+def test_a_served_reply():
+    with serving_here("demo") as server:
         fields = {"model": "tiny", "messages": [{"role": "user", "content": "draw a grey cat at the beach"}], "seed": 2}
         body = json.dumps(fields | {"steps": 8, "stream": True, "max_tokens": 40, "image": "always"}).encode()
         status, answer = server.ask("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})

@@ -76,7 +76,8 @@ def test_the_readmes_snippet_runs_in_the_checkouts_root(tmp_path):
     (snippet,) = re.findall(r"^```python\n(import mgp5\n.+?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     out = tmp_path / "fox.png"
     plain = 'import sys; sys.modules["onnxruntime"] = None\n'  # as README installs it: no extras
-    *events, found = run(plain + snippet.replace("fox.png", str(out)) + OURS, ROOT)
+    snippet = snippet.replace("fox.png", str(out)).replace('"always"', '"always", steps=2')
+    *events, found = run(plain + snippet + OURS, ROOT)
     assert events[-1].startswith("Finished(") and out.stat().st_size > 1000
     spec = find_spec("kernels")
     assert found.split()[1] == str(spec and spec.origin)

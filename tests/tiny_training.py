@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,16 +51,28 @@ def batch_of(model: InterleavedModel, *conversations: Conversation) -> Batch:
     return Collator(model.backbone, model.head, model.backbone.context_length, config("finetune"))(conversations)
 
 
-def fork(args: list[str], **env: str) -> multiprocessing.Process:
-    """`mgp5 ARGS` in a process of its own, which has torch already."""
+def fork(args: list[str], output: Path | None = None, **env: str) -> multiprocessing.Process:
+    """`mgp5 ARGS` in a process of its own, which has torch already; `output`.out and .err have what it writes."""
+    files = [open(f"{output}.{name}", "w", buffering=1) for name in ("out", "err")] if output else []  # noqa: SIM115
 
     def work() -> None:
         os.environ.update(env)
+        if files:
+            sys.stdout, sys.stderr = files
         cli.main(args)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
+
+
+def fork_two(args: list[str], folder: Path, **env: str) -> list[multiprocessing.Process]:
+    """Two processes with the environment of `torchrun`; they write to 0.out, 0.err, 1.out and 1.err of the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [fork(args, folder / rank, **env, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
 
 
 def same(one: InterleavedModel | dict, other: InterleavedModel | dict) -> bool:

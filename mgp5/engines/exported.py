@@ -124,7 +124,7 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
 
     Exported in this form, ONNX Runtime runs it faster on a CPU than its own GroupNormalization.
     """
-    flat = x.float().flatten(2).reshape(len(x), groups, -1)
+    flat = x.float().flatten(2).reshape(x.shape[0], groups, -1)
     normed = nn.functional.instance_norm(flat, eps=eps).reshape(x.shape)
     over = (-1, *[1] * (x.ndim - 2))
     normed = normed * weight.float().view(over) + bias.float().view(over)

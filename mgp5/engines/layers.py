@@ -99,7 +99,7 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, C, h, w), (1 or R, S)
         hidden, bias = _normed(self.ops, self.norm1, x), time_embedding[:, self.columns]
-        if len(time_embedding) == 1:
+        if time_embedding.shape[0] == 1:
             hidden = self.conv1(hidden, bias[0])
         else:  # images at different steps; in an exported file too, where ONNX Runtime fuses constant biases only
             hidden = self.conv1.convolve(hidden, None) + bias[:, :, None, None]

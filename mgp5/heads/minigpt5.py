@@ -259,7 +259,7 @@ class FeatureMapper(nn.Module):
             mask = nn.Transformer.generate_square_subsequent_mask(source.shape[1], source.device, source.dtype)
             rows = self._project(self.transformer(source, mask=mask, is_causal=True))
             return F.pad(rows, (0, 0, 0, self.config.queries - rows.shape[1]))
-        rows = self.transformer(source, self.queries.expand(len(states), -1, -1))  # (P, L, transformer width)
+        rows = self.transformer(source, self.queries.expand(states.shape[0], -1, -1))  # (P, L, transformer width)
         if not self.config.pooled:
             return self._project(rows)
         pooled = F.pad(self.pool(rows[:, -1:]), (0, self.config.width - self.config.pooled))  # (P, 1, C)
