@@ -1,4 +1,7 @@
-"""Tiny models on disk, made once for all processes of a run; which tests are quick, and which need a GPU."""
+"""Tiny models on disk, made once for all processes of a run; which tests are quick, and which need a GPU.
+
+What takes seconds to import is imported where it is used: the process that only tells others what to run needs none.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from filelock import FileLock
-from tiny import picture, save_clip
-from tiny_mllm import save_llava, save_minigpt4, save_qwen, save_qwen3
-from tiny_sd3 import GENERATORS
-
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 QUICK = (  # files of `pytest -m quick`: a minute on two cores
     "architecture", "collate", "convert", "data", "evaluation", "generators", "golden", "hub", "mapper", "model",
@@ -33,6 +30,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
     for item in items:
         if item.path.stem.removeprefix("test_") in QUICK and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
@@ -75,27 +75,37 @@ def cache(shared):
 
 @pytest.fixture(scope="session")
 def llava_folder(shared):
+    from tiny_mllm import save_llava
+
     return shared("llava", save_llava)
 
 
 @pytest.fixture(scope="session")
 def qwen_folder(shared):
+    from tiny_mllm import save_qwen
+
     return shared("qwen", save_qwen)
 
 
 @pytest.fixture(scope="session")
 def qwen3_folder(shared):
+    from tiny_mllm import save_qwen3
+
     return shared("qwen3", save_qwen3)
 
 
 @pytest.fixture(scope="session")
 def minigpt4_folder(shared):
+    from tiny_mllm import save_minigpt4
+
     return shared("minigpt4", lambda folder: save_minigpt4(folder / "composed", folder)) / "composed"
 
 
 @pytest.fixture(scope="session")
 def generator_folder(shared) -> Callable[[str], Path]:
     """Key of GENERATORS -> a folder of this generator."""
+    from tiny_sd3 import GENERATORS
+
     return lambda name: shared(name, GENERATORS[name])
 
 
@@ -106,6 +116,8 @@ def diffusion_folder(generator_folder):
 
 @pytest.fixture(scope="session")
 def clip_folder(shared):
+    from tiny import save_clip
+
     return shared("clip", save_clip)
 
 
@@ -142,6 +154,8 @@ def mgp5(small_model, small_folder, tmp_path, monkeypatch):
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A red picture with a text, and a blue one without."""
+    from tiny import picture
+
     folder = tmp_path / "pictures"
     folder.mkdir()
     picture("red").save(folder / "2.png")
@@ -171,6 +185,8 @@ def mllm_folder(request, llava_folder, qwen_folder):
 
 @pytest.fixture
 def model(mllm_folder, diffusion_folder):
+    import torch
+
     from mgp5.loading import build
 
     torch.manual_seed(1)

@@ -52,7 +52,7 @@ def assert_equals(kernel, reference, *tensors, **options):
         ((2, 30, 5, 7), 3, False),
         ((1, 128, 8, 8), 32, True),
         ((1, 60, 12, 13), 6, True),  # two kernels
-        ((1, 8, 300), 4, False),  # a VAE's attention norms (B, C, T)
+        ((1, 8, 50), 4, False),  # a VAE's attention norms (B, C, T)
     ],
 )
 def test_group_norm(shape, groups, last, dtype, monkeypatch):
@@ -68,7 +68,7 @@ def test_group_norm(shape, groups, last, dtype, monkeypatch):
     assert group_norm.group_norm(x, weight, bias, silu=True, **options).movedim(1, -1).is_contiguous()
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1280, 8), (320, 24)])
+@pytest.mark.parametrize(("channels", "size"), [(1280, 8), (320, 18)])
 def test_group_norm_at_sizes_of_sd(channels, size):
     x, (weight, bias) = draw(1, channels, size, size, dtype=torch.bfloat16), draw(2, channels, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
@@ -144,14 +144,18 @@ def steps(name, dtype, shape, *, guided=True, last=True):
     }
 
 
-@dtypes
 @pytest.mark.parametrize(
-    ("shape", "guided", "last"),
-    [((1, 1, 1, 1), True, False), ((3, 4, 5, 7), True, True), ((2, 4, 9, 16), False, True)],
+    ("shape", "guided", "last", "types"),  # each type with each sampler, and with each shape
+    [
+        ((1, 1, 1, 1), True, False, [*TOLERANCES]),
+        ((3, 4, 5, 7), True, True, [torch.float16, torch.bfloat16, torch.float32]),
+        ((2, 4, 9, 16), False, True, [torch.bfloat16, torch.float32, torch.float16]),
+    ],
 )
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "pndm"])
-def test_guided_steps(name, shape, guided, last, dtype):
+@pytest.mark.parametrize(("place", "name"), enumerate(["ddim", "dpm++", "pndm"]))
+def test_guided_steps(place, name, shape, guided, last, types):
     """Several in a row: the ring of kept predictions and the index on the device are part of it."""
+    dtype = types[place]
     found = steps(name, dtype, shape, guided=guided, last=last)
     expected = {k: v.double() if k in ("latents", "history", "rows", "model_input") else v for k, v in found.items()}
     expected["step"] = found["step"].clone()
