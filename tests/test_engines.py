@@ -94,9 +94,9 @@ def test_inputs_are_where_the_model_is(diffusion):
     for backend in (None, "eager"):
         if backend:
             engines.apply(elsewhere, backend)
-        drawn = draw(elsewhere, 1, count=2, sampler="dpm++", steps=4)
+        drawn = draw(elsewhere, 1, count=2, sampler="dpm++", steps=2)
         size = (diffusion.native_size,) * 2
-        assert drawn.is_meta and drawn.shape == (4, 2, *diffusion.latent_shape(*size))
+        assert drawn.is_meta and drawn.shape == (2, 2, *diffusion.latent_shape(*size))
 
 
 CALLS = [
@@ -115,15 +115,20 @@ def all_calls(diffusion):
     return [draw(diffusion, **call) for call in calls]
 
 
+@pytest.fixture(scope="module")
+def before(diffusion):
+    """What all calls draw without an engine."""
+    return all_calls(diffusion)
+
+
 def difference(found, expected) -> float:
     """The greatest difference of several results, in units of the greatest value of each; NaN stays."""
     pairs = zip(found, expected, strict=True)
     return float(torch.stack([(one - other).abs().max() / other.abs().max() for one, other in pairs]).max())
 
 
-def test_eager_draws_the_same_and_comes_off_again(clean):
+def test_eager_draws_the_same_and_comes_off_again(clean, before):
     weights = {name: (p.clone(), p.stride()) for name, p in clean.denoiser.named_parameters()}
-    before = all_calls(clean)
     names = list(clean.state_dict())
     assert engines.apply(clean, "eager").name == "eager" and list(clean.state_dict()) == names
     found = all_calls(clean)
@@ -134,9 +139,8 @@ def test_eager_draws_the_same_and_comes_off_again(clean):
         assert torch.equal(p, weights[name][0]) and p.stride() == weights[name][1]
 
 
-def test_whole_steps_draw_the_same(clean):
+def test_whole_steps_draw_the_same(clean, before):
     """The code of a CUDA graph, without a graph: indices and history on the device, buffers used again."""
-    before = all_calls(clean)
     engines.apply(clean, "eager")
     clean.engine.graphed = True
     assert difference(all_calls(clean), before) < NEAR
@@ -234,8 +238,7 @@ def test_compile_is_one_graph_for_all_steps_and_images(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_compile_draws_the_same(clean):
-    before = all_calls(clean)
+def test_compile_draws_the_same(clean, before):
     engines.apply(clean, "compile")
     assert difference(all_calls(clean), before) < NEAR
     torch.compiler.reset()
@@ -258,8 +261,7 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
-def test_engines_on_a_gpu(clean, backend):
-    before = all_calls(clean)
+def test_engines_on_a_gpu(clean, before, backend):
     clean.to("cuda")
     try:
         engines.apply(clean, backend)

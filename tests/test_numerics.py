@@ -1,4 +1,4 @@
-"""Engines against diffusers' own UNet in float32: one call, fifty guided steps; a VAE that overflows in float16."""
+"""Engines against diffusers' own UNet in float32: one call, twenty guided steps; a VAE that overflows in float16."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def narrow_sd21() -> StableDiffusion:
 
 @torch.inference_mode()
 def run(diffusion: StableDiffusion) -> dict[str, Tensor]:
-    """A guided prediction, and what fifty DDIM steps from there end with."""
+    """A guided prediction, and what twenty DDIM steps from there end with."""
     seeded = torch.Generator().manual_seed(0)
     condition = torch.randn(2, LENGTH, diffusion.unet.config.cross_attention_dim, generator=seeded)
     noise = torch.randn(1, *diffusion.latent_shape(diffusion.native_size, diffusion.native_size), generator=seeded)
     model = diffusion.engine.model if diffusion.engine else PlainDenoiser(diffusion.predict)
     probe = begin(model, noise, condition[1:], condition[:1], PROBE, GUIDANCE)
     advance([probe])
-    settings = {"steps": 50, "guidance": GUIDANCE, "sampler": "ddim", "generators": [seeded]}
+    settings = {"steps": 20, "guidance": GUIDANCE, "sampler": "ddim", "generators": [seeded]}
     *_, latents = diffusion.draw(condition[1:], condition[:1], **settings)
     return {"prediction": probe.latents, "latents": latents, "image": diffusion.decode(latents)}
 
@@ -93,7 +93,7 @@ SLOW = pytest.mark.slow  # most CPUs emulate bf16
         pytest.param(smallest, "compile", torch.bfloat16, marks=SLOW),
     ],
 )
-def test_fifty_steps(make, backend, dtype):
+def test_twenty_steps(make, backend, dtype):
     values = measure(make, backend, dtype)
     torch.compiler.reset()
     least = (40, 50, 45) if dtype == torch.bfloat16 else (120,) * 3
