@@ -19,7 +19,7 @@ CONFIG = VQVAEConfig(
     patch_nums=(1, 2, 3, 4, 6, 8),
     num_codes=1024,
     code_width=16,
-    channels=(16, 32, 48, 64, 88),
+    channels=(8, 24, 48, 64, 96),
     layers_per_block=1,
     norm_groups=4,
 )
