@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import TEXT
+from tiny_mllm import llama_tokenizer, save_blip2
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgp5 import Mgp5Error
-from mgp5.generators.seed_release import code_words, read_seed_tokenizer, seed_llama_ids
+from mgp5.backbones.hf import HFBackbone
+from mgp5.generators.seed_release import code_words, compose_seed_llama, read_seed_tokenizer, seed_llama_ids
 from mgp5.generators.seed_tokenizer import SeedTokenizer
 
 V, W, K, E, CODES = 12, 16, 4, 6, 20  # as in seed_stages, and the size of the codebook
@@ -170,3 +174,30 @@ def test_a_seed_llama_has_the_words_of_images():
     mixed = vocabulary | {"<img_00000>": 101, "<img_00001>": 100}
     with pytest.raises(Mgp5Error, match="not in order"):
         seed_llama_ids(mixed, 118, codes=16)
+
+
+PROMPTS = {"8b": "<s>USER: {}what?\nASSISTANT:", "14b": "<s>[INST] {}what? [/INST]\n"}
+
+
+@pytest.mark.parametrize("size", PROMPTS)
+def test_a_seed_llama_becomes_a_backbone(size, tmp_path):
+    torch.manual_seed(0)
+    tokenizer, (first, *codes, last) = llama_tokenizer(), code_words(16)
+    tokenizer.add_tokens([*codes, first, last])  # in the release's order
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TEXT))
+    llama.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "words")
+    LlamaConfig(vocab_size=len(tokenizer) - 18, **TEXT).save_pretrained(tmp_path / "plain")
+    parts = (str(save_blip2(tmp_path / "blip2")), str(tmp_path / "llm"), str(tmp_path / "words"), tmp_path / "out")
+    with pytest.raises(Mgp5Error, match="unknown SEED-LLaMA '7b'"):
+        compose_seed_llama(*parts, "7b")
+    with pytest.raises(Mgp5Error, match="rows, expected at least"):
+        compose_seed_llama(parts[0], str(tmp_path / "plain"), *parts[2:], size, codes=16)
+    ids = compose_seed_llama(*parts, size, codes=16, dtype=torch.float32)
+    backbone = HFBackbone.load(tmp_path / "out")
+    assert backbone.tokenizer.convert_tokens_to_ids([first, *codes, last]) == list(ids)
+    assert torch.equal(backbone.lm_head.weight[list(ids)], llama.lm_head.weight[list(ids)])
+    assert backbone.stop_ids == {tokenizer.eos_token_id}
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    prompt = backbone.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert prompt == PROMPTS[size].format("<ImageHere>")

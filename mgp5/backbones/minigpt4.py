@@ -9,7 +9,7 @@ import re
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,25 @@ TEMPLATE = (
 )
 
 
+class Layout(NamedTuple):
+    """How chats are laid out for an LLM."""
+
+    template: str  # Jinja, with IMAGE for an image
+    stops: tuple[str, ...] = ()  # tokens that end a reply beside the end of text, which the first of them replaces
+
+
+MINIGPT4 = Layout(TEMPLATE, (STOP, "##"))
+
+
 def compose(
-    blip2: str | Path, llm: str | Path, out: Path, projection: Path | None = None, *, dtype: torch.dtype = torch.float16
+    blip2: str | Path,
+    llm: str | Path,
+    out: Path,
+    projection: Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float16,
+    tokenizer: str | Path | None = None,
+    layout: Layout = MINIGPT4,
 ) -> Path:
     """Write a MiniGPT-4 folder: BLIP-2's vision tower and Q-Former, a LLaMA, and the linear layer between them.
 
@@ -54,20 +71,20 @@ def compose(
     """
     if out.exists():
         raise Mgp5Error(f"{out} exists already", "choose another folder", usage=True)
-    language, tokenizer, stops = from_hub(str(llm), partial(_language, dtype=dtype))
-    if len(tokenizer) > language.config.vocab_size:
-        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    language, words, stops = from_hub(str(llm), partial(_language, dtype=dtype, words=tokenizer, layout=layout))
+    if len(words) > language.config.vocab_size:
+        language.resize_token_embeddings(len(words), mean_resizing=False)
     model = from_hub(str(blip2), partial(_vision, width=language.config.hidden_size, dtype=dtype))
     model.language_model = language
     model.config.text_config = language.config
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    model.config.image_token_id = words.convert_tokens_to_ids(IMAGE)
     model.language_projection = _linear(model.config, projection).to(dtype)
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
+    model.generation_config = GenerationConfig(bos_token_id=words.bos_token_id, eos_token_id=stops)
     # As in the released code: resize the shorter side (bilinear), center-crop, normalize.
     size = model.config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)
     with replacing(out) as part:
-        for piece in (model, tokenizer, processor):
+        for piece in (model, words, processor):
             piece.save_pretrained(part)
     return out
 
@@ -84,20 +101,23 @@ def read_state(path: Path) -> dict[str, Any]:
         raise Mgp5Error(f"cannot read {path} ({reason})", "expected tensors by name and plain data") from None
 
 
-def _language(llm: str, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Any, list[int]]:
+def _language(
+    llm: str, revision: str | None, dtype: torch.dtype, words: str | Path | None, layout: Layout
+) -> tuple[nn.Module, Any, list[int]]:
     """Load the LLM and its tokenizer, add image token and chat template; return them and the ids that end a reply."""
     # legacy as in the released code: a blank after special tokens.
-    tokenizer = load_tokenizer(llm, revision=revision, legacy=True)
+    tokenizer = load_tokenizer(words or llm, revision=None if words else revision, legacy=True)
     # Pickled weights are read too (weights_only, no code): Vicuna has no others.
     language = any_precision(AutoModelForCausalLM.from_pretrained, llm, revision=revision, dtype=dtype)
     tokenizer.init_kwargs["legacy"] = True  # else it is not saved
     tokenizer.add_tokens([IMAGE], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = layout.template
     end, vocabulary = tokenizer.eos_token, tokenizer.get_vocab()
     tokenizer.pad_token = tokenizer.pad_token or end
-    if STOP in vocabulary:
-        tokenizer.add_special_tokens({"eos_token": STOP})
-    return language, tokenizer, [vocabulary[token] for token in (STOP, end, "##") if token in vocabulary]
+    first, others = layout.stops[:1], layout.stops[1:]
+    if vocabulary.keys() & first:
+        tokenizer.add_special_tokens({"eos_token": first[0]})
+    return language, tokenizer, [vocabulary[token] for token in (*first, end, *others) if token in vocabulary]
 
 
 def _vision(blip2: str, revision: str | None, width: int, dtype: torch.dtype) -> Blip2ForConditionalGeneration:

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from ..backbones.minigpt4 import read_state
+from ..backbones.minigpt4 import Layout, compose, read_state
+from ..backbones.processors import load_tokenizer
 from ..errors import Mgp5Error
+from ..hub import from_hub
 from .seed_stages import SeedTokenizerConfig
 from .seed_tokenizer import SeedTokenizer
 
@@ -51,6 +54,19 @@ NAMES = (
 )
 # What tells the shapes; without it there is no tokenizer.
 NEEDED = ("query_tokens", "ln_vision.weight", "quantize.embedding.weight", "Qformer.bert.embeddings.LayerNorm.weight")
+# Template with the words before and behind a question, and before an answer.
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': 'BEFORE', 'assistant': 'OWN'}[m['role']] }}"
+    "{% for c in m['content'] %}{{ '<ImageHere>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ {'system': '', 'user': 'BEHIND', 'assistant': '\\n'}[m['role']] }}{% endfor %}"
+)
+# Size of a SEED-LLaMA -> the prompt of its inference script, "USER: {image}{question}\nASSISTANT:" and
+# "[INST] {image}{question} [/INST]\n". It has one turn and no system text; how earlier turns end is our choice.
+LAYOUTS = {
+    "8b": TURNS.replace("BEFORE", "USER: ").replace("BEHIND", "\\n").replace("OWN", "ASSISTANT: ")
+    + "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "14b": TURNS.replace("BEFORE", "[INST] ").replace("BEHIND", " [/INST]\\n").replace("OWN", ""),
+}
 
 
 class ReleasedTokenizer(NamedTuple):
@@ -164,4 +180,22 @@ def seed_llama_ids(vocabulary: Mapping[str, int], rows: int, codes: int = 8192) 
         raise Mgp5Error(case, "give a SEED-LLaMA, not the LLaMA it was trained from")
     if ids[1:-1] != tuple(range(ids[1], ids[1] + codes)):
         raise Mgp5Error("the code words of the tokenizer are not in order", "give SEED-LLaMA's own tokenizer")
+    return ids
+
+
+def compose_seed_llama(blip2: str, llm: str, tokenizer: str, out: Path, size: str, **options: Any) -> tuple[int, ...]:
+    """Write a backbone's folder of a SEED-LLaMA ("8b" or "14b") and the vision tower of a BLIP-2, that of SEED's
+    tokenizer; return the ids of `code_words`.
+
+    `llm` and `tokenizer` are folders or hub ids, such as AILab-CVC/seed-llama-8b-sft and AILab-CVC/seed-tokenizer-2;
+    `options` are `codes` of `seed_llama_ids` and the `dtype` of the weights. Raises Mgp5Error as `seed_llama_ids` does,
+    before anything is read in full, and as `backbones.minigpt4.compose`.
+    """
+    if size not in LAYOUTS:
+        raise Mgp5Error(f"unknown SEED-LLaMA {size!r}", f"expected {' or '.join(LAYOUTS)}", usage=True)
+    codes = options.pop("codes", 8192)
+    config = from_hub(llm, lambda name, revision: AutoConfig.from_pretrained(name, revision=revision))
+    words = from_hub(tokenizer, lambda name, revision: load_tokenizer(name, revision=revision))
+    ids = seed_llama_ids(words.get_vocab(), config.vocab_size, codes)
+    compose(blip2, llm, out, tokenizer=tokenizer, layout=Layout(LAYOUTS[size]), **options)
     return ids
