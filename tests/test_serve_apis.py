@@ -200,7 +200,9 @@ def test_an_edit_draws_the_scene_after_the_images(client):
     one, two = (client.images.edit(image=images, **edit) for images in (PNG, [("a", PNG), ("b", PNG)]))
     assert len({drawn.data[0].b64_json for drawn in (alone, one, two)}) == 3
     assert picture(one.data[0].b64_json).size == (32, 16)
-    assert alone.usage.input_tokens < one.usage.input_tokens < two.usage.input_tokens
+    counts = [drawn.usage.input_tokens_details.image_tokens for drawn in (alone, one, two)]
+    assert counts[0] == 0 < counts[1] and counts[2] == 2 * counts[1]
+    assert one.usage.input_tokens == counts[1] + one.usage.input_tokens_details.text_tokens
     with pytest.raises(openai.BadRequestError, match="mask: not supported, leave it out: the next scene is drawn"):
         client.images.edit(image=PNG, mask=PNG, **edit)
 

@@ -243,6 +243,7 @@ class ActiveRequest:
             "seed": self.options.seed,
             "tokens": self.writer.num_tokens,
             "prefilled": self.session.prefilled,
+            "prefilled_images": self.session.prefilled_images,
             "seconds": round(time.monotonic() - self.started, 3),
         }
         self.events.append(Finished(Message("assistant", tuple(self.writer.parts)), reason, metadata))

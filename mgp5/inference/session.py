@@ -49,6 +49,7 @@ class Session:
     row: int = 0  # of the decoder
     keys: list[Key] = field(default_factory=list)  # what the cache holds
     prefilled: int = 0  # tokens that the last `read` had to run
+    prefilled_images: int = 0  # of these, slots of images
     state: Tensor | None = None  # (1, 1, D), after the last token read
     _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, (1, k, D); where the head reads it
     _encoded: dict[int, EncodedImage] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Session:
             side = side._replace(visible=side.visible[:, kept:])
         hidden = self.decoder.read(self.row, embeds[:, kept:], positions[..., kept:], side)
         self.append(hidden, keys[kept:])
-        self.prefilled = len(ids) - kept
+        self.prefilled, self.prefilled_images = len(ids) - kept, sum(bool(image) for _, image in keys[kept:])
         return self.state
 
     @torch.inference_mode()

@@ -68,8 +68,14 @@ class DrawnImage(Reply):
     seed: int
 
 
+class InputTokens(Reply):
+    text_tokens: int
+    image_tokens: int
+
+
 class ImagesUsage(Reply):
     input_tokens: int
+    input_tokens_details: InputTokens
     output_tokens: Literal[0]
     total_tokens: int
     images: int
@@ -233,5 +239,11 @@ async def _merged(streams: list[ReplyStream]) -> AsyncIterator[tuple[int, Event]
 
 
 def _usage(*done: Finished) -> ImagesUsage:
-    tokens, images = sum(one.meta["prefilled"] for one in done), sum(len(one.message.images) for one in done)
-    return ImagesUsage(input_tokens=tokens, output_tokens=0, total_tokens=tokens, images=images)
+    tokens, shown = (sum(one.meta[name] for one in done) for name in ("prefilled", "prefilled_images"))
+    return ImagesUsage(
+        input_tokens=tokens,
+        input_tokens_details=InputTokens(text_tokens=tokens - shown, image_tokens=shown),
+        output_tokens=0,
+        total_tokens=tokens,
+        images=sum(len(one.message.images) for one in done),
+    )
