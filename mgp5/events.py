@@ -64,8 +64,8 @@ class Finished:
 
     message: Message  # as it becomes part of the conversation
     reason: Literal["stop", "length", "interrupted"]  # an end token, a limit of tokens or context, or an interruption
-    # JSON-ready: seed, tokens, prefilled (tokens of the prompt that were computed), prefilled_images (of these, slots of
-    # images), seconds
+    # JSON-ready: seed, tokens, prefilled (tokens of the prompt that were computed), prefilled_images (those of these in
+    # slots of images), seconds
     meta: dict[str, Any] = field(default_factory=dict)
 
 

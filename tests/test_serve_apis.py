@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import json
 from io import BytesIO
 
 import openai
 import pytest
 from openai.types.responses import Response
 from PIL import Image as pil
-from serve_process import HELLO, JSON, data_url, serving_here
-from test_serve_hostile import bomb, hold
+from serve_process import HELLO, data_url, serving_here
 
+from mgp5.events import TextChunk
+from mgp5.messages import Conversation, Image
+from mgp5.serving.api.response_events import ResponseWriter
+from mgp5.serving.loop import Refused
 from mgp5.serving.request import Limits
+from mgp5.serving.state import KeptConversations
 
 FAST = {"steps": 1, "max_images": 2}
 PNG = base64.b64decode(data_url((20, 20), "blue").partition("base64,")[2])
@@ -133,6 +137,49 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response(client, mixed):
         respond(client, previous_response_id=first.id)
 
 
+def test_kept_conversations_are_bounded_by_count_and_by_bytes():
+    kept, talk = KeptConversations(3, 1000), Conversation().add("user", "hello").messages
+    drawn = Conversation().add("user", Image(pixels=pil.new("RGB", (16, 16)))).messages  # 768 bytes
+    for name in "abc":
+        kept.put(name, talk)
+    kept.get("a")
+    kept.put("d", drawn)  # four
+    assert kept.get("d") is drawn and kept.get("a") is talk
+    kept.put("e", drawn)  # 1536 bytes
+    assert kept.get("e") is drawn and kept.get("a") is talk and kept.held == 768 + len("hello")
+    for name in "bcd":
+        with pytest.raises(Refused):
+            kept.get(name)
+    kept.put("f", drawn * 2)
+    with pytest.raises(Refused):
+        kept.get("f")
+    assert kept.held == 0
+
+
+def test_a_response_that_fails_says_so_in_its_last_event():
+    fields = dict.fromkeys(("instructions", "previous_response_id", "temperature"))
+    fields |= {"id": "resp_1", "object": "response", "created_at": 1, "model": "tiny", "seed": 1, "store": True}
+    fields |= {"max_output_tokens": 9, "top_p": 1.0, "tools": [], "tool_choice": "auto", "metadata": {}}
+    writer = ResponseWriter(fields | {"parallel_tool_calls": False, "truncation": "disabled"})
+
+    class Broken:
+        async def events(self):
+            yield TextChunk("hello")
+            raise Refused(500, "the reply failed (RuntimeError)", "internal_error")
+
+    async def read():
+        try:
+            async for event in writer.events(Broken()):
+                seen.append(event)
+        except Refused as refused:
+            seen.append(writer.failed(refused))
+
+    seen = []
+    asyncio.run(read())
+    assert [event.sequence_number for event in seen] == list(range(6)) and seen[-1].type == "response.failed"
+    assert seen[-1].response.status == "failed" and seen[-1].response.error.message == "the reply failed (RuntimeError)"
+
+
 NEUTRAL = {  # what OpenAI's client, its agents and LangChain send without being asked
     **{"store": True, "metadata": {"a": "b"}, "parallel_tool_calls": True, "truncation": "disabled", "include": []},
     **{"text": {"format": {"type": "text"}, "verbosity": "low"}, "reasoning": {"effort": "low"}, "background": False},
@@ -216,96 +263,3 @@ def test_an_item_that_is_an_image_alone_is_seen(client):
         for before in ([], [call], [call, call])
     ]
     assert counts == sorted(set(counts))
-
-
-ITEMS = (  # wrong items of the input of /v1/responses
-    *(5, {"type": []}, {"type": "item_reference", "id": "msg_1"}, {"type": "function_call_output", "output": "a"}),
-    *({"type": "image_generation_call", "id": "ig_1", "result": result} for result in (None, 5, "%%", "aGVsbG8=")),
-    *({"role": "user", "content": [part]} for part in ({"type": "input_file"}, {"type": "input_image"})),
-    *({"role": "user", "content": [{"type": "input_image", "image_url": url}]} for url in ("/etc/passwd", "a", 5)),
-    {"role": "assistant", "content": "yes"},
-)
-RESPONSES = {  # wrong values of fields of /v1/responses
-    "input": (None, 5, [], "x" * 5000, *([item] for item in ITEMS)),
-    "instructions": (5, "\ud800", "x" * 5000),
-    "previous_response_id": (5,),
-    "max_output_tokens": (-1,),
-    "tools": (
-        *(5, [{"type": "function", "name": "f"}], [{"type": "web_search"}], [TOOL, TOOL]),
-        *([TOOL | more] for more in ({"size": "48x48"}, {"partial_images": 4}, {"input_image_mask": {}})),
-    ),
-    "tool_choice": ("any", {"type": "function", "name": "f"}),
-    "text": ({"format": {"type": "json_schema"}},),
-    "background": (True,),
-    "truncation": ("auto",),
-    "conversation": ("conv_1",),
-    "top_logprobs": (3,),
-    "store": ("yes",),
-}
-FORM = {"Content-Type": "multipart/form-data; boundary=b"}
-
-
-def form(*fields: tuple[str, bytes], end: bytes = b"--b--\r\n") -> bytes:
-    head = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
-    return b"".join(head % (name.encode(), data) for name, data in fields) + end
-
-
-FORMS = {
-    "nothing": b"",
-    "another boundary": form().replace(b"--b", b"--c"),
-    "no end": form(("prompt", b"a"), ("image", PNG), end=b""),
-    "no fields": form(),
-    "no image": form(("prompt", b"a")),
-    "no prompt": form(("image", PNG)),
-    "no picture": form(("prompt", b"a"), ("image", b"hello")),
-    "a bomb": form(("prompt", b"a"), ("image", bomb(60_000, 60_000))),
-    "too many": form(("prompt", b"a"), *[("image[]", PNG)] * 17),
-    "a mask": form(("prompt", b"a"), ("image", PNG), ("mask", PNG)),
-    "a wrong number": form(("prompt", b"a"), ("image", PNG), ("n", b"two")),
-    "deep": form(("prompt", b"a"), ("image", PNG), ("n", b"[" * 100_000)),
-    "not UTF-8": form(("prompt", b"\xff\xfe"), ("image", PNG)),
-    "a name of nothing": form(("prompt", b"a"), ("image", PNG), ("", b"a")),
-}
-
-
-def test_bodies_that_mean_no_good(server):
-    before = server.metric("mgp5_finished_total")
-    bodies = [{"input": "hello", name: value} for name in RESPONSES for value in RESPONSES[name]]
-    asked = [("responses", json.dumps({"model": "tiny"} | body).encode(), JSON, 400) for body in bodies]
-    asked += [("images/edits", body, FORM, 400) for body in FORMS.values()]
-    asked.append(("responses", json.dumps({"input": "a", "previous_response_id": "../passwd"}).encode(), JSON, 404))
-    asked.append(("images/edits", form(), FORM | {"Origin": "http://evil.example"}, 415))  # a web page's
-    asked.append(("images/edits", b'{"prompt": "a fox"}', JSON, 415))
-    for path, body, headers, status in asked:
-        found = server.ask("POST", f"/v1/{path}", body, headers)
-        assert found[0] == status, (body[:200], found)
-        hold(found[1])
-    assert server.metric("mgp5_finished_total") == before
-
-
-def test_requests_as_open_webui_sends_them(server):
-    """Written after open-webui's routers/images.py; chats, titles, images and edits (a form as aiohttp writes it)."""
-    seen = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": data_url()}}]
-    talk = [{"role": "system", "content": "be short"}, {"role": "user", "content": seen}]
-    chat = {
-        "stream": True,
-        "model": "tiny",
-        "messages": talk,
-        "stream_options": {"include_usage": True},
-        "max_tokens": 4,
-    }
-    status, answer = server.ask("POST", "/v1/chat/completions", json.dumps(chat).encode(), JSON)
-    chunks = [json.loads(line[6:]) for line in answer.split(b"\n\n") if line.startswith(b"data: {")]
-    assert status == 200 and chunks[-1]["usage"]["completion_tokens"] <= 4
-    assert all(isinstance(c["delta"].get("content", ""), str) for chunk in chunks for c in chunk["choices"])
-    status, title = server.post("/v1/chat/completions", messages=HELLO, stream=False, max_completion_tokens=10)
-    assert status == 200 and isinstance(title["choices"][0]["message"]["content"], str)
-    fields = {"model": "tiny", "prompt": "a fox", "n": 1, "size": "16x16", "response_format": "b64_json"}
-    status, drawn = server.post("/v1/images/generations", **fields)
-    assert status == 200 and picture(drawn["data"][0]["b64_json"]).size == (16, 16)
-    kind = 'Content-Type: %s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n'
-    pieces = [(kind % ("text/plain; charset=utf-8", name, "")).encode() + str(fields[name]).encode() for name in fields]
-    pieces += [(kind % ("image/png", "image[]", f'; filename="image_{i}.png"')).encode() + PNG for i in (0, 1)]
-    body = b"".join(b"--b\r\n" + piece + b"\r\n" for piece in pieces) + b"--b--\r\n"
-    status, answer = server.ask("POST", "/v1/images/edits", body, FORM)
-    assert status == 200 and picture(json.loads(answer)["data"][0]["b64_json"]).size == (16, 16)

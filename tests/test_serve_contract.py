@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_the_document_tells_of_this_server(server):
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert "image" in schemas[form["$ref"].rpartition("/")[2]]["required"]
     streamed = json.dumps(document["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"])
-    assert "ResponseEvent" in streamed and "PartialImageEvent" in schemas
+    assert "ResponseEvent" in streamed and "PartialCallEvent" in schemas
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))) <= schemas.keys()
     assert schemas["ChatRequest"]["additionalProperties"] == {"type": "null"}
     assert "progress" in schemas["ChatChunk"]["properties"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}

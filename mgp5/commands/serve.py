@@ -41,8 +41,8 @@ from .flags import COUNT, PATH, fill, generation_options, ray_option, say, witho
 @without("seed", "steps", "guidance", "guidance_until", "reuse", "settings", "as_json", "show")
 @generation_options
 def serve(**flags: Any) -> None:
-    """Serve a model as OpenAI's API does: /v1/chat/completions with text and images in order, in and out, and
-    /v1/images/generations; /v1/models, /health and /metrics beside them.
+    """Serve a model as OpenAI's API does: /v1/responses and /v1/chat/completions with text and images in order, in and
+    out, /v1/images; /v1/models, /health and /metrics beside them.
 
     Requests are decoded and denoised together. See examples/serve/README.md.
     """

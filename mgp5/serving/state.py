@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -64,7 +65,10 @@ class AppState:
 
 
 class KeptConversations:
-    """The latest conversations by the id of their last reply: at most `count`, and about `size` bytes of pixels."""
+    """The latest conversations by the id of their last reply: at most `count`, and `size` bytes of pixels and text.
+
+    Their images are in memory. Conversations that go on share theirs, and count them all the same.
+    """
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size, self.held = count, size, 0
@@ -72,8 +76,8 @@ class KeptConversations:
 
     def put(self, name: str, messages: tuple[Message, ...]) -> None:
         """Keep a conversation; the ones that were not asked for the longest are forgotten for it."""
-        size = sum(3 * i.load().width * i.load().height for m in messages for i in m.images)
-        size += sum(len(message.text) for message in messages)
+        size = sum(len(message.text) for message in messages)
+        size += sum(3 * math.prod(image.pixels.size) for message in messages for image in message.images)
         self._kept[name] = messages, size
         self.held += size
         while self._kept and (len(self._kept) > self.count or self.held > self.size):

@@ -10,7 +10,7 @@ from email.message import Message as Header
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, WithJsonSchema
 
 from ...errors import Mgp5Error
 from ...events import Event, Finished, ImageStep
@@ -38,7 +38,7 @@ OF_IMAGES = {
     **dict.fromkeys(("store", "style", "moderation", "output_compression"), ANY),
     **{"quality": ("auto", "standard"), "background": ("auto", "opaque"), "input_fidelity": ("low",)},
 }
-TEXTS = ("prompt", "model")  # fields of a form that are texts even where they look like numbers
+FILES = {"anyOf": [{"type": "string", "format": "binary"}, {"type": "array", "items": {"format": "binary"}}]}
 Partial = Annotated[int, Field(ge=0, le=3), INTEGER]  # how many unfinished images of each image a stream shows
 routes = APIRouter()
 
@@ -56,9 +56,9 @@ class ImagesRequest(DrawRequest):
 
 
 class EditsRequest(ImagesRequest):
-    """Form of /v1/images/edits: the fields of /v1/images/generations, and files that hold images."""
+    """Form of /v1/images/edits: the fields of /v1/images/generations, and the scenes so far as files, or as image[]."""
 
-    image: Annotated[list[bytes], Field(min_length=1)] = Field(description="the scenes so far; also as image[]")
+    image: Annotated[list[bytes], Field(min_length=1), WithJsonSchema(FILES)]
 
 
 class DrawnImage(Reply):
@@ -180,8 +180,10 @@ def read_form(content_type: str, body: bytes) -> dict[str, Any]:
 
 def _value(name: str, data: bytes) -> Any:
     text = data.decode("utf-8", "surrogateescape")
+    if name == "prompt" or (name == "model" and text != "null"):  # texts even where they look like numbers
+        return text
     try:
-        value = json.loads(text) if name not in TEXTS else text
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
     return value if value is None or isinstance(value, bool | int | float) else text

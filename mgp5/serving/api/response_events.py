@@ -142,7 +142,7 @@ class TextEvent(OfItem):
     logprobs: list[str] = Field(max_length=0)
 
 
-class ImageEvent(OfItem):
+class CallEvent(OfItem):
     type: Literal[
         "response.image_generation_call.in_progress",
         "response.image_generation_call.generating",
@@ -150,13 +150,13 @@ class ImageEvent(OfItem):
     ]
 
 
-class PartialImageEvent(OfItem):
+class PartialCallEvent(OfItem):
     type: Literal["response.image_generation_call.partial_image"]
     partial_image_index: int
     partial_image_b64: str
 
 
-Event = StateEvent | ItemEvent | PartEvent | DeltaEvent | TextEvent | ImageEvent | PartialImageEvent
+Event = StateEvent | ItemEvent | PartEvent | DeltaEvent | TextEvent | CallEvent | PartialCallEvent
 KINDS = {kind: model for model in get_args(Event) for kind in get_args(model.model_fields["type"].annotation)}
 
 
