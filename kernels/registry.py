@@ -1,4 +1,4 @@
-"""Selects between the implementations of each fused operation of the guided denoising step.
+"""Selects between the implementations of each fused operation of the guided denoising step and of heads.
 
 Every operation has a PyTorch reference (its specification, the fallback and the oracle of the tests) and a Triton
 kernel, both in one file. MGP5_KERNELS=auto|triton|torch selects between them: `auto` takes the kernel where it can run.
@@ -28,6 +28,7 @@ OPERATIONS: dict[str, tuple[str, int | None]] = {
     "adaln": ("adaln", 16384),
     "gated_adaln": ("adaln", 16384),
     "rms_norm": ("rms_norm", 4096),
+    "deformable": ("deformable", 256),
 }
 
 

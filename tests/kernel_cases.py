@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, registry, rms_norm
+from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, registry, rms_norm
 from test_engines import NEAR, difference, smallest
 from test_engines import draw as draw_images
 from tiny_sd3 import tiny_sd3_vae, tiny_transformer
@@ -117,11 +117,40 @@ def test_rms_norm(shape, dtype):
     assert_equals(rms_norm.rms_norm, rms_norm.rms_norm_reference, query, key, *weights, 1e-6)
 
 
+def points(images, dtype, batch=2, tokens=5, heads=2, width=12, levels=((4, 3), (2, 2)), number=3):
+    """Inputs of deformable attention; some points lie beyond the edges, and the levels share their places."""
+    pixels = sum(height * width for height, width in levels)
+    value = draw(1, images, pixels, heads, width, dtype=dtype).expand(batch, -1, -1, -1, -1)
+    places = 0.5 + 0.4 * draw(batch, tokens, images, heads, 1, number, 2)
+    weights = draw(batch, tokens, images, heads, len(levels), number)
+    return value, places.expand(-1, -1, -1, -1, len(levels), -1, -1), weights, [x for shape in levels for x in shape]
+
+
+@dtypes
+@pytest.mark.parametrize("images", [1, 3, 0])
+def test_deformable(images, dtype):
+    inputs = points(images, dtype)
+    assert_equals(deformable.deformable, deformable.deformable_reference, *inputs)
+    *tensors, shapes = inputs
+    leaves = [x.double().requires_grad_() for x in tensors]
+    expected = deformable.deformable_reference(*leaves, shapes)
+    grad = draw(*expected.shape, dtype=dtype)
+    expected = torch.autograd.grad(expected, leaves, grad.double())
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    found = torch.autograd.grad(deformable.deformable(*leaves, shapes), leaves, grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=max(1e-4, TOLERANCES[dtype]), atol=1e-4)
+
+
 def test_elements_that_do_not_lie_side_by_side():
     """Columns of a transposed map are handled, or refused where a copy would cost what the kernel saves."""
     assert_equals(geglu.geglu, geglu.geglu_reference, draw(6, 5).T)
     x, (weight, bias) = draw(6, 5).T, draw(2, 6)
     assert_equals(layer_norm.add_layer_norm, layer_norm.add_layer_norm_reference, x, x, weight, bias, 1e-5)
+    value, places, weights, shapes = points(2, torch.float32)
+    value, weights = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (value, weights))
+    places = places.flip(-1).contiguous().flip(-1).movedim(-1, 0).contiguous().movedim(0, -1)
+    assert_equals(deformable.deformable, deformable.deformable_reference, value, places, weights, shapes)
     odd = draw(2, 8, 3).transpose(1, 2)
     assert_equals(adaln.adaln, adaln.adaln_reference, odd, draw(8, 2).T, draw(8, 2).T, 1e-6)
     with pytest.raises(ValueError, match="last stride 1"):

@@ -94,7 +94,7 @@ def test_nothing_needs_triton(tmp_path):
 import os, sys
 sys.modules["triton"] = None
 import torch, mgp5, mgp5.kernels.registry as kernels
-from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm
+from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm
 x = torch.randn(1, 4, 2, 2)
 print(group_norm.group_norm_reference(x, x[0, :, 0, 0], x[0, :, 0, 0], 2, 1e-5, True, x[:, :, 0, 0]).shape)
 print(kernels.select_kernel("geglu", torch.device("cuda"), torch.float32).why)

@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from mgp5.kernels import adaln, geglu, group_norm, guided_step, layer_norm, rms_norm  # noqa: E402
+from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 # Compute capability -> most shared memory of a program in KB (CUDA programming guide, technical specifications).
@@ -74,12 +74,27 @@ def step(history, channels, halves):
     return launch
 
 
+def points(tokens, heads, levels, sizes, backward):
+    """Of five images: deformable attention of an LLM's tokens or a UNet's pixels, at the published sizes."""
+
+    def launch(dtype):
+        value = torch.empty(1, 5, sum(side * side for side in sizes), heads, 64, dtype=dtype)
+        places = torch.empty(1, tokens, 5, heads, 1, 8, 2).expand(-1, -1, -1, -1, levels, -1, -1)
+        inputs = value, places, torch.empty(1, tokens, 5, heads, levels, 8), [x for side in sizes for x in (side, side)]
+        if backward:
+            deformable.deformable_backward(torch.empty(1, tokens, heads * 64, dtype=dtype), *inputs)
+        else:
+            deformable.deformable(*inputs)
+
+    return launch
+
+
 def rows(operation, *shapes, eps=(1e-6,)):
     return lambda dtype: operation(*(torch.empty(shape, dtype=dtype) for shape in shapes), *eps)
 
 
 def cases():
-    """Each kernel at the widths of SD 1.5 / 2.1, SDXL, their VAE, SD 3 and 3.5, and the demo: operation, launch."""
+    """Each kernel at the widths of SD 1.5 / 2.1, SDXL, their VAE, SD 3 and 3.5, MMFS, the demo: operation, launch."""
     sides = {320: (64,), 640: (64, 32), 960: (64,), 1280: (32, 16, 8, 24), 1920: (32,), 2560: (16,)}
     unet = [(channels, size) for channels, sizes in sides.items() for size in sizes]
     for (channels, size), (silu, timed) in itertools.product(unet, [(True, False), (True, True), (False, False)]):
@@ -96,6 +111,10 @@ def cases():
         yield "adaln", rows(adaln.adaln, (2, 77, width), *[(2, width)] * 2)
         yield "gated_adaln", rows(adaln.gated_adaln, *[(2, 77, width)] * 2, *[(2, width)] * 3)
     yield "rms_norm", rows(rms_norm.rms_norm, *[(2, 77, 24, 64)] * 2, *[(64,)] * 2)
+    for backward in (False, True):
+        kind = "deformable_backward" if backward else "deformable"
+        yield kind, points(1, 16, 3, (32, 16, 8), backward)
+        yield kind, points(256, 16, 4, (64, 32, 16, 8), backward)
     for history, channels, halves in itertools.product((0, 1, 4), (4, 16), (1, 2)):  # of DDIM, DPM-Solver++, PNDM
         yield "guided_step", step(history, channels, halves)
 
@@ -142,7 +161,7 @@ def test_kernels_compile_without_spills(capability, every, compile_for):
         assert spills == [("0", "0", "0")] * len(loaded), f"{operation} {dtype} for {capability}: {report}"
         kernels |= set(loaded)
     norms = {"_norm_one_tile", "_statistics", "_normalize", "_add_layer_norm", "_adaln", "_rms_norm"}
-    assert kernels == norms | {"_geglu", "_guided_step"}
+    assert kernels == norms | {"_geglu", "_guided_step", "_sample", "_sample_backward"}
 
 
 def test_torch_export_keeps_an_operator_whole():

@@ -1,4 +1,4 @@
-"""Time every fused kernel at the shapes of SD 2.1 and SD 3: PyTorch, torch.compile, Triton.
+"""Time every fused kernel at the shapes of SD 2.1, SD 3 and MM-Interleaved: PyTorch, torch.compile, Triton.
 
 All of these operations are bound by memory: a row therefore says how many bytes must be moved at least, at what rate,
 and which share that is of a large copy. On a GPU, replays of a CUDA graph are timed, over so many sets of tensors that
@@ -51,6 +51,7 @@ def cases(pixels: int) -> Iterator[Case]:
     yield Case("adaln", "8192x1536", _random(hidden, row, row, eps=1e-6))
     yield Case("gated_adaln", "8192x1536", _random(hidden, hidden, row, row, row, eps=1e-6))
     yield Case("rms_norm", "196608x64", _random(heads, heads, (64,), (64,), eps=1e-6))
+    yield Case("deformable", "1024x3x16x4x8", _deformable)
 
 
 def kernel_rows(bench: Bench, pixels: tuple[int, ...] = (512, 768)) -> Iterator[Row]:
@@ -130,6 +131,15 @@ def _group_norm(channels: int, side: int, device: torch.device, dtype: torch.dty
     x = _normal(2, channels, side, side).to(device, dtype, memory_format=torch.channels_last)
     weight, bias, time = _normal(4, channels).to(device, dtype).split([1, 1, 2])
     return x, weight[0], bias[0], 32, 1e-5, True, time
+
+
+def _deformable(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Make 1024 queries with 16 heads of width 64 that read 8 points of each of four levels of three images."""
+    tokens, sides = 1024, (64, 32, 16, 8)
+    value = _normal(1, 3, sum(side * side for side in sides), 16, 64).to(device, dtype)
+    places = (0.5 + 0.1 * _normal(1, tokens, 3, 16, 4, 8, 2)).to(device)
+    weights = _normal(1, tokens, 3, 16, 4, 8).to(device)
+    return value, places, weights, [side for side in sides for _ in range(2)]
 
 
 def _guided_step(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
