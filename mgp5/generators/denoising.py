@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .sampler import SamplerTable
 
@@ -54,7 +55,7 @@ class DenoisingEngine(Protocol):
 class PlainDenoiser:
     """A denoising model with nothing precomputed; it implements Denoiser."""
 
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor]  # as LatentDiffusion.predict
+    predict: Callable[..., Tensor]  # as LatentDiffusion.predict
     deep: ClassVar[int] = 0
     per_image: ClassVar[bool] = False
 
@@ -66,7 +67,9 @@ class PlainDenoiser:
         self, latents: Tensor, time_embedding: Tensor, cross_attention: list[Tensor], deep: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Return the prediction (R, Z, h, w) of `predict` for timesteps (1 or R, 1), and no deep feature."""
-        return self.predict(latents, time_embedding[:, 0], cross_attention[0]), None
+        condition, *residuals = cross_attention
+        options = {"residuals": residuals} if residuals else {}
+        return self.predict(latents, time_embedding[:, 0], condition, **options), None
 
 
 @dataclass(eq=False)
@@ -76,7 +79,7 @@ class DenoisingState:
     latents: Tensor  # (1, Z, h, w), float32
     table: SamplerTable  # n steps
     time_embeddings: Tensor  # (n, 1 or r, S), see `Denoiser.constants`
-    cross_attention: list[Tensor]  # tensors (r, ...), the unconditional row first
+    cross_attention: list[Tensor]  # tensors (r, ...), the unconditional row first; then residuals (r, N, ...)
     guidance: float  # scale
     guided: int  # number of steps that are guided, counted from the first
     reuse: int  # every `reuse`-th step runs the full UNet; the others take its deep feature (DeepCache)
@@ -111,7 +114,7 @@ class DenoisingState:
     @property
     def key(self) -> tuple[Any, ...]:
         """Return a key; states with equal keys can share a model call."""
-        return tuple(self.latents.shape), self.takes_deep, self.reuse > 1, self.model
+        return tuple(self.latents.shape), self.takes_deep, self.reuse > 1, self.model, len(self.cross_attention)
 
     def advance(self, prediction: Tensor) -> None:
         """Update the latents by one step of the sampler with a prediction (r, Z, h, w), the unconditional row first."""
@@ -133,6 +136,7 @@ def begin(
     guidance: float,
     guided: int | None = None,
     reuse: int = 1,
+    residuals: Sequence[Tensor] = (),  # tensors (1, N, ...), the same in both halves of guidance
 ) -> DenoisingState:
     """Return the state of an image before its first step.
 
@@ -142,6 +146,7 @@ def begin(
     batch = guidance_batch(condition, unconditional, guidance)
     guided = 0 if batch is condition else len(table) if guided is None else guided
     embeddings, inputs = model.constants(table.timesteps.to(noise.device, torch.float32), batch)
+    inputs = [*inputs, *(part.expand(len(batch), *part.shape[1:]) for part in residuals)]
     return DenoisingState(noise.float() * table.noise_scale, table, embeddings, inputs, guidance, guided, reuse, model)
 
 
@@ -168,15 +173,22 @@ def advance(states: Sequence[DenoisingState]) -> None:
 
 
 def _join(states: Sequence[DenoisingState]) -> list[Tensor]:
-    """Return the inputs of cross-attention (R, ...) of a call; kept where these images shared the last call."""
+    """Return the inputs of cross-attention (R, ...) of a call, those of fewer images padded with zeros; kept where
+    these images shared the last call."""
     first, *others = states
     members = [(weakref.ref(state), state.rows) for state in states]
     if first.joined is None or first.joined[0] != members:
         parts = zip(*([part[-state.rows :] for part in state.cross_attention] for state in states), strict=True)
-        first.joined = members, [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+        first.joined = members, [_padded_cat(part) if len(part) > 1 else part[0] for part in parts]
     for state in others:
         state.joined = None
     return first.joined[1]
+
+
+def _padded_cat(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors (r, N, ...) to (R, N, ...), with zeros before the first of fewer than N."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (*(0, 0) * (part.ndim - 2), longest - part.shape[1], 0)) for part in parts])
 
 
 def guidance_batch(condition: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:

@@ -151,10 +151,13 @@ class LatentDiffusion(nn.Module):
         """Return the number of tokens of a CLIP."""
         return CLIP_LENGTH if self.tokenizer is None else min(CLIP_LENGTH, self.tokenizer.model_max_length)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor, residuals: Sequence[Tensor] | None = None
+    ) -> Tensor:  # (B, Z, h, w)
         """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.
 
-        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, num_train_timesteps], condition (B, L, C).
+        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, num_train_timesteps], condition (B, L, C). Residuals
+        (B, ...) are the inputs of layers that were attached to the denoiser, see `unet_mmfs`.
         """
         raise NotImplementedError
 
@@ -240,13 +243,19 @@ class LatentDiffusion(nn.Module):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def loss(
-        self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None
+        self,
+        latents: Tensor,
+        condition: Tensor,
+        generator: torch.Generator,
+        min_snr: float | None = None,
+        residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:  # (B,)
         """Return the mean squared error of the prediction of each image, differentiable in the condition.
 
         Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser et al., arXiv 2403.03206, section 2.
         Latents (B, Z, h, w) from `sample`, condition (B, L, C); the generator on the CPU draws timesteps and noise.
         `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); Mgp5Error with flow matching.
+        `residuals` as of `predict`.
         """
         timesteps = self.schedule.draw_timesteps(len(latents), generator)
         weight = None if min_snr is None else self.schedule.min_snr_weight(timesteps, min_snr)
@@ -254,7 +263,8 @@ class LatentDiffusion(nn.Module):
         noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
         target = self.schedule.target(latents.float(), noise, timesteps)
         with self._without_autocast():
-            prediction = self.predict(noisy, timesteps.to(latents.device), condition)
+            extra = {} if residuals is None else {"residuals": residuals}
+            prediction = self.predict(noisy, timesteps.to(latents.device), condition, **extra)
         loss = (prediction - target).square().flatten(1).mean(1)
         return loss if weight is None else loss * weight.to(loss.device)
 
@@ -265,39 +275,47 @@ class LatentDiffusion(nn.Module):
         kind = self.denoiser.device.type
         return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
 
-    def check(self, options: DiffusionOptions) -> SamplerTable:
-        """Return the sampler's table for an image with these options.
+    def check(self, options: DiffusionOptions, residuals: bool = False) -> SamplerTable:
+        """Return the sampler's table for an image with these options, and with or without residuals.
 
         Raises Mgp5Error for a size, sampler or number of steps that the model cannot draw, or if `reuse` is set without
-        an engine that supports it.
+        an engine that supports it; none runs with residuals.
         """
-        if options.reuse != 1 and not (self.engine and self.engine.model.deep):
+        engine = None if residuals else self.engine
+        if options.reuse != 1 and not (engine and engine.model.deep):
             case = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
-            case += f" {'by' if self.engine else 'without'} an engine"
+            case += f" {'by' if engine else 'without'} an engine"
             raise Mgp5Error(f"{case}, expected a UNet with one", "take --reuse 1", usage=True)
         self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         return sampler_table(options.sampler, self.schedule, options.steps)
 
     @torch.no_grad()
     def begin(
-        self, condition: Tensor, unconditional: Tensor | None, options: DiffusionOptions, rng: torch.Generator
+        self,
+        condition: Tensor,
+        unconditional: Tensor | None,
+        options: DiffusionOptions,
+        rng: torch.Generator,
+        residuals: Sequence[Tensor] | None = None,
     ) -> DenoisingState:
         """Return the state of an image before its first denoising step.
 
         Condition and unconditional (1, L, C), the latter not needed with guidance 1; `options.guidance` must not be
-        None; `rng` on the CPU draws the noise, so that an image does not depend on the device. Raises Mgp5Error as
-        `check`, or for guidance without an unconditional condition.
+        None; `rng` on the CPU draws the noise, so that an image does not depend on the device. An image with residuals,
+        tensors (1, N, ...) that go to both, is denoised without the engine, which knows no attached layers. Raises
+        Mgp5Error as `check`, or for guidance without an unconditional condition.
         """
         if unconditional is None and options.guidance != 1.0:
             case = f"guidance {options.guidance} without an unconditional condition"
             raise Mgp5Error(case, "give one, or guidance 1")
-        table = self.check(options)
+        table = self.check(options, residuals is not None)
         shape = self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         noise = torch.randn(shape, generator=rng)[None].to(self.device)
         guided = round(options.guidance_until * len(table))
         guidance = options.guidance if guided else 1.0
-        model = self.engine.model_for(options.reuse) if self.engine else PlainDenoiser(self.predict)
-        return begin(model, noise, condition, unconditional, table, guidance, guided, options.reuse)
+        engine = None if residuals is not None else self.engine
+        model = engine.model_for(options.reuse) if engine else PlainDenoiser(self.predict)
+        return begin(model, noise, condition, unconditional, table, guidance, guided, options.reuse, residuals or ())
 
     def step(self, states: Sequence[DenoisingState]) -> None:
         """Advance images with equal `key` by one step each, in one call of the denoiser."""

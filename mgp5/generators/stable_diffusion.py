@@ -5,6 +5,7 @@ Letters: B batch, Z latent channels, h and w latents, L condition length, C cond
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -56,16 +57,20 @@ class StableDiffusion(LatentDiffusion):
         # No attention mask: Stable Diffusion was trained on conditions that include the padding.
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
 
-    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor, residuals: Sequence[Tensor] | None = None
+    ) -> Tensor:  # (B, Z, h, w)
         """Predict noise or velocity, by `schedule.prediction_type`, with one call of the UNet, in float32.
 
-        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, 1000), condition (B, L, C).
+        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, 1000), condition (B, L, C), residuals (B, ...) as of
+        `LatentDiffusion.predict`.
         """
-        dtype = self.unet.dtype
+        dtype, extra = self.unet.dtype, {} if residuals is None else {"residuals": residuals}
         outputs = self.unet(
             latents.to(dtype),
             timesteps.to(torch.float32),  # always the same dtype, so that a compiled or exported UNet has one signature
             encoder_hidden_states=condition.to(dtype),
             return_dict=False,
+            **extra,
         )
         return outputs[0].float()
