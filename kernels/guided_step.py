@@ -9,28 +9,23 @@ increments the step index itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .language import ceil_div, jit, launcher, operator, tl
 
-if TYPE_CHECKING:
-    from ..generators.sampler import SamplerTable
-
 BLOCK = 512  # latents are small (64 KB at 512 pixels): many small programs reach more multiprocessors
 
 
-def step_rows(table: SamplerTable, guidance: float) -> Tensor:  # (n, 5 + K)
+def step_rows(coefficients: Tensor, conversion: Tensor, guidance: float) -> Tensor:  # (n, 2 + K), (n, 2): (n, 5 + K)
     """Return what the step reads of a sampler table, in float64 on the CPU: guidance, d0, d1, c0, c1, ... a model call.
 
     c are the coefficients of the table, d its conversion; (0, 0), which keeps the prediction, becomes (0, 1).
     """
-    conversion = table.conversion.clone()
+    conversion = conversion.clone()
     conversion[~conversion.any(dim=1), 1] = 1.0
-    scale = conversion.new_tensor([guidance]).expand(len(table), 1)
-    return torch.cat([scale, conversion, table.coefficients], dim=1)
+    scale = conversion.new_tensor([guidance]).expand(len(conversion), 1)
+    return torch.cat([scale, conversion, coefficients], dim=1)
 
 
 def guided_step_reference(

@@ -164,12 +164,13 @@ def steps(name, dtype, shape, *, guided=True, last=True):
     table = sampler_table(name, NoiseSchedule(), 6)
     latents = draw(*shape)
     layout = torch.channels_last if last else torch.contiguous_format
+    rows = guided_step.step_rows(table.coefficients, table.conversion, 7.5 if guided else 1.0)
     return {
         "latents": latents,
         "history": torch.full((table.history, *shape), torch.nan, device=DEVICE),
         "step": torch.zeros(2, dtype=torch.int32, device=DEVICE),
         "model_input": torch.zeros(2 * shape[0], *shape[1:], dtype=dtype, device=DEVICE).to(memory_format=layout),
-        "rows": guided_step.step_rows(table, 7.5 if guided else 1.0).float().to(DEVICE),
+        "rows": rows.float().to(DEVICE),
     }
 
 

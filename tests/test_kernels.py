@@ -60,7 +60,8 @@ def test_the_guided_step_is_the_samplers(schedule, name, guidance):
         prediction = torch.randn(count, 4, 3, 5, generator=generator, dtype=torch.float64)
         latents, newest = linear_update(latents, prediction, kept, row, conversion[i], guidance)
         kept = [newest, *kept][: table.history]
-        guided_step_reference(own, history, step, model_input, prediction, step_rows(table, guidance))
+        rows_of_table = step_rows(table.coefficients, table.conversion, guidance)
+        guided_step_reference(own, history, step, model_input, prediction, rows_of_table)
         torch.testing.assert_close(own, latents, rtol=1e-12, atol=1e-12)
         assert torch.equal(model_input, latents.float().repeat(2, 1, 1, 1)) and step.tolist() == [i + 1, 0]
 

@@ -165,7 +165,8 @@ def joined(states: Sequence[DenoisingState]) -> list[Tensor]:
     time_embeddings = first.time_embeddings  # (n, 1, S) is the same for all images, except per_image
     if time_embeddings.shape[1] > 1 or first.model.per_image:
         time_embeddings = halves([state.time_embeddings for state in states], axis=1)
-    rows = step_rows(first.table, first.guidance).to(latents.device, torch.float32)
+    rows = step_rows(first.table.coefficients, first.table.conversion, first.guidance)
+    rows = rows.to(latents.device, torch.float32)
     parts = zip(*(state.cross_attention for state in states), strict=True)
     return [latents, time_embeddings, rows, *(halves(part, axis=0) for part in parts)]
 
