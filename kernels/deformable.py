@@ -6,7 +6,7 @@ points. `shapes` holds height and width of each level, alternately; the levels o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .language import ceil_div, jit, launcher, operator, power_of_2, tl, triton
+from .registry import select_kernel
 
 TILE = 512  # elements of a tile of rows (tokens and heads) and channels: 4 a thread, as 8 spill registers
 
@@ -212,3 +213,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 if triton is not None:
     deformable.register_autograd(_backward, setup_context=_keep)
+
+
+def deformable_attention(
+    value: Tensor,  # (B, N, S, H, E)
+    locations: Tensor,  # (B, T, N, H, L, K, 2)
+    weights: Tensor,  # (B, T, N, H, L, K)
+    shapes: Sequence[tuple[int, int]],  # height and width of each level
+) -> Tensor:  # (B, T, H E)
+    """Return what `deformable_reference` does, by the kernel where it can run."""
+    chosen = select_kernel("deformable", value.device, value.dtype, value.shape[-1])
+    return chosen.function(value, locations, weights, [side for shape in shapes for side in shape])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from mgp5.kernels.deformable import deformable_reference
 
-from mgp5.generators.mmfs import MMFS, GatedMMFS, MMFSBlock, image_ranks, null_softmax, pixel_centers, sincos_2d
+from mgp5.backbones.positions import pixel_centers, sincos_2d
+from mgp5.generators.mmfs import MMFS, GatedMMFS, MMFSBlock, image_ranks, null_softmax
 
 SHAPES = [(8, 8), (4, 4), (2, 2), (1, 1)]
 PIXELS = 85

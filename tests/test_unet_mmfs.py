@@ -10,9 +10,9 @@ from tiny import LENGTH, SIZE, WIDTH, tiny_unet, tiny_vae
 from mgp5 import engines
 from mgp5.errors import Mgp5Error
 from mgp5.generators.denoising import PlainDenoiser
+from mgp5.generators.mmfs import UNetMMFS, skip_maps
 from mgp5.generators.schedule import NoiseSchedule
 from mgp5.generators.stable_diffusion import StableDiffusion
-from mgp5.generators.unet_mmfs import UNetMMFS, skip_maps
 from mgp5.options import DiffusionOptions
 
 SHAPES, PIXELS, FEATURES = [(8, 8), (4, 4), (2, 2), (1, 1)], 85, 16

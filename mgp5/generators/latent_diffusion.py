@@ -157,7 +157,7 @@ class LatentDiffusion(nn.Module):
         """Predict noise, velocity or latents, by the schedule's `prediction_type`, in float32.
 
         Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, num_train_timesteps], condition (B, L, C). Residuals
-        (B, ...) are the inputs of layers that were attached to the denoiser, see `unet_mmfs`.
+        (B, ...) are the inputs of layers that were attached to the denoiser, see `mmfs`.
         """
         raise NotImplementedError
 

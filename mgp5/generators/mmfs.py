@@ -1,30 +1,29 @@
 """MMFS, deformable attention to feature pyramids of all earlier images (MM-Interleaved, arXiv 2401.10208, section 3.2).
 
 A query, a token of the LLM or a pixel of a UNet, reads a few points of every level of every image that it may see.
+In the UNet, as released, it reads for the maps of the skip connections and of the mid block, and what it reads is added
+to them before the up path; the paper's text puts it behind the up blocks.
 
-Letters: B batch, T queries of width D, N images, L levels, S pixels of all levels of an image, C width of their
-features, H heads, E width of a head, K points, h and w of a map. `shapes` are (h, w) of each level, in the order in
-which they lie behind one another in S.
+Letters: B batch, R rows of a UNet's call, T queries of width D, N images, L levels, S pixels of all levels of an image,
+C width of their features, H heads, E width of a head, K points, h and w of a map. `shapes` are (h, w) of each level, in
+the order in which they lie behind one another in S.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..kernels.registry import select_kernel
+from ..backbones.positions import pixel_centers, sincos_2d
+from ..errors import Mgp5Error
+from ..kernels.deformable import deformable_attention
 
 Shapes = Sequence[tuple[int, int]]
-
-
-def deformable(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:  # (B, T, H E)
-    """Sum samples of value (B, N, S, H, E) at locations (B, T, N, H, L, K, 2) with weights (B, T, N, H, L, K), by the
-    kernel where it can run; see `kernels.deformable`."""
-    chosen = select_kernel("deformable", value.device, value.dtype, value.shape[-1])
-    return chosen.function(value, locations, weights, [side for shape in shapes for side in shape])
 
 
 def image_ranks(visible: Tensor) -> Tensor:  # (B, T, N) bool -> int64
@@ -42,28 +41,6 @@ def null_softmax(logits: Tensor, visible: Tensor) -> Tensor:  # (B, T, N, H, L, 
     rows = logits.transpose(2, 3).flatten(3)  # (B, T, H, N L K)
     weights = nn.functional.pad(rows, (0, 1)).softmax(-1)[..., :-1]
     return weights.unflatten(3, (logits.shape[2], *logits.shape[4:])).transpose(2, 3)
-
-
-def pixel_centers(height: int, width: int, device: torch.device | None = None) -> Tensor:  # (h w, 2)
-    """Return x and y of the centres of the pixels of a map, in (0, 1), in reading order."""
-    y, x = ((torch.arange(size, device=device) + 0.5) / size for size in (height, width))
-    return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
-
-
-def sincos(positions: Tensor, width: int) -> Tensor:  # (...) -> (..., width)
-    """Return sines and cosines of positions at wavelengths from 2 pi to 20000 pi (Vaswani et al., arXiv 1706.03762);
-    `width` is even."""
-    rates = 10000.0 ** -(torch.arange(width // 2, device=positions.device) / (width // 2))
-    angles = positions[..., None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def sincos_2d(width: int, height_width: tuple[int, int], device: torch.device | None = None) -> Tensor:  # (h w, width)
-    """Return position embeddings of the pixels of a map: half for the column, half for the row; `width` is a multiple
-    of 4."""
-    rows, columns = (torch.arange(size, device=device) for size in height_width)
-    grid = torch.meshgrid(columns, rows, indexing="xy")
-    return torch.cat([sincos(axis.flatten(), width // 2) for axis in grid], dim=-1)
 
 
 class MMFS(nn.Module):
@@ -118,7 +95,7 @@ class MMFS(nn.Module):
         logits = self._by_image(self.logits, query, ranks).unflatten(-1, (heads, levels, points))
         center = 0.5 if reference is None else reference[:, None, None, None, None]
         locations = (center + offsets / self.base).expand(-1, -1, -1, -1, levels, -1, -1)
-        return self.output(deformable(value, locations, null_softmax(logits, visible), shapes))
+        return self.output(deformable_attention(value, locations, null_softmax(logits, visible), shapes))
 
     def _by_image(self, layer: nn.Linear, query: Tensor, ranks: Tensor) -> Tensor:  # (B, T, N, out)
         """Return `layer` of query + embedding of the rank; the sum itself would be N times the query's size."""
@@ -169,3 +146,90 @@ class MMFSBlock(nn.Module):
         query = query + sincos_2d(query.shape[-1], size, x.device).to(dtype)
         read = self.mmfs(query, value, visible[:, None], shapes, pixel_centers(*size, x.device))
         return self.conv(read.transpose(1, 2).unflatten(2, size)).to(x.dtype)
+
+
+def skip_maps(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yield channels and level of each skip connection of a UNet2DConditionModel, and last those of its mid block.
+
+    Level i has the latents' sides divided by 2**i. Stable Diffusion 1 and 2: 4 maps of 320 channels, 3 of 640, 5 of
+    1280, and 1280 of the mid block.
+    """
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    yield widths[0], 0
+    for level, width in enumerate(widths):
+        for _ in range(layers if isinstance(layers, int) else layers[level]):
+            yield width, level
+        if level < len(widths) - 1:
+            yield width, level + 1  # of the downsampler
+    yield widths[-1], len(widths) - 1
+
+
+class UNetMMFS(nn.Module):
+    """The MMFS blocks of a UNet, one for each skip connection and one for the mid block, which is the last."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],  # of the UNet
+        feature_width: int,
+        shapes: Shapes,  # (h, w) of the levels of an earlier image's pyramid
+        **options: float,  # of MMFS
+    ) -> None:
+        super().__init__()
+        size = config["sample_size"]
+        size, self.shapes = size if isinstance(size, int) else max(size), shapes
+        self.blocks = nn.ModuleList(
+            MMFSBlock(width, feature_width, levels=len(shapes), base=size / 2**level, **options)
+            for width, level in skip_maps(config)
+        )
+        self._residuals: list[Tensor] | None = None  # of the current call of the UNet
+
+    def forward(self, features: Tensor, visible: Tensor) -> list[Tensor]:
+        """Return the `residuals` of a call of the UNet: what does not depend on its maps, computed once for an image.
+
+        Features (B, N, S, C), of N >= 0 earlier images, and visible (B, N) bool, the nearest last. Returns visible and
+        for each block the projected features (B, N, S, H, E).
+        """
+        features = features.to(self.blocks[0].feature_norm.weight.dtype)
+        return [visible, *(block.values(features) for block in self.blocks)]
+
+    def attach(self, unet: nn.Module) -> None:
+        """Let a UNet2DConditionModel take `residuals` as an argument. Raises Mgp5Error for another denoiser."""
+        if sum(len(block.resnets) for block in getattr(unet, "up_blocks", ())) != len(self.blocks) - 1:
+            case = f"a {type(unet).__name__} without {len(self.blocks) - 1} skip connections"
+            raise Mgp5Error(f"MMFS residuals of {case}", "take a Stable Diffusion 1 or 2")
+
+        # Functions, not methods: a copy of the UNet, as engines make, copies methods with all their weights.
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            self._residuals = kwargs.pop("residuals", None)
+            return args, kwargs
+
+        def end(*_: Any) -> None:
+            self._residuals = None
+
+        unet.register_forward_pre_hook(begin, with_kwargs=True)
+        unet.register_forward_hook(end, always_call=True)
+        first = len(self.blocks) - 1
+        for layer in unet.up_blocks:
+            first -= len(layer.resnets)
+            layer.register_forward_pre_hook(self._skips_hook(first), with_kwargs=True)
+        if unet.mid_block is not None:
+            unet.mid_block.register_forward_hook(lambda layer, _, output: self._add(-1, output, layer))
+
+    def _skips_hook(self, first: int) -> Callable[..., Any]:
+        """Return a hook that adds residuals to the maps that an up block takes; the first has the index `first`."""
+
+        def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            maps = kwargs["res_hidden_states_tuple"]
+            kwargs["res_hidden_states_tuple"] = tuple(self._add(first + i, x, layer) for i, x in enumerate(maps))
+            return args, kwargs
+
+        return add
+
+    def _add(self, index: int, x: Tensor, layer: nn.Module) -> Tensor:  # (R, channels, h, w)
+        if self._residuals is None:
+            return x
+        visible, *values = self._residuals
+        inputs = x, values[index], visible, self.shapes
+        if layer.gradient_checkpointing and torch.is_grad_enabled():
+            return x + checkpoint(self.blocks[index], *inputs, use_reentrant=False)
+        return x + self.blocks[index](*inputs)
