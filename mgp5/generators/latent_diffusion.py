@@ -243,19 +243,14 @@ class LatentDiffusion(nn.Module):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def loss(
-        self,
-        latents: Tensor,
-        condition: Tensor,
-        generator: torch.Generator,
-        min_snr: float | None = None,
-        residuals: Sequence[Tensor] | None = None,
+        self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None, **more: Any
     ) -> Tensor:  # (B,)
         """Return the mean squared error of the prediction of each image, differentiable in the condition.
 
         Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser et al., arXiv 2403.03206, section 2.
         Latents (B, Z, h, w) from `sample`, condition (B, L, C); the generator on the CPU draws timesteps and noise.
-        `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556); Mgp5Error with flow matching.
-        `residuals` as of `predict`.
+        `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556), Mgp5Error with flow matching;
+        `more` goes to `predict`.
         """
         timesteps = self.schedule.draw_timesteps(len(latents), generator)
         weight = None if min_snr is None else self.schedule.min_snr_weight(timesteps, min_snr)
@@ -263,8 +258,7 @@ class LatentDiffusion(nn.Module):
         noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
         target = self.schedule.target(latents.float(), noise, timesteps)
         with self._without_autocast():
-            extra = {} if residuals is None else {"residuals": residuals}
-            prediction = self.predict(noisy, timesteps.to(latents.device), condition, **extra)
+            prediction = self.predict(noisy, timesteps.to(latents.device), condition, **more)
         loss = (prediction - target).square().flatten(1).mean(1)
         return loss if weight is None else loss * weight.to(loss.device)
 
@@ -301,9 +295,9 @@ class LatentDiffusion(nn.Module):
         """Return the state of an image before its first denoising step.
 
         Condition and unconditional (1, L, C), the latter not needed with guidance 1; `options.guidance` must not be
-        None; `rng` on the CPU draws the noise, so that an image does not depend on the device. An image with residuals,
-        tensors (1, N, ...) that go to both, is denoised without the engine, which knows no attached layers. Raises
-        Mgp5Error as `check`, or for guidance without an unconditional condition.
+        None; `rng` on the CPU draws the noise, so that an image does not depend on the device. Residuals (1, N, ...) go
+        to both; no engine knows their layers, so none runs. Raises Mgp5Error as `check`, or for guidance without an
+        unconditional condition.
         """
         if unconditional is None and options.guidance != 1.0:
             case = f"guidance {options.guidance} without an unconditional condition"
