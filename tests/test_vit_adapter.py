@@ -24,8 +24,9 @@ def adapter_of(layers=3, trained=False, **options) -> VitAdapter:
     torch.manual_seed(1)
     adapter = VitAdapter(16, layers, **OPTIONS | options).eval()
     if trained:
-        for interaction in adapter.interactions:
-            torch.nn.init.normal_(interaction.gamma)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return adapter
 
 
