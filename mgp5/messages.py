@@ -108,9 +108,26 @@ class Conversation:
         """The images of all messages, in order."""
         return tuple(image for message in self.messages for image in message.images)
 
+    @property
+    def head(self) -> tuple[Message, ...]:
+        """The system's message, if there is one."""
+        return self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
+
+    @property
+    def turns(self) -> int:
+        """The number of messages of the user."""
+        return sum(message.role == "user" for message in self.messages)
+
+    def tails(self) -> Iterator[Conversation]:
+        """Yield the conversation, then with more and more of its oldest turns left out; system and last user stay."""
+        yield self
+        for start, message in enumerate(self.messages):
+            if message.role == "user" and start > len(self.head):
+                yield Conversation((*self.head, *self.messages[start:]))
+
     def recent(self, history: int | None) -> Conversation:
         """Return the conversation with its last `history` messages before the reply, and the system's; None: all."""
-        head = self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
+        head = self.head
         rest = self.messages[len(head) :]
         return self if history is None else Conversation((*head, *rest[max(0, len(rest) - max(1, history)) :]))
 

@@ -178,15 +178,12 @@ def history_truncations(conversation: Conversation) -> list[Conversation]:
     a text and the images behind it. The system message, the last text of that turn and all that follows it are kept;
     the list is empty when nothing can be cut.
     """
-    messages = conversation.messages
-    head = messages[:1] if messages[0].role == "system" else ()
-    users = [i for i, message in enumerate(messages[:-1]) if message.role == "user"]
-    cuts = [messages[i:] for i in users if i > len(head)]
-    if users:
-        last, *rest = messages[users[-1] :]
+    whole, *cuts = conversation.tails()
+    last, *rest = (whole, *cuts)[-1].messages[len(whole.head) :]
+    if last.role == "user":
         texts = [i for i, part in enumerate(last.content) if isinstance(part, Text)]
-        cuts += [(Message("user", last.content[i:]), *rest) for i in texts[1:]]
-    return [Conversation((*head, *cut)) for cut in cuts]
+        cuts += [Conversation((*whole.head, Message("user", last.content[i:]), *rest)) for i in texts[1:]]
+    return cuts
 
 
 def expand_labels(example: Example, image_token_id: int, slots: Sequence[int]) -> tuple[list[int], list[int]]:

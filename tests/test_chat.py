@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from tiny import parts_of, picture, story_of
 from mgp5 import Conversation
 from mgp5.apps.chat import Chat
 from mgp5.commands.repl import Repl
+from mgp5.events import Note
+from mgp5.inference.scheduler import Scheduler
 from mgp5.inference.session import Session
 from mgp5.options import reply_options
 from mgp5.views.files import StoryFolder
@@ -114,6 +117,22 @@ def test_a_chat_goes_on_when_the_context_is_full(talk, monkeypatch):
     monkeypatch.setattr(talk.chat.model, "config", replace(talk.chat.model.config, history=3))
     talk.type(lines[0])
     assert [len(each.messages) for each in shown] == [1 + 3] and not told
+
+
+def test_what_does_not_fit_is_an_error_but_where_turns_may_be_left_out(small_model, monkeypatch):
+    """As the page does it, whose conversation may lack turns already."""
+    monkeypatch.setattr(small_model.backbone, "context_length", 330)
+    talk = Conversation()
+    for number in range(8):
+        talk = talk.add("user", f"{number} a red fox waves with a ball on the beach").add("assistant", "so it is")
+    talk = talk.add("user", "and then?")
+    scheduler = Scheduler(small_model, rows=1)
+    for left_out in (None, 3):
+        scheduler.submit(talk, reply_options(max_tokens=6, image="never"), left_out=left_out)
+    told = [event for _ in range(99) if scheduler.busy for _, event in scheduler.step()]
+    assert "context is 330" in str(told[0])
+    assert isinstance(told[1], Note) and re.search(r"does not see the (\d+) oldest", told[1].text) and told[-1].message
+    assert 3 < int(re.search(r"\d+", told[1].text)[0]) <= 3 + 8
 
 
 def test_undo_takes_back_a_message_and_its_reply(talk, capfd):

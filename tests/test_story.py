@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +16,6 @@ from mgp5 import Mgp5Error
 from mgp5.apps.inputs import read_images, read_lines
 from mgp5.cli import main
 from mgp5.files import Claim
-from mgp5.storyland.talk import dialog
-from mgp5.storyland.tell import story as told_story
-from mgp5.storyland.words import unknown_words
-from mgp5.storyland.world import rng
 
 
 @pytest.fixture
@@ -228,22 +222,3 @@ def test_only_line_breaks_part_lines(tmp_path):
 
 
 # Words that a model has never met
-
-
-def test_no_sentence_of_storyland_has_an_unknown_word():
-    draws = [rng("train", 1, number) for number in range(40)]
-    texts = [turn.text for draw in draws for turn in dialog(draw, "train").turns]
-    texts += [text for draw in draws for text in [step.text for step in told_story(draw, "train").steps]]
-    assert [word for text in texts for word in unknown_words(text)] == []
-    assert unknown_words("A purple dragon flies over two castles.") == ["dragon", "flies", "two", "castles"]
-
-
-@pytest.mark.parametrize("command", ["story --text lines.txt --scenes 1 --out out", "chat --message dragons"])
-def test_a_model_of_one_world_says_what_is_not_of_it(mgp5, small_model, tmp_path, monkeypatch, command):
-    (tmp_path / "lines.txt").write_text("A fox.\nA dragon.\n")
-    assert "Storyland" not in mgp5(*command.split()).stderr
-    monkeypatch.setattr(small_model, "config", replace(small_model.config, world="storyland"))
-    said = mgp5(*command.replace("out out", "out again").split())
-    assert said.stderr.count("this model knows one drawn world only, Storyland: it has no word for dragon") == 1
-    told = mgp5(*command.replace("out out", "out json").split(), "--json").stdout.splitlines()
-    assert [event["event"] for event in map(json.loads, told)].count("note") == 1

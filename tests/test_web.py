@@ -13,6 +13,8 @@ from serve_process import JSON, KEY, serving_here
 from tiny import picture
 
 from mgp5.errors import Mgp5Error
+from mgp5.messages import Conversation
+from mgp5.serving.loop import Refused
 from mgp5.serving.request import Limits
 
 pytest.importorskip("gradio", reason="pip install 'mgp5[web]'")
@@ -226,7 +228,7 @@ def test_the_page_asks_for_the_key(small_folder):
         assert server.ask("GET", "/v1/models", headers=basic(KEY))[0] == 401
 
 
-def test_a_chat_as_gradio_has_it_is_a_conversation():
+def test_a_chat_as_gradio_has_it_is_a_conversation(files):
     from mgp5.serving.web.chat import FAILED, read_talk
 
     def turn(role, text, **more):
@@ -234,7 +236,12 @@ def test_a_chat_as_gradio_has_it_is_a_conversation():
 
     failed = turn("assistant", "why", metadata={"title": FAILED})  # so the message before goes
     turns = [turn("user", "a"), failed, turn("user", "b"), turn("assistant", "1 &lt; 2")]
-    talk = read_talk([*turns, turn("user", " c ")], Limits())
+    talk, left_out = read_talk([*turns, turn("user", " c ")], Limits())
+    assert left_out == 0
+    assert read_talk([*turns, turn("user", " c ")], Limits(messages=2)) == (Conversation(talk.messages[2:]), 1)
+    with pytest.raises(Refused, match="images in messages: 1"):
+        image = {"type": "file", "file": {"path": str(files[0])}}
+        read_talk([*turns, {"role": "user", "content": [image]}], Limits(context_images=0))
     assert [(m.role, m.text) for m in talk.messages] == [("user", "b"), ("assistant", "1 < 2"), ("user", "c")]
     with pytest.raises(Mgp5Error, match="empty"):
         read_talk([*turns, turn("user", "")], Limits())

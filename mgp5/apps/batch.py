@@ -31,15 +31,16 @@ from .. import files
 from ..data.files import parse
 from ..errors import Mgp5Error, raise_all, told
 from ..events import Finished
-from ..messages import Conversation, Message, inside
+from ..messages import Conversation, Image, Message, inside
 from ..options import ModelRequest, Options, unexpected
 from ..prompts import Context, with_system
 from ..views.files import StoryFolder
 from ..views.html import write_html
 from .inputs import SceneInput, read_image
-from .open_model import Tell, narrate_from, open_model, silent, system_text
+from .open_model import Tell, narrate_from, open_model, silent, system_text, world
 from .recorder import StoryScene, story_conversation
 from .story import Ask, finished_scene, recorded_options, scene_request
+from .world import remarks
 
 if TYPE_CHECKING:
     from ..model import InterleavedModel
@@ -77,6 +78,7 @@ class Batch:
         total: number of lines that are not blank.
         done: hash of each line that is done, by its number.
         failures: why lines failed, by their numbers.
+        notes: what the model has never met of a line, by its number; see `world.remarks`.
     """
 
     def __init__(self, request: BatchRequest) -> None:
@@ -85,6 +87,8 @@ class Batch:
 
         resolve(request.model.model)  # a wrong name is reported before a folder is made
         self.failures: dict[int, str] = {}
+        self.notes: dict[int, str] = {}
+        self._world = world(request.model)
         self._lines, self._root = _read_lines(request.file)
         self.total, self._claim = sum(map(bool, self._lines)), files.Claim(request.out)
         try:
@@ -156,6 +160,7 @@ class Batch:
         title, options = row.get("title", ""), options.updated(row.get("options", {}))
         if "story" in row:
             inputs = [_scene_input(part, self._root) for part in row["story"]]
+            self._remark(number, " ".join(part.text for part in inputs), [part.image for part in inputs if part.image])
             inputs += [SceneInput()] * row.get("scenes", request.scenes)
             return StoryLine(number, title, options, inputs, narrate_from(request.model))
         conversation = Conversation.from_chat(row["messages"], self._root)
@@ -163,7 +168,13 @@ class Batch:
             raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
         for image in conversation.images:
             image.load()
+        last = conversation.messages[-1]
+        self._remark(number, last.text, last.images)
         return ChatLine(number, title, options, with_system(conversation, system_text(request.model)))
+
+    def _remark(self, number: int, text: str, images: Sequence[Image]) -> None:
+        for note in remarks(self._world, text, images):
+            self.notes[number] = note.text
 
     def _write(self, line: Line) -> dict[str, Any]:
         """Write what a line has become, then its row; return the row."""

@@ -117,7 +117,7 @@ class Chat:
     def _reply(self, asked: Conversation, pending: list[Image]) -> Iterator[Event]:
         """Reply to `asked`, which becomes the conversation, with `pending` left for the next message."""
         from ..inference.reply import generate
-        from ..inference.session import Session
+        from ..inference.session import Session, full
 
         before = self.conversation, self.pending
         self.conversation, self.pending = asked, pending
@@ -126,8 +126,12 @@ class Chat:
         self._number += 1
         recorder = Recorder()
         try:
-            yield from remarks(self.model.config.world, asked.messages[-1].text)
-            events = generate(self.model, self._recent(asked, options), options, self._session)
+            yield from remarks(self.model.config.world, asked.messages[-1].text, asked.messages[-1].images)
+            shown, hidden = self._session.recent(asked, options.max_tokens)
+            if hidden > self._hidden:
+                self.tell(full(hidden))
+            self._hidden = hidden
+            events = generate(self.model, shown, options, self._session)
             for event in keep_images(events, self.folder) if self.folder else events:
                 recorder(event)
                 yield event
@@ -141,22 +145,6 @@ class Chat:
             if recorder.parts:
                 self.conversation = Conversation((*self.conversation.messages, recorder.message))
             self.save()
-
-    def _recent(self, asked: Conversation, options: Options) -> Conversation:
-        """Return what the model is shown: a conversation without its oldest turns, as many as do not fit the context
-        with a reply of `options.max_tokens` (at most a quarter of it) and an image."""
-        asked = asked.recent(self.model.config.history)
-        reply = min(options.max_tokens, self.model.backbone.context_length // 4) + self.model.head.spec.positions
-        system = tuple(message for message in asked.messages if message.role == "system")
-        starts = [index for index, message in enumerate(asked.messages) if message.role == "user"]
-        for hidden, start in enumerate(starts):
-            recent = asked if hidden == 0 else Conversation((*system, *asked.messages[start:]))
-            if self._session.fits(recent, reply):
-                break
-        if hidden > self._hidden:
-            self.tell(f"the model's context is full: it does not see the {hidden} oldest of your messages any more")
-        self._hidden = hidden
-        return recent
 
 
 def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:

@@ -138,6 +138,11 @@ def system_text(request: ModelRequest) -> str:
     return _configuration(request).get("system", CHAT_SYSTEM)
 
 
+def world(request: ModelRequest) -> str:
+    """Return the name of the one world that the model knows, "" where it knows no bounds."""
+    return _configuration(request).get("world", "")
+
+
 def _configuration(request: ModelRequest) -> dict[str, Any]:
     """Return what config.json says of a model; nothing of one that is not trained."""
     from ..hub import read_config, resolve

@@ -205,11 +205,13 @@ def _events(model: InterleavedModel | None, plan: Plan, options: Options) -> Ite
     scenes = plan.scenes
     # One session for all scenes: images are encoded once. It reads each prompt anew, so that a scene does not depend
     # on the calls before.
-    session = Session(model, reuse=False) if plan.numbers else None
+    session, foreign = Session(model, reuse=False) if plan.numbers else None, False
     for number in plan.numbers:
         part = plan.inputs[number]
         yield SceneStart(number, part.kind, len(plan.inputs))
-        yield from remarks(model.config.world, part.text)
+        images = (part.image,) if part.image and not foreign else ()  # one line on images is enough
+        foreign = foreign or bool(remarks(model.config.world, "", images))
+        yield from remarks(model.config.world, part.text, images)
         if part.image:
             yield ImageDone(0, part.image)
         if part.text:

@@ -120,6 +120,9 @@ def _batch(flags: dict[str, Any]) -> None:
             bar.advance(task)
             if flags["as_json"]:
                 click.echo(json.dumps(row))
+    if told := list(batch.notes.items()):
+        more = f" ({counted(len(told) - 1, 'more line')} so)" if told[1:] else ""
+        notes(flags)(f"line {told[0][0]}: {told[0][1]}{more}")
     if batch.failures:
         which = ", ".join(map(str, list(batch.failures)[:9])) + (", ..." if len(batch.failures) > 9 else "")
         hint = f"{request.out / FAILURES} says why; the same command tries them again"

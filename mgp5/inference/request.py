@@ -17,12 +17,12 @@ from PIL import Image as pil
 from torch import Tensor
 
 from ..errors import Mgp5Error
-from ..events import Event, Finished, ImageDone, ImageStep, TextChunk
+from ..events import Event, Finished, ImageDone, ImageStep, Note, TextChunk
 from ..heads import DrawContext, Drawn, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
 from ..messages import Conversation, Image, Message, Text
 from ..options import Options
 from ..prompts import role_markers, with_system
-from .session import Key, Session
+from .session import Key, Session, full
 from .token_sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ class ActiveRequest:
         options: Options,
         session: Session | None = None,
         previews: int = 0,  # of each image, see `ImageStep.preview`
+        left_out: int | None = None,  # turns that are left out, as more are where it does not fit; None: an error
     ) -> None:
         self.model, self.head = model, model.head
         self.conversation = with_system(conversation, model.config.system)
-        self.options, self.session, self.previews = complete(model, options), session, previews
+        self.options, self.session = complete(model, options), session
+        self.previews, self.left_out = previews, left_out
         self.need: NextToken | Forced | Embeds | Step | None = None  # None before the start and after the end
         self.events: list[Event | Exception] = []  # not delivered yet
         self.writer = ReplyText()
@@ -130,11 +132,14 @@ class ActiveRequest:
         options = self.options
         if options.draw != "never" and options.max_images > 0:
             self.head.check(options.image)
-        session.read(self.conversation.recent(self.model.config.history), reply=self.head.spec.positions)
+        shown = self.conversation.recent(self.model.config.history)
+        if self.left_out is not None:
+            shown, hidden = session.recent(self.conversation, options.max_tokens)
+            self.events += [Note(full(hidden + self.left_out))] if hidden + self.left_out else []
+        session.read(shown, reply=self.head.spec.positions)
         self.writer.stops = (*role_markers(self.model.backbone), *options.stop)
-        self.params = SamplingParams(
-            options.temperature, options.top_p, options.repetition_penalty, rng(options.seed, 0, "text")
-        )
+        random = rng(options.seed, 0, "text")
+        self.params = SamplingParams(options.temperature, options.top_p, options.repetition_penalty, random)
         self._set_text_sampling()
         self._continue_text()
 
@@ -186,8 +191,7 @@ class ActiveRequest:
 
     @property
     def _wants_image(self) -> bool:
-        options = self.options
-        return options.draw == "always" and self.writer.num_images == 0 and options.max_images > 0
+        return self.options.draw == "always" and self.writer.num_images == 0 and self.options.max_images > 0
 
     @property
     def _full(self) -> bool:

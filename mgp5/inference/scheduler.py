@@ -67,10 +67,15 @@ class Scheduler:
         return bool(self.queue or self.active)
 
     def submit(
-        self, conversation: Conversation, options: Options, session: Session | None = None, previews: int = 0
+        self,
+        conversation: Conversation,
+        options: Options,
+        session: Session | None = None,
+        previews: int = 0,
+        left_out: int | None = None,
     ) -> ActiveRequest:
         """Queue a reply; None as session, which is on a row of the decoder, gives it a free row and a new one."""
-        request = ActiveRequest(self.model, conversation, options, session, previews)
+        request = ActiveRequest(self.model, conversation, options, session, previews, left_out)
         self.queue.append(request)
         return request
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 Key = tuple[int, str]  # a token, and the image that it stands for, "" for text
 
 
+def full(hidden: int) -> str:
+    """Return a line on a conversation that is longer than what a model can be shown."""
+    return f"the model's context is full: it does not see the {hidden} oldest of your messages any more"
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """A context image as the LLM gets it."""
@@ -82,6 +87,19 @@ class Session:
         self.append(hidden, keys[kept:])
         self.prefilled, self.prefilled_images = len(ids) - kept, sum(bool(image) for _, image in keys[kept:])
         return self.state
+
+    def recent(self, conversation: Conversation, max_tokens: int) -> tuple[Conversation, int]:
+        """Return what the model is shown of a conversation, and how many of the user's messages do not fit any more.
+
+        The oldest turns are left out until there is room for a reply of `max_tokens` (a quarter of the context at most)
+        and an image.
+        """
+        asked = conversation.recent(self.model.config.history)
+        reply = min(max_tokens, self.backbone.context_length // 4) + self.head.spec.positions
+        for shown in asked.tails():
+            if self.fits(shown, reply):
+                break
+        return shown, asked.turns - shown.turns
 
     @torch.inference_mode()
     def fits(self, conversation: Conversation, reply: int) -> bool:

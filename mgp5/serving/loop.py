@@ -47,6 +47,7 @@ class Job:
     deliver: Callable[[Event | Refused], None]  # takes events up to Finished, or what went wrong, in the loop's thread
     deadline: float  # by `time.monotonic`
     previews: int = 0  # of each image, see `ImageStep.preview`
+    left_out: int | None = None  # see `ActiveRequest`
     cancelled: bool = False
     silent: bool = True  # nothing was delivered yet
     since: float = field(default_factory=time.monotonic)
@@ -159,7 +160,8 @@ class ServingLoop:
         with self._wake:
             while self._new:
                 job = self._new.popleft()
-                self._jobs[self.scheduler.submit(job.conversation, job.options, previews=job.previews)] = job
+                more = {"previews": job.previews, "left_out": job.left_out}
+                self._jobs[self.scheduler.submit(job.conversation, job.options, **more)] = job
         now = time.monotonic()
         for request, job in list(self._jobs.items()):
             if job.cancelled or job.deadline < now:

@@ -52,14 +52,21 @@ class AppState:
         return await to_thread.run_sync(work, *args, limiter=self.image_threads)
 
     def submit(
-        self, talk: Conversation, options: list[Options], timeout: float | None, previews: int = 0
+        self,
+        talk: Conversation,
+        options: list[Options],
+        timeout: float | None,
+        previews: int = 0,
+        left_out: int | None = None,
     ) -> list[ReplyStream]:
         """Queue one reply to a conversation for each of `options`, all of them or none; `timeout` is in seconds.
 
-        Raises Refused if the queue is full, or the server stops.
+        `left_out` is that of `ActiveRequest`. Raises Refused if the queue is full, or the server stops.
         """
         deadline = time.monotonic() + min(timeout or self.limits.seconds, self.limits.seconds)
         streams = [ReplyStream(self.loop, talk, one, deadline, previews) for one in options]
+        for stream in streams:
+            stream.left_out = left_out
         self.loop.submit(*streams)
         return streams
 

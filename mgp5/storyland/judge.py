@@ -5,8 +5,11 @@ It was trained on renders only, never on a model's images; examples/storyland/ju
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,8 +17,12 @@ from torch.nn import functional
 
 from .world import ATTRIBUTES
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 SIZE = 64  # pixels to which images are averaged
 WIDTHS = ((3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 128, 1), (128, 128, 2), (128, 128, 1), (128, 128, 1))
+SURE = 0.97  # least probability of an attribute that the judge is sure of
 FILE = Path(__file__).with_name("judge.safetensors")
 
 
@@ -47,6 +54,21 @@ def load_judge(path: Path = FILE) -> Judge:
     judge = Judge().eval().requires_grad_(False)
     judge.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=False)
     return judge
+
+
+_judge = cache(load_judge)
+
+
+@torch.no_grad()
+def is_foreign(picture: PIL.Image.Image) -> bool:
+    """Return whether an image in RGB is not of Storyland: the judge is unsure of two or more of its attributes.
+
+    It is sure of six at least of every render, drawn at any size, as a JPEG, trimmed or dimmed, and of what the demo
+    draws; of photos it is not (examples/storyland).
+    """
+    pixels = np.asarray(picture.resize((2 * SIZE, 2 * SIZE)), dtype=np.float32) / 127.5 - 1
+    read = _judge()(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    return sum(logits.softmax(1).max().item() < SURE for logits in read.values()) >= 2
 
 
 @torch.no_grad()

@@ -84,17 +84,18 @@ async def reply(
         files = [{"type": "file", "file": one if isinstance(one, dict) else {"path": one}} for one in message["files"]]
         turns = [*history, {"role": "user", "content": [*files, {"type": "text", "text": message["text"] or ""}]}]
         options = read_options(state, dict(zip(names, values, strict=True)))
-        talk = await to_thread.run_sync(read_talk, turns, state.limits, limiter=state.image_threads)
+        talk, left_out = await to_thread.run_sync(read_talk, turns, state.limits, limiter=state.image_threads)
+        given = state.loop.model.config.world, message["text"] or "", talk.messages[-1].images
+        notes = await to_thread.run_sync(remarks, *given, limiter=state.image_threads)
         options = with_seeds(options, session.replies)
         session.replies += 1
-        with closing(GrowingReply(state, session, talk, options)) as growing:
+        with closing(GrowingReply(state, session, talk, options, left_out)) as growing:
             while not growing.finished:
                 await growing.grow()
                 line = "writing"
                 if end := growing.finished:
                     cut = ", cut at its longest" if end.reason == "length" else ""
-                    notes = remarks(state.loop.model.config.world, message["text"] or "")
-                    told = "".join(f" · {note.text}" for note in notes)
+                    told = "".join(f" · {note.text}" for note in (*notes, *growing.notes))
                     line = f"seed {options.seed} · {end.meta['seconds']:.1f} s{cut}{told}"
                 shown = _shown(session, growing.parts)
                 session.talk = [*turns, shown]
@@ -103,8 +104,9 @@ async def reply(
         yield {"role": "assistant", "content": escape(str(error)), "metadata": {"title": FAILED}}, progress_line("")
 
 
-def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation:
-    """Return the conversation that gr.Chatbot shows; a message that had no reply goes with the answer that told so.
+def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> tuple[Conversation, int]:
+    """Return the conversation that gr.Chatbot shows, without its oldest turns where it is above the limits, and their
+    number; a message that had no reply goes with the answer that told so.
 
     Raises Mgp5Error if an image cannot be read or the last message is empty, Refused if it is above the limits.
     """
@@ -115,11 +117,15 @@ def read_talk(history: Sequence[dict[str, Any]], limits: Limits) -> Conversation
         else:
             role = "assistant" if turn["role"] == "assistant" else "user"
             turns.append((role, _parts(turn["content"], role, limits)))
-    talk = join_turns(turns)
+    talk = Conversation(tuple(join_turns(turns)))
     if not turns or not turns[-1][1]:
         raise Mgp5Error("the message is empty", "write something, or drop a picture in")
-    check_size(len(talk), sum(len(message.images) for message in talk), limits)
-    return Conversation(tuple(talk))
+    for recent in talk.tails():
+        size = len(recent.messages), len(recent.images)
+        if size[0] <= limits.messages and size[1] <= limits.context_images:
+            break
+    check_size(*size, limits)
+    return recent, talk.turns - recent.turns
 
 
 def _parts(content: Sequence[dict[str, Any]], role: str, limits: Limits) -> list[Part]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ...apps.recorder import Recorder, StoryScene
 from ...errors import Mgp5Error
-from ...events import Finished, ImageDone
+from ...events import Finished, ImageDone, Note
 from ...messages import Conversation, Image, Message
 from ...views.files import write_png
 from ..api.chat import ChatRequest, chat_options
@@ -64,11 +64,17 @@ class PageSession:
 
 
 class GrowingReply(Recorder):
-    """A reply that is being made, as far as it was read; `close` cancels it."""
+    """A reply that is being made, as far as it was read; `close` cancels it.
 
-    def __init__(self, state: AppState, session: PageSession, talk: Conversation, options: Options) -> None:
+    The model is not shown the oldest turns where all do not fit its context; `left_out` are left out already.
+    """
+
+    def __init__(
+        self, state: AppState, session: PageSession, talk: Conversation, options: Options, left_out: int = 0
+    ) -> None:
         super().__init__()
-        (self.stream,), self.session = state.submit(talk, [options], None), session
+        self.notes: list[Note] = []
+        (self.stream,), self.session = state.submit(talk, [options], None, left_out=left_out), session
         session.running = self.stream
 
     async def grow(self) -> None:
@@ -76,6 +82,8 @@ class GrowingReply(Recorder):
         event, until = None, time.monotonic() + UPDATE_SECONDS
         while not isinstance(event, ImageDone | Finished) and time.monotonic() < until:
             event = await self.stream.next()
+            if isinstance(event, Note):
+                self.notes.append(event)
             if isinstance(event, ImageDone):
                 await to_thread.run_sync(self.session.file, event.image)  # encodes it
             self(event)

@@ -17,9 +17,10 @@ from anyio import to_thread
 from ...apps.inputs import SceneInput, natural
 from ...apps.recorder import StoryScene, story_conversation
 from ...apps.story import finished_scene, scene_request, with_seeds
+from ...apps.world import remarks
 from ...errors import Mgp5Error
 from ...files import text_lines
-from ...messages import Message
+from ...messages import Image, Message
 from ...views.html import write_html
 from ..loop import Refused
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
@@ -86,12 +87,14 @@ class StoryTab:
     async def add_images(self, session: PageSession, files: list[str], *texts: str) -> View:
         """Put uploaded images behind the story, in natural order of their names."""
         _edit(session, *texts)
+        images: list[Image] = []
         with failures_shown():
             _check_room(len(session.scenes) + len(files))
             for file in sorted(map(Path, files), key=natural):
                 image = await to_thread.run_sync(read_upload, str(file), self.state.limits)
                 session.scenes.append(StoryScene("given", "", image))
-        return [None, *self.view(session)]
+                images.append(image)
+        return [None, *self.view(session, progress_line(await self._remarks("", images)))]
 
     async def make(
         self, task: Task, number: int, session: PageSession, lines: str, count: int, *given: Any
@@ -121,6 +124,7 @@ class StoryTab:
                     break
                 scenes[number : number + 1] = growing.values()
             said = "stopped" if session.stopped else f"seed {options.seed}" if plan else "nothing to do"
+            said += await self._remarks(" ".join(part.text for _, part in plan), (), " · ")
         yield [gr.skip(), *self.view(session, progress_line(said))]
 
     async def remove(self, session: PageSession, *texts: str, number: int | None = None) -> View:
@@ -153,6 +157,12 @@ class StoryTab:
             await to_thread.run_sync(write_html, story_conversation(session.scenes), metadata, folder / "story.html")
             return str(folder / "story.html"), progress_line("the page is in your downloads")
         raise gr.Error("there is no page", visible=False)  # so that no script looks for the file
+
+    async def _remarks(self, text: str, images: Sequence[Image], before: str = "") -> str:
+        """Return what the model has never met of a text and images."""
+        given = self.state.loop.model.config.world, text, images
+        notes = await to_thread.run_sync(remarks, *given, limiter=self.state.image_threads)
+        return "".join(before + note.text for note in notes)
 
     def _options(self, given: Sequence[Any]) -> Options:
         return read_options(self.state, dict(zip(self.options, given, strict=False)))
