@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgp5 import Mgp5Error
 from mgp5.backbones.hf import HFBackbone
-from mgp5.generators.seed_release import code_words, compose_seed_llama, read_seed_tokenizer, seed_llama_ids
 from mgp5.generators.seed_tokenizer import SeedTokenizer
+from mgp5.heads.seed_release import code_words, compose_seed_llama, read_seed_tokenizer, seed_llama_ids
 
 V, W, K, E, CODES = 12, 16, 4, 6, 20  # as in seed_stages, and the size of the codebook
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..errors import Mgp5Error
 from ..files import digest
 from ..generators.latent_diffusion import LatentDiffusion
-from ..generators.seed_release import code_words
 from ..generators.seed_tokenizer import STAGES, SeedTokenizer
 from ..generators.unclip import StableUnCLIP
 from ..messages import Conversation, Message, Text
@@ -29,6 +28,7 @@ from ..options import SeedOptions
 from . import DrawContext, Drawn, Forced, HeadSpec, ImageContext, Part, Request, Response, Sample, Stage, TrainRule
 from .diffusion import DiffusionHead
 from .losses import Losses
+from .seed_release import code_words
 from .settings import SeedConfig, SeedTrainConfig
 
 if TYPE_CHECKING:

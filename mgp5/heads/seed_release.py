@@ -20,9 +20,9 @@ from transformers import AutoConfig
 from ..backbones.minigpt4 import Layout, compose, read_state
 from ..backbones.processors import load_tokenizer
 from ..errors import Mgp5Error
+from ..generators.seed_stages import SeedTokenizerConfig
+from ..generators.seed_tokenizer import SeedTokenizer
 from ..hub import from_hub
-from .seed_stages import SeedTokenizerConfig
-from .seed_tokenizer import SeedTokenizer
 
 # Pattern in an own name -> text in the release's; all apply, in this order. KIND is "text" or "image".
 NAMES = (
