@@ -55,6 +55,19 @@ def test_the_last_picture_of_a_story(story, tmp_path):
     assert "--backend eager" in found.command
 
 
+def test_pictures_of_a_story_of_which_a_scene_was_made_anew(story, tmp_path):
+    again = shutil.copytree(story, story.with_name("again"))
+    run("story", "--out", str(again), "--scene", "4", "--seed", "8")
+    paths = [image.path for image in StoryFolder.open(again).load()[0].images]
+    notes = [any("made anew since" in note for note in recall(path).notes) for path in paths[3:]]
+    assert notes == [False, True, True] and drawn_again(paths[3], tmp_path)
+    run("story", "--out", str(again), "--scene", "5", "--seed", "8")
+    run("story", "--out", str(again), "--resume", "--scenes", "3", "--seed", "5")
+    paths = [image.path for image in StoryFolder.open(again).load()[0].images]
+    notes = [any("made anew since" in note for note in recall(path).notes) for path in paths[3:]]
+    assert notes == [False, False, True, False]
+
+
 def test_the_second_picture_of_a_chat(small_folder, tmp_path):
     flags = ["--model", str(small_folder), "--steps", "1", "--seed", "3", "--set", "max_tokens=4"]
     flags += ["--set", "image=always"]

@@ -22,7 +22,7 @@ from ..views.files import STORY, StoryFolder, read_png_metadata
 from ..views.html import scenes
 from .earlier import ENGINE
 from .inputs import SceneInput
-from .story import scene_prompt
+from .story import WINDOW, scene_prompt
 
 NOT_OPTIONS = {"version", "prompt", "seed", "text_seed"}  # of an image's metadata
 
@@ -60,7 +60,7 @@ def recall(path: Path) -> Recalled:
         found = f"{path} was drawn in a conversation, which is in the {STORY} of its folder: that is missing"
         raise Mgp5Error(found, f"its prompt was {json.dumps(metadata.get('prompt', ''))}, its seed {metadata['seed']}")
     conversation, story = StoryFolder.open(folder).load()
-    prompt, index, limits = _prompt(conversation, path, story["options"])
+    prompt, index, limits, changed = _prompt(conversation, path, story)
     options = {name: value for name, value in metadata.items() if name not in NOT_OPTIONS} | limits
     options |= {"seed": metadata["text_seed"], "image_seed": metadata["seed"] - index}
     names = [image.path.relative_to(folder).as_posix() for image in prompt.images]
@@ -74,13 +74,19 @@ def recall(path: Path) -> Recalled:
     notes = [f"it will be {folder / out / '000001' / f'{len(set(names)) + index + 1:03d}.png'}"]
     if any(name.endswith(".jpg") for name in names):
         notes.append("given JPEG pictures were kept anew, without private data: it will be close, not the same")
+    if changed:
+        notes.append("a scene that it was drawn from has been made anew since: it will be another picture")
     if metadata.get("version") != __version__:
         notes.append(f"it was drawn by mgp5 {metadata.get('version')}, and this is {__version__}")
     return Recalled(words, folder, json.dumps(line, ensure_ascii=False), notes)
 
 
-def _prompt(conversation: Conversation, path: Path, options: Mapping[str, Any]) -> tuple[Conversation, int, dict]:
-    """Return the prompt that an image was drawn for, its index in the reply, and options that the PNG does not hold."""
+def _prompt(
+    conversation: Conversation, path: Path, story: Mapping[str, Any]
+) -> tuple[Conversation, int, dict[str, Any], bool]:
+    """Return the prompt that an image was drawn for, its index in the reply, and options that the PNG does not hold;
+    and whether a scene of the prompt was made anew after it."""
+    options = story["options"]
     messages = conversation.messages
     drawn = [[i.path and i.path.resolve() for i in m.images if m.role == "assistant"] for m in messages]
     number = next((number for number, paths in enumerate(drawn) if path.resolve() in paths), None)
@@ -89,11 +95,15 @@ def _prompt(conversation: Conversation, path: Path, options: Mapping[str, Any]) 
         raise Mgp5Error(f"{path} is in no reply of the {STORY} beside it, expected in one", hint)
     if messages[0].role == "system":  # a chat, or a conversation of a batch
         limits = {name: options[name] for name in ("max_images",) if name in options}
-        return Conversation(messages[:number]), drawn[number].index(path.resolve()), limits
+        return Conversation(messages[:number]), drawn[number].index(path.resolve()), limits, False
     line = messages[number - 1] if number and messages[number - 1].role == "user" else None
     part = SceneInput(text=line.text) if line and not line.images else SceneInput()
     past = scenes(Conversation(messages[: number - 1 if part.text else number]))
-    return scene_prompt([(scene.text, scene.image) for scene in past if scene.image], part), 0, {"max_images": 1}
+    scene, order = len(past), story.get("anew", [])
+    later = order[order.index(scene) + 1 :] if scene in order else order
+    changed = any(scene - WINDOW <= other < scene for other in later)
+    prompt = scene_prompt([(scene.text, scene.image) for scene in past if scene.image], part)
+    return prompt, 0, {"max_images": 1}, changed
 
 
 def _absolute(name: str) -> str:

@@ -149,7 +149,8 @@ def _plan_again(request: StoryRequest, earlier: Earlier, tell: Tell) -> Plan:
     if changed := [name for name in compared if record[name] != story[name]]:
         found = f"the story in {request.out} was told with another {', '.join(changed)}"
         raise Mgp5Error(found, "go on with the same", usage=True)
-    record = {name: story[name] for name in record} | ({"title": request.title} if request.title else {})
+    record = {name: story[name] for name in (*record, "anew") if name in story}
+    record |= {"title": request.title} if request.title else {}
     if request.scene is None:
         if len(scenes) == len(inputs):
             tell("the story is whole: nothing was missing")
@@ -186,6 +187,10 @@ def _tell(
             for event in events:
                 recorder(event)
                 whole += isinstance(event, Finished) and not plan.anew
+                if isinstance(event, Finished) and (plan.anew or "anew" in plan.record):
+                    number = len(recorder.scenes) - 1
+                    order = plan.record.get("anew", [])  # in which scenes were made since the first was made anew
+                    plan.record["anew"] = [*(other for other in order if other != number), number]
                 if folder and isinstance(event, Finished) and recorder.generated:
                     save()
                 yield event
