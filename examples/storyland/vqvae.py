@@ -19,7 +19,7 @@ CONFIG = VQVAEConfig(
     patch_nums=(1, 2, 3, 4, 6, 8),
     num_codes=1024,
     code_width=16,
-    channels=(8, 24, 48, 64, 96),
+    channels=(8, 24, 48, 64, 88),
     layers_per_block=1,
     norm_groups=4,
 )
@@ -40,9 +40,9 @@ def evaluate(vqvae: VQVAE, judge: Judge, pictures: np.ndarray, rows: np.ndarray)
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for renders, logs and states.")
-@click.option("--steps", default=12000)
+@click.option("--steps", default=15000)
 @click.option("--minutes", default=1e9, help="Stop after this time; the next call goes on.")
-@click.option("--batch", default=8)
+@click.option("--batch", default=4)
 @click.option("--lr", default=1e-3)
 @click.option("--images", default=20000, help="Number of training renders; tests take 512.")
 def main(work: Path, steps: int, minutes: float, batch: int, lr: float, images: int) -> None:

@@ -225,7 +225,8 @@ class VARDecoder(nn.Module):
                 x, kv = checkpoint(block, x, condition, mask, past, use_reentrant=False)
             else:
                 x, kv = block(x, condition, mask, past)
-            kept.append(kv)
+            if mask is None:  # else nobody reads them: training would hold those of all blocks
+                kept.append(kv)
         scale, shift = self.head_modulation(F.silu(condition))[:, None].chunk(2, -1)
         return self.head(self.norm(x) * (1 + scale) + shift).float(), kept
 
