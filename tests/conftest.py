@@ -196,8 +196,17 @@ def model(mllm_folder, diffusion_folder):
     return build(str(mllm_folder), str(diffusion_folder), num_vokens=4, guidance=3.0)
 
 
+@pytest.fixture(scope="session")
+def short_samples():
+    """Sample pages of few steps and tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mgp5.training.samples.STEPS", 2)
+        patch.setattr("mgp5.training.samples.TOKENS", 8)
+        yield
+
+
 @pytest.fixture
-def fresh_accelerator():
+def fresh_accelerator(short_samples):
     """Accelerate keeps the precision of the first run for the whole process."""
     from accelerate.state import AcceleratorState
 
