@@ -208,12 +208,12 @@ def test_the_train_suite_measures_every_way_and_reports_it(tmp_path, llava_folde
     assert all(row["estimated_gib"] >= 0 for row in rows)
 
 
-def test_an_update_that_does_not_fit_is_told(monkeypatch):
+def test_an_update_that_does_not_fit_is_told(llava_folder, diffusion_folder, monkeypatch):
     def full(self, *args):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(training.Trainer, "update", full)
-    row = next(training.train_rows(on_cpu(), resolve("demo"), 4))
+    row = next(training.train_rows(on_cpu(), resolve(f"{llava_folder}+{diffusion_folder}"), 4))
     assert row["skipped"] == "out of memory"
     assert tables([row]).renderables[-1].endswith("skipped: out of memory")
 

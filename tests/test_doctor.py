@@ -22,7 +22,12 @@ from mgp5.evaluation.weights import WEIGHTS
 from mgp5.hub import DEMO, resolve
 from mgp5.memory.generation import footprint
 
-LLAVA = "llava-1.5-7b+sd-2.1-base"
+LLAVA, MEASURED = "llava-1.5-7b+sd-2.1-base", cache(footprint)
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch):
+    monkeypatch.setattr("mgp5.memory.generation.footprint", MEASURED)
 
 
 def told(*command, code=0):
@@ -67,7 +72,6 @@ def test_without_a_model_it_imports_nothing_slow():
 
 
 def test_whether_a_model_fits_is_told_first_and_all_tells_of_every_named_one(monkeypatch):
-    monkeypatch.setattr("mgp5.memory.generation.footprint", cache(footprint))
     lines = told("--model", LLAVA).stdout.splitlines()
     fits = {line.split(" fits on ")[1] for line in lines[: len(doctor.CARDS)]}
     assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= fits and "fits" not in lines[len(doctor.CARDS)]

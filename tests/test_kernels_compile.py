@@ -120,7 +120,7 @@ def cases():
 
 
 CASES = list(itertools.product(cases(), DTYPES))
-SAMPLE = {"group_norm": 3, "group_norm_small": 2, "guided_step": 2}  # cases of an operation for each card, else 1
+SAMPLE = {"group_norm": 2, "guided_step": 2}  # cases of an operation for each card, else 1
 
 
 @pytest.fixture

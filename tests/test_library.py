@@ -1,4 +1,4 @@
-"""`mgp5 models`, `pull` and `rm`: real processes, the hub's real client, and a hub on this machine."""
+"""`mgp5 models`, `pull` and `rm`: the hub's real client, and a hub on this machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from hub_double import Hub, running
+from huggingface_hub import constants
 
 from mgp5.apps.library import is_complete, needed_files
+from mgp5.cli import main
 from mgp5.generators import load_generator
 from mgp5.hub import REPOS
 
 NAME = "sd-2.1-base"
 REPO = REPOS[NAME]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-MGP5 = [str(Path(sys.executable).with_name("mgp5"))]
 
 
 @pytest.fixture
@@ -33,19 +35,22 @@ def hub(diffusion_folder):
 
 
 @pytest.fixture
-def mgp5(hub, tmp_path):
+def mgp5(hub, tmp_path, monkeypatch):
     """Runs a command whose hub is on this machine and whose cache is empty."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
+    address = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for module in ("constants", "utils._cache_manager"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "home/hub"))
 
-    def run(*args: str, code: int = 0, stdin: str = "", **more: str) -> subprocess.CompletedProcess:
-        result = subprocess.run(
-            [*MGP5, *args], env=env | more, capture_output=True, text=True, input=stdin, timeout=40, check=False
-        )
-        assert result.returncode == code, result.stderr
+    def run(*args: str, code: int = 0, stdin: str = "") -> Result:
+        result = CliRunner().invoke(main, args, input=stdin)
+        assert result.exit_code == code, result.stderr
         return result
 
-    run.env = env
     return run
 
 
@@ -91,9 +96,13 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was(mgp5, hub):
     assert (folder / large).read_bytes() == hub.repos[REPO.id][large]
 
 
-def test_a_killed_pull_goes_on_with_what_is_missing(mgp5, hub):
+def test_a_killed_pull_goes_on_with_what_is_missing(mgp5, hub, tmp_path):
+    """Killed in a process of its own, to which users' variables tell hub and cache."""
     hub.hold = WEIGHTS
-    process = subprocess.Popen([*MGP5, "pull", NAME], env=mgp5.env, stderr=subprocess.DEVNULL)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
+    command = [str(Path(sys.executable).with_name("mgp5")), "pull", NAME]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     assert hub.reached.wait(40)
     process.kill()
     process.wait()
@@ -124,9 +133,11 @@ def test_a_damaged_file_is_refused_and_not_kept(mgp5, hub):
     assert line_of(mgp5)["whole"]
 
 
-def test_without_a_network_it_says_so_at_once(mgp5):
-    for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        told = mgp5("pull", f"llava-1.5-7b+{NAME}", code=1, **setting).stderr
+def test_without_a_network_it_says_so_at_once(mgp5, monkeypatch):
+    for setting in ({"ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": True}):
+        for name, value in setting.items():
+            monkeypatch.setattr(constants, name, value)
+        told = mgp5("pull", f"llava-1.5-7b+{NAME}", code=1).stderr
         assert told.count("\n") == 1 and "cannot be reached" in told and "demo" in told
 
 

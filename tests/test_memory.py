@@ -25,7 +25,6 @@ from mgp5.memory.skeletons import backbone_shape, generator_shape, known_models,
 from mgp5.training.batch import Collator
 from mgp5.training.presets import preset
 
-DEMO_PARTS = str(DEMO / "mllm"), str(DEMO / "diffusion")
 PICTURE = DEMO.parents[1] / "examples/picnic/1.png"
 MLLMS, GENERATORS = known_models("mllm"), known_models("generator")
 # Parameters as the hub shows them, width, of one adapted layer (q and v, rank 8), layers, tied embeddings.
@@ -48,8 +47,10 @@ DRAWN = {
 }
 
 
-def shape(config, device="meta"):
-    return skeleton(*DEMO_PARTS, config, device=device)
+@pytest.fixture
+def shape(llava_folder, diffusion_folder):
+    """Makes a tiny model without weights, on a real device with random ones."""
+    return lambda config, device="meta": skeleton(str(llava_folder), str(diffusion_folder), config, device=device)
 
 
 def allocated_by_step(model, losses):
@@ -60,9 +61,9 @@ def allocated_by_step(model, losses):
 
 
 @pytest.mark.parametrize(
-    "stage, length, checkpointing", [("pretrain", 60, True), ("pretrain", 60, False), ("finetune", 300, True)]
+    "stage, length, checkpointing", [("pretrain", 60, True), ("pretrain", 60, False), ("finetune", 120, True)]
 )
-def test_a_rehearsed_step_weighs_what_the_allocator_sees(stage, length, checkpointing):
+def test_a_rehearsed_step_weighs_what_the_allocator_sees(shape, stage, length, checkpointing):
     config = replace(preset(stage), batch=2, checkpointing=checkpointing)
     told, flops = dry_run_step(shape(config), config, length)
     model = shape(config, "cpu")
@@ -72,7 +73,7 @@ def test_a_rehearsed_step_weighs_what_the_allocator_sees(stage, length, checkpoi
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_the_made_up_step_weighs_what_the_loops_forward_does():
+def test_the_made_up_step_weighs_what_the_loops_forward_does(shape):
     config = replace(preset("pretrain"), batch=2, checkpointing=False, guidance_dropout=0.0)
     model = shape(config, "cpu")
     talk = Conversation().add("user", "the red fox sees the ball " * 12)
@@ -83,7 +84,7 @@ def test_the_made_up_step_weighs_what_the_loops_forward_does():
 
 
 @pytest.mark.parametrize("adapter", [{"lora": LoraConfig()}, {"lora": None, "prefix": PrefixConfig(hidden=32)}])
-def test_weights_gradients_and_optimizer_are_exact(adapter):
+def test_weights_gradients_and_optimizer_are_exact(shape, adapter):
     config = replace(preset("finetune"), batch=1, ema=0.999, **adapter)
     model = shape(config, "cpu")
     total = estimate(shape(config), config, length=40).total
@@ -107,9 +108,10 @@ def needs(**changes):
     return estimate(skeleton("llava-1.5-7b", "sd-2.1-base", config, dtype=torch.bfloat16), config)
 
 
-def test_the_defaults_fit_the_cards_they_are_meant_for():
+def test_the_defaults_fit_the_cards_they_are_meant_for(monkeypatch):
     assert preset("pretrain").batch * preset("pretrain").accumulation == 48
     assert 16 * GiB < needs().total.total < 22 * GiB  # LLaVA-1.5-7B with Stable Diffusion 2.1 on a card of 24 GiB
+    monkeypatch.setattr("mgp5.memory.estimate.dry_run_step", lambda *_: (needs().rows[-2].other, 0))  # the same
     small = needs(quantize="4bit")
     assert small.total.total < 14 * GiB  # and of 16 GiB
     kept = 2 * (2 * 32064 * 4096 + 65 * 4096)  # embedding, LM head and norms
@@ -119,7 +121,7 @@ def test_the_defaults_fit_the_cards_they_are_meant_for():
     assert {row.part: row.weights for row in needs().rows}["LLM"] == kept + 2 * layers
 
 
-def test_what_costs_memory_costs_it():
+def test_what_costs_memory_costs_it(shape):
     config = replace(preset("pretrain"), batch=2)
     kept = replace(config, checkpointing=False)
     usual, kept = (estimate(shape(own), own) for own in (config, kept))
@@ -128,7 +130,7 @@ def test_what_costs_memory_costs_it():
     assert table(kept).row_count == len(kept.rows) + 1
 
 
-def test_text_encoders_take_memory_where_captions_are_encoded():
+def test_text_encoders_take_memory_where_captions_are_encoded(shape):
     parts = {
         stage: [row.part for row in estimate(shape(preset(stage)), preset(stage)).rows]
         for stage in ("pretrain", "finetune")

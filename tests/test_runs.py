@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(llava_folder, diffusion
 
     def wait_for(process: multiprocessing.Process, ready) -> None:
         while process.is_alive() and not ready():
-            time.sleep(0.0001)
+            time.sleep(0.001)
 
     def half_saved() -> list[Path]:
         return list(out.glob("checkpoints/.*.part"))
