@@ -73,14 +73,15 @@ def test_a_rehearsed_step_weighs_what_the_allocator_sees(shape, stage, length, c
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_the_made_up_step_weighs_what_the_loops_forward_does(shape):
+def test_the_made_up_step_weighs_what_the_loops_forward_does():
     config = replace(preset("pretrain"), batch=2, checkpointing=False, guidance_dropout=0.0)
-    model = shape(config, "cpu")
+    parts = str(DEMO / "mllm"), str(DEMO / "diffusion")
+    model = skeleton(*parts, config, device="cpu")
     talk = Conversation().add("user", "the red fox sees the ball " * 12)
     talk = talk.add("assistant", Image(path=PICTURE, caption="a fox"))
     batch = Collator(model.backbone, model.head, 1000)([talk] * 2)
     real = allocated_by_step(model, lambda: model(batch, config, torch.Generator()))
-    assert dry_run_step(shape(config), config, batch.ids.shape[1])[0] == pytest.approx(real, rel=0.15)
+    assert dry_run_step(skeleton(*parts, config), config, batch.ids.shape[1])[0] == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.parametrize("adapter", [{"lora": LoraConfig()}, {"lora": None, "prefix": PrefixConfig(hidden=32)}])
