@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import TEXT
 from tiny_mllm import llama_tokenizer, save_blip2
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from mgp5 import Mgp5Error
 from mgp5.backbones.hf import HFBackbone
@@ -183,7 +183,12 @@ PROMPTS = {"8b": "<s>USER: {}what?\nASSISTANT:", "14b": "<s>[INST] {}what? [/INS
 def test_a_seed_llama_becomes_a_backbone(size, tmp_path):
     torch.manual_seed(0)
     tokenizer, (first, *codes, last) = llama_tokenizer(), code_words(16)
-    tokenizer.add_tokens([*codes, first, last])  # in the release's order
+    words = [*codes, first, last]  # in the release's order, added to a vocabulary or a part of it
+    if size == "8b":
+        tokenizer.add_tokens(words)
+    else:
+        known = tokenizer.get_vocab()
+        tokenizer = LlamaTokenizer(vocab=known | {w: len(known) + i for i, w in enumerate(words)}, merges=[])
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TEXT))
     llama.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "words")
@@ -195,7 +200,7 @@ def test_a_seed_llama_becomes_a_backbone(size, tmp_path):
         compose_seed_llama(parts[0], str(tmp_path / "plain"), *parts[2:], size, codes=16)
     ids = compose_seed_llama(*parts, size, codes=16, dtype=torch.float32)
     backbone = HFBackbone.load(tmp_path / "out")
-    assert backbone.tokenizer.convert_tokens_to_ids([first, *codes, last]) == list(ids)
+    assert backbone.add_tokens([first, *codes, last]) == list(ids)  # as a head does, which keeps their rows
     assert torch.equal(backbone.lm_head.weight[list(ids)], llama.lm_head.weight[list(ids)])
     assert backbone.stop_ids == {tokenizer.eos_token_id}
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]

@@ -280,7 +280,8 @@ class HFBackbone(nn.Module):
     def add_tokens(self, tokens: list[str]) -> list[int]:
         """Add special tokens; their rows of embedding and LM head start at the mean of all other rows.
 
-        A vocabulary that is padded beyond the tokenizer keeps its size. Returns the ids, in the order of `tokens`.
+        Tokens that the vocabulary has already keep their rows. A vocabulary that is padded beyond the tokenizer keeps
+        its size. Returns the ids, in the order of `tokens`.
         """
         known = len(self.tokenizer)
         fresh = [token for token in tokens if token not in self.tokenizer.get_added_vocab()]
@@ -289,8 +290,7 @@ class HFBackbone(nn.Module):
         core = self.core
         if max(ids) >= core.get_input_embeddings().weight.shape[0]:
             core.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        if fresh:
-            rows = self.tokenizer.convert_tokens_to_ids(fresh)
+        if rows := [row for row in self.tokenizer.convert_tokens_to_ids(fresh) if row >= known]:
             for weight in {id(w): w for w in (core.get_input_embeddings().weight, self.lm_head.weight)}.values():
                 with torch.no_grad():
                     weight[rows] = weight[:known].float().mean(dim=0).to(weight.dtype)
