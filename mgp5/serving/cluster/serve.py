@@ -16,6 +16,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
+from ray.util.queue import Queue
 
 from ...apps.open_model import Tell, open_model
 from ...errors import Mgp5Error
@@ -35,14 +36,18 @@ QUIET = {"log_level": "ERROR", "enable_access_log": False}
 class Replica:
     """The serving loop and the app of `mgp5 serve`, in a process of their own."""
 
-    def __init__(self, request: ServeRequest, key: str | None) -> None:
+    def __init__(self, request: ServeRequest, key: str | None, lines: Queue) -> None:
         cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
-        self.request, self.key = request, key
+        self.request, self.key, self.lines = request, key, lines
         self.loop = make_loop(request, open_model(request.model, images=request.rows), cores)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the app; Ray calls this."""
-        return make_app(self.loop, self.request, self.key)
+        return make_app(self.loop, self.request, self.key, log=self.log)
+
+    def log(self, line: str) -> None:
+        """Send a line to the process that serves; nobody waits for it."""
+        self.lines.actor.put_nowait.remote(line)
 
     def check_health(self) -> None:
         """Raise RuntimeError when the serving loop has ended; Ray then replaces the replica."""
@@ -67,7 +72,9 @@ def serve_by_ray(request: ServeRequest, tell: Tell) -> None:
             serve.start("HeadOnly", {"host": request.host, "port": port}, logging_config=QUIET)
             least, most = request.replicas
             _, most, needs = resources(most, request.model.device)
-            serve.run(_deployment(request, most, needs).bind(request, key), name=NAME, logging_config=QUIET)
+            lines = Queue(actor_options={"num_cpus": 0})  # of the request logs of all replicas
+            threading.Thread(target=_tell_all, args=(lines, tell), daemon=True).start()
+            serve.run(_deployment(request, most, needs).bind(request, key, lines), name=NAME, logging_config=QUIET)
             many = f"{least}" if least == most else f"{least} to {most}"
             tell(f"{request.url(port)}/v1 serves {name} by {many} replicas; Ctrl-C ends it")
             _wait_for_signal()
@@ -93,6 +100,12 @@ def _deployment(request: ServeRequest, most: int, needs: dict[str, float]) -> se
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=3,
     )
+
+
+def _tell_all(lines: Queue, tell: Tell) -> None:
+    with suppress(Exception):  # whatever Ray raises when the cluster is left
+        while True:
+            tell(lines.get())
 
 
 def _free_port(host: str, port: int) -> int:
