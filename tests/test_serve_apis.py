@@ -124,7 +124,11 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response(client, mixed):
     by_id = respond(client, "and then?", previous_response_id=first.id, instructions="Be short.", store=False)
     items = [{"role": "user", "content": "hello"}, *first.output, {"role": "user", "content": "and then?"}]
     by_items = respond(client, items, instructions="Be short.")
-    assert told(by_id) == told(by_items) and by_id.usage == by_items.usage
+    short = [
+        {"type": "image_generation_call", "id": item.id} if item.type != "message" else item for item in first.output
+    ]
+    by_ids = respond(client, [items[0], *short, items[-1]], instructions="Be short.", store=False)  # as LangChain does
+    assert told(by_id) == told(by_items) == told(by_ids) and by_id.usage == by_items.usage == by_ids.usage
     second = respond(client, "and then?", previous_response_id=first.id)
     assert second.usage.input_tokens > first.usage.input_tokens != by_id.usage.input_tokens
     assert told(second) != told(by_id)  # instructions are of one response alone
@@ -133,24 +137,25 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response(client, mixed):
             respond(client, previous_response_id=forgotten)
         assert error.value.code == "previous_response_not_found"
     respond(client, "another"), respond(client, "one more")  # two are kept
-    with pytest.raises(openai.NotFoundError):
-        respond(client, previous_response_id=first.id)
+    for more in ({"previous_response_id": first.id}, {"input": [short[1], items[-1]]}):
+        with pytest.raises(openai.NotFoundError, match="is kept"):
+            respond(client, **more)
 
 
 def test_kept_conversations_are_bounded_by_count_and_by_bytes():
     kept, talk = KeptConversations(3, 1000), Conversation().add("user", "hello").messages
     drawn = Conversation().add("user", Image(pixels=pil.new("RGB", (16, 16)))).messages  # 768 bytes
     for name in "abc":
-        kept.put(name, talk)
+        kept.put(name, talk, {})
     kept.get("a")
-    kept.put("d", drawn)  # four
-    assert kept.get("d") is drawn and kept.get("a") is talk
-    kept.put("e", drawn)  # 1536 bytes
+    kept.put("d", drawn, {"ig_d": "abc"})  # four
+    assert kept.get("d") is drawn and kept.get("a") is talk and kept.file("ig_d") == "abc"
+    kept.put("e", drawn, {})  # 1536 bytes
     assert kept.get("e") is drawn and kept.get("a") is talk and kept.held == 768 + len("hello")
     for name in "bcd":
         with pytest.raises(Refused):
             kept.get(name)
-    kept.put("f", drawn * 2)
+    kept.put("f", drawn * 2, {})
     with pytest.raises(Refused):
         kept.get("f")
     assert kept.held == 0

@@ -27,7 +27,7 @@ def picture(data):
 
 ITEMS = (  # wrong items of the input of /v1/responses
     *(5, {"type": []}, {"type": "item_reference", "id": "msg_1"}, {"type": "function_call_output", "output": "a"}),
-    *({"type": "image_generation_call", "id": "ig_1", "result": result} for result in (None, 5, "%%", "aGVsbG8=")),
+    *({"type": "image_generation_call", "id": "ig_1", "result": result} for result in (5, "%%", "aGVsbG8=")),
     *({"role": "user", "content": [part]} for part in ({"type": "input_file"}, {"type": "input_image"})),
     *({"role": "user", "content": [{"type": "input_image", "image_url": url}]} for url in ("/etc/passwd", "a", 5)),
     {"role": "assistant", "content": "yes"},
@@ -49,6 +49,7 @@ RESPONSES = {  # wrong values of fields of /v1/responses
     "top_logprobs": (3,),
     "store": ("yes",),
 }
+CALL = {"type": "image_generation_call", "id": "../passwd"}  # one that the server does not keep
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 
 
@@ -80,7 +81,8 @@ def test_bodies_that_mean_no_good(server):
     bodies = [{"input": "hello", name: value} for name in RESPONSES for value in RESPONSES[name]]
     asked = [("responses", json.dumps({"model": "tiny"} | body).encode(), JSON, 400) for body in bodies]
     asked += [("images/edits", body, FORM, 400) for body in FORMS.values()]
-    asked.append(("responses", json.dumps({"input": "a", "previous_response_id": "../passwd"}).encode(), JSON, 404))
+    for body in ({"input": "a", "previous_response_id": "../passwd"}, {"input": [CALL, *HELLO]}, {"input": [CALL]}):
+        asked.append(("responses", json.dumps(body).encode(), JSON, 404))
     asked.append(("images/edits", form(), FORM | {"Origin": "http://evil.example"}, 415))  # a web page's
     asked.append(("images/edits", b'{"prompt": "a fox"}', JSON, 415))
     for path, body, headers, status in asked:

@@ -79,16 +79,19 @@ class KeptConversations:
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size, self.held = count, size, 0
-        self._kept: OrderedDict[str, tuple[tuple[Message, ...], int]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[tuple[Message, ...], dict[str, str], int]] = OrderedDict()
 
-    def put(self, name: str, messages: tuple[Message, ...]) -> None:
-        """Keep a conversation; the ones that were not asked for the longest are forgotten for it."""
-        size = sum(len(message.text) for message in messages)
+    def put(self, name: str, messages: tuple[Message, ...], files: dict[str, str]) -> None:
+        """Keep a conversation; the ones that were not asked for the longest are forgotten for it.
+
+        `files` are the images of its last reply by their ids, in base64.
+        """
+        size = sum(map(len, (*files.values(), *(message.text for message in messages))))
         size += sum(3 * math.prod(image.pixels.size) for message in messages for image in message.images)
-        self._kept[name] = messages, size
+        self._kept[name] = messages, files, size
         self.held += size
         while self._kept and (len(self._kept) > self.count or self.held > self.size):
-            self.held -= self._kept.popitem(last=False)[1][1]
+            self.held -= self._kept.popitem(last=False)[1][-1]
 
     def get(self, name: str) -> tuple[Message, ...]:
         """Return a conversation. Raises Refused for one that is not kept, or not any more."""
@@ -97,6 +100,13 @@ class KeptConversations:
             raise Refused(404, message, "previous_response_not_found", "previous_response_id")
         self._kept.move_to_end(name)
         return self._kept[name][0]
+
+    def file(self, name: str | None) -> str:
+        """Return an image of a kept reply, in base64. Raises Refused as `get` does."""
+        found = next((files[name] for _, files, _ in self._kept.values() if name in files), None)
+        if found is None:
+            raise Refused(404, "no image of this id is kept: send its result", "item_not_found", "input")
+        return found
 
 
 class ReplyStream(Job):

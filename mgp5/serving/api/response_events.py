@@ -179,6 +179,11 @@ class ResponseWriter:
         self._item: OutputMessage | OutputImage | None = None  # under way
         self._text, self._shown = "", 0  # of this item: its text, its number of partial images
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The finished images by their ids, in base64."""
+        return {item.id: item.result for item in self.output if isinstance(item, OutputImage)}
+
     async def whole(self, reply: ReplyStream) -> ResponseReply:
         """Return the finished response. Raises Refused when the reply failed."""
         return [event async for event in self.events(reply)][-1].response

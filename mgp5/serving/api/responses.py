@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ...model import InterleavedModel
     from ...options import Options
     from ..request import Limits
+    from ..state import KeptConversations
 
 OF_RESPONSES = {
     **dict.fromkeys(("reasoning", "include", "parallel_tool_calls", "context_management"), ANY),
@@ -40,22 +41,23 @@ class MessageItem(ChatMessage):
     neutral = OF_MESSAGES | OF_ITEMS
     type: Literal["message"] = "message"
 
-    def message(self) -> ChatMessage:
+    def message(self, _: KeptConversations) -> ChatMessage:
         """Return the message of the item."""
         return self
 
 
 class ImageCallItem(Body):
-    """An image of an earlier reply, in base64."""
+    """An image of an earlier reply: in base64, or the id of one that the server keeps."""
 
     neutral = OF_IMAGE_CALLS
     type: Literal["image_generation_call"]
     id: str | None = None
-    result: str
+    result: str | None = None
 
-    def message(self) -> ChatMessage:
-        """Return the message of the item."""
-        part = ImagePart(type="input_image", image_url=f"data:image/png;base64,{self.result}")
+    def message(self, kept: KeptConversations) -> ChatMessage:
+        """Return the message of the item. Raises Refused for an image that is not kept."""
+        data = kept.file(self.id) if self.result is None else self.result
+        part = ImagePart(type="input_image", image_url=f"data:image/png;base64,{data}")
         return ChatMessage(role="assistant", content=[part])
 
 
@@ -133,7 +135,7 @@ async def create(body: ResponsesRequest, request: Request, state: State) -> Resp
     options = response_options(body, state.limits, state.loop.model)
     before = state.kept.get(body.previous_response_id) if body.previous_response_id else ()
     items = [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    messages = [item.message() for item in items]
+    messages = [item.message(state.kept) for item in items]
     kept = await state.in_thread(conversation, messages, state.limits, before)
     system = [("system", [Text(body.instructions)])] if body.instructions else []
     talk = Conversation(tuple(join_turns([*system, *((m.role, m.content) for m in kept.messages)])))
@@ -141,7 +143,7 @@ async def create(body: ResponsesRequest, request: Request, state: State) -> Resp
     (reply,) = state.submit(talk, [options], body.timeout, previews)
     writer = ResponseWriter(_info(body, options, state.name))
     if body.store is not False:
-        writer.keep = lambda message: state.kept.put(writer.info["id"], (*kept.messages, message))
+        writer.keep = lambda message: state.kept.put(writer.info["id"], (*kept.messages, message), writer.files)
     if body.stream:
         return await stream_response(request, [reply], writer.events(reply), writer.failed)
     return await unless_gone(request, writer.whole(reply), reply)
