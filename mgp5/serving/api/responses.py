@@ -26,7 +26,7 @@ OF_RESPONSES = {
     **dict.fromkeys(("reasoning", "include", "parallel_tool_calls", "context_management"), ANY),
     **{"background": (False,), "top_logprobs": (0,), "truncation": ("disabled",)},
 }
-OF_ITEMS = dict.fromkeys(("id", "status", "phase", "action", "background", "error", "output_format", "quality"), ANY)
+OF_ITEMS = dict.fromkeys(("status", "phase", "action", "background", "error", "output_format", "quality"), ANY)
 OF_IMAGE_CALLS = OF_ITEMS | dict.fromkeys(("revised_prompt", "size", "seed", "svg_usage"), ANY)
 OF_TOOL = {
     **dict.fromkeys(("model", "moderation", "output_compression", "action"), ANY),
@@ -38,7 +38,7 @@ routes = APIRouter()
 class MessageItem(ChatMessage):
     """A message of the user, the system, or an earlier reply."""
 
-    neutral = OF_MESSAGES | OF_ITEMS
+    neutral = OF_MESSAGES | OF_ITEMS | {"id": ANY}
     type: Literal["message"] = "message"
 
     def message(self, _: KeptConversations) -> ChatMessage:
