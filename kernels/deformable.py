@@ -222,5 +222,11 @@ def deformable_attention(
     shapes: Sequence[tuple[int, int]],  # height and width of each level
 ) -> Tensor:  # (B, T, H E)
     """Return what `deformable_reference` does, by the kernel where it can run."""
-    chosen = select_kernel("deformable", value.device, value.dtype, value.shape[-1])
-    return chosen.function(value, locations, weights, [side for shape in shapes for side in shape])
+    kernel = _has_kernel(value.device, value.dtype, value.shape[-1])
+    attend = deformable if kernel else deformable_reference
+    return attend(value, locations, weights, [side for shape in shapes for side in shape])
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the choice
+def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return select_kernel("deformable", device, dtype, width).implementation == "triton"

@@ -150,6 +150,15 @@ class Whole(torch.nn.Module):
         return self.module(hidden, self.module.values(features), visible, shapes)
 
 
+@torch.no_grad()
+def test_a_layer_is_one_graph():
+    hidden, features, visible = inputs()
+    layer = trained(GatedMMFS(12, 16, **OPTIONS))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    value = layer.values(features)
+    torch.testing.assert_close(compiled(hidden, value, visible, SHAPES), layer(hidden, value, visible, SHAPES))
+
+
 def test_half_precision_is_near():
     hidden, features, visible = inputs()
     layer = trained(GatedMMFS(12, 16, **OPTIONS))

@@ -99,7 +99,8 @@ class MMFS(nn.Module):
 
     def _by_image(self, layer: nn.Linear, query: Tensor, ranks: Tensor) -> Tensor:  # (B, T, N, out)
         """Return `layer` of query + embedding of the rank; the sum itself would be N times the query's size."""
-        out = layer(query)[:, :, None] + nn.functional.linear(self.ranks.weight, layer.weight)[ranks]
+        used = self.ranks.weight[: ranks.shape[-1] + 1]  # a rank is at most N
+        out = layer(query)[:, :, None] + nn.functional.linear(used, layer.weight)[ranks]
         return out.to(torch.promote_types(out.dtype, torch.float32))  # half precision is too coarse for places
 
 
