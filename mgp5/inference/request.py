@@ -100,9 +100,8 @@ class ActiveRequest:
         left_out: int | None = None,  # turns that are left out, as more are where it does not fit; None: an error
     ) -> None:
         self.model, self.head = model, model.head
-        self.conversation = with_system(conversation, model.config.system)
-        self.options, self.session = complete(model, options), session
-        self.previews, self.left_out = previews, left_out
+        self.conversation, self.session = with_system(conversation, model.config.system), session
+        self.options, self.previews, self.left_out = complete(model, options), previews, left_out
         self.need: NextToken | Forced | Embeds | Step | None = None  # None before the start and after the end
         self.events: list[Event | Exception] = []  # not delivered yet
         self.writer = ReplyText()
