@@ -55,7 +55,7 @@ class InterleavedModel(nn.Module):
             return Losses()
         if not self.head.stage(config.stage).llm:
             return self.head.losses(None, batch, config, rng) if batch.num_targets else Losses()
-        batch = self.head.complete(self.backbone, batch) if batch.num_targets else batch
+        batch = self.head.complete(self.backbone, batch, config, rng) if batch.num_targets else batch
         hidden, losses = self.hidden(batch), Losses()
         if config.text_weight:
             states, targets = labelled(hidden, batch.labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import Mgp5Error, raise_all
 
@@ -20,11 +20,6 @@ Quantize = Literal["none", "4bit", "8bit"]
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """How a head draws an image; each head has a subclass with the options that it understands."""
-
-    @classmethod
-    def taking(cls, **values: Any) -> Self:
-        """Return options with those of the values that they have a field for."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one entry each."""
@@ -73,8 +68,30 @@ class SeedOptions(DiffusionOptions):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VARGPTOptions(ImageOptions):
+    """How VARGPT draws an image: how the codes of each scale are sampled (released numbers)."""
+
+    guidance: float = 2.5  # scale of classifier-free guidance at the last scale, from 1 at the first; 1 turns it off
+    code_top_k: int = 900  # the most likely codes that may be taken; 0: all
+    code_top_p: float = 0.96  # nucleus sampling, in (0, 1]; the paper says 0.95
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one entry each."""
+        return unexpected(
+            self,
+            guidance=(self.guidance >= 0, "0 or more"),
+            code_top_k=(self.code_top_k >= 0, "0 or more"),
+            code_top_p=(0 < self.code_top_p <= 1, "above 0 and at most 1"),
+        )
+
+
 # Name of a head -> class of the options that it draws with.
-IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {"minigpt5": DiffusionOptions, "seed": SeedOptions}
+IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {
+    "minigpt5": DiffusionOptions,
+    "seed": SeedOptions,
+    "vargpt": VARGPTOptions,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

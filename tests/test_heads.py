@@ -197,7 +197,7 @@ def test_a_stage_without_the_llm_trains_the_head_alone(codes, config, tmp_path, 
 def test_codes_of_target_images_are_filled_in_before_the_llm_reads(codes, config):
     batch = Collator(codes.backbone, codes.head, 512, config)(samples())
     with torch.no_grad():
-        filled = codes.head.complete(codes.backbone, batch)
+        filled = codes.head.complete(codes.backbone, batch, config, torch.Generator())
         losses = codes(batch, config, torch.Generator())
         hidden = codes.hidden(filled)
     words = torch.tensor(codes.head.ids[2:])[batch.targets["codes"]]
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_head_is_refused_in_one_line(codes, config, tmp_
     path = tmp_path / "run/mgp5/config.json"
     stored = json.loads(path.read_text())
     for change, message in (
-        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, seed"),
+        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, seed, vargpt"),
         ({"head": "minigpt5"}, "is not a configuration of mgp5"),
         ({"head_config": {"num_codes": 10, "length": 4}, "head_kind": ""}, "do not fit|tokens of its head"),
         ({"head_config": {"num_codes": 10, "length": 4}}, "was trained for 4 of 12 codes, but .* is 4 of 10 codes"),

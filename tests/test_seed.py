@@ -183,14 +183,14 @@ def test_captions_are_learnt_both_ways_and_whole(seed):
     assert {start <= 1 for start in begins} == {True, False}  # image first, and caption first
     shown = [(row == -100).sum() - (mask == 0).sum() for row, mask in zip(batch.labels, batch.mask, strict=True)]
     assert max(map(int, shown)) <= 1 and all(last in row.tolist() for row in batch.ids)  # all but <s> is learnt
-    filled = seed.head.complete(seed.backbone, batch)
+    filled = seed.head.complete(seed.backbone, batch, settings, torch.Generator())
     codes = seed.head.tokenizer.encode(seed.backbone.vision_tokens({"pixel_values": batch.targets["vision"]}))
     for row, start, code in zip(batch.target_rows, batch.target_starts, codes, strict=True):
         assert filled.ids[row, start + 1 : start + 1 + K].tolist() == [seed.head.ids[1 + c] for c in code.tolist()]
     states, targets = labelled(seed.hidden(filled), filled.labels)
     torch.testing.assert_close(result.terms["text"], text_loss(seed.backbone.logits(states), targets))
     cached = replace(batch, targets={"codes": codes.short()})
-    assert torch.equal(seed.head.complete(seed.backbone, cached).ids, filled.ids)
+    assert torch.equal(seed.head.complete(seed.backbone, cached, settings, torch.Generator()).ids, filled.ids)
 
 
 def test_the_whole_llm_trains_after_its_adapter_was_merged_and_is_stored(seed, tmp_path, fresh_accelerator):

@@ -161,10 +161,10 @@ def test_a_stored_tokenizer_is_the_same(vqvae, tmp_path):
     half = VQVAE.load(tmp_path / "vqvae", torch.bfloat16)
     assert half.decode(half.quantizer.f_hat(vqvae.encode(pixels))).dtype == torch.bfloat16
     assert torch.equal(half.quantizer.codebook.weight, vqvae.quantizer.codebook.weight)
-    (tmp_path / "vqvae" / "config.json").write_text('{"num_codes": 8}')
+    (tmp_path / "vqvae" / "model_index.json").write_text('{"num_codes": 8}')
     with pytest.raises(Mgp5Error, match="holds no image tokenizer"):
         VQVAE.load(tmp_path / "vqvae")
-    with pytest.raises(Mgp5Error, match=r"no .*config\.json"):
+    with pytest.raises(Mgp5Error, match=r"no .*model_index\.json"):
         VQVAE.load(tmp_path)
 
 

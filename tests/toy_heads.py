@@ -31,8 +31,8 @@ from mgp5.heads import (
     Step,
     TrainRule,
 )
+from mgp5.heads.batch import to_pixels
 from mgp5.heads.losses import Losses
-from mgp5.heads.minigpt5 import to_pixels
 from mgp5.loading import backbone_kind
 from mgp5.model import InterleavedModel
 from mgp5.options import IMAGE_OPTIONS, ImageOptions
@@ -107,7 +107,7 @@ class CodesHead(Head):
         ids = [first, *codes[: self.config.length], last]
         return ids, ids
 
-    def complete(self, backbone, batch):
+    def complete(self, backbone, batch, config, rng):
         ids, labels = batch.ids.clone(), batch.labels.clone()
         codes = torch.tensor(self.ids[2:])[batch.targets["codes"]]
         for row, start, words in zip(batch.target_rows, batch.target_starts, codes, strict=True):

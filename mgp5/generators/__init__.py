@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PIPELINES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "VQVAE": ("vqvae", "VQVAE"),
     "StableUnCLIPPipeline": ("unclip", "StableUnCLIP"),
     "StableUnCLIPImg2ImgPipeline": ("unclip", "StableUnCLIP"),
 }

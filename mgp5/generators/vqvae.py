@@ -1,8 +1,7 @@
 """The image tokenizer of VAR and VARGPT: a multi-scale residual VQ-VAE (Tian et al., arXiv 2404.02905; VARGPT, 7.2).
 
 An image becomes square maps of codes, from coarse to fine. Each scale codes what the scales before it left of the
-encoder's features; `f_hat` is the sum of all scales so far. The decoder paints it, and the next scale is predicted from
-it.
+encoder's features; `f_hat` is the sum of all scales so far, which is painted and predicts the next scale.
 
 Letters: B batch, H and W pixels, Z width of a code, h and w size of the features, V codes of the codebook, p and q side
 of a scale's map, K codes of an image, M vectors.
@@ -10,10 +9,10 @@ of a scale's map, K codes of an image, M vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import Mgp5Error, raise_all
 from ..files import read_json, replacing, write_json
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # files of a stored VQVAE
+CONFIG, WEIGHTS = "model_index.json", "model.safetensors"  # files of a stored VQVAE
 PHIS = 4  # convolutions that all scales share (VAR, section 3.2)
 PHI_RATIO = 0.5  # share of the convolution in what a scale adds; the rest is the interpolated map itself
 DEAD = 0.03  # a code with fewer hits, in units of the mean over all codes, is dead
@@ -216,11 +215,8 @@ class VQVAE(nn.Module):
     def losses(
         self, pixels: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> tuple[dict[str, Tensor], Quantized]:
-        """Return the loss terms of images (B, 3, H, W) in [-1, 1], and how they were quantized.
-
-        "reconstruction" is the mean absolute and the mean squared error, "vq" the quantizer's loss, "perceptual" what
-        the module of that name returns for images and true images.
-        """
+        """Return the loss terms of images (B, 3, H, W) in [-1, 1], and how they were quantized: "reconstruction" is the
+        mean absolute and the mean squared error, "vq" the quantizer's loss, "perceptual" what that module returns."""
         quantized = self.quantize(pixels)
         made = self.paint(quantized.f_hat)
         terms = {"reconstruction": F.l1_loss(made, pixels) + F.mse_loss(made, pixels), "vq": quantized.loss}
@@ -229,18 +225,22 @@ class VQVAE(nn.Module):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write configuration and weights to a folder, the weights in `dtype`; None keeps theirs."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, asdict(self.config))
+        write_json(folder / CONFIG, {"_class_name": "VQVAE"} | asdict(self.config))
         with replacing(folder / WEIGHTS) as part:
             save_file({name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}, part)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> VQVAE:
+    def from_index(cls, index: Mapping[str, Any]) -> VQVAE:
+        """Build the VQVAE that model_index.json describes, with random weights."""
+        index = {key: tuple(v) if isinstance(v, list) else v for key, v in index.items() if key[0] != "_"}
+        return cls(VQVAEConfig(**index))
+
+    @classmethod
+    def load(cls, name: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> VQVAE:
         """Read a folder that `save` wrote; `dtype` is of all but the quantizer. Raises Mgp5Error if it is no such."""
-        hint = "give a folder that VQVAE.save wrote"
-        raw = read_json(folder / CONFIG, hint)
+        hint, folder = "give a folder that VQVAE.save wrote", Path(name)
         try:
-            config = VQVAEConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()})
-            vqvae = cls(config)
+            vqvae = cls.from_index(read_json(folder / CONFIG, hint))
             vqvae.load_state_dict(load_file(folder / WEIGHTS))
         except (TypeError, OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]

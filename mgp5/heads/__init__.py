@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 HEADS: dict[str, tuple[str, str]] = {
     "minigpt5": ("mgp5.heads.minigpt5", "MiniGPT5Head"),
     "seed": ("mgp5.heads.seed", "SeedHead"),
+    "vargpt": ("mgp5.heads.vargpt", "VARGPTHead"),
 }
 
 
@@ -257,8 +258,8 @@ class Head(nn.Module):
         """Return ids and labels of a target image in the sequence (labels may be IGNORE); the trigger comes first."""
         raise NotImplementedError
 
-    def complete(self, backbone: Backbone, batch: Batch) -> Batch:
-        """Fill in ids and labels of target images that only weights can tell (codes of a tokenizer)."""
+    def complete(self, backbone: Backbone, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Batch:
+        """Fill in what only weights can tell of target images (codes of a tokenizer), in ids, labels and `targets`."""
         return batch
 
     def embed_targets(self, embeds: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
+from PIL import Image as pil
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -52,3 +54,11 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(**{f.name: tree_map_only(Tensor, change, getattr(self, f.name)) for f in fields(self)})
+
+
+def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)
+    """Convert an RGB image to pixels in [-1, 1]: center-crop to the aspect ratio of `size` (H, W), then resize."""
+    height, width = size
+    image = ImageOps.fit(image, (width, height), pil.Resampling.LANCZOS)
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from PIL import Image as pil
-from PIL import ImageOps
 from torch import Tensor, nn
 
 from ..config import MapperConfig, MiniGPT5Config, MiniGPT5TrainConfig
@@ -25,6 +24,7 @@ from ..generators.latent_diffusion import LatentDiffusion
 from ..options import DiffusionOptions
 from ..prompts import IGNORE
 from . import DrawContext, Forced, HeadSpec, Part, Request, Response, Stage, TrainRule
+from .batch import to_pixels
 from .diffusion import DiffusionHead
 from .losses import Losses, caption_loss
 
@@ -296,11 +296,3 @@ def _transformer(config: MapperConfig) -> nn.Transformer:
     encoder = _encoder(config, config.encoder_layers)
     # nn.Transformer initializes every matrix again, so the decoder's copied layers do not start equal either.
     return nn.Transformer(width, config.heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True)
-
-
-def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)
-    """Convert an RGB image to pixels in [-1, 1]: center-crop to the aspect ratio of `size` (H, W), then resize."""
-    height, width = size
-    image = ImageOps.fit(image, (width, height), pil.Resampling.LANCZOS)
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1

@@ -160,7 +160,7 @@ class SeedHead(DiffusionHead):
         return ids, list(ids)
 
     @torch.no_grad()
-    def complete(self, backbone: Backbone, batch: Batch) -> Batch:
+    def complete(self, backbone: Backbone, batch: Batch, config: SeedTrainConfig, rng: torch.Generator) -> Batch:
         """Fill in the codes of target images, computed from "vision" or taken from a cache of "codes" (P, K)."""
         codes = batch.targets.get("codes")
         if codes is None:
@@ -191,8 +191,7 @@ class SeedHead(DiffusionHead):
     def _condition_target(self, batch: Batch) -> Tensor:  # (P, L, C)
         if isinstance(self.generator, StableUnCLIP):
             return self.generator.embed_pixels(batch.targets["embedded"])[:, None]
-        encodings = batch.targets.get("encodings")  # from a cache
-        return self.generator.encode_text(list(batch.captions)) if encodings is None else encodings
+        return self.generator.encode_text(list(batch.captions))
 
     def _texts(self, captions: tuple[str, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # (P, T)
         """Return ids and mask of captions; the first token is the same in all."""

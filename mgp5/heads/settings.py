@@ -9,6 +9,7 @@ from typing import Any, Literal, get_type_hints
 from ..config import ModelConfig, TrainConfig
 from ..errors import Mgp5Error
 from ..generators.seed_stages import SeedTokenizerConfig
+from ..generators.var import ClassMode, VARConfig
 from ..options import kinds_of
 from . import HEADS, head_class
 
@@ -40,6 +41,35 @@ class SeedTrainConfig(TrainConfig):
     def shape(self) -> dict[str, Any]:
         """Return the tokenizer's shape and the source of the unconditional condition."""
         return {name: getattr(self, name) for name in ("tokenizer", "unconditional", "text_tokenizer")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARGPTConfig:
+    """The configuration of the head of VARGPT."""
+
+    llm_width: int  # D
+    var: VARConfig
+    norms: bool = False  # LayerNorms before the projectors; the release has them, but never calls them
+    classes: ClassMode = "trained"  # see `VARDecoder.sampling_classes`
+    unconditional: Literal["noise", "learned"] = "noise"  # LLM states for guidance; noise as released
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARGPTTrainConfig(TrainConfig):
+    """The settings of the head of VARGPT; those from `var` on shape a fresh head. Sizes of codes are the VQVAE's."""
+
+    codes_weight: float = 1.0
+    learn_prompts: bool = False  # the text loss is also over what users say, as in the release
+    train_decoder: bool = False  # in "align" too, where no trained decoder begins
+    var: VARConfig = field(default_factory=VARConfig)
+    norms: bool = False
+    classes: ClassMode = "trained"
+    unconditional: Literal["noise", "learned"] = "noise"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the decoder's shape and the kinds of projectors, classes and unconditional states."""
+        return {name: getattr(self, name) for name in ("var", "norms", "classes", "unconditional")}
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:

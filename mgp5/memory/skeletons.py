@@ -108,6 +108,8 @@ def generator_shape(name: str) -> Any:
     known = known_models("generator").get(_known_name(name))
     index = known or read_index(name)
     model_class = generator_class(name, index.get("_class_name"))
+    if hasattr(model_class, "from_index"):
+        return model_class.from_index(index)
     denoiser, denoiser_class = model_class.denoiser_name, model_class.denoiser_class
 
     def config(kind: Any, part: str) -> dict[str, Any]:

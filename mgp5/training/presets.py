@@ -12,8 +12,9 @@ from typing import Any
 from ..config import DataConfig, LoraConfig, MiniGPT5TrainConfig, PrefixConfig, TrainConfig
 from ..errors import Mgp5Error
 from ..generators.seed_stages import SeedTokenizerConfig
+from ..generators.var import VARConfig
 from ..heads import head_class
-from ..heads.settings import SeedTrainConfig
+from ..heads.settings import SeedTrainConfig, VARGPTTrainConfig
 
 
 def preset(stage: str, name: str = "paper", head: str = "minigpt5") -> TrainConfig:
@@ -124,6 +125,29 @@ def _seed_demo(stage: str) -> SeedTrainConfig:
     return SeedTrainConfig(stage=stage, lr=1e-3, rows_lr=2e-3, batch=32, lora=lora, data=data, both_ways=both, **common)
 
 
+def _vargpt(stage: str) -> VARGPTTrainConfig:
+    """Return the paper's numbers (VARGPT, table 2)."""
+    common = {"text_weight": 1.0, "weight_decay": 0.0, "schedule": "cosine", "rows_lr": 0.0}
+    if stage in ("var", "align"):
+        return VARGPTTrainConfig(stage=stage, lr=1e-3, batch=16, accumulation=64, epochs=1, **common)
+    if stage == "instruct":
+        return VARGPTTrainConfig(stage=stage, lr=5e-5, batch=4, accumulation=64, epochs=1, whole_llm=True, **common)
+    return VARGPTTrainConfig(stage=stage, lr=5e-5, batch=16, accumulation=64, epochs=12, **common)
+
+
+def _vargpt_release(stage: str) -> VARGPTTrainConfig:
+    """Return the released choices: prompts are learnt too, all rows have the dropped class when they draw."""
+    return dataclasses.replace(_vargpt(stage), learn_prompts=True, classes="released")
+
+
+def _vargpt_demo(stage: str) -> VARGPTTrainConfig:
+    """Return the numbers of the tiny model: see examples/storyland."""
+    var = VARConfig(width=192, depth=6, heads=6, drop_path=0.0)
+    common = {"text_weight": 0.1, "accumulation": 1, "warmup": 100, "checkpointing": False, "schedule": "cosine"}
+    common |= {"batch": 32, "weight_decay": 0.0, "rows_lr": 2e-3, "train_decoder": True, "unconditional": "learned"}
+    return VARGPTTrainConfig(stage=stage, lr=1e-3, var=var, **common)
+
+
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Name of a head -> name of a preset -> the settings of a stage.
@@ -138,5 +162,6 @@ PRESETS: dict[str, dict[str, Callable[[str], TrainConfig]]] = {
         "own-24gb": _own_24gb,
         "own-80gb": _own_80gb,
     },
+    "vargpt": {"paper": _vargpt, "release": _vargpt_release, "demo": _vargpt_demo},
     "seed": {"paper": _seed, "release": _seed_release, "demo": _seed_demo},
 }
