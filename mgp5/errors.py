@@ -47,4 +47,4 @@ def raise_all(problems: Iterable[str], checks: Iterable[Callable[[], Any]] = ())
         except Mgp5Error as error:
             found.append(str(error))
     if found:
-        raise Mgp5Error("; ".join(found), usage=True)
+        raise Mgp5Error("; ".join(dict.fromkeys(found)), usage=True)

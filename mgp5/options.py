@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from .errors import Mgp5Error, raise_all
 
@@ -20,6 +20,11 @@ Quantize = Literal["none", "4bit", "8bit"]
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """How a head draws an image; each head has a subclass with the options that it understands."""
+
+    @classmethod
+    def taking(cls, **values: Any) -> Self:
+        """Return options with those of the values that they have a field for."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one entry each."""

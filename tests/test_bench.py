@@ -82,7 +82,7 @@ def test_we_and_diffusers_draw_the_same(kind, steps, tmp_path, qwen_folder):
 
 def test_vokens_behind_a_prompt_are_timed():
     (row,) = decoding.condition_rows(on_cpu(), resolve("demo"))
-    assert row["size"].startswith("demo, 8 vokens") and row["median"] > 0
+    assert row["size"].startswith("demo, 8 positions behind 64") and row["median"] > 0
 
 
 def test_a_way_that_fails_or_has_no_time_leaves_the_others_alone():

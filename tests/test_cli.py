@@ -295,7 +295,7 @@ def test_a_prompt_longer_than_the_context(mgp5, tmp_path):
 @pytest.mark.parametrize(
     "flag, value, word",
     [
-        ("--stage", "third", "--stage"),
+        ("--stage", "third", "stage 'third'"),
         ("--format", "csv", "'csv'"),
         ("--preset", "best", "'best'"),
         ("--set", "lr", "name=value"),

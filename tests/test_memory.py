@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mgp5 import Conversation, Image
 from mgp5.cli import main
 from mgp5.config import LoraConfig, ModelConfig, PrefixConfig
 from mgp5.files import GiB
+from mgp5.heads import Head
 from mgp5.hub import DEMO, REPOS
 from mgp5.loading import assemble, build
 from mgp5.memory.estimate import dry_run_step, estimate, step, story_length, table
@@ -161,9 +163,8 @@ def test_a_story_is_as_long_as_its_pictures():
         for name, length in {"llava-1.5-7b": 576, "qwen2.5-vl-3b": 27 * 20, "qwen3-vl-4b": 24 * 18}.items():
             backbone = backbone_shape(name)
             backbone.limit_pixels(ModelConfig.max_pixels)
-            assert story_length(backbone) == 400 + 5 * length
-    backbone = skeleton("qwen2.5-vl-3b", "sd-2.1-base", limited).backbone
-    assert story_length(backbone) == 400 + 5 * 12 * 9
+            assert story_length(SimpleNamespace(backbone=backbone, head=Head())) == 400 + 5 * length
+    assert story_length(skeleton("qwen2.5-vl-3b", "sd-2.1-base", limited)) == 400 + 5 * 12 * 9
 
 
 def size(module):

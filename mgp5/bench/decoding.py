@@ -1,6 +1,6 @@
-"""Time decoding by our decoder and by `generate` of transformers, and the LLM's part of an image: vokens and mapper.
+"""Time decoding by our decoder and by `generate` of transformers, and all that comes before an image's first step.
 
-Letters: T tokens, D width of the LLM, L length and C width of a condition.
+Letters: T tokens, D width of the LLM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..apps.open_model import load
 from ..errors import Mgp5Error
-from ..heads.minigpt5 import predicting_states
+from ..heads import DrawContext, Embeds, Forced, Response, Sample, Step
 from ..hub import Parts
 from ..inference.decoder import Decoder
 from ..inference.token_sampling import SamplingParams
@@ -47,19 +47,19 @@ def decode_rows(bench: Bench, parts: Parts, *, limits: Limits) -> Iterator[Row]:
 
 
 def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | None]:
-    """Yield a row of the time between text and denoising: vokens behind a prompt, and the mapper.
+    """Yield a row of the time between text and the head's first step: what the LLM does for an image, behind a prompt.
 
     Returns its median in seconds, None where it was skipped.
     """
     model = _model(parts, bench)
-    size = f"{_name(parts)}, {model.head.num_vokens} vokens behind {PROMPT}, mapper"
-    timing = interleave(bench, size, {"eager": lambda: _vokens(model)}, _held(model))["eager"]
+    size = f"{_name(parts)}, {model.head.spec.positions} positions behind {PROMPT}"
+    timing = interleave(bench, size, {"eager": lambda: _condition(model)}, _held(model))["eager"]
     yield {"name": "condition", "size": size, "provider": "eager"} | timing.row()
     return None if timing.skipped else timing.median(0)
 
 
 def _model(parts: Parts, bench: Bench) -> InterleavedModel:
-    """Return a trained model; or an LLM and a mapper of random weights, with a generator that has no weights."""
+    """Return a trained model; or an LLM and a head of random weights, with a generator that has no weights."""
     if parts.trained is not None:
         return load(parts.name, dtype=bench.dtype, device=str(bench.device), backend=None, memory="full")
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def _name(parts: Parts) -> str:
 
 
 def _held(model: InterleavedModel) -> int:
-    """Return the bytes of LLM and mapper."""
+    """Return the bytes of LLM and head."""
     return sum(p.nbytes for part in (model.backbone, model.head) for p in part.parameters())
 
 
@@ -130,20 +130,38 @@ def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
     return (write,)
 
 
-def _vokens(model: InterleavedModel) -> Phases:
-    """Prepare the vokens of an image in one forward behind a prompt, and the mapper."""
-    backbone, head = model.backbone, model.head
-    decoder, vokens = Decoder(backbone), torch.tensor([head.ids], device=model.device)
+def _condition(model: InterleavedModel) -> Phases:
+    """Prepare what the LLM is asked for behind a prompt when an image is drawn, and what the head makes of it."""
+    decoder, head = Decoder(model.backbone), model.head
     with torch.inference_mode():
         state = _read(decoder, torch.zeros(1, PROMPT, dtype=torch.long, device=model.device))[:, -1:]
+    context = DrawContext(state, head.spec.image_options(), lambda use: torch.Generator())
 
     @torch.inference_mode()
-    def condition() -> Tensor:  # (1, L, C)
+    def condition() -> None:
         decoder.cut(0, PROMPT)
-        hidden = torch.cat([state, decoder.feed([0], backbone.embed(vokens, []))], dim=1)
-        return head.mapper(predicting_states(hidden, [0], [1], head.num_vokens))
+        drawing, last, response = head.draw(context), state, None
+        while not isinstance(request := drawing.send(response), Step):
+            response = _answer(decoder, request, last)
+            last = response.hidden[:, -1:]
+        drawing.close()
 
     return (condition,)
+
+
+def _answer(decoder: Decoder, request: Forced | Embeds | Sample, state: Tensor) -> Response:
+    """Answer a head as the scheduler does; `state` (1, 1, D) predicts the next token."""
+    if not isinstance(request, Sample):
+        ids = request.ids if isinstance(request, Forced) else ()
+        embeds = request.embeds if not ids else decoder.backbone.embed(torch.tensor([ids], device=decoder.device), [])
+        return Response(decoder.feed([0], embeds), ids)
+    params = SamplingParams(request.temperature, request.top_p, 1.0, request.rng, top_k=request.top_k)
+    decoder.set_sampling(0, params, allowed=request.allowed[0])
+    ids, states = [decoder.pick({0: state[0, 0]})[0]], [state]
+    while len(ids) < request.count:
+        chosen, hidden = decoder.steps({0: ids[-1]}, min(decoder.tokens_per_sync, request.count - len(ids)))[0]
+        ids, states = ids + chosen, [*states, hidden[None]]
+    return Response(torch.cat(states, dim=1), tuple(ids))
 
 
 def _read(decoder: Decoder, ids: Tensor) -> Tensor:  # (1, T, D)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Mgp5Error, counted
+from ..options import IMAGE_OPTIONS
 from .flags import COUNT, PATH, progress, say, settings_option
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--stage", required=True, help="Of the head: pretrain or finetune for minigpt5.")
+@click.option("--stage", required=True, help="pretrain or finetune; of the heads seed and vargpt see above.")
 @click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
 @click.option(
     "--format", "formats", multiple=True, help="cc3m, shards, vist, mmdialog or jsonl, per --data.  [by its files]"
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
-@click.option("--head", help="Of a new model: minigpt5, seed or vargpt.  [minigpt5]")
-@click.option("--preset", help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb (see above).")
+@click.option("--head", help=f"Of a new model: {', '.join(IMAGE_OPTIONS)}.  [minigpt5]")
+@click.option(
+    "--preset",
+    help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb; others have the first two and demo.",
+)
 @click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
 @settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")
 @click.option("--max-steps", type=COUNT, help="Updates in all, instead of epochs.")
@@ -47,6 +51,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
 def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
+
+    The head seed begins with its tokenizer: captions and images in one space (tokenizer-contrastive), then images to
+    codes and back (tokenizer). The head vargpt has the stages var (its decoder alone, where no trained one begins),
+    align, instruct and decode.
 
     A finetuned model can be finetuned again: its adapter goes on. The settings are those of --preset: by default paper,
     for finetuning on own stories (jsonl) own-laptop, own-24gb or own-80gb, by the machine.
@@ -86,9 +94,10 @@ def _next(request: TrainRequest, stopped: bool) -> str:
     told = f"What was trained is in {request.out}" + (f", sample pages in {pages[-1].parent}" if pages else "")
     if stopped:
         return f"{told}: go on with --resume"
-    stages = [stage.name for stage in head_class(request.head_name).stages]
-    if later := stages[stages.index(request.stage) + 1 :]:
-        return f"{told}. Next: mgp5 train --stage {later[0]} --model {out} --data STORIES --out FOLDER"
+    stages = {stage.name: stage for stage in head_class(request.head_name).stages}
+    if later := [*stages][[*stages].index(request.stage) + 1 :]:
+        data = "CAPTIONS" if stages[later[0]].data == "captions" else "STORIES"
+        return f"{told}. Next: mgp5 train --stage {later[0]} --model {out} --data {data} --out FOLDER"
     return f"{told}. Next: mgp5 story --model {out} --images PICTURES --out FOLDER"
 
 

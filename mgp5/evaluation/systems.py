@@ -22,7 +22,7 @@ from ..inference.request import complete, to_image
 from ..loading import load_backbone
 from ..messages import Image, Message, Text
 from ..model import InterleavedModel
-from ..options import ImageOptions, Options
+from ..options import DiffusionOptions, ImageOptions, Options
 from .storyland import Oracle, Reconstruction
 from .tasks import Question, Sample
 
@@ -129,7 +129,8 @@ class TextToImage:
         """Draw an image of each text."""
         encoded = self.generator.encode_text([*texts, ""])  # (B + 1, L, D)
         conditions = encoded.to(self.generator.device, torch.float32)  # as the mapper's are
-        generators, options = [torch.Generator().manual_seed(seed) for seed in seeds], vars(self.options.image)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = vars(DiffusionOptions.taking(**vars(self.options.image)))
         *_, latents = self.generator.draw(conditions[:-1], conditions[-1:], generators=generators, **options)
         metadata = [{"prompt": text, "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
         return [to_image(*each) for each in zip(self.generator.decode(latents), metadata, strict=True)]
@@ -163,7 +164,7 @@ class TwoStage:
 class NoHead(Head):
     """Stand for an image head beside an LLM that has none: its trigger must not be generated."""
 
-    spec = HeadSpec(name="none", new_tokens=("[IMG0]",), positions=1, stages=(), losses=(), image_options=ImageOptions)
+    spec = HeadSpec(name="none", new_tokens=("[IMG0]",), positions=1, losses=(), image_options=ImageOptions)
 
 
 class Undrawn(Head):

@@ -144,7 +144,9 @@ class CausalQFormer(nn.Module):
             limit = f"expected at most {len(self.positions.weight)}"
             raise Mgp5Error(f"texts of {ids.shape[1]} tokens, {limit}", "cut them when they are tokenized")
         embeds = self.words(ids) + self.positions.weight[: ids.shape[1]]
-        states = self.transformer(query_embeds=embeds, query_length=0, attention_mask=mask).last_hidden_state
+        # transformers looks into the values of a mask of two axes, and estimates have none
+        added = torch.where(mask.bool(), 0.0, -torch.inf)[:, None, None].to(embeds.dtype)
+        states = self.transformer(query_embeds=embeds, query_length=0, attention_mask=added).last_hidden_state
         return F.normalize(self.text_projection(states[:, 0]), dim=-1)
 
     @torch.no_grad()
@@ -206,10 +208,10 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / config.codes, 1 / config.codes)
 
     def nearest(self, vectors: Tensor) -> Tensor:  # (...)
-        """Return the code of each vector (..., E), computed in float32: half precision would choose others."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            table = self.codebook.weight.float()
-            return (table.square().sum(1) - 2 * vectors.float() @ table.T).argmin(-1)
+        """Return the code of each vector (..., E), computed in float64, which autocast leaves alone: half precision
+        would choose others."""
+        table = self.codebook.weight.double()
+        return (table.square().sum(1) - 2 * vectors.double() @ table.T).argmin(-1)
 
     def forward(self, vectors: Tensor) -> Quantized:
         """Quantize vectors (N, K, E) with the straight-through estimator."""

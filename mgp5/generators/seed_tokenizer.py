@@ -110,7 +110,7 @@ class SeedTokenizer(nn.Module):
             rebuilt = self._reconstruct(entries).float()
             distance = 1 - F.cosine_similarity(rebuilt, embeddings.float(), dim=-1).mean()
             error = F.mse_loss(self._generate(entries).float(), target.float())
-            used = torch.tensor(len(codes.unique()) / self.config.codes)
+            used = torch.zeros(self.config.codes, device=codes.device).index_fill(0, codes.flatten(), 1).mean()
             return {
                 "quantizer": (loss, 5.0),
                 "reconstruction": (distance, 2.0),

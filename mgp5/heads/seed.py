@@ -191,7 +191,8 @@ class SeedHead(DiffusionHead):
     def _condition_target(self, batch: Batch) -> Tensor:  # (P, L, C)
         if isinstance(self.generator, StableUnCLIP):
             return self.generator.embed_pixels(batch.targets["embedded"])[:, None]
-        return self.generator.encode_text(list(batch.captions))
+        encodings = batch.targets.get("encodings")  # from a cache
+        return self.generator.encode_text(list(batch.captions)) if encodings is None else encodings
 
     def _texts(self, captions: tuple[str, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # (P, T)
         """Return ids and mask of captions; the first token is the same in all."""

@@ -25,7 +25,6 @@ from .offload import memory_parts
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..backbones.hf import HFBackbone
     from ..config import TrainConfig
     from ..model import InterleavedModel
 
@@ -177,10 +176,11 @@ def table(estimate: Estimate) -> Table:
 
 def usual_length(model: InterleavedModel, config: TrainConfig) -> int:
     """Return T of the samples that are planned for."""
-    return CAPTION if model.head.stage(config.stage).data == "captions" else story_length(model.backbone)
+    return CAPTION if model.head.stage(config.stage).data == "captions" else story_length(model)
 
 
-def story_length(backbone: HFBackbone) -> int:
+def story_length(model: InterleavedModel) -> int:
     """Return T of a story with five images of a phone's size, at most the LLM's whole context."""
-    (slots,) = backbone.slots(backbone.preprocess([pil.new("RGB", PHOTO)]))
+    backbone = model.backbone
+    (slots,) = model.head.context_slots(backbone, backbone.preprocess([pil.new("RGB", PHOTO)]))
     return min(STORY + IMAGES * slots, backbone.context_length)

@@ -7,7 +7,7 @@ runs on the meta device. T tokens, H and W pixels of an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -75,7 +75,7 @@ def footprint(
     """
     model = generating_skeleton(parts, dtype)
     backbone, generator = model.backbone, model.head.generator
-    tokens = tokens or story_length(backbone)
+    tokens = tokens or story_length(model)
     cache, read = _measure_prefill(model, tokens)
     size = generator.native_size, generator.native_size
     draw, decode = _measure_drawing(model, size)
@@ -121,9 +121,7 @@ def _measure_prefill(model: InterleavedModel, tokens: int) -> tuple[int, int]:
 def _measure_drawing(model: InterleavedModel, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
     """Return the bytes of drawing an image of (H, W) pixels in two steps, at their peak, and what decodes it."""
     head, width = model.head, model.backbone.width
-    known = {"steps": 2, "guidance": 7.5, "height": size[0], "width": size[1]}
-    names = {field.name for field in fields(head.spec.image_options)}
-    options = head.spec.image_options(**{name: value for name, value in known.items() if name in names})
+    options = head.spec.image_options.taking(steps=2, guidance=7.5, height=size[0], width=size[1])
     context = DrawContext(torch.zeros(1, 1, width, device="meta"), options, lambda use: torch.Generator())
     decoding = []
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PHASES = ("encode", "read", "draw", "decode")
 # Methods of a backbone and of a generator, by the phase in which they compute.
-BACKBONE_METHODS = {"encode": ("encode_images",), "read": ("embed", "forward", "logits", "new_cache")}
+BACKBONE_METHODS = {"encode": ("encode_images", "vision_tokens"), "read": ("embed", "forward", "logits", "new_cache")}
 GENERATOR_METHODS = {"draw": ("predict", "begin", "step"), "decode": ("decode", "moments")}
 CPU = torch.device("cpu")
 TILE = 64  # latents along a side: in smaller tiles it shows that each is normalised on its own

@@ -12,7 +12,7 @@ from ..events import Finished
 from ..inference.reply import generate
 from ..messages import Conversation, Message, Text
 from ..model import InterleavedModel
-from ..options import DiffusionOptions, Options
+from ..options import Options
 from ..views.html import write_html
 
 COUNT, STEPS, TOKENS = 4, 12, 64  # samples, denoising steps, tokens of text
@@ -31,11 +31,10 @@ def fixed_samples(data: Any, seed: int) -> list[Conversation]:
 def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
     """Return the model's reply in place of a sample's last message, with an image if that has one. Raises Mgp5Error."""
     *context, target = sample.messages
-    kind = model.head.spec.image_options
     options = Options(
         draw="always" if target.images else "never",
         max_tokens=TOKENS if target.text else 0,
-        image=kind(steps=STEPS) if kind is DiffusionOptions else kind(),
+        image=model.head.spec.image_options.taking(steps=STEPS),
     )
     *_, last = generate(model, replace(sample, messages=tuple(context)), options)
     assert isinstance(last, Finished)

@@ -1,0 +1,106 @@
+"""The head of SEED by the command line: from data and parts to a reply, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from serve_process import data_url, serving_here
+from tiny import parts_of
+from tiny_training import join
+
+from mgp5.cli import main
+from mgp5.views.files import read_png_metadata
+
+STAGES = ("tokenizer-contrastive", "tokenizer", "pretrain", "finetune")
+SETTINGS = """batch = 2
+accumulation = 1
+warmup = 0
+log_every = 1
+precision = "fp32"
+[tokenizer]
+queries = 4
+width = 16
+heads = 2
+causal_layers = 2
+codes = 12
+code_width = 4
+block_layers = 1
+reverse_layers = 1
+text_positions = 64
+projection = 8
+"""
+QUICK = ("--steps", "2", "--set", "max_tokens=4", "--backend", "eager")
+
+
+def run(*args: object, home: Path) -> str:
+    """Run a command in a folder; return what it writes to stdout."""
+    with chdir(home):
+        result = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, llava_folder, diffusion_folder) -> Path:
+    """A folder with data and the run of each stage, which begins with that of the stage before."""
+    from accelerate.state import AcceleratorState
+
+    folder = tmp_path_factory.mktemp("seed")
+    join(folder / "base", llava_folder, diffusion_folder)
+    (folder / "settings.toml").write_text(SETTINGS)
+    run("data", "storyland", "--out", "data", "--pairs", 6, "--stories", 1, "--dialogs", 1, home=folder)
+    given = ["--config", "settings.toml", "--preset", "demo", "--head", "seed", "--max-steps", 2]
+    for stage, before in zip(STAGES, ("base", *STAGES), strict=False):
+        data = ["--data", "data/vist" if stage == "finetune" else "data/cc3m"]
+        command = ["train", "--stage", stage, "--model", before, *data, "--out", stage, *given]
+        told = json.loads(run(*command, "--dry-run", "--json", home=folder))
+        assert told["updates"] == 2 and sum(part["trained"] for part in told["parts"]) > 0
+        AcceleratorState._reset_state(True)
+        lines = [json.loads(line) for line in run(*command, "--json", home=folder).splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+    AcceleratorState._reset_state(True)
+    return folder
+
+
+@pytest.fixture
+def model(home) -> tuple[str, str]:
+    return "--model", str(home / "finetune")
+
+
+def test_a_story_is_told_and_an_image_of_it_is_recalled(home, model):
+    given = ["--text", "lines.txt", "--scenes", 1, "--set", "image=always", "--set", "code_top_p=1.0"]
+    (home / "lines.txt").write_text("A red day.\n")
+    run("story", *model, *QUICK, *given, "--out", "told", home=home)
+    assert [kind for _, kind in parts_of(home / "told")].count("image") == 2
+    (first, *_) = sorted((home / "told").glob("*.png"))
+    assert read_png_metadata(first)["code_top_p"] == 1.0
+    assert "mgp5" in run("recall", first, home=home)
+
+
+def test_a_chat_a_server_and_an_evaluation_reply(home, model):
+    run("chat", *model, *QUICK, "--message", "hello", "--set", "image=always", "--out", "talk", home=home)
+    assert list((home / "talk").glob("*.png"))
+    with serving_here(model[1], rows=2) as server:
+        image = {"type": "image_url", "image_url": {"url": data_url()}}
+        ask = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "draw"}]}]}
+        asked = {"image": "always", "steps": 2, "max_tokens": 4, "response_format": {"type": "parts"}}
+        status, reply = server.post("/v1/chat/completions", **ask, **asked)
+        assert status == 200, reply
+        assert "image_url" in [part["type"] for part in reply["choices"][0]["message"]["content"]]
+    run("eval", *model, *QUICK, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
+    report = json.loads((home / "eval/report.json").read_text())
+    assert report["tables"]
+
+
+def test_doctor_and_bench_measure_it(home, model):
+    told = json.loads(run("doctor", *model, "--json", home=home))["memory"]
+    assert "tokenizer" in {part["name"] for part in told["parts"]}
+    assert all(mode["total"] > 0 for mode in told["modes"])
+    given = ["--suite", "cpu", "--device", "cpu", "--steps", 1, "--out", "bench.json", "--json"]
+    rows = [json.loads(line) for line in run("bench", *model, *given, home=home).splitlines()]
+    assert not [row for row in rows if "skipped" in row]
+    assert {"condition", "guided step", "decode"} <= {row["name"] for row in rows}
