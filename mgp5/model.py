@@ -69,8 +69,10 @@ class InterleavedModel(nn.Module):
         if batch.features and self.head.spec.reads_side:
             case = f"cached features of context images, without those that the head {self.head.spec.name} attends to"
             raise Mgp5Error(case, "leave the features out of the cache")
-        context = ImageContext(list(batch.features))
-        if not batch.features and batch.context_images:
+        context = ImageContext([])
+        if batch.features:
+            context = self.head.cached_images(self.backbone, batch.features)
+        elif batch.context_images:
             with torch.no_grad():
                 context = self.head.encode_images(self.backbone, batch.context_images)
         ids, tokens = batch.ids, context.tokens

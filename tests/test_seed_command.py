@@ -7,7 +7,10 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from serve_process import data_url, serving_here
 from tiny import parts_of
 from tiny_training import join
@@ -36,33 +39,34 @@ projection = 8
 QUICK = ("--steps", "2", "--set", "max_tokens=4", "--backend", "eager")
 
 
-def run(*args: object, home: Path) -> str:
-    """Run a command in a folder; return what it writes to stdout."""
+def run(*args: object, home: Path, code: int = 0) -> str:
+    """Run a command in a folder; return what it writes to stdout, or where it is refused to stderr."""
+    AcceleratorState._reset_state(True)
     with chdir(home):
         result = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    assert result.exit_code == code, result.output
+    return result.stderr if code else result.stdout
+
+
+def train(stage: str, before: str, out: str, home: Path, *more: str, **known: int) -> str:
+    """Do two updates of a stage, which begins with the run of another."""
+    data = ["--data", "data/vist" if stage == "finetune" else "data/cc3m"]
+    given = ["--config", "settings.toml", "--preset", "demo", "--head", "seed", "--max-steps", 2, "--json"]
+    return run("train", "--stage", stage, "--model", before, *data, "--out", out, *given, *more, home=home, **known)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, llava_folder, diffusion_folder) -> Path:
     """A folder with data and the run of each stage, which begins with that of the stage before."""
-    from accelerate.state import AcceleratorState
-
     folder = tmp_path_factory.mktemp("seed")
     join(folder / "base", llava_folder, diffusion_folder)
     (folder / "settings.toml").write_text(SETTINGS)
     run("data", "storyland", "--out", "data", "--pairs", 6, "--stories", 1, "--dialogs", 1, home=folder)
-    given = ["--config", "settings.toml", "--preset", "demo", "--head", "seed", "--max-steps", 2]
     for stage, before in zip(STAGES, ("base", *STAGES), strict=False):
-        data = ["--data", "data/vist" if stage == "finetune" else "data/cc3m"]
-        command = ["train", "--stage", stage, "--model", before, *data, "--out", stage, *given]
-        told = json.loads(run(*command, "--dry-run", "--json", home=folder))
+        told = json.loads(train(stage, before, stage, folder, "--dry-run"))
         assert told["updates"] == 2 and sum(part["trained"] for part in told["parts"]) > 0
-        AcceleratorState._reset_state(True)
-        lines = [json.loads(line) for line in run(*command, "--json", home=folder).splitlines()]
+        lines = [json.loads(line) for line in train(stage, before, stage, folder).splitlines()]
         assert [line["step"] for line in lines] == [1, 2]
-    AcceleratorState._reset_state(True)
     return folder
 
 
@@ -94,6 +98,32 @@ def test_a_chat_a_server_and_an_evaluation_reply(home, model):
     run("eval", *model, *QUICK, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
     report = json.loads((home / "eval/report.json").read_text())
     assert report["tables"]
+
+
+def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):
+    def cache(model: str, out: str, kinds: str, **known: int) -> str:
+        data = ["--data", "data/cc3m", "--data", "data/vist", "--out", out, "--kinds", kinds, "--device", "cpu"]
+        return run("data", "cache", "--model", model, *data, home=home, **known)
+
+    cache("tokenizer", "codes", "codes")
+    for stage, before in (("pretrain", "tokenizer"), ("finetune", "pretrain")):
+        lines = train(stage, before, f"cached-{stage}", home, "--cache", "codes").splitlines()
+        assert len(lines) == 2
+        live, cached = (load_file(home / name / "mgp5/model.safetensors") for name in (stage, f"cached-{stage}"))
+        assert all(torch.equal(value, cached[name]) for name, value in live.items())
+    (part,) = home.glob("codes/codes-*/*.safetensors")
+    codes = load_file(part)
+    assert {value.dtype for value in codes.values()} == {torch.int32} and {len(value) for value in codes.values()} == {
+        4
+    }
+    cache("tokenizer-contrastive", "stale", "codes")
+    told = train("pretrain", "tokenizer", "refused", home, "--cache", "stale", code=1)
+    assert "differs in weights" in told
+    cache("tokenizer", "latents", "latents")
+    told = train("pretrain", "tokenizer", "refused", home, "--cache", "latents", code=1)
+    assert "holds latents, which the head seed has no use for" in told and "--kinds captions,codes" in told
+    assert "in which no tokenizer was trained" in cache("base", "none", "codes", code=2)
+    assert "whose head minigpt5 has none" in cache("demo", "none", "codes", code=2)
 
 
 def test_doctor_and_bench_measure_it(home, model):

@@ -23,7 +23,7 @@ def data() -> None:
 @click.option("--format", "formats", multiple=True, help="As of train; one per --data.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train")
 @click.option("--out", type=PATH, required=True, help="Folder for the caches.")
-@click.option("--kinds", default="latents,captions,features", help="What to cache.")
+@click.option("--kinds", default="latents,captions,features", help="What to cache, of these and codes.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16")
 @click.option("--batch", type=COUNT, default=16, help="Samples at a time.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read pictures.")
@@ -34,7 +34,8 @@ def cache(sources: tuple[Path, ...], formats: tuple[str, ...], kinds: str, **fla
 
     latents: of pictures to be drawn, by the VAE: 64 KB each (Stable Diffusion 2.1 at 512 pixels, fp16), 210 GB for
     CC3M. captions: by the text encoders: 158 KB each, 520 GB for CC3M. features: of pictures that are seen, by the
-    vision tower: 4.7 MB each of LLaVA-1.5, so for small data only.
+    vision tower: 4.7 MB each of LLaVA-1.5, so for small data only. codes: of all pictures, by a trained tokenizer of
+    the head seed: 128 bytes each, instead of latents and features.
 
     A cache belongs to the weights and transforms that made it, and training with others refuses it. A run that was
     interrupted goes on where it was when it is given again.

@@ -175,6 +175,8 @@ class Head(nn.Module):
     """The base class of all heads, with defaults that fit most of them."""
 
     stages: ClassVar[tuple[Stage, ...]]  # in order
+    target_cache: ClassVar[tuple[str, str] | None] = None  # cache that has target images: its kind, name in `targets`
+    context_cache: ClassVar[str] = "features"  # kind of cache that has context images; "": none has
     config_type: ClassVar[type]  # dataclass of `ModelConfig.head_config`
     spec: HeadSpec
     ids: tuple[int, ...] = ()  # of `spec.new_tokens`, set by `install`
@@ -237,12 +239,25 @@ class Head(nn.Module):
     # --- context images ---
 
     def context_slots(self, backbone: Backbone, inputs: dict[str, Tensor]) -> list[int]:
-        """Return how many positions each preprocessed context image takes."""
-        return backbone.slots(inputs)
+        """Return how many positions each context image takes, preprocessed or, as "features", from a cache."""
+        return list(map(len, inputs["features"])) if "features" in inputs else backbone.slots(inputs)
 
     def encode_images(self, backbone: Backbone, inputs: dict[str, Tensor]) -> ImageContext:
         """Encode N preprocessed context images for the LLM."""
         return ImageContext(backbone.encode_images(inputs))
+
+    def cached_images(self, backbone: Backbone, items: Sequence[Tensor]) -> ImageContext:
+        """Return N context images as the LLM gets them, from the items of a cache of the kind `context_cache`."""
+        return ImageContext(list(items))
+
+    def codes(self, backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the codes (N, K) of N preprocessed images, which caches of the kind "codes" hold."""
+        raise NotImplementedError(f"the head {self.spec.name} has no codes")
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Return what makes `codes` of the vision tower's tokens."""
+        raise NotImplementedError(f"the head {self.spec.name} has no codes")
 
     # --- training ---
 

@@ -63,6 +63,7 @@ class MiniGPT5Head(DiffusionHead):
 
     config_type = MiniGPT5Config
     stages = (Stage("pretrain", "captions"), Stage("finetune", "conversations", adapter=True))
+    target_cache = "latents", "moments"
 
     def __init__(self, generator: LatentDiffusion, config: MiniGPT5Config) -> None:
         super().__init__()

@@ -10,13 +10,13 @@ condition length, C condition width, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..files import digest
@@ -48,6 +48,7 @@ class SeedHead(DiffusionHead):
         Stage("pretrain", "captions", adapter=True),
         Stage("finetune", "conversations", adapter=True),
     )
+    target_cache, context_cache = ("codes", "codes"), "codes"
 
     def __init__(self, generator: LatentDiffusion, config: SeedConfig) -> None:
         super().__init__()
@@ -100,17 +101,31 @@ class SeedHead(DiffusionHead):
     # --- context images ---
 
     def context_slots(self, backbone: Backbone, inputs: dict[str, Tensor]) -> list[int]:
-        """Return K + 2 for each of N preprocessed images."""
-        return [self.spec.positions] * len(inputs["pixel_values"])
+        """Return K + 2 for each of N preprocessed or cached images."""
+        return [self.spec.positions] * len(next(iter(inputs.values())))
 
     @torch.no_grad()
     def encode_images(self, backbone: Backbone, inputs: dict[str, Tensor]) -> ImageContext:
         """Encode N preprocessed images to words: <img>, K codes, </img>."""
-        return self._context(backbone, self.tokenizer.encode(backbone.vision_tokens(inputs)))
+        return self._context(backbone, self.codes(backbone, inputs))
+
+    def cached_images(self, backbone: Backbone, items: Sequence[Tensor]) -> ImageContext:
+        """Return the words of N images, from N codes (K,) of a cache."""
+        return self._context(backbone, torch.stack(list(items)).to(backbone.device))
+
+    @torch.no_grad()
+    def codes(self, backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:  # (N, K)
+        """Return the codes of N preprocessed images."""
+        return self.tokenizer.encode(backbone.vision_tokens(inputs))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Return the tokenizer from vision tokens to codes."""
+        return nn.ModuleList([self.tokenizer.causal, self.tokenizer.encode_layer, self.tokenizer.quantizer])
 
     def _context(self, backbone: Backbone, codes: Tensor) -> ImageContext:  # (N, K)
-        first, *words, last = torch.tensor(self.ids, device=codes.device).split([1, len(self.ids) - 2, 1])
-        ids = torch.cat([first.expand(len(codes), 1), words[0][codes], last.expand(len(codes), 1)], dim=1)
+        first, words, last = torch.tensor(self.ids, device=codes.device).split([1, len(self.ids) - 2, 1])
+        ids = torch.cat([first.expand(len(codes), 1), words[codes.long()], last.expand(len(codes), 1)], dim=1)
         return ImageContext(list(backbone.embed(ids, [])), ids=list(ids))
 
     # --- training ---
@@ -164,7 +179,7 @@ class SeedHead(DiffusionHead):
         """Fill in the codes of target images, computed from "vision" or taken from a cache of "codes" (P, K)."""
         codes = batch.targets.get("codes")
         if codes is None:
-            codes = self.tokenizer.encode(backbone.vision_tokens({"pixel_values": batch.targets["vision"]}))
+            codes = self.codes(backbone, {"pixel_values": batch.targets["vision"]})
         words = torch.tensor(self.ids[1:-1], device=codes.device)[codes.long()].to(batch.ids.device)  # (P, K)
         ids, labels = batch.ids.clone(), batch.labels.clone()
         for row, start, run in zip(batch.target_rows, batch.target_starts, words, strict=True):

@@ -71,7 +71,7 @@ class Collator:
         """Return a batch of the usable samples, in order; `skipped` names the others by their keys."""
         rows, skipped = [], []
         keyed = [("", sample) if isinstance(sample, Conversation) else sample for sample in samples]
-        latents, features = self._cached([sample[1] for sample in keyed if not isinstance(sample, Skipped)])
+        cached = self._cached([sample[1] for sample in keyed if not isinstance(sample, Skipped)])
         for sample in keyed:
             if isinstance(sample, Skipped):
                 skipped.append(sample)
@@ -79,7 +79,7 @@ class Collator:
             key, conversation = sample
             try:
                 arranged = self.head.arrange(conversation, self.config) if self.config else conversation
-                row = self._row(with_system(arranged, self.system), latents, features)
+                row = self._row(with_system(arranged, self.system), *cached)
             except _Unusable as error:
                 kind, reason = error.args
                 skipped.append(Skipped(kind, f"{key} ({reason})"))
@@ -92,26 +92,25 @@ class Collator:
         return self._batch(rows, tuple(skipped))
 
     def _cached(self, conversations: Sequence[Conversation]) -> tuple[dict[int, Item], dict[int, Item]]:
-        """Return stored latents of target images and features of context images by `id(image)`; {} if one misses."""
-        if self.caches is None:
+        """Return stored target and context images by `id(image)`, {} if one misses, or where the head trains alone."""
+        if self.caches is None or (self.config and not self.head.stage(self.config.stage).llm):
             return {}, {}
         targets = [image for conversation in conversations for image in conversation.messages[-1].images]
         context = [image for c in conversations for message in c.messages[:-1] for image in message.images]
-        return self.caches.images("latents", targets), self.caches.images("features", context)
+        return self.caches.targets(targets), self.caches.context(context)
 
-    def _row(self, conversation: Conversation, latents: dict[int, Item], features: dict[int, Item]) -> _Row:
+    def _row(self, conversation: Conversation, stored: dict[int, Item], features: dict[int, Item]) -> _Row:
         """Convert a sample to tensors. Raises _Unusable."""
         *context, target = conversation.messages
         images = [image for message in context for image in message.images]
         if features:
             cached = [features[id(image)] for image in images]
-            inputs = [{"features": value} | {k: v[None] for k, v in others.items()} for value, others in cached]
-            slots = [len(value) for value, _ in cached]
+            inputs = [{"features": value[None]} | {k: v[None] for k, v in others.items()} for value, others in cached]
         else:
             inputs = [_tensors(lambda pixels: self.backbone.preprocess([pixels]), image) for image in images]
-            slots = [self.head.context_slots(self.backbone, tensors)[0] for tensors in inputs]
-        if latents:
-            targets = [{"moments": latents[id(image)][0]} for image in target.images]
+        slots = [self.head.context_slots(self.backbone, tensors)[0] for tensors in inputs]
+        if stored:
+            targets = [{self.head.target_cache[1]: stored[id(image)][0]} for image in target.images]
         else:
             targets = [_tensors(self.head.target, image) for image in target.images]
         captions = [image.caption for image in target.images]
@@ -152,7 +151,7 @@ class Collator:
     def _batch(self, rows: list[_Row], skipped: tuple[Skipped, ...]) -> Batch:
         """Pad and stack B samples."""
         inputs = [tensors for row in rows for tensors in row.inputs]
-        features = tuple(tensors.pop("features") for tensors in inputs if "features" in tensors)
+        features = tuple(tensors.pop("features")[0] for tensors in inputs if "features" in tensors)
         each = [tensors for row in rows for tensors in row.targets]
         targets = {name: torch.stack([tensors[name] for tensors in each]) for name in (each[0] if each else {})}
         captions = tuple(caption for row in rows for caption in row.captions)

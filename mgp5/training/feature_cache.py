@@ -22,11 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..backbones.hf import HFBackbone
 from ..device import DTYPES
 from ..errors import Mgp5Error
 from ..files import Claim, digest, read_json, remove_folder, remove_leftovers, write_bytes, write_json
-from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import REPOS
 from ..messages import Image
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from ..heads.batch import Batch
     from ..model import InterleavedModel
 
-KINDS = ("latents", "captions", "features")
+KINDS = ("latents", "captions", "features", "codes")
 MANIFEST = "manifest.json"
 SHARD_ITEMS, SHARD_BYTES = 512, 2**28
 VERSION = 1  # of our own code: to be raised with every change that changes what is computed
@@ -42,8 +40,10 @@ HASHED_VALUES = 256  # of each weight
 # Of configurations: what differs between versions of the libraries, or between precisions.
 VOLATILE = {"dtype", "torch_dtype", "transformers_version", "architectures", "id2label", "label2id"}
 
-Item = tuple[Tensor, dict[str, Tensor]]  # (2Z, h, w), (L, C) or (S, E); what else the LLM needs of an image (its grid)
-FrozenPart = HFBackbone | LatentDiffusion
+Item = tuple[
+    Tensor, dict[str, Tensor]
+]  # (2Z, h, w), (L, C), (S, E) or (K,); what else the LLM needs of an image (its grid)
+FrozenPart = Any  # a backbone, a generator, or for codes a whole model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,9 @@ class CacheKey:
         return f"made by {manifest.get('model')}, not by {self.model}: it differs in {', '.join(names)}{details}"
 
 
-def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
-    """Return the key of a kind for the generator (latents, captions) or the LLM; `model` is its id or folder."""
+def cache_key(kind: str, part: FrozenPart, model: str, encoder: nn.Module | None = None) -> CacheKey:
+    """Return the key of a kind for the generator (latents, captions) or the LLM; `model` is its id or folder, `encoder`
+    makes codes of what the LLM's vision tower gives."""
     transform: dict[str, Any]
     if kind == "latents":
         named = [pair for pair in part.vae.named_parameters() if not pair[0].startswith(("decoder.", "post_quant_"))]
@@ -90,6 +91,7 @@ def cache_key(kind: str, part: FrozenPart, model: str) -> CacheKey:
     else:
         text = {id(p) for module in (part.language, part.lm_head) for p in module.parameters()}
         named = [(name, value) for name, value in part.core.named_parameters() if id(value) not in text]
+        named += [(f"encoder.{name}", value) for name, value in encoder.named_parameters()] if encoder else []
         transform = part.image_processor.to_dict() | part.size
         words = ("vision", "projector", "qformer", "query")
         config = {name: v for name, v in part.core.config.to_dict().items() if any(word in name for word in words)}
@@ -187,7 +189,7 @@ class Writer:
         """Add an item and return whether it is new. Raises Mgp5Error for infinite values and a full disk."""
         if key in self._new or key in self.done:
             return False
-        value = item[0].to("cpu", DTYPES[self.dtype])
+        value = item[0].to("cpu", DTYPES[self.dtype] if item[0].is_floating_point() else None)
         if not value.isfinite().all():
             raise Mgp5Error(f"{self.kind} do not fit into {self.dtype}", "choose --dtype bf16 and another --out")
         tensors = {key: value} | {f"{key}/{name}": extra.cpu() for name, extra in item[1].items()}
@@ -221,8 +223,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 class Caches:
     """What one or more folders of caches hold for a model; used by the collator in data workers."""
 
-    def __init__(self, readers: dict[str, list[Reader]]) -> None:
+    def __init__(self, readers: dict[str, list[Reader]], target: tuple[str, str], context: str) -> None:
         self._readers = readers
+        self._target, self._context = target, context  # as `Head.target_cache` and `Head.context_cache`
         self._needed, self._found = Counter[str](), Counter[str]()  # items of each kind
 
     @classmethod
@@ -231,7 +234,11 @@ class Caches:
 
         Raises Mgp5Error for a folder without caches, or with caches of a kind of which none is this model's.
         """
-        parts = {"features": (model.backbone, model.config.mllm)}
+        target, context = model.head.target_cache or ("", ""), model.head.context_cache
+        taken = {target[0], "captions", context}
+        parts: dict[str, tuple[Any, ...]] = {"features": (model.backbone, model.config.mllm)}
+        if "codes" in taken:
+            parts["codes"] = (*parts["features"], model.head.encoder)
         if (generator := getattr(model.head, "generator", None)) is not None:
             parts |= dict.fromkeys(("latents", "captions"), (generator, model.config.diffusion))
         readers: dict[str, list[Reader]] = {}
@@ -239,7 +246,12 @@ class Caches:
             manifests = {path.parent: _manifest(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
             if not manifests:
                 raise Mgp5Error(f"{folder} holds no cache", "make one with mgp5 data cache --out", usage=True)
-            for kind in sorted({str(manifest.get("kind")) for manifest in manifests.values()} & parts.keys()):
+            kinds = {str(manifest.get("kind")) for manifest in manifests.values()}
+            if not kinds & taken & parts.keys():
+                found = f"{folder} holds {' and '.join(sorted(kinds))}"
+                found += f", which the head {model.head.spec.name} has no use for"
+                raise Mgp5Error(found, f"make one with mgp5 data cache --kinds {','.join(sorted(taken - {''}))}")
+            for kind in sorted(kinds & taken & parts.keys()):
                 key = cache_key(kind, *parts[kind])
                 of_kind = {path: manifest for path, manifest in manifests.items() if manifest.get("kind") == kind}
                 fit = [path for path, manifest in of_kind.items() if manifest.get("fingerprint") == key.fingerprint]
@@ -248,10 +260,17 @@ class Caches:
                     hint = "make one for this model with mgp5 data cache, or leave this --cache out"
                     raise Mgp5Error(f"{path} was {key.explain_mismatch(manifest)}", hint)
                 readers.setdefault(kind, []).extend(map(Reader, fit))
-        return cls(readers)
+        return cls(readers, target, context)
 
-    def images(self, kind: str, images: Iterable[Image]) -> dict[int, Item]:
-        """Return latents or features of images by their `id()`: of all, or of none when one is missing."""
+    def targets(self, images: Iterable[Image]) -> dict[int, Item]:
+        """Return what is stored of target images by their `id()`: of all, or of none when one is missing."""
+        return self._images(self._target[0], images)
+
+    def context(self, images: Iterable[Image]) -> dict[int, Item]:
+        """Return what is stored of context images by their `id()`: of all, or of none when one is missing."""
+        return self._images(self._context, images)
+
+    def _images(self, kind: str, images: Iterable[Image]) -> dict[int, Item]:
         try:
             keys = {id(image): image.digest() for image in images if kind in self._readers}
         except Mgp5Error:
@@ -277,15 +296,14 @@ class Caches:
         """Count what a batch needed, and what it took from the caches; called where the batches arrive."""
         inputs = batch.context_images
         num_context = len(batch.features or inputs.get("image_grid_thw", inputs.get("pixel_values", ())))
-        counts = {
-            "latents": (batch.num_targets, "moments" in batch.targets),
-            "captions": (sum(map(bool, batch.captions)), "encodings" in batch.targets),
-            "features": (num_context, bool(batch.features)),
-        }
-        for kind in self._readers:
-            number, cached = counts[kind]
-            self._needed[kind] += number
-            self._found[kind] += number * cached
+        for kind, number, cached in (
+            (self._target[0], batch.num_targets, self._target[1] in batch.targets),
+            ("captions", sum(map(bool, batch.captions)), "encodings" in batch.targets),
+            (self._context, num_context, bool(batch.features)),
+        ):
+            if kind in self._readers:
+                self._needed[kind] += number
+                self._found[kind] += number * cached
 
     def __str__(self) -> str:
         """Return the shares that were found, as in "100.0 % of 4 latents, 50.0 % of 2 captions"."""

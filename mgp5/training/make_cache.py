@@ -24,11 +24,11 @@ from ..generators import load_generator
 from ..heads.minigpt5 import to_pixels
 from ..heads.settings import model_config_from
 from ..hub import Parts, read_config, resolve
-from ..loading import CONFIG, load_backbone
+from ..loading import CONFIG, load_backbone, load_checkpoint
 from ..messages import Conversation, Image
 from ..options import override
 from .batch import LEAST
-from .feature_cache import KINDS, FrozenPart, Item, Reader, Writer, cache_key
+from .feature_cache import KINDS, CacheKey, FrozenPart, Item, Reader, Writer, cache_key
 from .run import token_counter
 
 CHECKED = 8  # batches, after which it is known what the whole data will need
@@ -44,7 +44,7 @@ class CacheRequest:
     data: tuple[Source, ...]
     out: Path  # folder for the caches
     split: str = "train"
-    kinds: tuple[str, ...] = KINDS  # features are those of context images
+    kinds: tuple[str, ...] = KINDS[:3]  # features are those of context images, codes of a head that has them
     dtype: str = "fp16"
     batch: int = 16  # samples at a time
     workers: int = 0  # processes that read images
@@ -84,7 +84,7 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
     samples, items, total = 0, 0, data.size if isinstance(data, Shards) else len(data)
     skipped: dict[Skipped, None] = {}
     with ExitStack() as stack:
-        keys = (cache_key(kind, models[kind], parts.mllm if kind == "features" else parts.diffusion) for kind in kinds)
+        keys = (_key(kind, models[kind], parts) for kind in kinds)
         writers = {key.kind: stack.enter_context(closing(Writer(request.out, key, request.dtype))) for key in keys}
         loader = DataLoader(
             data,
@@ -111,17 +111,33 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
         raise Mgp5Error(f"the data has no {' and no '.join(kinds)}", "choose other --kinds or data", usage=True)
 
 
+def _key(kind: str, model: Any, parts: Parts) -> CacheKey:
+    if kind == "codes":
+        return cache_key(kind, model.backbone, parts.mllm, model.head.encoder)
+    return cache_key(kind, model, parts.mllm if kind == "features" else parts.diffusion)
+
+
 def _load(parts: Parts, kinds: Sequence[str], name: str, max_pixels: int | None) -> dict[str, FrozenPart]:
     """Return for each kind the model that computes it, on its device; one that no kind needs is not loaded."""
     device, dtype = pick_device(name)
     models: dict[str, FrozenPart] = {}
-    if {*kinds} - {"features"}:
+    if {*kinds} & {"latents", "captions"}:
         models |= dict.fromkeys(("latents", "captions"), load_generator(parts.diffusion, dtype).to(device))
     if "features" in kinds:
         backbone = load_backbone(parts.mllm, dtype)
         backbone.limit_pixels(max_pixels or _max_pixels(parts))
         backbone.language.layers = nn.ModuleList()  # the largest part of all, and not needed to encode images
         models["features"] = backbone.to(device)
+    if "codes" in kinds:
+        if parts.trained is None:
+            hint = "give a run of its tokenizer: mgp5 train --head seed --stage tokenizer"
+            raise Mgp5Error(f"--kinds codes of {parts.name}, in which no tokenizer was trained", hint, usage=True)
+        models["codes"] = load_checkpoint(parts, dtype=dtype)
+        models["codes"].backbone.language.layers = nn.ModuleList()
+        if "codes" not in (models["codes"].head.target_cache or ())[:1]:
+            found = f"--kinds codes of {parts.name}, whose head {models['codes'].head.spec.name} has none"
+            raise Mgp5Error(found, "choose other --kinds", usage=True)
+        models["codes"].to(device)
     for model in models.values():
         limit_threads_for_small_models(model)
     return models
@@ -137,10 +153,10 @@ def cacheables(conversation: Conversation) -> Iterator[tuple[str, Cacheable]]:
     """Yield what of a sample can be cached, each with its kind."""
     *context, target = conversation.messages
     for image in target.images:
-        yield "latents", image
+        yield from (("latents", image), ("codes", image))
         if image.caption:
             yield "captions", image.caption
-    yield from (("features", image) for message in context for image in message.images)
+    yield from ((kind, image) for message in context for image in message.images for kind in ("features", "codes"))
 
 
 def _check_disk(writers: dict[str, Writer], ahead: float, out: Path, tell: Tell) -> None:
@@ -159,12 +175,14 @@ def prepare(kind: str, value: Cacheable, model: FrozenPart) -> Any:
     if kind == "captions":
         return value
     image = value.load(LEAST)
-    return to_pixels(image, (model.native_size,) * 2) if kind == "latents" else model.preprocess([image])
+    if kind == "latents":
+        return to_pixels(image, (model.native_size,) * 2)
+    return (model.backbone if kind == "codes" else model).preprocess([image])
 
 
 def collate(kind: str, values: list[Any]) -> Any:
     """Return prepared values as one batch."""
-    if kind == "features":
+    if kind in ("features", "codes"):
         return {name: torch.cat([value[name] for value in values]) for name in values[0]}
     return torch.stack(values) if kind == "latents" else values
 
@@ -172,6 +190,8 @@ def collate(kind: str, values: list[Any]) -> Any:
 @torch.no_grad()
 def compute(kind: str, batch: Any, model: FrozenPart) -> list[Item]:
     """Return the items of a batch."""
+    if kind == "codes":
+        return [(codes.int(), {}) for codes in model.head.codes(model.backbone, batch)]
     if kind == "features":
         others = {name: value for name, value in batch.items() if name != "pixel_values"}
         features = model.encode_images(batch)
