@@ -62,8 +62,9 @@ def reference(backbone, session):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("bucket", [1, 32])
-def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
+@pytest.mark.parametrize(("bucket", "piece"), [(1, 2048), (32, 2)])
+def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket, piece, monkeypatch):
+    monkeypatch.setattr("mgp5.backbones.kv_cache.PIECE", piece)
     decoder = Decoder(backbone, 3, tokens_per_sync=4, bucket=bucket)
     sessions = [Session(llm_only(backbone), decoder=decoder, row=row) for row in range(3)]
     for session, talk in zip(sessions[:2], TALKS[1:3], strict=True):
@@ -80,6 +81,41 @@ def test_rows_of_different_lengths_equal_whole_sequences(backbone, bucket):
     for row, session in enumerate(sessions):
         assert decoder.rows[row].length == session.length
         torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
+
+
+@torch.inference_mode()
+def test_rows_that_hold_no_token_are_finite_and_change_nothing(backbone):
+    """A row without tokens decodes along in a batch, between rows that have some: its softmax is over something."""
+    decoder = Decoder(backbone, 3, tokens_per_sync=4, bucket=32)
+    session = Session(llm_only(backbone), decoder=decoder, row=1)
+    session.read(TALKS[2])
+    decoder.set_sampling(1, SamplingParams(0, 1, 1, torch.Generator()))
+    tokens, states = decoder.steps({1: 10}, 4)[1]
+    session.append(states[None], [(token, "") for token in [10, *tokens[:-1]]])
+    torch.testing.assert_close(session.states, reference(backbone, session), **CLOSE)
+    assert decoder._buffers[3].states.isfinite().all() and decoder.rows[0].length == 0
+    late = Session(llm_only(backbone), decoder=decoder, row=0)  # what idling wrote is not seen
+    late.read(TALKS[1])
+    torch.testing.assert_close(late.states, reference(backbone, late), **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature", [0, 5.0])
+def test_rows_that_pad_the_vocabulary_are_never_sampled(qwen_folder, temperature):
+    backbone = HFBackbone.load(qwen_folder)
+    backbone.add_tokens(["[IMG0]"])
+    tokens = len(backbone.tokenizer)
+    backbone.core.resize_token_embeddings(tokens + 2, mean_resizing=False)
+    loud = 1000 * backbone.lm_head.weight[0]
+    backbone.lm_head.weight[tokens:] = torch.stack([loud, -loud])  # one of them wins, whatever the state is
+    decoder = Decoder(backbone, tokens_per_sync=16)
+    session = Session(llm_only(backbone), decoder=decoder)
+    state = session.read(TALKS[0])
+    assert backbone.logits(state).argmax() >= tokens == backbone.vocabulary
+    for allowed in (None, range(tokens + 2)):
+        params = SamplingParams(temperature, 1.0, 1.0, torch.Generator().manual_seed(0))
+        decoder.set_sampling(0, params, allowed=allowed)
+        assert decoder.pick({0: state[0, 0]})[0] < tokens and max(decoder.steps({0: 5}, 16)[0][0]) < tokens
 
 
 @torch.inference_mode()

@@ -38,6 +38,7 @@ class Backbone(Protocol):
     image_token_id: int  # id of the token that is repeated once per slot of an image
     context_length: int  # longest sequence, in tokens
     stop_ids: frozenset[int]  # ids of tokens that end a reply
+    vocabulary: int  # ids below it are tokens; rows of the LM head from there on are padding
     compiled: bool  # whether tokens are decoded by compiled code
     capturable: bool  # whether the forward of one token can be captured as a CUDA graph
 

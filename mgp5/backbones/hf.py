@@ -106,6 +106,11 @@ class HFBackbone(nn.Module):
         return self.core.get_output_embeddings()
 
     @property
+    def vocabulary(self) -> int:
+        """Return how many rows of the LM head are tokens; those behind them are padding (Qwen has hundreds)."""
+        return max(len(self.tokenizer), *(number + 1 for number in self.tokenizer.added_tokens_decoder), 0)
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the computation, also while weights are offloaded."""
         return self.compute_device or self.lm_head.weight.device

@@ -6,16 +6,21 @@ tokens of a row; other dimensions are named as in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+if TYPE_CHECKING:
+    from . import Backbone, SideInputs
+
 States = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, both (B, num_heads, num_tokens, head_dim)
 SMALLEST = 256  # initial slots of a row
+PIECE = 2048  # tokens of a row that are read at once: a mask of 32k x 32k would take 7 GiB
 
 
 @dataclass
@@ -110,6 +115,35 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.grow()
         return True
+
+
+def read(
+    backbone: Backbone,
+    cache: KVCache,
+    rows: Sequence[int],
+    starts: Sequence[int],  # slot of the first new token of each row
+    embeds: Tensor,  # (b, T, E)
+    positions: Tensor,  # (b, T) or (3, b, T)
+    side: SideInputs | None = None,
+) -> Tensor:  # (b, T, D)
+    """Read T tokens behind what rows of the cache hold, PIECE by PIECE; return the state after each."""
+    length, device = embeds.shape[1], embeds.device
+    index, steps = torch.tensor(rows, device=device), torch.arange(length, device=device)
+    slots, hidden = torch.tensor(starts, device=device)[:, None] + steps, []
+    for first in range(0, length, PIECE):
+        piece = slice(first, first + PIECE)
+        width = max(starts) + min(first + PIECE, length)
+        cache.index.at(index, slots[:, piece], width, list(rows) == list(range(cache.index.num_rows)))
+        mask = causal_mask(slots[:, piece], width, embeds.dtype)
+        own = side and side._replace(visible=side.visible[:, piece])
+        hidden.append(backbone(embeds[:, piece], positions[..., piece], mask, cache, own))
+    return torch.cat(hidden, dim=1)
+
+
+def causal_mask(slots: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # (b, 1, T, width)
+    """Return what is added to attention scores: a token in slot s (b, T) attends to the slots up to s."""
+    hidden = torch.arange(width, device=slots.device) > slots[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=slots.device).masked_fill_(hidden, -torch.inf)
 
 
 def prefix_states(encoder: nn.Module, batch: int, dtype: torch.dtype = torch.float32) -> States:

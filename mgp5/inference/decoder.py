@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from ..backbones import SideInputs
-from ..backbones.kv_cache import SMALLEST
+from ..backbones.kv_cache import SMALLEST, causal_mask, read
 from .token_sampling import PAUSED, SamplingParams, penalise, sample
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ class Decoder:
     def set_sampling(
         self, row: int, params: SamplingParams, *, banned: Iterable[int] = (), allowed: Any = None
     ) -> None:
-        """Set how a row samples its tokens: of the `allowed` ids, None for all, but the banned ones."""
+        """Set how a row samples its tokens: of the `allowed` ids, None for all, but the banned ones and padding."""
         self.rows[row].sampling = params
         self.banned[row] = allowed is not None
         if allowed is not None:
             self.banned[row, list(allowed)] = False
         self.banned[row, list(banned)] = True
+        self.banned[row, self.backbone.vocabulary :] = True
 
     def cut(self, row: int, length: int) -> None:
         """Take back all tokens of a row but the first `length`; nothing is copied."""
@@ -150,12 +151,8 @@ class Decoder:
     ) -> Tensor:  # (r, k, D)
         length = embeds.shape[1]
         starts = [self.rows[row].length + self.cache.prefix_length for row in rows]
-        width = max(starts) + length
-        self._reserve(width)
-        slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(length, device=self.device)
-        index = torch.tensor(rows, device=self.device)
-        self.cache.index.at(index, slots, width, list(rows) == list(range(len(self.rows))))
-        hidden = self.backbone(embeds, positions, causal_mask(slots, width, embeds.dtype), self.cache, side)
+        self._reserve(max(starts) + length)
+        hidden = read(self.backbone, self.cache, rows, starts, embeds, positions, side)
         for row in rows:
             self.rows[row].length += length
         return hidden
@@ -270,12 +267,6 @@ class DecodeBuffers:
             self.rows, self.slot, self.position, self.active, self.token = self.integers
             self.temperature, self.random, self.top_p, self.penalty, self.top_k = self.settings[:5, :, None]
             self.counters, self.numbers = self.integers[1:3], self.settings[5:]
-
-
-def causal_mask(slots: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # (r, 1, k, W)
-    """Return what is added to attention scores: a token in slot s (r, k) attends to the slots up to s."""
-    hidden = torch.arange(width, device=slots.device) > slots[:, None, :, None]
-    return torch.where(hidden, -torch.inf, 0.0).to(dtype)
 
 
 def _compiled(backbone: Backbone, on_gpu: bool) -> Callable[..., Tensor]:

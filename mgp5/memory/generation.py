@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..backbones.kv_cache import read
 from ..backbones.quantization import Quantize
 from ..errors import Mgp5Error
 from ..files import GiB
@@ -107,10 +108,7 @@ def _measure_prefill(model: InterleavedModel, tokens: int) -> tuple[int, int]:
     def prefill() -> Tensor:
         cache.reserve(tokens)
         embeds = backbone.embed(torch.zeros(1, tokens, dtype=torch.long, device="meta"), [])
-        slots = torch.arange(tokens, device="meta")[None]
-        cache.index.at(torch.zeros(1, dtype=torch.long, device="meta"), slots, tokens, True)
-        mask = torch.zeros(1, 1, tokens, tokens, dtype=embeds.dtype, device="meta")
-        hidden = backbone(embeds, slots, mask, cache)
+        hidden = read(backbone, cache, [0], [0], embeds, torch.arange(tokens, device="meta")[None])
         return backbone.logits(hidden[:, -1:]).float()
 
     peak = peak_bytes(prefill)
