@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -12,14 +15,16 @@ from click.testing import CliRunner
 from mgp5.kernels.registry import OPERATIONS
 from tiny_sd3 import save_sd3
 
-from mgp5.bench import decoding, drawing, kernels, training
-from mgp5.bench.run import BenchRequest, tables
+from mgp5.bench import decoding, drawing, kernels, peers, shell, training
+from mgp5.bench.peers import Work, compile_beforehand, compile_way
+from mgp5.bench.run import GPU, BenchRequest, read_reference, slower
 from mgp5.bench.timing import Bench, Limits, Timing, interleave
 from mgp5.cli import main
 from mgp5.errors import Mgp5Error
 from mgp5.hub import DEMO, resolve
 from mgp5.memory.skeletons import generator_shape, skeleton
 from mgp5.training.presets import preset
+from mgp5.views.tables import bench_tables
 
 CPU = torch.device("cpu")
 
@@ -46,7 +51,8 @@ def test_the_gpu_suite_measures_every_way_and_reports_it(tmp_path, llava_folder,
     ways = [(row["name"], row["provider"]) for row in rows]
     drawers = [("guided step", way) for way in ("diffusers", "eager", "triton", "diffusers compiled")]
     writers = [("decode", way) for way in ("transformers dynamic", "eager", "transformers static")]
-    assert ways == [("limit", "matmul"), ("limit", "copy"), ("condition", "eager"), *drawers, *writers, *drawers]
+    expected = [("limit", "matmul"), ("limit", "copy"), ("condition", "eager"), *drawers, *writers]
+    assert ways == expected + 2 * drawers + 2 * writers  # then four and eight at a time
     told = [line.partition("] ")[2] for line in done.stderr.splitlines()]
     assert told[1:-1] == [f"{row['size']}: {row['provider']}" for row in rows[2:]]
     matmul, copy = rows[0]["tflop_per_s"], rows[1]["gb_per_s"]
@@ -59,11 +65,12 @@ def test_the_gpu_suite_measures_every_way_and_reports_it(tmp_path, llava_folder,
             assert row["psnr"] > 80 and row["step_error"] < 1e-4
             assert row["share_of_matmul"] == pytest.approx(row["tflop_per_s"] / matmul, abs=0.005)
             batch = int(row["size"].rpartition(" ")[2])
-            assert ("image_ms" in row) == (batch == 2)
+            assert ("image_ms" in row) == (batch == 2) and row["vae_ms"] > 0
             if batch == 2:  # 50 steps, the VAE, and what comes before
                 assert row["image_ms"] > 50 * row["median"] + rows[2]["median"]
         if row["name"] == "decode":
-            assert row["tokens_per_s"] == pytest.approx(1000 / row["median"], rel=0.01)
+            count = int((row["size"].partition(" behind 64, ")[2] or "1").split()[0])
+            assert row["tokens_per_s"] == pytest.approx(1000 * count / row["median"], rel=0.01)
             assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / copy, rel=0.01, abs=0.0006)
     again, _ = run(out, "--suite", "gpu")
     assert (again.exit_code, again.output.count("\n")) == (2, 1)
@@ -113,9 +120,9 @@ def test_without_time_there_is_a_report_of_what_was_left_out(tmp_path):
     done, report = run(tmp_path / "report.json", "--suite", "cpu", "--minutes", "0")
     assert done.exit_code == 0, done.output
     left = report["rows"][2:]
-    assert [row["name"] for row in left] == ["condition", "guided step", "decode"]
+    assert [row["name"] for row in left] == ["condition", "guided step", "decode", "reply"]
     assert {(row["provider"], row["skipped"]) for row in left} == {("all", "out of time")}
-    assert done.stdout.count("skipped: out of time") == 3
+    assert done.stdout.count("skipped: out of time") == 4
 
 
 def test_a_model_that_cannot_be_made_is_a_row(tmp_path, diffusion_folder):
@@ -129,7 +136,7 @@ def test_a_model_that_cannot_be_made_is_a_row(tmp_path, diffusion_folder):
 
 @pytest.mark.parametrize(
     "options",
-    ["kernels --steps 2", "train --minutes 2", "gpu --batch 4", "train --backend eager", "cpu --model x"],
+    ["kernels --steps 2", "kernels --minutes 2", "gpu --batch 4", "train --backend eager", "cpu --model x"],
 )
 def test_what_a_suite_does_not_take_is_refused_in_a_line(tmp_path, options):
     done, report = run(tmp_path / "report.json", "--suite", *options.split())
@@ -160,7 +167,7 @@ def test_operations_and_bytes_are_those_of_the_published_models():
     assert drawing.operations(generator, 512, 1) == pytest.approx(1.609e12, rel=1e-3)
     assert drawing.operations(generator, 512, 4) == 4 * drawing.operations(generator, 512, 1)
     bench = Bench(device=torch.device("meta"), dtype=torch.bfloat16)
-    model = decoding._model(resolve("llava-1.5-7b+sd-2.1-base"), bench)
+    model = decoding.make_model(resolve("llava-1.5-7b+sd-2.1-base"), bench)
     # LLaMA 7B without its embedding, and 64 tokens more in its LM head.
     assert decoding.read_bytes(model) == 2 * (6_738_415_616 - 32_000 * 4096 + 64 * 4096)
 
@@ -179,10 +186,106 @@ def test_the_compiler_knows_what_diffusers_documents():
 
 
 @pytest.mark.slow
-def test_the_first_image_of_two_processes(diffusion_folder, llava_folder):
-    rows = list(drawing.first_image_rows(on_cpu(), resolve(f"{llava_folder}+{diffusion_folder}"), 2))
-    assert [row["provider"] for row in rows] == ["compile, cold", "compile, warm"]
-    assert all(0 < row["median"] == pytest.approx(1000 * row["first_s"], abs=10) for row in rows), rows
+def test_what_a_user_waits_for(monkeypatch):
+    monkeypatch.setattr(shell, "STEPS", 2)
+    rows = [*shell.reply_rows(on_cpu(), resolve("demo")), *shell.server_rows(on_cpu(), resolve("demo"))]
+    names = ["first token", "first image"] * 2 + ["server"]
+    assert [row["name"] for row in rows] == names and rows[0]["provider"] == "auto, cold"
+    assert all(first["median"] < image["median"] for first, image in zip(rows[0:4:2], rows[1:4:2], strict=True))
+    assert rows[-1]["images_per_s"] > 0 and rows[-1]["tokens_per_s"] >= rows[-1]["images_per_s"]
+
+
+def test_a_command_that_fails_says_so(tmp_path):
+    with pytest.raises(Mgp5Error, match="no model 'x'"):
+        command = [sys.executable, "-m", "mgp5", "chat", "--model", "x", "--message", "hello", "--json"]
+        shell.first_events(command, str(tmp_path), {})
+
+
+def test_peers_compile_side_by_side_within_their_share():
+    """What did not finish counts its startup; what did counts none."""
+    device, told, left = torch.device("cuda"), [], []
+    bench = Bench(device=device, dtype=torch.bfloat16, backends=("eager", "compile"), minutes=10, tell=told.append)
+    works = [Work("guided step", "demo", 512), Work("reply", "demo"), Work("decode", "demo", counts=(1, 4))]
+
+    def run(command, seconds):
+        way, work, _ = json.loads(command[-1])
+        left.append(seconds)
+        return int(way == "transformers static" and work[3] == [4])
+
+    compile_beforehand(bench, works, run)
+    assert bench.startup == {"transformers static": peers.STARTUP["transformers static"]}
+    assert told[0].startswith("6 compilations") and len(left) == 6 and max(left) <= 0.4 * 600
+    compile_beforehand(bench, [Work("condition", "demo")], run)
+    assert len(left) == 6
+
+
+def test_a_way_is_compiled_by_one_command(monkeypatch):
+    done = []
+    ways = {"compile": lambda: (lambda: done.append("steps"), lambda: done.append("VAE"))}
+    monkeypatch.setattr(drawing, "ways", lambda *args, **options: ways)
+    compile_way("compile", Work("guided step", "demo"), "cpu")
+    assert done == ["steps", "VAE"]
+
+
+def test_the_gpu_suite_begins_with_the_most_telling_rows():
+    kinds = [(work.kind, work.pixels, work.counts) for work in GPU]
+    assert kinds[:3] == [("condition", None, (1,)), ("guided step", 512, (1,)), ("decode", None, (1,))]
+    assert {("guided step", 1024, (1,)), ("guided step", 512, (4, 8)), ("decode", None, (4, 8))} < set(kinds)
+    conditions = [resolve(work.model).mllm for work in GPU if work.kind == "condition"]
+    assert {resolve(work.model).mllm for work in GPU} == set(conditions)  # every image is counted whole
+
+
+def test_several_replies_are_timed_together(monkeypatch):
+    monkeypatch.setattr(decoding, "REPLY", 4)
+    rows = list(decoding.decode_rows(on_cpu(backends=("eager",)), resolve("demo"), (1, 3)))
+    assert [row["size"].endswith("3 at once") for row in rows] == [False] * 3 + [True] * 3
+    assert not any("skipped" in row for row in rows)
+    assert rows[4]["tokens_per_s"] == pytest.approx(3000 / rows[4]["median"], rel=0.01)
+
+
+def test_what_got_slower_is_told(tmp_path):
+    def row(median, provider="eager", **more):
+        return {"name": "n", "size": "s", "provider": provider, "median": median, "unit": "ms"} | more
+
+    before = {"tolerance": 0.2, "rows": [row(10.0, vae_ms=5.0), row(10.0, "loud", tolerance=0.5), row(1.0, "gone")]}
+    now = [row(11.9, vae_ms=6.1), row(15.1, "loud"), row(9.0, "new"), row(0.1, "gone", skipped="out of time")]
+    assert slower(now, before) == [
+        "n, s, eager: 6.1 vae_ms, was 5 (+22%, tolerance 20%)",
+        "n, s, loud: 15.1 ms, was 10 (+51%, tolerance 50%)",
+    ]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(Mgp5Error, match="no report of mgp5 bench"):
+        read_reference(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("earlier, code", [(1e9, 0), (1e-9, 1)])
+def test_against_an_earlier_report_slower_rows_fail(tmp_path, monkeypatch, earlier, code):
+    row = {"name": "n", "size": "s", "provider": "p", "median": 1.0, "unit": "ms"}
+    monkeypatch.setattr("mgp5.bench.run.kernel_rows", lambda bench: iter([row]))
+    (tmp_path / "earlier.json").write_text(json.dumps({"rows": [row | {"median": earlier}]}))
+    done, report = run(tmp_path / "new.json", "--suite", "kernels", "--against", str(tmp_path / "earlier.json"))
+    assert done.exit_code == code and ("slower: n, s, p" in done.stdout) == bool(code), done.output
+    assert report["tolerance"] == 0.1
+
+
+def test_the_rows_of_the_references_are_rows_of_today():
+    """Their sizes are written as the suites write them."""
+    sizes = {
+        "guided step": r"(sd-2\.1-base, 512|sd-2\.1, 768) px, batch 2",
+        "decode": r"llava-1\.5-7b, 128 tokens .* 64",
+    }
+    sizes |= {"condition": r"llava-1\.5-7b, 8 positions behind 64", "limit": "bfloat16; bytes read and written"}
+    sizes |= {"pretrain update": r"llava-1\.5-7b\+sd-2\.1-base, 512 px, 48 samples"}
+    known = {f"{case.size} bfloat16" for pixels in (512, 768) for case in kernels.cases(pixels)}
+    files = list((Path(kernels.__file__).parents[2] / "kernels" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        report = read_reference(file)
+        assert {"gpu", "driver", "date", "commit", "torch"} <= report["machine"].keys()
+        for row in report["rows"]:
+            assert (
+                row["size"] in known if row["name"] == "group_norm" else re.fullmatch(sizes[row["name"]], row["size"])
+            )
 
 
 @pytest.mark.slow
@@ -193,7 +296,7 @@ def test_the_train_suite_measures_every_way_and_reports_it(tmp_path, llava_folde
     assert done.exit_code == 0, done.output
     rows = report["rows"]
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows
-    ways = [f"{kind}, {kept}" for kind in ("cached", "live") for kept in ("recomputed", "kept")]
+    ways = [f"{kind}, {kept}" for kept in ("recomputed", "kept") for kind in ("live", "cached")]
     assert [row["provider"] for row in rows] == [f"{way}, by 4" for way in ways]
     for row in rows:
         assert (row["name"], row["unit"]) == ("pretrain update", "ms") and row["size"].endswith(" 16 px, 4 samples")
@@ -204,8 +307,17 @@ def test_the_train_suite_measures_every_way_and_reports_it(tmp_path, llava_folde
         assert ({"VAE", "text"} <= parts.keys()) == row["provider"].startswith("live")
         assert sum(parts.values()) == pytest.approx(1, abs=0.01)
     operations = [row["tflop"] for row in rows]
-    assert operations[0] > operations[1] and operations[2] > operations[0]  # to recompute costs, then the VAE
+    assert operations[1] > operations[3] and operations[0] > operations[1]  # to recompute costs, and the VAE
     assert all(row["estimated_gib"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_training_begins_with_the_most_telling_rows_and_ends_in_time(cuda, monkeypatch):
+    monkeypatch.setattr(training, "skeleton", lambda *args, **options: Mock(head=Mock(generator=Mock(native_size=512))))
+    bench = Bench(device=torch.device("cuda" if cuda else "cpu"), dtype=torch.float32, minutes=0)
+    rows = list(training.train_rows(bench, resolve("llava-1.5-7b+sd-2.1-base"), 48))
+    assert [row["provider"] for row in rows[:2]] == ["live, recomputed, by 16", "cached, recomputed, by 16"]
+    assert {row["skipped"] for row in rows} == {"out of time"} and len(rows) == (25 if cuda else 20)
 
 
 def test_an_update_that_does_not_fit_is_told(llava_folder, diffusion_folder, monkeypatch):
@@ -215,7 +327,7 @@ def test_an_update_that_does_not_fit_is_told(llava_folder, diffusion_folder, mon
     monkeypatch.setattr(training.Trainer, "update", full)
     row = next(training.train_rows(on_cpu(), resolve(f"{llava_folder}+{diffusion_folder}"), 4))
     assert row["skipped"] == "out of memory"
-    assert tables([row]).renderables[-1].endswith("skipped: out of memory")
+    assert bench_tables([row]).renderables[-1].endswith("skipped: out of memory")
 
 
 def test_made_up_batches_are_what_a_collator_would_make():

@@ -27,23 +27,26 @@ from .timing import Bench, Limits, Phases, Row, digits, interleave
 PROMPT, REPLY = 64, 128  # tokens
 
 
-def decode_rows(bench: Bench, parts: Parts, *, limits: Limits) -> Iterator[Row]:
-    """Yield one row for each way to read a prompt and to write a reply.
+def decode_rows(
+    bench: Bench, parts: Parts, counts: tuple[int, ...] = (1,), *, limits: Limits | None = None
+) -> Iterator[Row]:
+    """Yield one row for each way to read prompts and to write replies, for each number of replies at once.
 
-    Their times are milliseconds of a token, the reading counted in; `gb_per_s` is the rate at which weights are read,
-    once for each token.
+    Their times are milliseconds of a token of each reply, the reading counted in; `gb_per_s` is the rate at which
+    weights are read, once for a token of all replies.
     """
-    torch._dynamo.reset()
-    model = _model(parts, bench)
-    size = f"{_name(parts)}, {REPLY} tokens behind {PROMPT}"
+    model = make_model(parts, bench)
     weights = read_bytes(model)
-    for way, timing in interleave(bench, size, _ways(model, bench.backends), _held(model)).items():
-        row = {"name": "decode", "size": size, "provider": way} | timing.row(0, REPLY)
-        if not timing.skipped:
-            rate = weights / row["median"] / 1e6
-            row |= {"tokens_per_s": digits(1000 / row["median"]), "gb_per_s": digits(rate)}
-            row["share_of_copy"] = round(rate / limits.copy, 3)
-        yield row
+    for count in counts:
+        torch._dynamo.reset()
+        size = f"{_name(parts)}, {REPLY} tokens behind {PROMPT}" + f", {count} at once" * (count > 1)
+        for way, timing in interleave(bench, size, ways(model, bench.backends, count), _held(model)).items():
+            row = {"name": "decode", "size": size, "provider": way} | timing.row(0, REPLY)
+            if not timing.skipped:
+                rate = weights / row["median"] / 1e6
+                row |= {"tokens_per_s": digits(1000 * count / row["median"]), "gb_per_s": digits(rate)}
+                row |= {"share_of_copy": round(rate / limits.copy, 3)} if limits else {}
+            yield row
 
 
 def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | None]:
@@ -51,14 +54,14 @@ def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | N
 
     Returns its median in seconds, None where it was skipped.
     """
-    model = _model(parts, bench)
+    model = make_model(parts, bench)
     size = f"{_name(parts)}, {model.head.spec.positions} positions behind {PROMPT}"
     timing = interleave(bench, size, {"eager": lambda: _condition(model)}, _held(model))["eager"]
     yield {"name": "condition", "size": size, "provider": "eager"} | timing.row()
     return None if timing.skipped else timing.median(0)
 
 
-def _model(parts: Parts, bench: Bench) -> InterleavedModel:
+def make_model(parts: Parts, bench: Bench) -> InterleavedModel:
     """Return a trained model; or an LLM and a head of random weights, with a generator that has no weights."""
     if parts.trained is not None:
         return load(parts.name, dtype=bench.dtype, device=str(bench.device), backend=None, memory="full")
@@ -87,15 +90,16 @@ def _held(model: InterleavedModel) -> int:
     return sum(p.nbytes for part in (model.backbone, model.head) for p in part.parameters())
 
 
-def _ways(model: InterleavedModel, backends: tuple[str, ...]) -> dict[str, Callable[[], Phases]]:
-    """Return the ways to write the most likely tokens."""
+def ways(model: InterleavedModel, backends: tuple[str, ...], count: int = 1) -> dict[str, Callable[[], Phases]]:
+    """Return the ways to write the most likely tokens of so many replies."""
     ids = torch.randint(10, 100, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
-    ways = {
+    ids = ids.expand(count, -1)
+    found = {
         "transformers dynamic": lambda: _theirs(model, ids, None),
         "eager": lambda: _ours(model, ids, compiled=False),
         "transformers static": lambda: _theirs(model, ids, "static"),
     }
-    return ways | ({"compile": lambda: _ours(model, ids, compiled=True)} if "compile" in backends else {})
+    return found | ({"compile": lambda: _ours(model, ids, compiled=True)} if "compile" in backends else {})
 
 
 def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
@@ -115,17 +119,19 @@ def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
 def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
     """Prepare our decoder; on a GPU, several steps of one CUDA graph run between two synchronizations."""
     model.backbone.compiled = compiled
-    decoder = Decoder(model.backbone)
-    params = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator())
-    decoder.set_sampling(0, params, banned=())
+    decoder = Decoder(model.backbone, len(ids))
+    for row in range(len(ids)):
+        params = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator())
+        decoder.set_sampling(row, params, banned=())
 
     @torch.inference_mode()
     def write() -> None:
-        decoder.cut(0, 0)
-        token = decoder.pick({0: _read(decoder, ids)[0, -1]})[0]
+        for row in range(len(ids)):
+            decoder.cut(row, 0)
+        tokens = decoder.pick({row: _read(decoder, ids[row : row + 1], row)[0, -1] for row in range(len(ids))})
         for start in range(1, REPLY, decoder.tokens_per_sync):
-            chosen, _ = decoder.steps({0: token}, min(decoder.tokens_per_sync, REPLY - start))[0]
-            token = chosen[-1]
+            chosen = decoder.steps(tokens, min(decoder.tokens_per_sync, REPLY - start))
+            tokens = {row: each[-1] for row, (each, _) in chosen.items()}
 
     return (write,)
 
@@ -164,7 +170,7 @@ def _answer(decoder: Decoder, request: Forced | Embeds | Sample, state: Tensor) 
     return Response(torch.cat(states, dim=1), tuple(ids))
 
 
-def _read(decoder: Decoder, ids: Tensor) -> Tensor:  # (1, T, D)
+def _read(decoder: Decoder, ids: Tensor, row: int = 0) -> Tensor:  # (1, T, D)
     """Read a prompt of text, (1, T), into the cache; return its hidden states."""
     backbone = decoder.backbone
-    return decoder.read(0, backbone.embed(ids, []), backbone.positions(ids, None))
+    return decoder.read(row, backbone.embed(ids, []), backbone.positions(ids, None))

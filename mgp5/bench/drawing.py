@@ -6,13 +6,7 @@ Letters: B images, L length and D width of the condition, C, h and w of the late
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +21,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,13 +35,12 @@ from ..generators.sd3 import StableDiffusion3
 from ..generators.stable_diffusion import StableDiffusion
 from ..hub import Parts
 from ..memory.skeletons import generator_shape
-from .timing import Bench, Limits, Phases, Row, digits, interleave, timed
+from .timing import Bench, Limits, Phases, Row, digits, interleave
 
 Drawn = tuple[Tensor, Tensor]  # latents (B, C, h, w) after the first step and after the last
 GUIDANCE = 7.5
 REFERENCE = "float32"  # by PyTorch, without TF32
 SAMPLERS = {StableDiffusion: "ddim", StableDiffusion3: "euler"}  # one call of the model a step, as of diffusers'
-FIRST = "import sys; from mgp5.bench.drawing import first_image; sys.stdout.write(first_image(*sys.argv[1:]))"
 # What diffusers' page "Accelerate inference" sets besides max-autotune.
 INDUCTOR = {"conv_1x1_as_mm": True, "epilogue_fusion": False, "coordinate_descent_check_all_directions": True}
 
@@ -89,29 +81,32 @@ def draw_rows(
 ) -> Iterator[Row]:
     """Yield one row for each way to draw images of a size; a model that is not trained gets random weights.
 
-    Times are milliseconds of a step, everything but the VAE included; `image_ms` is a whole image with the VAE and
-    `before`, the seconds of the LLM. Against a run in float32, `psnr` is that of the latents in dB, whose peak is their
-    range, and `step_error` the error of the first step relative to the step. `compiled` adds diffusers compiled.
+    Times are milliseconds of a step, everything but the VAE included; `vae_ms` are those of the VAE for all images, and
+    `image_ms` is a whole image with both and `before`, the seconds of the LLM. Against a run in float32, `psnr` is that
+    of the latents in dB, whose peak is their range, and `step_error` the error of the first step relative to the step.
+    `compiled` adds diffusers compiled.
     """
     torch._dynamo.reset()  # each size is compiled for itself
     with torch.device("meta"):
         flops = operations(generator_shape(parts.diffusion), pixels, images)
-    scene = _scene(bench, parts, pixels, images, steps)
+    scene = make_scene(bench, parts, pixels, images, steps)
     name = Path(parts.name.partition("+")[2] or parts.name).name
     size = f"{name}, {pixels or scene.model.native_size} px, batch {2 * images}"
     weights = sum(p.nbytes for part in (scene.model.denoiser, scene.model.vae) for p in part.parameters())
-    for way, timing in interleave(bench, size, _ways(scene, bench, compiled), weights).items():
+    for way, timing in interleave(bench, size, ways(scene, bench, compiled), weights).items():
         row = {"name": "guided step", "size": size, "provider": way} | timing.row(0, len(scene.table))
         if not timing.skipped:
             rate = flops / row["median"] / 1e9
             row |= {"tflop_per_s": digits(rate, 3), "share_of_matmul": round(rate / limits.matmul, 3)}
+            row["vae_ms"] = digits(1000 * timing.median(1))
             if images == 1 and before is not None:
                 row["image_ms"] = digits(1000 * (before + timing.median(0) + timing.median(1)))
             row |= difference(scene.drawn[way], scene.drawn[REFERENCE], scene.noise)
         yield row
 
 
-def _scene(bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int) -> Scene:
+def make_scene(bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int) -> Scene:
+    """Return what to draw and what draws it; a model that is not trained gets random weights."""
     device, dtype = bench.device, bench.dtype
     if parts.trained is None:
         model = _random(parts.diffusion, device)
@@ -141,13 +136,13 @@ def _random(name: str, device: torch.device) -> LatentDiffusion:
     return model.requires_grad_(False).eval()
 
 
-def _ways(scene: Scene, bench: Bench, compiled: bool) -> dict[str, Callable[[], Phases]]:
+def ways(scene: Scene, bench: Bench, compiled: bool) -> dict[str, Callable[[], Phases]]:
     """Return the ways to draw: diffusers as it is, our engines, and diffusers compiled."""
-    ways = {"diffusers": lambda: _theirs(scene, "diffusers", pipeline(scene.model))}
-    ways |= {backend: partial(_ours, scene, backend, bench.exported) for backend in bench.backends}
+    found = {"diffusers": lambda: _theirs(scene, "diffusers", pipeline(scene.model))}
+    found |= {backend: partial(_ours, scene, backend, bench.exported) for backend in bench.backends}
     if compiled:
-        ways["diffusers compiled"] = lambda: _theirs(scene, "diffusers compiled", compiled_pipeline(scene))
-    return ways
+        found["diffusers compiled"] = lambda: _theirs(scene, "diffusers compiled", compiled_pipeline(scene))
+    return found
 
 
 def _ours(scene: Scene, backend: Backend, exported: Path | None) -> Phases:
@@ -241,31 +236,3 @@ def difference(drawn: Drawn, reference: Drawn, noise: Tensor) -> Row:
     step = (first - reference[0]).norm() / (reference[0] - noise).norm()
     psnr = round(10 * math.log10(peak**2 / error), 1) if error else None
     return {"psnr": psnr, "step_error": digits(step, 2)}
-
-
-def first_image_rows(bench: Bench, parts: Parts, steps: int) -> Iterator[Row]:
-    """Yield a row for a process with nothing compiled before, and for one with what the first left in the cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HF_HOME": HF_HOME}
-        for provider in ("compile, cold", "compile, warm"):
-            bench.tell(f"first image: {provider}")
-            command = [sys.executable, "-c", FIRST, parts.diffusion, str(steps)]
-            done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-            size = f"{parts.name}, {steps} steps, in a new process"
-            row = {"name": "first image", "size": size, "provider": provider}
-            if done.returncode:
-                yield row | {"skipped": (done.stderr.strip() or "it was ended").splitlines()[-1][:160]}
-                return
-            yield row | json.loads(done.stdout.splitlines()[-1])
-
-
-def first_image(name: str, steps: str) -> str:
-    """Time the first image of this process; return columns of a row as JSON."""
-    model = load_generator(name, torch.float32)
-    apply(model, "compile")
-    condition = torch.randn(2, *model.condition_shape, generator=torch.Generator().manual_seed(0))
-    options = {"steps": int(steps), "guidance": GUIDANCE, "sampler": SAMPLERS[type(model)]}
-    generators = [torch.Generator().manual_seed(0)]
-    latents = model.draw(condition[1:], condition[:1], generators=generators, **options)
-    seconds = timed(lambda: model.decode(deque(latents, maxlen=1).pop()))
-    return json.dumps({"median": round(1000 * seconds, 1), "unit": "ms", "first_s": round(seconds, 2)})

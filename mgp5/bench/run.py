@@ -1,48 +1,57 @@
-"""`mgp5 bench`: how fast this machine draws, writes and trains, and in how much memory."""
+"""`mgp5 bench`: how fast this machine draws, writes and trains, in how much memory, and what got slower."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
 
 from ..device import machine, pick_device, versions
 from ..errors import Mgp5Error
-from ..files import write_json
-from ..hub import Parts, resolve
+from ..files import read_json, write_json
+from ..hub import resolve
 from .decoding import condition_rows, decode_rows
-from .drawing import draw_rows, first_image_rows
+from .drawing import draw_rows
 from .kernels import kernel_rows
-from .timing import Bench, Row, digits, limits, reason, release_memory
+from .peers import Work, compile_beforehand
+from .shell import reply_rows, server_rows
+from .timing import Bench, Limits, Row, digits, limits, reason, release_memory
 from .training import train_rows
 
 # Suite -> the options that it takes, with their defaults; None: see there.
 INFERENCE = {"model": None, "steps": 15, "minutes": 5.0, "backends": ("eager",), "exported": None}
 SUITES: dict[str, dict[str, Any]] = {
     "cpu": INFERENCE,
-    "gpu": INFERENCE | {"steps": 5, "minutes": 8.0, "backends": ("eager", "triton", "compile")},
+    "gpu": INFERENCE | {"steps": 5, "minutes": 10.0, "backends": ("eager", "triton", "compile")},
     "kernels": {},
-    "train": {"model": None, "steps": 3, "batch": None},
+    "train": {"model": None, "steps": 3, "batch": None, "minutes": 10.0},
 }
-# Model, pixels and images at a time, the most telling first: what time does not suffice for is left out.
-SIZES = (
-    ("llava-1.5-7b+sd-2.1-base", 512, 1),
-    ("llava-1.5-7b+sd-2.1", 768, 1),
-    ("demo", None, 1),
-    ("qwen2.5-vl-7b+sd-3", 1024, 1),
-    ("llava-1.5-7b+sd-2.1-base", 512, 4),
-    ("llava-1.5-7b+sd-2.1", 768, 4),
+SD, SD_768, SD_3 = "llava-1.5-7b+sd-2.1-base", "llava-1.5-7b+sd-2.1", "qwen2.5-vl-7b+sd-3"
+# The most telling first: what time does not suffice for is left out.
+GPU = (
+    Work("condition", SD),
+    Work("guided step", SD, 512),
+    Work("decode", SD),
+    Work("reply", "demo"),
+    Work("guided step", SD_768, 768),
+    Work("decode", SD, counts=(4, 8)),
+    Work("server", "demo"),
+    Work("guided step", SD, 512, counts=(4, 8)),
+    Work("condition", SD_3),
+    Work("guided step", SD_3, 1024),
+    Work("guided step", SD_768, 768, counts=(4, 8)),
+    Work("decode", SD_3, counts=(1, 4, 8)),
+    Work("condition", "demo"),
+    Work("guided step", "demo"),
+    Work("decode", "demo"),
 )
-# Seconds that ways which compile need to get started on a GPU, until the first of them was seen.
-STARTUP = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static": 60.0}
+STEPS = {"cpu": 20, "gpu": 50}  # of an image
+TOLERANCE = 0.1  # part by which a row may be slower than that of a reference, unless either says otherwise
+COMPARED = ("median", "vae_ms", "image_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +95,7 @@ class BenchRequest:
 def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
     """Run a suite: yield its rows as they come, each when the report holds it; `tell` gets each thing that is measured.
 
-    The report is `request.out`: {"machine": {...}, "rows": [{...}, ...]}.
+    The report is `request.out`: {"machine": {...}, "tolerance": part, "rows": [{...}, ...]}.
     """
     device, dtype = pick_device(request.device)
     options = SUITES[request.suite] | request.options
@@ -96,57 +105,71 @@ def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: No
     for row in _suite(request.suite, bench, model, batch):
         rows.append(row)
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
-        write_json(request.out, {"machine": now | machine() | versions(), "rows": rows})
+        write_json(request.out, {"machine": now | machine() | versions(), "tolerance": TOLERANCE, "rows": rows})
         yield row
 
 
 def _suite(suite: str, bench: Bench, model: str | None, batch: int | None) -> Iterator[Row]:
     """Yield the rows of a suite.
 
-    "cpu": a guided image and a reply of the demo; with the backend compile, also the first image of a process. "gpu":
-    the papers' models and their successors with random weights, and the demo; or one model. "kernels": every kernel at
-    the shapes of SD 2.1 and SD 3. "train": updates of the first stage of training.
+    "cpu": an image and a reply of the demo, and from the shell. "gpu": the papers' models and their successors with
+    random weights, and the demo; or one model. "kernels": every kernel at the shapes of SD 2.1 and SD 3. "train":
+    updates of the first stage of training.
     """
-    on_gpu = bench.device.type == "cuda"
-    if suite == "cpu":
-        parts = resolve(model or "demo")
-        yield from _inference(bench, [(parts, None, 1)], steps=20, compiled=False)
-        if "compile" in bench.backends:
-            yield from _attempt(bench, "first image", parts, first_image_rows(bench, parts, 20))
-    elif suite == "gpu":
-        bench.startup.update(STARTUP if on_gpu else {})
-        sizes = [(model, None, images) for images in (1, 4)] if model else SIZES
-        yield from _inference(bench, [(resolve(name), *rest) for name, *rest in sizes], steps=50, compiled=True)
-    elif suite == "kernels":
+    if suite == "kernels":
         yield from kernel_rows(bench)
+    elif suite == "train":
+        on_gpu = bench.device.type == "cuda"
+        yield from train_rows(bench, resolve(model or SD), batch or (48 if on_gpu else 8))
+    elif suite == "gpu" and not model:
+        yield from _inference(bench, GPU, STEPS[suite])
     else:
-        yield from train_rows(bench, resolve(model or "llava-1.5-7b+sd-2.1-base"), batch or (48 if on_gpu else 8))
+        counts = {"cpu": [(1,)], "gpu": [(1,), (4, 8)]}[suite]
+        works = [Work("condition", model or "demo")]
+        works += [Work(kind, model or "demo", None, each) for each in counts for kind in ("guided step", "decode")]
+        trained = resolve(model or "demo").trained is not None
+        works += [Work("reply", model or "demo"), Work("server", model or "demo")][: trained * len(counts)]
+        yield from _inference(bench, works, STEPS[suite])
 
 
-def _inference(bench: Bench, sizes: list[tuple[Parts, int | None, int]], **options: Any) -> Iterator[Row]:
-    """Yield the limits of the machine, then the rows of each size, and of its LLM when that comes up first."""
+def _inference(bench: Bench, works: list[Work] | tuple[Work, ...], steps: int) -> Iterator[Row]:
+    """Yield the limits of the machine, then the rows of works, in this order."""
     torch._inductor.config.autotune_num_choices_displayed = 0  # else a page on stderr for every product
     torch._inductor.config.max_autotune_report_choices_stats = False
+    compile_beforehand(bench, works)
     bench.tell("matmul and copy")
     most = limits(bench.device, bench.dtype)
     row = {"name": "limit", "size": f"{str(bench.dtype).removeprefix('torch.')}; bytes read and written"}
     yield row | {"provider": "matmul", "tflop_per_s": digits(most.matmul, 3)}
     yield row | {"provider": "copy", "gb_per_s": digits(most.copy, 3)}
-    conditions: dict[str, float | None] = {}
-    for parts, pixels, images in sizes:
-        fresh = parts.mllm not in conditions
-        if fresh:
-            conditions[parts.mllm] = yield from _attempt(bench, "condition", parts, condition_rows(bench, parts))
-        before = conditions[parts.mllm]
-        drawn = draw_rows(bench, parts, pixels, images, limits=most, before=before, **options)
-        yield from _attempt(bench, "guided step", parts, drawn)
-        if fresh:
-            yield from _attempt(bench, "decode", parts, decode_rows(bench, parts, limits=most))
+    before: dict[str, float | None] = {}  # the LLM -> seconds between text and denoising
+    for work in works:
+        llm = resolve(work.model).mllm
+        found = yield from _attempt(bench, work, _rows(bench, work, most, steps, before.get(llm)))
+        if work.kind == "condition":
+            before[llm] = found
 
 
-def _attempt(bench: Bench, name: str, parts: Parts, rows: Iterator[Row]) -> Generator[Row, None, Any]:
-    """Yield the rows of a model; where time is over or it cannot even be made, one that says so."""
-    row = {"name": name, "size": parts.name, "provider": "all"}
+def _rows(
+    bench: Bench, work: Work, most: Limits, steps: int, before: float | None
+) -> Generator[Row, None, float | None]:
+    parts = resolve(work.model)
+    if work.kind == "condition":
+        return (yield from condition_rows(bench, parts))
+    if work.kind == "guided step":
+        options = {"limits": most, "steps": steps, "before": before, "compiled": steps == STEPS["gpu"]}
+        for images in work.counts:
+            yield from draw_rows(bench, parts, work.pixels, images, **options)
+    elif work.kind == "decode":
+        yield from decode_rows(bench, parts, work.counts, limits=most)
+    else:
+        yield from {"reply": reply_rows, "server": server_rows}[work.kind](bench, parts)
+    return None
+
+
+def _attempt(bench: Bench, work: Work, rows: Iterator[Row]) -> Generator[Row, None, Any]:
+    """Yield the rows of a work; where time is over or a model cannot even be made, one that says so."""
+    row = {"name": work.kind, "size": resolve(work.model).name, "provider": "all"}
     if not bench.has_time():
         yield row | {"skipped": "out of time"}
         return None
@@ -159,25 +182,29 @@ def _attempt(bench: Bench, name: str, parts: Parts, rows: Iterator[Row]) -> Gene
         release_memory()
 
 
-def tables(rows: list[Row]) -> Group:
-    """Return a table for each size, a line for each way; the share of a part of an update is a column as well."""
-    views: list[Any] = []
-    for (name, size), group in groupby(rows, key=lambda row: (row["name"], row["size"])):
-        flat = [row | row.get("parts", {}) for row in group]
-        done = [row for row in flat if "skipped" not in row]
-        view = Table(title=f"{name}: {size}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        hidden = {"name", "size", "provider", "unit", "parts"}
-        columns = [key for key in {key: 0 for row in done for key in row} if key not in hidden]
-        view.add_column("", no_wrap=True)
-        for column in columns:
-            title = done[0].get("unit", column) if column == "median" else column.replace("_", " ")
-            view.add_column(title, justify="right", min_width=max(map(len, title.split())), overflow="fold")
-        for row in done:
-            view.add_row(row["provider"], *(_cell(row.get(column)) for column in columns))
-        views += [view] if done else [f"{name}: {size}"]
-        views += [f"  {row['provider']} skipped: {row['skipped']}" for row in flat if "skipped" in row]
-    return Group(*views)
+def read_reference(path: Path) -> dict[str, Any]:
+    """Read a report to compare with. Raises Mgp5Error where it is missing or none."""
+    found = read_json(path)
+    if not isinstance(found.get("rows"), list):
+        raise Mgp5Error(f"{path} is no report of mgp5 bench", "kernels/results has some", usage=True)
+    return found
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+def slower(rows: list[Row], reference: dict[str, Any]) -> list[str]:
+    """Return a line for each time that is longer than the reference's by more than its tolerance.
+
+    The tolerance is that of the reference's row, else of the reference, else TOLERANCE. Rows are the same where name,
+    size and provider are; what only one of both has is left out.
+    """
+    known = {(row["name"], row["size"], row["provider"]): row for row in reference["rows"]}
+    lines = []
+    for row in rows:
+        other = known.get((row["name"], row["size"], row["provider"]), {})
+        tolerance = other.get("tolerance", reference.get("tolerance", TOLERANCE))
+        for column in COMPARED:
+            now, then = row.get(column), other.get(column)
+            if now is not None and then is not None and now > then * (1 + tolerance):
+                unit = row.get("unit", "") if column == "median" else column
+                told = f"{row['name']}, {row['size']}, {row['provider']}: {now:g} {unit}"
+                lines.append(f"{told}, was {then:g} ({now / then - 1:+.0%}, tolerance {tolerance:.0%})")
+    return lines

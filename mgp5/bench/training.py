@@ -27,21 +27,23 @@ from ..training.presets import preset
 from ..training.trainer import Trainer
 from .timing import Bench, Row, digits, percentiles, release_memory, timed
 
-MICRO = (4, 8, 16, 24, 48)  # samples at a time, where the batch is a multiple of them
+MICRO = (16, 8, 24, 48, 4)  # samples at a time, where the batch is a multiple of them
+# Features cached, activations recomputed, cuDNN tuned
+WAYS = ((False, True, False), (True, True, False), (False, False, False), (True, False, False), (False, True, True))
 BACKWARD = "autograd::engine::evaluate_function"
 TEMPLATE, CAPTION = 15, 20  # tokens of a prompt around the caption, and of a caption (half to one and a half of it)
 
 
 def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
-    """Yield a row for each way to train: features live or cached, activations kept or recomputed (checkpointing), by
-    several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
+    """Yield a row for each way to train, the most telling first: features live or cached, activations kept or
+    recomputed (checkpointing), by several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
     cuda = bench.device.type == "cuda"
     config = replace(preset("pretrain"), precision="bf16" if cuda else "fp32")
     make = partial(skeleton, parts.mllm, parts.diffusion, dtype=DTYPES[config.precision])
     model = make(config, device=bench.device)
-    sizes = [size for size in MICRO if batch % size == 0] or [batch]
-    tuned = [(True, False, size, True) for size in sizes if cuda]
-    for cached, checkpointing, size, tune in [*product((True, False), (True, False), sizes, (False,)), *tuned]:
+    for size, (cached, checkpointing, tune) in product([s for s in MICRO if batch % s == 0] or [batch], WAYS):
+        if tune and not cuda:
+            continue
         run = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
         provider = f"{'cached' if cached else 'live'}, {'recomputed' if checkpointing else 'kept'}, by {size}"
         row = {
@@ -49,6 +51,9 @@ def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
             "size": f"{parts.name}, {model.head.generator.native_size} px, {batch} samples",
             "provider": provider + ", tuned" * tune,
         }
+        if not bench.has_time():
+            yield row | {"skipped": "out of time"}
+            continue
         torch.backends.cudnn.benchmark = tune
         bench.tell(f"{row['name']}: {row['provider']}")
         made_up = random_batch(model, size, cached)
