@@ -207,6 +207,24 @@ def test_the_whole_llm_trains_after_its_adapter_was_merged_and_is_stored(seed, t
         config("finetune", whole_llm=True)
 
 
+def test_guidance_by_codes_asks_the_llm_once_and_again_after_training(seed):
+    seed.head.config = replace(seed.head.config, unconditional="codes")
+    codes = seed.head.unprompted_codes()
+    words = torch.tensor(seed.head.ids[1:-1])
+    ids = torch.tensor([[seed.backbone.tokenizer.bos_token_id, seed.head.ids[0], *words[codes[0]]]])
+    hidden = seed.backbone(seed.backbone.embed(ids, []), seed.backbone.positions(ids, None))
+    assert torch.equal(seed.backbone.logits(hidden[:, 1:-1])[..., words].argmax(-1), codes)  # all at once
+    asked, real = [], seed.head.unprompted_codes
+    seed.head.unprompted_codes = lambda: asked.append(1) or real()
+    kept = [seed.head.unconditional(seed.head.condition(codes)) for _ in range(2)]
+    torch.testing.assert_close(kept, [seed.head.condition(codes)] * 2)
+    force_images(seed)
+    assert list(generate(seed, TALK, options(guidance=5.0, max_images=1)))[-1].message.images and len(asked) == 1
+    seed.train().eval()
+    seed.head.unconditional(kept[0])
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("source", ["zeros", "text"])
 def test_the_unconditional_condition_is_the_one_that_is_named(seed, source):
     seed.head.config = replace(seed.head.config, unconditional=source)

@@ -6,7 +6,7 @@ Letters: L condition length, C condition width, H and W pixels, Z latent channel
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class DiffusionHead(Head):
     """Denoise step by step from a condition that a subclass makes."""
 
     generator: LatentDiffusion
+    _unconditional: Tensor | None = None  # kept
 
     @property
     def device(self) -> torch.device:
@@ -40,9 +41,21 @@ class DiffusionHead(Head):
             if name.startswith("text_encoder")
         }
 
-    def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
-        """Return the unconditional condition on device and in dtype of `condition`."""
+    def make_unconditional(self) -> Tensor:  # (1, L, C)
+        """Compute the unconditional condition."""
         raise NotImplementedError
+
+    def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
+        """Return the unconditional condition on device and in dtype of `condition`; kept until the model trains."""
+        kept = self._unconditional
+        if kept is None or kept.device != condition.device or self.training:
+            self._unconditional = kept = self.make_unconditional().to(condition)
+        return kept
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and drop the kept unconditional condition, which training changes."""
+        self._unconditional = None
+        return super().train(mode)
 
     def check(self, options: DiffusionOptions) -> None:
         """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""

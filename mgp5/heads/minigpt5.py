@@ -70,7 +70,6 @@ class MiniGPT5Head(DiffusionHead):
         self.config, self.spec = config, self.spec_of(config)
         self.mapper = FeatureMapper(config.mapper)
         self.generator = generator
-        self._unconditional: Tensor | None = None
 
     @classmethod
     def configure(
@@ -189,19 +188,11 @@ class MiniGPT5Head(DiffusionHead):
 
     # --- inference ---
 
-    def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
-        """Return the unconditional condition on device and in dtype of `condition`; kept until the mapper trains."""
-        cached = self._unconditional
-        if cached is None or cached.device != condition.device or self.training:
-            from_text = self.config.unconditional == "text"
-            new = self.generator.encode_text([""]) if from_text else self.mapper.unconditional(self.num_vokens)
-            self._unconditional = cached = new.to(condition)
-        return cached
-
-    def train(self, mode: bool = True) -> MiniGPT5Head:
-        """Set the mode and drop the kept unconditional condition, which training changes."""
-        self._unconditional = None
-        return super().train(mode)
+    def make_unconditional(self) -> Tensor:  # (1, L, C)
+        """Compute the unconditional condition: of the empty text, or of the mapper."""
+        if self.config.unconditional == "text":
+            return self.generator.encode_text([""])
+        return self.mapper.unconditional(self.num_vokens)
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image: read the run of vokens, map the states that predict it, denoise step by step, decode.

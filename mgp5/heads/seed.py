@@ -243,11 +243,27 @@ class SeedHead(DiffusionHead):
             self.generator.image_condition(condition[:, 0]) if isinstance(self.generator, StableUnCLIP) else condition
         )
 
-    def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
-        """Return zeros, or the encoding of the empty text, by the configuration."""
+    def make_unconditional(self) -> Tensor:  # (1, L, C)
+        """Compute the unconditional condition: zeros, of the empty text, or of codes without a prompt."""
         if self.config.unconditional == "zeros":
-            return torch.zeros_like(condition[:1])
-        return self.generator.encode_text([""]).to(condition)
+            return torch.zeros(1, *self.generator.condition_shape)
+        if self.config.unconditional == "codes":
+            return self.condition(self.unprompted_codes().to(self.device))
+        return self.generator.encode_text([""])
+
+    @torch.no_grad()
+    def unprompted_codes(self) -> Tensor:  # (1, K)
+        """Return the codes that the LLM finds most likely where a text begins with <img>."""
+        backbone = self._backbone[0]
+        words = torch.tensor(self.ids[1:-1], device=backbone.device)
+        bos = backbone.tokenizer.bos_token_id
+        ids = torch.tensor([[*([] if bos is None else [bos]), self.ids[0]]], device=backbone.device)
+        codes: list[Tensor] = []
+        for _ in range(self.config.tokenizer.queries):
+            hidden = backbone(backbone.embed(ids, []), backbone.positions(ids, None))  # few and short, once: no cache
+            codes.append(backbone.logits(hidden[:, -1:])[..., words].argmax(-1))
+            ids = torch.cat([ids, words[codes[-1]]], dim=1)
+        return torch.cat(codes, dim=1)
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Drawn]:
         """Draw one image: read <img>, let the LLM sample K codes, denoise from their condition.
