@@ -1,8 +1,8 @@
-"""Convert the checkpoints that MiniGPT-5's authors published to a model folder of mgp5.
+"""Convert the checkpoints that the authors of MiniGPT-5 and SEED published to a model folder of mgp5.
 
-Their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine of them
-belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; mgp5 keeps
-those of the LLM, and `Converted.shrunk` has the difference.
+MiniGPT-5: their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine
+of them belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; mgp5
+keeps those of the LLM, and `Converted.shrunk` has the difference. SEED: see `heads.seed_release`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from .backbones.minigpt4 import compose, read_state
-from .config import LoraConfig
+from .config import LoraConfig, ModelConfig
 from .errors import Mgp5Error
-from .hub import Parts, explain, find_part, resolve
-from .loading import build, load_trained_tensors, save_checkpoint, trained_tensors
+from .generators import load_generator
+from .generators.latent_diffusion import LatentDiffusion
+from .generators.seed_stages import SeedTokenizerConfig
+from .generators.unclip import StableUnCLIP
+from .heads.seed import SeedHead
+from .heads.seed_release import compose_seed_llama, read_seed_tokenizer
+from .heads.settings import SeedConfig
+from .hub import Parts, explain, find_part, from_hub, resolve
+from .loading import backbone_kind, build, load_backbone, load_trained_tensors, save_checkpoint, trained_tensors
 from .model import InterleavedModel
 
 NAMES = {"fc.": "mapper.mlp.", "llm_to_t2i_mapping.": "mapper.transformer.", "t2i_decoder_prompt": "mapper.queries"}
@@ -27,6 +35,7 @@ ROWS = ("embed_tokens", "lm_head")
 NEEDED = (*ROWS, "mapper.mlp.0.weight", "mapper.queries")
 LORA = re.compile(r"layers\.\d+\.self_attn\.[qv]_proj\.lora_[AB]")
 VOKENS, ADDED = 8, 9
+LAYERS_14B = 40  # of SEED-LLaMA 14B, whose prompts differ from those of 8B
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,14 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
     """Write `out/mgp5` from stage1_cc3m.ckpt, or from it and stage2_vist.ckpt or stage2_mmdialog.ckpt; later ones win.
 
     The model is "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first,
-    with MiniGPT-4's prerained_minigpt4_7b.pth among the checkpoints. Frozen parts are loaded in `dtype`. Raises
-    Mgp5Error if a file cannot be read, something is missing in all of them, or does not fit the model.
+    with MiniGPT-4's prerained_minigpt4_7b.pth among the checkpoints; or files of SEED's tokenizer, and the model is
+    "BLIP2+LLM+WORDS+GENERATOR", see `convert_seed`. Frozen parts are loaded in `dtype`. Raises Mgp5Error if a file
+    cannot be read, something is missing in all of them, or does not fit the model.
     """
     if (out / "mgp5").exists():
         raise Mgp5Error(f"{out} holds a model already", "choose another --out", usage=True)
+    if model.count("+") == 3:
+        return convert_seed(checkpoints, *model.split("+"), out, dtype=dtype)
     states = {path: read_state(path) for path in checkpoints}
     projections = [path for path, state in states.items() if "llama_proj.weight" in state.get("model", state)]
     trained = [state for path, state in states.items() if path not in projections]
@@ -62,6 +74,67 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
     minigpt5.config = replace(minigpt5.config, mllm=mllm, diffusion=_absolute(parts.diffusion))
     save_checkpoint(minigpt5, out)
     return Converted(minigpt5.config.stage, shrunk, unused)
+
+
+def convert_seed(
+    files: Sequence[Path], blip2: str, llm: str, words: str, generator: str, out: Path, *, dtype: torch.dtype
+) -> Converted:
+    """Write `out/mllm`, a SEED-LLaMA with the vision tower of a BLIP-2, and `out/mgp5` with SEED's tokenizer.
+
+    `files` are causal_qformer.pth and seed_tokenizer.pth of version 1, or seed_quantizer.pt of version 2; the others
+    are folders, hub ids or names: `words` has the LLM's tokenizer, `generator` is what the version draws with: Stable
+    Diffusion 1.4, or Stable unCLIP 2.1. Raises Mgp5Error if a part cannot be read or does not fit the others.
+    """
+    found = [*(find_part(name, "part") for name in (blip2, llm, words)), find_part(generator, "generator")]
+    if not all(found):
+        wrong = f"{blip2}+{llm}+{words}+{generator} are not all parts"
+        raise Mgp5Error(wrong, "expected BLIP2+LLM+WORDS+GENERATOR: folders, hub ids or names", usage=True)
+    released, painter = read_seed_tokenizer(files), load_generator(found[3], dtype)
+    shape, by_image = released.config, isinstance(painter, StableUnCLIP)
+    _check_condition(shape, painter, generator)
+    try:
+        layers = from_hub(found[1], lambda name, revision: AutoConfig.from_pretrained(name, revision=revision))
+        size = "14b" if layers.num_hidden_layers == LAYERS_14B else "8b"
+        compose_seed_llama(*found[:3], out / "mllm", size, codes=shape.codes, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise explain(error, llm) from error
+    backbone = load_backbone(str(out / "mllm"), dtype)
+    if backbone.vision_width != shape.vision_width:
+        case = f"the vision tower has width {backbone.vision_width}, the tokenizer reads {shape.vision_width}"
+        raise Mgp5Error(case, "give a BLIP-2 with EVA-CLIP's ViT-g, as Salesforce/blip2-itm-vit-g")
+    head = SeedHead(
+        painter,
+        SeedConfig(
+            tokenizer=shape,
+            unconditional="zeros" if by_image else "text",
+            text_tokenizer="google-bert/bert-base-uncased" if shape.text_vocab else "",
+        ),
+    )
+    head.tokenizer.load_state_dict(released.state)
+    config = ModelConfig(
+        mllm="mllm",
+        diffusion=_absolute(found[3]),
+        head="seed",
+        head_config=head.config,
+        guidance=10.0 if by_image else 7.5,
+        mllm_kind=backbone_kind(backbone),
+        head_kind=head.description,
+        system="",
+    )
+    save_checkpoint(InterleavedModel(backbone, head, config), out)
+    return Converted("finetune", {}, released.unused)
+
+
+def _check_condition(shape: SeedTokenizerConfig, painter: LatentDiffusion, name: str) -> None:
+    """Raise Mgp5Error if a tokenizer's codes do not become what a generator takes."""
+    by_image = isinstance(painter, StableUnCLIP)
+    made, by_code = (shape.condition_length, shape.condition_width), shape.detokenizer != "text"
+    takes = (1, painter.image_width) if by_image else painter.condition_shape
+    if made != takes or by_image != by_code:
+        kinds = {True: "image embeddings", False: "text states"}
+        case = f"the tokenizer makes {kinds[by_code]} of {made[0]}x{made[1]}"
+        hint = "version 1 draws with Stable Diffusion 1.4, version 2 with stable-diffusion-2-1-unclip"
+        raise Mgp5Error(f"{case}, and {name} takes {kinds[by_image]} of {takes[0]}x{takes[1]}", hint)
 
 
 def _base(model: str, out: Path, projections: list[Path]) -> tuple[str, bool]:

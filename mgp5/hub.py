@@ -31,7 +31,7 @@ class Repo:
     """One repository on the hub."""
 
     id: str  # "owner/name"
-    kind: Literal["mllm", "generator", "part"]  # "part" of MiniGPT-4, see `backbones.minigpt4.compose`
+    kind: Literal["mllm", "generator", "part"]  # "part" of a MiniGPT-4 or SEED-LLaMA, see `convert`
     licence: str  # as its card says; a gated one has to be accepted there first
     size: float  # of the download in GB of 1e9 bytes, as the hub shows it
     revision: str | None = None  # the commit that is read; None reads the newest
@@ -100,6 +100,12 @@ REPOS = {
         "Vision-CAIR/vicuna-7b", "part", "llama, research", 13.5, "0abeb8872d75421e58ec146c39b31f5dc78c7613"
     ),
     "vicuna-7b-v1.5": Repo("lmsys/vicuna-7b-v1.5", "part", "llama2", 13.5, "3321f76e3f527bd14065daf69dad9344000a201d"),
+    # SEED-LLaMA: see `convert.convert_seed`. The licence is that of the card of AILab-CVC/SEED; sizes are computed from
+    # the shapes, in 16 bits and for the tokenizer in 32: no file was seen.
+    "blip2-itm-vit-g": Repo("Salesforce/blip2-itm-vit-g", "part", "mit", 4.7),
+    "seed-llama-8b": Repo("AILab-CVC/seed-llama-8b-sft", "part", "llama2", 13.6),
+    "seed-llama-14b": Repo("AILab-CVC/seed-llama-14b-sft", "part", "llama2", 26.2),
+    "seed-tokenizer-2": Repo("AILab-CVC/seed-tokenizer-2", "part", "llama2", 0.7),
 }
 
 

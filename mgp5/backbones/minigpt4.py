@@ -43,6 +43,7 @@ class Layout(NamedTuple):
 
     template: str  # Jinja, with IMAGE for an image
     stops: tuple[str, ...] = ()  # tokens that end a reply beside the end of text, which the first of them replaces
+    square: bool = False  # images are resized to a square (bicubic), instead of cropped to one
 
 
 MINIGPT4 = Layout(TEMPLATE, (STOP, "##"))
@@ -83,6 +84,9 @@ def compose(
     # As in the released code: resize the shorter side (bilinear), center-crop, normalize.
     size = model.config.vision_config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, resample=2)
+    if layout.square:
+        sides = {"height": size, "width": size}
+        processor = CLIPImageProcessorPil(size=sides, do_center_crop=False, resample=3)
     with replacing(out) as part:
         for piece in (model, words, processor):
             piece.save_pretrained(part)

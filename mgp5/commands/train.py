@@ -154,7 +154,9 @@ def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, type=PATH)
-@click.option("--model", required=True, help="MINIGPT4+GENERATOR, or BLIP2+LLM+GENERATOR to put a MiniGPT-4 together.")
+@click.option(
+    "--model", required=True, help="MINIGPT4+GENERATOR, BLIP2+LLM+GENERATOR, or for SEED BLIP2+LLM+WORDS+GENERATOR."
+)
 @click.option("--out", type=PATH, required=True, help="Folder for the model.")
 def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     """Make a model of the paper's published CHECKPOINTS.
@@ -164,6 +166,12 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     \b
       mgp5 convert prerained_minigpt4_7b.pth stage1_cc3m.ckpt stage2_vist.ckpt \\
         --model blip2-flan-t5-xxl+vicuna-7b-v0+sd-2.1-base --out vist
+
+    Of SEED give the tokenizer's files; WORDS is where the LLM's tokenizer is:
+
+    \b
+      mgp5 convert seed_quantizer.pt --out seed-8b \\
+        --model blip2-itm-vit-g+seed-llama-8b+seed-tokenizer-2+UNCLIP
     """
     from ..convert import convert as run
     from ..device import quiet_libraries

@@ -197,5 +197,5 @@ def compose_seed_llama(blip2: str, llm: str, tokenizer: str, out: Path, size: st
     config = from_hub(llm, lambda name, revision: AutoConfig.from_pretrained(name, revision=revision))
     words = from_hub(tokenizer, lambda name, revision: load_tokenizer(name, revision=revision))
     ids = seed_llama_ids(words.get_vocab(), config.vocab_size, codes)
-    compose(blip2, llm, out, tokenizer=tokenizer, layout=Layout(LAYOUTS[size]), **options)
+    compose(blip2, llm, out, tokenizer=tokenizer, layout=Layout(LAYOUTS[size], square=True), **options)
     return ids
