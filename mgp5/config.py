@@ -42,7 +42,7 @@ class MapperConfig:
             problems.append(f"pooled {self.pooled} is more than width {self.width}")
         if self.kind == "decoder-only" and self.pooled:
             problems.append("a decoder-only mapper has no pooled vector")
-        raise_all(f"mapper: {problem}" for problem in problems + _unknown_words(self))
+        raise_all(f"mapper: {problem}" for problem in problems + unknown_words(self))
 
     @property
     def transformer_width(self) -> int:
@@ -194,7 +194,7 @@ class TrainConfig:
             problems.append("whole_llm is set beside an adapter or a quantised LLM, expected it alone")
         if self.lora and self.prefix:
             problems.append("lora and prefix are both given, expected one adapter")
-        raise_all(problems + _unknown_words(self))
+        raise_all(problems + unknown_words(self))
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class MiniGPT5TrainConfig(TrainConfig):
         return bool(self.caption_weight and not self.ldm_weight)
 
 
-def _unknown_words(config: Any) -> list[str]:
+def unknown_words(config: Any) -> list[str]:
     """Return a line for each field whose value is none of its Literal."""
     hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
     found = {name: getattr(config, name) for name in hints}

@@ -56,6 +56,7 @@ class InterleavedModel(nn.Module):
         if not self.head.stage(config.stage).llm:
             return self.head.losses(None, batch, config, rng) if batch.num_targets else Losses()
         batch = self.head.complete(self.backbone, batch, config, rng) if batch.num_targets else batch
+        batch = replace(batch, context=self.context(batch))
         hidden, losses = self.hidden(batch), Losses()
         if config.text_weight:
             states, targets = labelled(hidden, batch.labels)
@@ -64,17 +65,23 @@ class InterleavedModel(nn.Module):
             losses = losses | self.head.losses(hidden, batch, config, rng)
         return losses
 
-    def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
-        """Return the LLM's last hidden states on whole samples."""
+    def context(self, batch: Batch) -> ImageContext:
+        """Return the context images of whole samples as the LLM gets them.
+
+        Raises Mgp5Error if they are cached, but for a head that attends to more of them.
+        """
         if batch.features and self.head.spec.reads_side:
             case = f"cached features of context images, without those that the head {self.head.spec.name} attends to"
             raise Mgp5Error(case, "leave the features out of the cache")
-        context = ImageContext([])
         if batch.features:
-            context = self.head.cached_images(self.backbone, batch.features)
-        elif batch.context_images:
-            with torch.no_grad():
-                context = self.head.encode_images(self.backbone, batch.context_images)
+            return self.head.cached_images(self.backbone, batch.features)
+        if batch.context_images:
+            return self.head.encode_images(self.backbone, batch.context_images)
+        return ImageContext([])
+
+    def hidden(self, batch: Batch) -> Tensor:  # (B, T, D)
+        """Return the LLM's last hidden states on whole samples."""
+        context = batch.context or self.context(batch)
         ids, tokens = batch.ids, context.tokens
         if context.ids:
             ids, tokens = ids.masked_scatter(ids == self.backbone.image_token_id, torch.cat(context.ids).to(ids)), []

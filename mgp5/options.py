@@ -91,11 +91,24 @@ class VARGPTOptions(ImageOptions):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MMInterleavedOptions(DiffusionOptions):
+    """How MM-Interleaved draws an image."""
+
+    earlier: Literal["all", "last", "none"] | None = None  # images that the UNet attends to; None: as it was trained
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one entry each."""
+        known = self.earlier in (None, "all", "last", "none")
+        return super().problems() + unexpected(self, earlier=(known, "all, last or none"))
+
+
 # Name of a head -> class of the options that it draws with.
 IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {
     "minigpt5": DiffusionOptions,
     "seed": SeedOptions,
     "vargpt": VARGPTOptions,
+    "mm-interleaved": MMInterleavedOptions,
 }
 
 

@@ -121,6 +121,7 @@ class Example:
     labels: list[int]  # (T,), IGNORE in the context and on forced vokens
     images: tuple[Image, ...]  # context images in reading order
     targets: tuple[Image, ...]  # target images, one for each run of vokens
+    starts: list[int]  # positions of their triggers in `ids`; context images stand before all of them
 
 
 def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
@@ -161,14 +162,15 @@ def example(
     end = backbone.tokenizer.eos_token
     tail = tail.rstrip() if tail.rstrip().endswith(end) else tail.rstrip() + end
     after = backbone.tokenizer.encode(tail, add_special_tokens=False)
-    ids, labels, runs = list(before), [IGNORE] * len(before), iter(layouts)
+    ids, labels, runs, starts = list(before), [IGNORE] * len(before), iter(layouts), []
     first = backbone.tokenizer.convert_tokens_to_ids(trigger)
     for token in after:
+        starts += [len(ids)] * (token == first)
         run, run_labels = next(runs) if token == first else ([token], [token])
         ids += run
         labels += run_labels
     context_images = tuple(image for message in context for image in message.images)
-    return Example(ids, labels, context_images, target.images)
+    return Example(ids, labels, context_images, target.images, starts)
 
 
 def history_truncations(conversation: Conversation) -> list[Conversation]:

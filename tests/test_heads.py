@@ -230,7 +230,10 @@ def test_a_checkpoint_of_another_head_is_refused_in_one_line(codes, config, tmp_
     path = tmp_path / "run/mgp5/config.json"
     stored = json.loads(path.read_text())
     for change, message in (
-        ({"head": "sketch"}, "is of a model with the head 'sketch', expected one of minigpt5, seed, vargpt"),
+        (
+            {"head": "sketch"},
+            "is of a model with the head 'sketch', expected one of minigpt5, seed, vargpt, mm-interleaved",
+        ),
         ({"head": "minigpt5"}, "is not a configuration of mgp5"),
         ({"head_config": {"num_codes": 10, "length": 4}, "head_kind": ""}, "do not fit|tokens of its head"),
         ({"head_config": {"num_codes": 10, "length": 4}}, "was trained for 4 of 12 codes, but .* is 4 of 10 codes"),
@@ -281,9 +284,9 @@ def test_side_inputs_reach_a_layer_in_training_as_in_inference(llava_folder):
         model.head.project.weight.zero_(), model.head.project.bias.zero_()
     plain = model.hidden(batch)
     slots = (batch.ids[0] == model.backbone.image_token_id).nonzero().flatten()
-    first = int(slots[len(slots) // 2 - 1])  # the last slot of the first image
-    torch.testing.assert_close(plain[0, : first + 1], hidden[0, : first + 1])  # no token sees an image before its end
-    assert not torch.allclose(plain[0, first + 1], hidden[0, first + 1], atol=1e-4)
+    first = int(slots[0])
+    torch.testing.assert_close(plain[0, :first], hidden[0, :first])  # no token sees an image before it begins
+    assert not torch.allclose(plain[0, first], hidden[0, first], atol=1e-4)
 
 
 def test_cached_features_without_side_inputs_are_refused(llava_folder):

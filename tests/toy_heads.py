@@ -143,7 +143,7 @@ class CodesHead(Head):
         painted = self.decoder(torch.stack([ids for ids, *_ in inputs])).view(-1, 3, SIDE, SIDE)
         return [c + (p + 0.1 * noise) / key[1] for p, (_, c, noise) in zip(painted, inputs, strict=True)]
 
-    def commit(self, pixels):
+    def commit(self, drawn):
         return Forced((self.ids[1],))
 
 
@@ -177,7 +177,7 @@ class ScalesHead(Head):
             yield Preview(number, len(self.scales))
         return pixels[0].tanh()
 
-    def commit(self, pixels):
+    def commit(self, drawn):
         return Forced(self.ids[1:])
 
 

@@ -8,7 +8,7 @@ DeepStack features of k vision layers, which `forward` adds to the states of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Backbone(Protocol):
     tokenizer: Any  # with a chat template
     width: int  # D
     vision_width: int  # V, width of the vision tower's tokens
+    vision_tower: nn.Module | None  # None where there is none that a head can look into
     lm_head: nn.Module  # projection from D to V
     device: torch.device  # of the computation, also while weights are offloaded
     image_token: str  # text that stands for one image in a chat template
@@ -72,6 +73,9 @@ class Backbone(Protocol):
         side: SideInputs | None = None,
     ) -> Tensor:
         """Return the last hidden states (B, T, D), after the final norm; a cache is read and written."""
+
+    def add_after_attention(self, layer: int, read: Callable[[Tensor], Tensor]) -> None:
+        """Let a layer add `read` of its states (B, T, D) to them, between self-attention and MLP."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D)."""

@@ -9,7 +9,7 @@ vocabulary, k DeepStack levels of Qwen3-VL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,8 @@ class HFBackbone(nn.Module):
         return list(features)
 
     @property
-    def _tower(self) -> nn.Module | None:
+    def vision_tower(self) -> nn.Module | None:
+        """Return the vision tower, None where there is none that a head can look into."""
         parts = (self.core, getattr(self.core, "model", None))
         names = ("vision_tower", "vision_model")
         return next((getattr(part, name) for part in parts for name in names if hasattr(part, name)), None)
@@ -162,7 +163,7 @@ class HFBackbone(nn.Module):
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return all tokens (N, S, V) that the vision tower's layers give for N preprocessed images, before the norm
         and the projector. Raises Mgp5Error if this LLM's tower does not work on images of one size."""
-        tower = self._tower
+        tower = self.vision_tower
         if tower is None or "image_grid_thw" in inputs:
             case = f"the vision tower of {self.core.config.model_type} gives no tokens of its own"
             raise Mgp5Error(case, "take a LLaVA or a BLIP-2")
@@ -200,7 +201,7 @@ class HFBackbone(nn.Module):
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
     def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
-        """Return the side inputs of complete sequences (B, T): a token may attend to images whose slots end before it.
+        """Return the side inputs of complete sequences (B, T): a token may attend to images whose slots have begun.
 
         `slots` holds S of each of the N images in reading order over the rows, `features` (N, ...) their
         `ImageContext.side`, or None.
@@ -211,8 +212,9 @@ class HFBackbone(nn.Module):
         row_ends = is_slot.sum(1).cumsum(0)  # (B,), slots of the batch up to the end of each row
         image_ends = torch.tensor(slots, device=ids.device).cumsum(0)  # (N,), and of each image
         counts = torch.bincount(torch.searchsorted(row_ends, image_ends), minlength=len(ids))  # (B,), images of a row
-        before = is_slot.flatten().cumsum(0).view(ids.shape) - is_slot.long()  # (B, T), slots before each token
-        visible = torch.searchsorted(image_ends, before, right=True) - (counts.cumsum(0) - counts)[:, None]
+        image_starts = image_ends - torch.tensor(slots, device=ids.device)  # (N,), slots before each image
+        so_far = is_slot.flatten().cumsum(0).view(ids.shape)  # (B, T), slots up to each token
+        visible = torch.searchsorted(image_starts, so_far) - (counts.cumsum(0) - counts)[:, None]
         return SideInputs(pad_sequence(features.split(counts.tolist()), batch_first=True), visible)
 
     def forward(
@@ -242,6 +244,26 @@ class HFBackbone(nn.Module):
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, **options
         )
         return output.last_hidden_state
+
+    def add_after_attention(self, layer: int, read: Callable[[Tensor], Tensor]) -> None:
+        """Let a layer add `read` of its states (B, T, D) to them, between self-attention and MLP.
+
+        It is added to the output of self-attention, by hooks, and so to the residual stream. Raises Mgp5Error for a
+        layer that is not built like LLaMA's.
+        """
+        layer, before = self.language.layers[layer], {}
+        if not (hasattr(layer, "input_layernorm") and hasattr(layer, "self_attn")):
+            case = f"the LLM has a {type(layer).__name__} without input_layernorm and self_attn"
+            raise Mgp5Error(case, "take one with a LLaMA, Vicuna, Mistral or Qwen")
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            before["states"] = inputs[0]  # the residual stream, which the norm before self-attention gets
+
+        def add(_: nn.Module, __: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+            return output[0] + read(before.pop("states") + output[0]), *output[1:]
+
+        layer.input_layernorm.register_forward_pre_hook(keep)
+        layer.self_attn.register_forward_hook(add)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D)."""

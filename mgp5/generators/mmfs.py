@@ -116,13 +116,17 @@ class GatedMMFS(nn.Module):
         """Normalize and project features; see `MMFS.values`."""
         return self.mmfs.values(self.feature_norm(features))
 
-    def forward(self, hidden: Tensor, value: Tensor | None, visible: Tensor | None, shapes: Shapes) -> Tensor:
-        """Return states (B, T, D) with what they read added; without images (None) as where none is visible."""
+    def read(self, hidden: Tensor, value: Tensor | None, visible: Tensor | None, shapes: Shapes) -> Tensor:
+        """Return what states (B, T, D) read, gated; without images (None) as where none is visible."""
         if value is None:
             read = self.mmfs.output.bias
         else:
             read = self.mmfs(self.norm(hidden.to(self.norm.weight.dtype)), value, visible, shapes)
-        return hidden + (self.gate.tanh() * read).to(hidden.dtype)
+        return (self.gate.tanh() * read).to(hidden.dtype)
+
+    def forward(self, hidden: Tensor, *inputs: Any) -> Tensor:  # (B, T, D)
+        """Return states with what they read added; arguments as of `read`."""
+        return hidden + self.read(hidden, *inputs)
 
 
 class MMFSBlock(nn.Module):

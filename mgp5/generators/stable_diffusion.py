@@ -5,12 +5,13 @@ Letters: B batch, Z latent channels, h and w latents, L condition length, C cond
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .latent_diffusion import LatentDiffusion, no_text_encoder
@@ -74,3 +75,21 @@ class StableDiffusion(LatentDiffusion):
             **extra,
         )
         return outputs[0].float()
+
+
+class UNetAdapter(nn.Module):
+    """Small trained matrices beside the attention's projections of a frozen UNet, which begin at zero (LoRA, Hu et al.,
+    arXiv 2106.09685): for who cannot store a UNet of its own."""
+
+    def __init__(self, unet: nn.Module, rank: int) -> None:
+        super().__init__()
+        layers = [layer for name, layer in unet.named_modules() if re.search(r"attn\d\.to_(q|k|v|out\.0)$", name)]
+        self.down = nn.ModuleList(nn.Linear(layer.in_features, rank, bias=False) for layer in layers)
+        self.up = nn.ModuleList(nn.Linear(rank, layer.out_features, bias=False) for layer in layers)
+        for layer, down, up in zip(layers, self.down, self.up, strict=True):
+            nn.init.zeros_(up.weight)
+            layer.register_forward_hook(
+                lambda _, inputs, output, down=down, up=up: (
+                    output + up(down(inputs[0].to(down.weight.dtype))).to(output.dtype)
+                )
+            )

@@ -36,6 +36,7 @@ HEADS: dict[str, tuple[str, str]] = {
     "minigpt5": ("mgp5.heads.minigpt5", "MiniGPT5Head"),
     "seed": ("mgp5.heads.seed", "SeedHead"),
     "vargpt": ("mgp5.heads.vargpt", "VARGPTHead"),
+    "mm-interleaved": ("mgp5.heads.mm_interleaved", "MMInterleavedHead"),
 }
 
 
@@ -58,7 +59,7 @@ class HeadSpec:
     losses: tuple[str, ...]  # names of its loss terms, without "text"
     image_options: type[ImageOptions]
     reads_prefix: bool = False  # whether it yields `Prefix`; only then the states of all tokens are kept
-    reads_side: bool = False  # whether layers of the LLM attend to `ImageContext.side` of the context images
+    reads_side: bool = False  # whether layers of the LLM attend to `ImageContext.side` of the images so far
 
 
 class Part(NamedTuple):
@@ -149,6 +150,7 @@ class DrawContext:
     options: ImageOptions
     rng: Callable[[str], torch.Generator] = field(compare=False)  # "noise" -> a generator on the CPU for this use
     previews: int = 0  # how many images of unfinished steps are wanted
+    pyramids: tuple[Tensor, ...] = field(default=(), compare=False)  # `ImageContext.pyramid` of all images so far
 
     def shows(self, step: int, total: int) -> bool:
         """Whether the image so far is wanted after this step, 1 to total; never after the last, which ends it."""
@@ -162,13 +164,14 @@ class ImageContext(NamedTuple):
     tokens: list[Tensor]  # N tensors (S, E), the embeddings in the S slots of each image
     side: Tensor | None = None  # (N, ...), features that layers of the LLM attend to besides the sequence
     ids: list[Tensor] | None = None  # N tensors (S,), tokens whose embeddings `tokens` are, which training goes through
+    pyramid: Tensor | None = None  # (N, ...), features that the generator attends to
 
 
 class Drawn(NamedTuple):
     """A drawn image, and what it is as a context image, where it need not be encoded again."""
 
     pixels: Tensor  # (3, H, W) in [-1, 1]
-    context: ImageContext
+    context: ImageContext | None = None  # of this one image
 
 
 class Head(nn.Module):
@@ -242,6 +245,7 @@ class Head(nn.Module):
         """Return how many positions each context image takes, preprocessed or, as "features", from a cache."""
         return list(map(len, inputs["features"])) if "features" in inputs else backbone.slots(inputs)
 
+    @torch.no_grad()
     def encode_images(self, backbone: Backbone, inputs: dict[str, Tensor]) -> ImageContext:
         """Encode N preprocessed context images for the LLM."""
         return ImageContext(backbone.encode_images(inputs))
@@ -274,7 +278,8 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def complete(self, backbone: Backbone, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Batch:
-        """Fill in what only weights can tell of target images (codes of a tokenizer), in ids, labels and `targets`."""
+        """Fill in what only weights can tell of target images (codes of a tokenizer), in ids, labels, `targets` and
+        `context_images`."""
         return batch
 
     def embed_targets(self, embeds: Tensor, batch: Batch) -> Tensor:
@@ -300,7 +305,7 @@ class Head(nn.Module):
         """Run all Steps with equal keys in one call; return an output for each."""
         raise NotImplementedError(f"no step {key}")
 
-    def commit(self, pixels: Tensor) -> Forced | Embeds | None:
+    def commit(self, drawn: Drawn) -> Forced | Embeds | None:
         """Return what the LLM reads after an image: nothing, a closing token, or embeddings of the image."""
         return None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from PIL import Image as pil
@@ -31,6 +32,7 @@ class Batch:
     targets: dict[str, Tensor] = field(default_factory=dict)  # (P, ...) by name, stacked from `Head.target` of each
     captions: tuple[str, ...] = ()  # (P,), "" without one
     features: tuple[Tensor, ...] = ()  # N of (S, E) from a cache; `context_images` then holds only grids
+    context: Any = None  # ImageContext of all context images, once they are encoded
     skipped: tuple[Skipped, ...] = ()  # samples left out; with the kind "history cut" only the beginning of one was
 
     @property
@@ -62,3 +64,9 @@ def to_pixels(image: pil.Image, size: tuple[int, int]) -> Tensor:  # (3, H, W)
     image = ImageOps.fit(image, (width, height), pil.Resampling.LANCZOS)
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def from_pixels(pixels: Tensor) -> pil.Image:  # (3, H, W)
+    """Convert pixels in [-1, 1] to an RGB image."""
+    data = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return pil.fromarray(data.cpu().numpy())

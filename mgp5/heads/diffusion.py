@@ -62,7 +62,8 @@ class DiffusionHead(Head):
         self.generator.check(options)
 
     def denoise(self, condition: Tensor, context: DrawContext) -> Generator[Request, Response, Tensor]:
-        """Draw one image from a condition (1, L, C): denoise step by step, decode; return pixels (3, H, W) in [-1, 1].
+        """Draw one image from what `_begin` takes, a condition (1, L, C): denoise step by step, decode; return pixels
+        (3, H, W) in [-1, 1].
 
         Yields a `Step` to begin, to denoise (each with a `Preview`) and to decode. Raises Mgp5Error as `check` does.
         """

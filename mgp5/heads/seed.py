@@ -287,6 +287,6 @@ class SeedHead(DiffusionHead):
             raise Mgp5Error(f"options are {type(options).__name__}, expected SeedOptions", "use the head's own")
         super().check(options)
 
-    def commit(self, pixels: Tensor) -> Forced:
+    def commit(self, drawn: Drawn) -> Forced:
         """Let the LLM read </img>."""
         return Forced(self.ids[-1:])

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from ..config import ModelConfig, TrainConfig
-from ..errors import Mgp5Error
+from ..config import ModelConfig, TrainConfig, unknown_words
+from ..errors import Mgp5Error, raise_all
 from ..generators.seed_stages import SeedTokenizerConfig
 from ..generators.var import ClassMode, VARConfig
 from ..options import kinds_of
@@ -70,6 +70,74 @@ class VARGPTTrainConfig(TrainConfig):
     def shape(self) -> dict[str, Any]:
         """Return the decoder's shape and the kinds of projectors, classes and unconditional states."""
         return {name: getattr(self, name) for name in ("var", "norms", "classes", "unconditional")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMInterleavedSizes:
+    """The shape of what MM-Interleaved adds to an LLM and a Stable Diffusion; the defaults are the paper's.
+
+    Raises Mgp5Error that names all bad values.
+    """
+
+    queries: int = 64  # S, visual tokens of an image; 32 in the paper's ablations
+    token_width: int = 768  # of the resampler that makes them
+    token_layers: int = 12
+    token_heads: int = 12
+    token_every: int = 2  # one layer in so many reads the image
+    interactions: int = 4  # of the ViT-Adapter
+    adapter_heads: int = 16
+    adapter_points: int = 4
+    stem: int = 64  # channels of its first convolutions
+    resized: bool = False  # pyramids as released, of images with 16 pixels a patch
+    batch_norm: bool = False  # as released
+    every: int = 4  # one layer of the LLM in so many has MMFS; 0: none has
+    heads: int = 16  # of MMFS in LLM and UNet
+    points: int = 8
+    images: int = 50  # most images that MMFS tells apart
+    context_layers: int = 1  # of the resampler that makes the condition
+    context_heads: int = 16
+    earlier: Literal["all", "last", "none"] = "all"  # images that the UNet attends to; "last" as released
+    unet: Literal["full", "adapter", "frozen"] = "full"  # what trains in it; an adapter is small
+    unet_rank: int = 8  # of the adapter
+
+    def __post_init__(self) -> None:
+        least = {"every": 0}
+        problems = [
+            f"{name} is {value}, expected at least {least.get(name, 1)}"
+            for name, value in vars(self).items()
+            if type(value) is int and value < least.get(name, 1)
+        ]
+        raise_all(f"sizes: {problem}" for problem in problems + unknown_words(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMInterleavedConfig:
+    """The configuration of the head of MM-Interleaved: its sizes, and those of the parts around it."""
+
+    sizes: MMInterleavedSizes
+    llm_width: int  # D
+    llm_layers: int
+    vision_width: int  # V
+    vision_layers: int
+    patch: int  # pixels of the vision tower
+    image_size: tuple[int, int]  # (H, W) of a preprocessed image
+    condition: tuple[int, int]  # (L, C)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMInterleavedTrainConfig(TrainConfig):
+    """The settings of the head of MM-Interleaved."""
+
+    ldm_weight: float = 10.0
+    unet_lr: float = 1e-5  # of the UNet, or of its adapter
+    offsets_lr: float = 1e-5  # of MMFS's and the ViT-Adapter's offsets, which have no weight decay
+    min_snr: float | None = None
+    sizes: MMInterleavedSizes = field(default_factory=MMInterleavedSizes)  # of a fresh head
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the sizes of a fresh head."""
+        return {"sizes": self.sizes}
 
 
 def model_config_from(raw: dict[str, Any], path: str) -> ModelConfig:

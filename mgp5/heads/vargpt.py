@@ -30,7 +30,21 @@ from ..generators.var import (
 from ..generators.vqvae import VQVAE
 from ..options import VARGPTOptions
 from ..prompts import IGNORE
-from . import DrawContext, Embeds, Forced, Head, HeadSpec, Part, Preview, Request, Response, Stage, Step, TrainRule
+from . import (
+    DrawContext,
+    Drawn,
+    Embeds,
+    Forced,
+    Head,
+    HeadSpec,
+    Part,
+    Preview,
+    Request,
+    Response,
+    Stage,
+    Step,
+    TrainRule,
+)
 from .batch import to_pixels
 from .losses import Losses
 from .settings import VARGPTConfig, VARGPTTrainConfig
@@ -282,7 +296,7 @@ class VARGPTHead(Head):
             return self.projectors.unconditional[self.config.var.part(scale)].expand(len(images), -1, -1)
         return torch.cat([torch.randn(image.states.shape, generator=image.noise) for image in images])
 
-    def commit(self, pixels: Tensor) -> Forced:
+    def commit(self, drawn: Drawn) -> Forced:
         """Let the LLM read <image_gen_end>."""
         return Forced(self.ids[-1:])
 

@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image as pil
 from torch import Tensor
 
 from ..errors import Mgp5Error
 from ..events import Event, Finished, ImageDone, ImageStep, Note, TextChunk
 from ..heads import DrawContext, Drawn, Embeds, Forced, Prefix, Preview, Request, Response, Sample, Step, rng
+from ..heads.batch import from_pixels
 from ..messages import Conversation, Image, Message, Text
 from ..options import Options
 from ..prompts import role_markers, with_system
@@ -110,6 +110,7 @@ class ActiveRequest:
         self.sample: Sample | None = None  # that the drawing waits for
         self.sampled: list[tuple[int, Tensor]] = []  # tokens of it, and the states (1, 1, D) that predict them
         self.committing = False  # whether the need is the head's commit of an image
+        self.slots: list[Key] = []  # keys of the last image's positions
 
     @property
     def row(self) -> int:
@@ -154,7 +155,7 @@ class ActiveRequest:
         """Return embeddings (1, k, E) and keys of what is to be read; a token that was not read yet goes first."""
         if isinstance(self.need, Forced):
             return self.session.embed(self.need.ids if self.token is None else (self.token, *self.need.ids))
-        embeds, keys = self.need.embeds, [(-1, "embeds")] * self.need.embeds.shape[1]
+        embeds, keys = self.need.embeds, self.slots if self.committing else [(-1, "embeds")] * self.need.embeds.shape[1]
         if self.token is not None:
             first, own = self.session.embed((self.token,))
             embeds, keys = torch.cat([first, embeds], dim=1), own + keys
@@ -260,8 +261,8 @@ class ActiveRequest:
 
     def _begin_image(self) -> None:
         self._end_text()
-        random = partial(rng, self._image_seed, self.writer.num_images)
-        context = DrawContext(state=self.session.state, options=self.options.image, rng=random, previews=self.previews)
+        session, random = self.session, partial(rng, self._image_seed, self.writer.num_images)
+        context = DrawContext(session.state, self.options.image, random, self.previews, tuple(session.pyramids))
         self.drawing = self.head.draw(context)
         self._draw(None)
 
@@ -304,17 +305,17 @@ class ActiveRequest:
             self._set_allowed(self.session.decoder.rows[self.row].sampling)
 
     def _end_image(self, drawn: Tensor | Drawn) -> None:
-        index, pixels = self.writer.num_images, drawn.pixels if isinstance(drawn, Drawn) else drawn
-        image = to_image(pixels, self._metadata(self._image_seed + index))
-        if isinstance(drawn, Drawn):
-            self.session.remember(image, drawn.context)
+        index, drawn = self.writer.num_images, drawn if isinstance(drawn, Drawn) else Drawn(drawn)
+        image = to_image(drawn.pixels, self._metadata(self._image_seed + index))
+        if drawn.context is not None:
+            self.slots = self.session.add(image, drawn.context)
         self.events.append(ImageDone(index, image))
         self.writer.parts.append(image)
         self.drawing = None
         self._set_text_sampling()
         if self.options.max_tokens == 0:
             self._finish("stop")
-        elif (commit := self.head.commit(pixels)) is None:
+        elif (commit := self.head.commit(drawn)) is None:
             self._continue_text()
         else:
             self.need, self.committing = commit, True
@@ -346,5 +347,4 @@ def to_image(pixels: Tensor, metadata: dict[str, Any] | None = None) -> Image:
     if not pixels.isfinite().all():
         hint = "try other --steps, --guidance or --backend eager; cards that compute in float16 may need --device cpu"
         raise NotFinite("a picture came out as numbers that are not finite (NaN)", hint)
-    data = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-    return Image(pixels=pil.fromarray(data.cpu().numpy()), meta=metadata or {})
+    return Image(pixels=from_pixels(pixels), meta=metadata or {})

@@ -34,14 +34,18 @@ class EncodedImage:
 
     image: Image  # held, so that its id() is not used again
     key: str  # tells the same image from another one
-    tokens: Tensor  # (S, E)
+    context: ImageContext  # of this one
     grid: Tensor | None  # (1, 3) patches in time, height and width, for backbones of any resolution
-    side: Tensor | None  # (1, ...), features that layers of the LLM attend to besides the sequence
-    ids: Tensor | None  # (S,), tokens whose embeddings `tokens` are
+
+    @property
+    def tokens(self) -> Tensor:  # (S, E)
+        """Return the embeddings in its slots."""
+        return self.context.tokens[0]
 
     def keys(self, slot: int) -> list[Key]:
         """Return the keys of its S positions; tokens have those that they have in text, so that a reply's own fit."""
-        return [(slot, self.key)] * len(self.tokens) if self.ids is None else [(i, "") for i in self.ids.tolist()]
+        ids = self.context.ids
+        return [(slot, self.key)] * len(self.tokens) if ids is None else [(i, "") for i in ids[0].tolist()]
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Session:
     prefilled: int = 0  # tokens that the last `read` had to run
     prefilled_images: int = 0  # of these, slots of images
     state: Tensor | None = None  # (1, 1, D), after the last token read
+    pyramids: list[Tensor] = field(default_factory=list)  # `ImageContext.pyramid` of all images so far, (1, ...)
     _states: list[Tensor] = field(default_factory=list)  # of what the cache holds, (1, k, D); where the head reads it
     _encoded: dict[int, EncodedImage] = field(default_factory=dict)
 
@@ -79,9 +84,11 @@ class Session:
         positions = self.backbone.positions(tokens, grids)
         # Images whose slots are all kept need no features; an image cut in two is embedded whole and then sliced.
         embeds = self.backbone.embed(tokens, [image.tokens for image in images])
-        features = torch.cat([image.side for image in images]) if images and images[0].side is not None else None
-        self.decoder.rows[self.row].side = features
-        if side := self.backbone.side_inputs(tokens, slots, features):
+        row = self.decoder.rows[self.row]
+        row.side, self.pyramids = None, []
+        for image in images:
+            self.see(image)
+        if side := self.backbone.side_inputs(tokens, slots, row.side):
             side = side._replace(visible=side.visible[:, kept:])
         hidden = self.decoder.read(self.row, embeds[:, kept:], positions[..., kept:], side)
         self.append(hidden, keys[kept:])
@@ -118,6 +125,13 @@ class Session:
             self._states.append(hidden)
         self.state = hidden[:, -1:]
 
+    def see(self, image: EncodedImage) -> None:
+        """Let what is read from now on, and the generator, attend to one more image."""
+        row, side, pyramid = self.decoder.rows[self.row], image.context.side, image.context.pyramid
+        if side is not None:
+            row.side = side if row.side is None else torch.cat([row.side, side])
+        self.pyramids += [] if pyramid is None else [pyramid]
+
     @property
     def states(self) -> Tensor:  # (1, T, D)
         """Return the states of all tokens so far; only for a head that reads them."""
@@ -129,11 +143,18 @@ class Session:
         """Return the number of tokens in the cache."""
         return len(self.keys)
 
+    def add(self, image: Image, context: ImageContext) -> list[Key]:
+        """Remember and see a drawn image; return the keys of its positions."""
+        self.remember(image, context)
+        encoded = self._encoded[id(image)]
+        self.see(encoded)
+        return encoded.keys(self.backbone.image_token_id)
+
     def remember(self, image: Image, context: ImageContext, grid: Tensor | None = None) -> None:
         """Keep what an image is for the LLM: it is not encoded again."""
-        picture, ids = image.load(), context.ids and context.ids[0]
+        picture = image.load()
         key = digest(picture.tobytes() + repr(picture.size).encode())
-        self._encoded[id(image)] = EncodedImage(image, key, context.tokens[0], grid, context.side, ids)
+        self._encoded[id(image)] = EncodedImage(image, key, context, grid)
 
     def _render(self, conversation: Conversation) -> tuple[list[int], list[EncodedImage]]:
         """Return the tokens up to where the reply begins, and the images in their slots."""

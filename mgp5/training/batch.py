@@ -41,6 +41,7 @@ class _Row:
 
     ids: list[int]  # (T,)
     labels: list[int]  # (T,)
+    starts: list[int]  # (P,), positions of triggers
     inputs: list[dict[str, Tensor]]  # N, preprocessed; from a cache with "features" instead of "pixel_values"
     targets: list[dict[str, Tensor]]  # P, see `Head.target`
     captions: list[str]  # P
@@ -122,9 +123,10 @@ class Collator:
             raise _Unusable("unfit text", str(error)) from None
         first = len(inputs) - len(sample.images)  # truncation removes images from the left too
         ids, labels = expand_labels(sample, self.backbone.image_token_id, slots[first:])
-        if (runs := ids.count(self.head.ids[0])) != len(targets):
-            raise _Unusable("unfit text", f"{runs} x {self.head.spec.new_tokens[0]} for {len(targets)} images")
-        return _Row(ids, labels, inputs[first:], targets, captions, truncated)
+        starts = [start + len(ids) - len(sample.ids) for start in sample.starts]
+        if len(starts) != len(targets):
+            raise _Unusable("unfit text", f"{len(starts)} x {self.head.spec.new_tokens[0]} for {len(targets)} images")
+        return _Row(ids, labels, starts, inputs[first:], targets, captions, truncated)
 
     def _truncate_to_fit(
         self, conversation: Conversation, slots: list[int], layouts: list[tuple[list[int], list[int]]]
@@ -156,9 +158,7 @@ class Collator:
         targets = {name: torch.stack([tensors[name] for tensors in each]) for name in (each[0] if each else {})}
         captions = tuple(caption for row in rows for caption in row.captions)
         encodings = self.caches.encodings(captions) if self.caches else None
-        # Each trigger is a target image: none is in the context, as its text is removed from what users write.
-        trigger = self.head.ids[0]
-        starts = [(i, start) for i, row in enumerate(rows) for start, token in enumerate(row.ids) if token == trigger]
+        starts = [(i, start) for i, row in enumerate(rows) for start in row.starts]
         return Batch(
             ids=_pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id or 0),
             mask=_pad([[1] * len(row.ids) for row in rows], 0),

@@ -14,7 +14,7 @@ from ..errors import Mgp5Error
 from ..generators.seed_stages import SeedTokenizerConfig
 from ..generators.var import VARConfig
 from ..heads import head_class
-from ..heads.settings import SeedTrainConfig, VARGPTTrainConfig
+from ..heads.settings import MMInterleavedSizes, MMInterleavedTrainConfig, SeedTrainConfig, VARGPTTrainConfig
 
 
 def preset(stage: str, name: str = "paper", head: str = "minigpt5") -> TrainConfig:
@@ -148,6 +148,36 @@ def _vargpt_demo(stage: str) -> VARGPTTrainConfig:
     return VARGPTTrainConfig(stage=stage, lr=1e-3, var=var, **common)
 
 
+def _mm_interleaved(stage: str) -> MMInterleavedTrainConfig:
+    """Return the paper's numbers (MM-Interleaved, tables 11 and 15): 11 billion tokens of captions and documents, then
+    stories, with a rate of the image decoder ten times that of all else instead of a tenth."""
+    common = {"text_weight": 1.0, "weight_decay": 0.05, "schedule": "cosine"}
+    if stage == "pretrain":
+        common |= {"lr": 1e-4, "rows_lr": 1e-4, "unet_lr": 1e-5, "offsets_lr": 1e-5, "steps": 15_000, "warmup": 1000}
+        return MMInterleavedTrainConfig(stage=stage, batch=2, data=DataConfig(bare_captions=True), **common)
+    common |= {"lr": 1e-5, "rows_lr": 1e-5, "unet_lr": 1e-4, "offsets_lr": 1e-5, "steps": 4000, "warmup": 200}
+    return MMInterleavedTrainConfig(stage=stage, batch=2, accumulation=64, **common)
+
+
+def _mm_interleaved_release(stage: str) -> MMInterleavedTrainConfig:
+    """Return the released shape: pyramids of resized images, batch norm, a UNet that sees the last image only."""
+    sizes = MMInterleavedSizes(resized=True, batch_norm=True, earlier="last")
+    return dataclasses.replace(_mm_interleaved(stage), sizes=sizes)
+
+
+def _mm_interleaved_demo(stage: str) -> MMInterleavedTrainConfig:
+    """Return the numbers of the tiny model, whose UNet has a small adapter: see examples/storyland."""
+    sizes = MMInterleavedSizes(
+        queries=16, token_width=128, token_layers=2, token_heads=4, interactions=2, adapter_heads=4, stem=16,
+        resized=True, every=2, heads=4, points=4, images=8, context_heads=4, unet="adapter",
+    )  # fmt: skip
+    common = {"text_weight": 1.0, "accumulation": 1, "warmup": 100, "checkpointing": False, "schedule": "cosine"}
+    common |= {"rows_lr": 1e-3, "unet_lr": 1e-3, "offsets_lr": 1e-4, "sizes": sizes}
+    if stage == "pretrain":
+        return MMInterleavedTrainConfig(stage=stage, lr=1e-3, batch=32, **common)
+    return MMInterleavedTrainConfig(stage=stage, lr=5e-4, batch=16, lora=LoraConfig(dropout=0.0), **common)
+
+
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Name of a head -> name of a preset -> the settings of a stage.
@@ -163,5 +193,6 @@ PRESETS: dict[str, dict[str, Callable[[str], TrainConfig]]] = {
         "own-80gb": _own_80gb,
     },
     "vargpt": {"paper": _vargpt, "release": _vargpt_release, "demo": _vargpt_demo},
+    "mm-interleaved": {"paper": _mm_interleaved, "release": _mm_interleaved_release, "demo": _mm_interleaved_demo},
     "seed": {"paper": _seed, "release": _seed_release, "demo": _seed_demo},
 }
