@@ -7,7 +7,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from .files import GiB
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("mgp5", "torch", "transformers", "diffusers", "accelerate", "peft")
 OPTIONAL_PACKAGES = ("triton", "bitsandbytes", "onnxruntime", "tensorrt")
+GROUP_FILES = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")  # of cgroups
 SMALL = 100_000_000  # parameters; the operations of smaller models are too short to share between CPU threads
 
 
@@ -91,12 +92,61 @@ def limit_threads_for_small_models(model: torch.nn.Module) -> None:
         torch.set_num_threads(1)
 
 
+class HostMemory(NamedTuple):
+    """Bytes of the machine's memory that this process may have, and that are free of it."""
+
+    total: int
+    free: int
+    limited: bool  # by a container
+
+    @property
+    def told(self) -> str:
+        """The numbers in words."""
+        whose = "the container may have" if self.limited else "there are"
+        return f"{self.free / GiB:.1f} GiB are free of the {self.total / GiB:.1f} that {whose}"
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Return the machine's memory, at most what cgroups (version 1 or 2) allow; what the system can take back from
+    files is free. `root` is where proc and sys lie."""
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", _read(root / "proc/meminfo")))
+    total, free = (int(sizes.get(name, 0)) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limited = False
+    for group in _memory_groups(root):
+        limit, used = (_read(group / name[0]) or _read(group / name[1]) for name in GROUP_FILES)
+        if limit.strip().isdigit() and used and (most := int(limit)) < total:
+            files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)", _read(group / "memory.stat"), re.MULTILINE)))
+            total, free, limited = most, min(free, max(0, most - int(used) + files)), True
+    return HostMemory(total, free, limited)
+
+
+def _memory_groups(root: Path) -> list[Path]:
+    """Return the folders of the cgroups of this process that may limit its memory, the outermost first."""
+    folders = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2 has one tree for all
+            top = root / "sys/fs/cgroup" / controllers
+            inner = top / path.strip("/")
+            # a container sees its own group as the top, under the path that it has outside
+            folders |= dict.fromkeys([top, *(each for each in reversed(inner.parents) if top in each.parents), inner])
+    return list(folders)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory in GiB, and the GPU if there is one."""
     result: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
     result |= {"cpu": _field("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(), "cores": os.cpu_count()}
-    if kilobytes := _field("/proc/meminfo", r"MemTotal:\s+(\d+)"):
-        result["memory_gib"] = round(int(kilobytes) * 1024 / GiB, 1)
+    memory = host_memory()
+    sizes = {"memory_gib": memory.total, "free_memory_gib": memory.free}
+    result |= {name: round(size / GiB, 1) for name, size in sizes.items() if memory.total}
     if driver := _field("/proc/driver/nvidia/version", r"Module\b.*?\s(\d+\.\d+[\d.]*)"):
         result["driver"] = driver
     if torch.cuda.is_available():

@@ -9,7 +9,7 @@ import torch
 
 from . import engines
 from .apps.library import catalogue
-from .device import machine, pick_device, versions
+from .device import host_memory, machine, pick_device, versions
 from .errors import Mgp5Error
 from .evaluation.weights import WEIGHTS, locate
 from .export.request import missing
@@ -34,7 +34,7 @@ def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
     weights = dtype if on_gpu else torch.bfloat16
     if model:
-        found["memory"] = memory(model, weights) | {"free": free}
+        found["memory"] = memory(model, weights) | {"free": free, "host": _on_cpu(model)}
     if every:
         found["models"] = [memory(name, weights) | {"free": free} for name in [*local_names(), *bases()]]
     return found | {"next": _next(found)}
@@ -73,13 +73,22 @@ def memory(model: str, dtype: torch.dtype) -> dict[str, Any]:
     needs = footprint(resolve(model), dtype)
     plans = [p for p in memory_plans() if not p.tiling or needs.total(p) < needs.total(replace(p, tiling=False))]
     cards = {size: next((p.name for p in plans if needs.total(p) <= size * 1e9), None) for size in CARDS}
-    modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p)} for p in plans]
+    modes = [{"name": p.name} | needs.phases(p) | {"total": needs.total(p), "host": needs.host(p).most} for p in plans]
     parts = [
         {"name": name, "parameters": count, "bytes": needs.weights[name], "phase": needs.phases_of[name]}
         for name, count in needs.parameters.items()
     ]
     facts = {"model": model, "dtype": str(dtype).removeprefix("torch."), "tokens": needs.tokens, "size": needs.size}
     return facts | {"parts": parts, "quantized": needs.quantized, "cache": needs.cache, "modes": modes, "cards": cards}
+
+
+def _on_cpu(model: str) -> dict[str, Any]:
+    """Return what a model takes of the machine's memory where there is no GPU, what is free, and whether it fits."""
+    from .memory.generation import footprint
+    from .memory.offload import Plan
+
+    needs, memory = footprint(resolve(model), torch.float32).host(Plan(), on_gpu=False), host_memory()
+    return {"needs": needs.most, "free": memory.free, "fits": needs.most <= memory.free, "told": memory.told}
 
 
 def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

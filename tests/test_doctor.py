@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -18,7 +19,9 @@ from mgp5.kernels import registry as kernels
 
 from mgp5 import doctor, engines
 from mgp5.cli import main
+from mgp5.device import HostMemory
 from mgp5.evaluation.weights import WEIGHTS
+from mgp5.files import GiB
 from mgp5.hub import DEMO, resolve
 from mgp5.memory.generation import footprint
 
@@ -72,9 +75,11 @@ def test_without_a_model_it_imports_nothing_slow():
 
 
 def test_whether_a_model_fits_is_told_first_and_all_tells_of_every_named_one(monkeypatch):
-    lines = told("--model", LLAVA).stdout.splitlines()
-    fits = {line.split(" fits on ")[1] for line in lines[: len(doctor.CARDS)]}
-    assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= fits and "fits" not in lines[len(doctor.CARDS)]
+    monkeypatch.setattr(doctor, "host_memory", lambda: HostMemory(16 * GiB, 12 * GiB, True))
+    *cards, without, empty = told("--model", LLAVA).stdout.splitlines()[: len(doctor.CARDS) + 2]
+    assert {"24 GB: yes, in bf16", "16 GB: yes, LLM in 4 bits"} <= {line.split(" fits on ")[1] for line in cards}
+    assert re.search(r"no, it takes 3\d\.\d+ GiB and 12\.0 GiB are free of the 16\.0 that the container", without)
+    assert empty == ""
     monkeypatch.setattr(doctor, "bases", lambda: [LLAVA])  # of 25, each takes seconds
     (row,) = [line.split() for line in told("--all").stdout.splitlines() if line.split()[:1] == [LLAVA]]
     assert 10 < float(row[1]) < 30 and float(row[2]) < float(row[1])

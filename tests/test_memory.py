@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgp5 import Conversation, Image
 from mgp5.cli import main
 from mgp5.config import LoraConfig, ModelConfig, PrefixConfig
+from mgp5.device import HostMemory
+from mgp5.errors import Mgp5Error
 from mgp5.files import GiB
 from mgp5.heads import Head
 from mgp5.hub import DEMO, REPOS
@@ -26,6 +28,7 @@ from mgp5.memory.estimate import dry_run_step, estimate, step, story_length, tab
 from mgp5.memory.skeletons import backbone_shape, generator_shape, known_models, skeleton
 from mgp5.training.batch import Collator
 from mgp5.training.presets import preset
+from mgp5.training.run import TrainRequest, train_stage
 
 PICTURE = DEMO.parents[1] / "examples/picnic/1.png"
 MLLMS, GENERATORS = known_models("mllm"), known_models("generator")
@@ -141,16 +144,20 @@ def test_text_encoders_take_memory_where_captions_are_encoded(shape):
     assert "text encoders" in parts["pretrain"] and "text encoders" not in parts["finetune"]
 
 
-def test_a_dry_run_tells_it_without_weights_or_network(tmp_path):
+def write_sample(folder):
     message = {"role": "assistant", "content": [{"type": "image", "path": "fox.png", "caption": "a fox"}]}
-    shutil.copy(PICTURE, tmp_path / "fox.png")
-    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "fox"}, message]}))
+    shutil.copy(PICTURE, folder / "fox.png")
+    (folder / "train.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "fox"}, message]}))
+
+
+def test_a_dry_run_tells_it_without_weights_or_network(tmp_path):
+    write_sample(tmp_path)
     command = ["train", "--stage", "pretrain", "--model", "llava-1.5-7b+sd-2.1-base", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(main, [*command, "--data", str(tmp_path), "--format", "jsonl", "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert (told["samples"], told["tokens"]) == (1, 80)
-    assert told["bytes"] == needs().total.total
+    assert told["bytes"] == needs().total.total and told["host"]["loading"] == needs().total.weights
     assert {row["part"] for row in told["parts"]} >= {"LLM", "vision tower", "mapper", "adapter", "activations"}
     assert not (tmp_path / "run").exists()
 
@@ -246,3 +253,28 @@ def test_a_folder_has_the_shape_of_what_it_loads(mllm_folder, diffusion_folder):
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in real.parameters()]
     assert all(p.is_meta for p in model.parameters())
     assert model.head.generator.condition_shape == (LENGTH, WIDTH)
+
+
+def test_a_run_tells_what_it_takes_of_the_machines_memory():
+    """On a GPU all weights are loaded through it but those that bitsandbytes reads to the GPU; FSDP gathers a state."""
+    config = replace(preset("pretrain"), ema=0.999)
+    told, total = needs().host(config, on_gpu=True, workers=4), needs().total
+    assert told.loading == total.weights and told.most == told.loading
+    assert told.saving - told.running == total.trained * 12  # moments and the trained weights themselves
+    picture = 4 * 3 * 512 * 512
+    assert told.running == pytest.approx(9 * config.batch * picture, rel=0.01)  # two of each worker, one pinned
+    assert told.times(8).loading == 8 * total.weights
+    small = needs().host(replace(config, quantize="4bit"), on_gpu=True, workers=0)
+    assert small.loading == total.weights - next(row.weights for row in needs().rows if row.part == "LLM")
+    on_cpu = needs().host(config, on_gpu=False, workers=0)
+    assert on_cpu.running > total.total - 2 * GiB and on_cpu.saving == 0
+
+
+def test_weights_that_the_machine_cannot_hold_are_not_begun_to_load(tmp_path, monkeypatch):
+    write_sample(tmp_path)
+    monkeypatch.setattr("mgp5.memory.host.host_memory", lambda: HostMemory(GiB, GiB // 50, True))
+    monkeypatch.setattr("mgp5.training.run.initial_model", lambda *_, **__: pytest.fail("it reads weights"))
+    parts, data = f"{DEMO}/mllm+{DEMO}/diffusion", (("jsonl", tmp_path),)
+    request = TrainRequest(stage="pretrain", data=data, out=tmp_path / "run", model=parts, device="cpu")
+    with pytest.raises(Mgp5Error, match=r"takes 0\.\d GiB of this machine's memory to load, and 0\.0 GiB are free of"):
+        list(train_stage(request))

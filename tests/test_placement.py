@@ -17,6 +17,7 @@ from tiny_sd3 import save_sd3
 from mgp5 import Conversation, Image, engines
 from mgp5.apps.open_model import load
 from mgp5.cli import main
+from mgp5.device import HostMemory
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished
 from mgp5.files import GiB
@@ -34,6 +35,11 @@ SMALLEST = Plan(quantize="4bit", offload=True, tiling=True)
 @cache
 def needs(name, **options):
     return footprint(resolve(name), **options)
+
+
+def host(monkeypatch, free):
+    for module in ("generation", "host"):
+        monkeypatch.setattr(f"mgp5.memory.{module}.host_memory", lambda: HostMemory(64 * GiB, int(free), True))
 
 
 @cache
@@ -91,7 +97,8 @@ def test_activations_weigh_what_the_allocator_sees():
     assert told.activations["tiles"] == told.activations["decode"]  # no picture above 512 pixels
 
 
-def test_auto_takes_the_mildest_plan_that_fits_and_text_encoders_take_no_gpu_memory():
+def test_auto_takes_the_mildest_plan_that_fits_and_text_encoders_take_no_gpu_memory(monkeypatch):
+    host(monkeypatch, 64 * GiB)
     told = needs("qwen2.5-vl-7b+sd-3")
     assert told.weights["text encoders"] > 10 * GiB  # a T5 of 4.7 billion parameters
     assert told.total(Plan()) < 24 * GiB and told.total(SMALLEST) < 8 * GiB
@@ -109,6 +116,38 @@ def test_auto_takes_the_mildest_plan_that_fits_and_text_encoders_take_no_gpu_mem
     with pytest.raises(Mgp5Error, match="offload"):
         first_plan_that_fits(told, 8 * GiB, "8bit")  # layers of 8 bits stay on the GPU
     assert told.total(Plan(quantize="8bit", offload=True)) > told.quantized["8bit"] + told.weights["denoiser"]
+
+
+def test_the_machines_own_memory_is_respected(monkeypatch):
+    told = needs("llava-1.5-7b+sd-2.1-base")
+    everything = sum(size for part, size in told.weights.items() if part != "text encoders")
+    assert told.host(Plan()) == (everything, 0, 0)
+    bits = Plan(quantize="4bit", offload=True)  # bitsandbytes reads to the GPU; what waits comes back
+    assert told.host(bits) == (
+        everything - told.weights["LLM"],
+        sum(told._weights(bits).values())
+        - told.weights["text encoders"]
+        - sum(told.weights[part] for part, phase in told.phases_of.items() if phase == "always"),
+        0,
+    )
+    host(monkeypatch, 1.01 * everything)
+    assert first_plan_that_fits(told, 40 * GiB) == replace(Plan(), why=first_plan_that_fits(told, 40 * GiB).why)
+    host(monkeypatch, 0.9 * everything)
+    assert first_plan_that_fits(told, 40 * GiB).name == "LLM in 4 bits"  # it would fit the GPU as it is
+    assert first_plan_that_fits(told, None).name == "LLM in 4 bits"  # on a CPU, with activations
+    host(monkeypatch, GiB)
+    with pytest.raises(Mgp5Error, match=r"this machine's memory at least .* 1.0 GiB are free of the 64.0 that"):
+        first_plan_that_fits(told, None)
+    with pytest.raises(Mgp5Error, match=r"takes about \d\.\d GiB of this machine's memory at least"):
+        first_plan_that_fits(told, 40 * GiB)
+
+
+@pytest.mark.parametrize("memory", ["auto", "low", "full"])
+def test_a_load_that_cannot_fit_is_refused_before_it_begins(monkeypatch, memory):
+    host(monkeypatch, GiB // 50)
+    monkeypatch.setattr("mgp5.loading.load_backbone", lambda *_: pytest.fail("it reads weights"))
+    with pytest.raises(Mgp5Error, match=r"demo takes (about )?0\.\d GiB of this machine's memory .* 0\.0 GiB are free"):
+        load("demo", memory=memory)
 
 
 def test_modes_where_there_is_nothing_to_choose():

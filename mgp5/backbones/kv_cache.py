@@ -6,17 +6,14 @@ tokens of a row; other dimensions are named as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
-
-if TYPE_CHECKING:
-    from . import Backbone, SideInputs
 
 States = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, both (B, num_heads, num_tokens, head_dim)
 SMALLEST = 256  # initial slots of a row
@@ -118,13 +115,13 @@ class KVCache(Cache):
 
 
 def read(
-    backbone: Backbone,
+    backbone: Callable[..., Tensor],  # a Backbone
     cache: KVCache,
     rows: Sequence[int],
     starts: Sequence[int],  # slot of the first new token of each row
     embeds: Tensor,  # (b, T, E)
     positions: Tensor,  # (b, T) or (3, b, T)
-    side: SideInputs | None = None,
+    side: Any = None,  # SideInputs
 ) -> Tensor:  # (b, T, D)
     """Read T tokens behind what rows of the cache hold, PIECE by PIECE; return the state after each."""
     length, device = embeds.shape[1], embeds.device

@@ -51,6 +51,9 @@ def _answers(found: dict[str, Any]) -> Iterator[str]:
     for card, name in cards.items():
         how = name if not name or "bits" in name else f"in {precision}, {name}".removesuffix(", full")
         yield f"{memory['model']} fits on {card}: {f'yes, {how}' if how else 'no'}"
+    host = memory["host"]
+    answer = "yes" if host["fits"] else "no"
+    yield f"{memory['model']} fits without a GPU: {answer}, it takes {_gib(host['needs'])} GiB and {host['told']}"
     yield ""
 
 
@@ -89,9 +92,9 @@ def _memory_tables(memory: dict[str, Any]) -> Iterator[Table]:
     rows += [[f"LLM in {kind[0]} bits", "", _gib(size)] for kind, size in memory["quantized"].items()]
     rows.append([f"cache of {memory['tokens']} tokens", "", _gib(memory["cache"])])
     yield table(title, ["part", "parameters (M)", "GiB"], rows)
-    phases = "encode", "read", "draw", "decode", "total"
+    phases = "encode", "read", "draw", "decode", "total", "host"
     rows = [[mode["name"], *(_gib(mode[phase]) for phase in phases)] for mode in memory["modes"]]
-    columns = ["held as", "encoding", "reading", "drawing", "decoding", "GPU memory (GiB)"]
+    columns = ["held as", "encoding", "reading", "drawing", "decoding", "GPU memory (GiB)", "machine's memory"]
     if memory["free"] is not None:
         columns.append("fits")
         for row, mode in zip(rows, memory["modes"], strict=True):

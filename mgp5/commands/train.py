@@ -137,6 +137,7 @@ def _line(event: Progress) -> str:
 
 
 def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
+    from ..device import host_memory
     from ..memory.estimate import table
     from ..views.tables import show
 
@@ -144,12 +145,13 @@ def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
     if as_json:
         values = {"samples": found.samples, "updates": found.updates, "tokens": memory.length, "tflop": tflop}
         parts = {"parts": [asdict(row) for row in memory.rows], "bytes": memory.total.total}
-        return click.echo(json.dumps(values | parts))
+        return click.echo(json.dumps(values | parts | {"host": found.host._asdict()}))
     show(table(memory), file=sys.stderr)
     samples = "an unknown number of samples" if found.samples is None else counted(found.samples, "sample")
     work = f"{samples}, {counted(found.updates, 'update')} of {counted(found.batch, 'sample')}"
     work += f", {batch} of {counted(memory.length, 'token')} at a time"
     say(f"{work}; {memory.total.trained:,} trainable parameters, {tflop} TFLOP per update")
+    say(f"of the machine's own memory: {found.host.told()}; {host_memory().told}")
 
 
 @click.command()

@@ -19,6 +19,7 @@ from ..files import GiB
 from ..heads.batch import Batch
 from ..heads.losses import Losses, text_loss
 from ..views import tables
+from .host import AHEAD, HostNeeds, loaded
 from .meter import MemoryMeter, fused_attention
 from .offload import memory_parts
 
@@ -61,6 +62,16 @@ class Estimate:
     rows: list[Row]
     flops: int
     length: int
+    batch: int  # bytes of a batch, as data workers make it
+
+    def host(self, config: TrainConfig, on_gpu: bool, workers: int) -> HostNeeds:
+        """Return the bytes of the machine's memory that a process takes: batches in waiting, of which one is pinned,
+        and the optimizer's state, gathered to be saved. On a CPU the whole run is there."""
+        loading = loaded([(row.part, row.weights) for row in self.rows], config.quantize, on_gpu)
+        batches = self.batch * (1 + AHEAD * workers)
+        if not on_gpu:
+            return HostNeeds(loading, self.total.total - CONTEXT + batches)
+        return HostNeeds(loading, batches, batches + self.total.optimizer + self.total.gradients)
 
     @property
     def total(self) -> Row:
@@ -76,15 +87,30 @@ def estimate(model: InterleavedModel, config: TrainConfig, length: int | None = 
     `cached`, latents are not computed.
     """
     length = length or usual_length(model, config)
-    quantised = set()  # matrices of the LLM
+    rows, quantised = weigh(model, config)
+    peak, flops = dry_run_step(model, config, length, cached)
+    peak += max((p.numel() * 2 for p in quantised), default=0)  # the largest one, unpacked when it is used
+    rows += Row("activations", other=peak), Row("context", other=CONTEXT + FRAGMENTS * peak)
+    return Estimate(rows, flops * config.accumulation, length, _batch_bytes(model, config, length))
+
+
+def weigh(model: InterleavedModel, config: TrainConfig) -> tuple[list[Row], set[nn.Parameter]]:
+    """Return what each part takes without activations, and the matrices of the LLM that are quantised."""
+    quantised = set()
     if config.quantize != "none":
         linears = [item for item in model.backbone.language.named_modules() if isinstance(item[1], nn.Linear)]
         quantised = {module.weight for name, module in linears if "lora_" not in name}
     rows = [_row(part, parameters, quantised, config) for part, parameters in _parameters(model).items()]
-    peak, flops = dry_run_step(model, config, length, cached)
-    peak += max((p.numel() * 2 for p in quantised), default=0)  # the largest one, unpacked when it is used
-    rows += Row("activations", other=peak), Row("context", other=CONTEXT + FRAGMENTS * peak)
-    return Estimate(rows, flops * config.accumulation, length)
+    return rows, quantised
+
+
+def _batch_bytes(model: InterleavedModel, config: TrainConfig, length: int) -> int:
+    """Return the bytes of the tensors of B samples with their context images."""
+    target = model.head.target(pil.new("RGB", (64, 64)))
+    talks = model.head.stage(config.stage).data == "conversations"
+    context = model.backbone.preprocess([pil.new("RGB", PHOTO)]) if talks else {}
+    images = sum(tensor.nbytes for tensor in target.values()) + IMAGES * sum(t.nbytes for t in context.values())
+    return config.batch * (images + 3 * 8 * length)
 
 
 def _parameters(model: InterleavedModel) -> dict[str, list[nn.Parameter]]:

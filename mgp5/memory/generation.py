@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..backbones.kv_cache import read
 from ..backbones.quantization import Quantize
+from ..device import host_memory
 from ..errors import Mgp5Error
 from ..files import GiB
 from ..heads import DrawContext, Embeds, Forced, Head, Request, Response, Sample, Step
 from ..hub import Parts
 from ..options import Memory
 from .estimate import BITS, CONTEXT, FRAGMENTS, story_length
+from .host import HostNeeds, check_loading, loaded, surely_fits
 from .meter import peak_bytes
 from .offload import PHASES, Plan, memory_parts, memory_plans, tile_vae
 from .skeletons import generating_skeleton
@@ -46,9 +48,21 @@ class Footprint:
     tokens: int
     size: tuple[int, int]
 
+    def _weights(self, plan: Plan) -> dict[str, float]:
+        return self.weights | {"LLM": self.quantized.get(plan.quantize, self.weights["LLM"])}
+
+    def host(self, plan: Plan, on_gpu: bool = True) -> HostNeeds:
+        """Return the bytes of the machine's memory; text encoders are not read to generate."""
+        weights = {part: size for part, size in self._weights(plan).items() if self.phases_of[part] != "never"}
+        loading = loaded(weights.items(), plan.quantize, on_gpu)
+        if not on_gpu:
+            return HostNeeds(loading, self.total(plan) - CONTEXT)
+        moves = {*PHASES} - (set() if plan.moves_llm else {"read"}) if plan.offload else set()
+        return HostNeeds(loading, sum(size for part, size in weights.items() if self.phases_of[part] in moves))
+
     def phases(self, plan: Plan) -> dict[str, float]:
         """Return the bytes on the GPU in each phase, with CUDA's context and the allocator's gaps."""
-        weights = self.weights | {"LLM": self.quantized.get(plan.quantize, self.weights["LLM"])}
+        weights = self._weights(plan)
         sizes = dict.fromkeys((*PHASES, "always", "never"), 0.0)
         for part, phase in self.phases_of.items():
             sizes[phase] += weights[part]
@@ -154,34 +168,57 @@ def select_memory_plan(
 ) -> Plan:
     """Return the plan of a memory mode, with at most the bits of `quantize`; `images` are drawn at once.
 
-    `full` keeps everything on the GPU, `low` saves all it can, `auto` takes the first of `memory_plans` that fits what
-    is free. Only configurations are read. Raises Mgp5Error for an unknown mode, or when nothing fits.
+    `full` keeps everything on the device, `low` saves all it can, `auto` takes the first of `memory_plans` that fits
+    what is free, of the GPU and of the machine. Only configurations are read. Raises Mgp5Error for an unknown mode, or
+    when nothing fits: in the other modes, when the weights cannot be loaded.
     """
     if memory not in get_args(Memory):
         raise Mgp5Error(f"no memory mode {memory!r}, expected {', '.join(get_args(Memory))}", "choose one", usage=True)
-    if memory == "full" or (memory == "auto" and device.type == "cpu"):
-        return Plan(quantize=quantize)
-    if memory == "auto":
-        try:
-            needs = footprint(parts, dtype, images=images)
-        except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
-            raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
-        return first_plan_that_fits(needs, torch.cuda.mem_get_info(device)[0], quantize, parts.name)
-    if device.type == "cpu":
-        why = "memory low: VAE tiling only, as on a CPU there is nowhere to move parts to"
-        return Plan(quantize=quantize, tiling=True, why=why)
-    least = memory_plans(quantize)[-1]
-    return replace(least, why=f"memory low: {least.name}")
+    on_gpu = device.type != "cpu"
+    plans = memory_plans(quantize) if on_gpu else [Plan(quantize=quantize), Plan(quantize=quantize, tiling=True)]
+    plan = plans[-1 if memory == "low" else 0]
+    if memory == "low":
+        why = plan.name if on_gpu else "VAE tiling only, as on a CPU there is nowhere to move parts to"
+        plan = replace(plan, why=f"memory low: {why}")
+    measures = memory == "auto" and on_gpu
+    if not measures and surely_fits(parts):
+        return plan
+    try:
+        needs = footprint(parts, dtype, images=images)
+    except (RuntimeError, NotImplementedError) as error:  # its code looks into values, and on meta there are none
+        if not measures:
+            return plan
+        raise Mgp5Error(f"no estimate for {parts.name} ({error})", "choose --memory full or low") from error
+    if memory != "auto":
+        check_loading(needs.host(plan, on_gpu), parts.name)
+        return plan
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+    return first_plan_that_fits(needs, free, quantize, parts.name)
 
 
-def first_plan_that_fits(needs: Footprint, free: int, quantize: Quantize = "none", name: str = "the model") -> Plan:
-    """Return the first plan that fits `free` bytes; its `why` has the numbers. Raises Mgp5Error when none does."""
-    plans = memory_plans(quantize)
-    sizes = [needs.total(plan) / GiB for plan in plans]
-    have = f"{free / GiB:.1f} GiB are free"
-    for plan, size in zip(plans, sizes, strict=True):
-        if size * GiB <= free:
-            more = "" if plan is plans[0] else f"; {plans[0].name} would take {sizes[0]:.1f}"
-            return replace(plan, why=f"memory auto: {plan.name}, about {size:.1f} GiB, and {have}{more}")
-    least = f"{name} takes about {sizes[-1]:.1f} GiB of the GPU at least ({plans[-1].name}), and {have}"
-    raise Mgp5Error(least, "free some, draw with --device cpu, or take a smaller model")
+def first_plan_that_fits(
+    needs: Footprint, free: int | None, quantize: Quantize = "none", name: str = "the model"
+) -> Plan:
+    """Return the first plan that fits `free` bytes of a GPU, None for a CPU, and the machine's memory.
+
+    Its `why` has the numbers. Raises Mgp5Error when none does.
+    """
+    on_gpu, memory = free is not None, host_memory()
+    plans = [plan for plan in memory_plans(quantize) if on_gpu or not plan.offload]
+    hosts = [needs.host(plan, on_gpu).most for plan in plans]
+    sizes = [needs.total(plan) if on_gpu else host for plan, host in zip(plans, hosts, strict=True)]
+    most = memory.free if free is None else free
+    have = f"{most / GiB:.1f} GiB are free"
+    for plan, size, host in zip(plans, sizes, hosts, strict=True):
+        if size <= most and host <= memory.free:
+            if not on_gpu and plan is plans[0]:
+                return plan
+            more = "" if plan is plans[0] else f"; {plans[0].name} would take {sizes[0] / GiB:.1f}"
+            return replace(plan, why=f"memory auto: {plan.name}, about {size / GiB:.1f} GiB, and {have}{more}")
+    of = "the GPU" if on_gpu and sizes[-1] > most else "this machine's memory"
+    size = sizes[-1] if of == "the GPU" else min(hosts)
+    least = f"{name} takes about {size / GiB:.1f} GiB of {of} at least ({plans[-1].name}), and "
+    hint = "free some, draw with --device cpu, or take a smaller model"
+    if of != "the GPU":
+        have, hint = memory.told, "free some, raise the container's limit, or take a smaller model"
+    raise Mgp5Error(least + have, hint)

@@ -131,7 +131,7 @@ def train(
         Mgp5Error: `out` holds a run and `resume` is not set, or holds a run of another configuration.
     """
     accelerator = accelerator or launch(config, str(model.device), out)
-    config = replace(config, workers=_num_workers(config, accelerator))
+    config = replace(config, workers=num_workers(config, accelerator.device))
     processes, streams = accelerator.num_processes, hasattr(data, "stream")
     total = total_steps(config, data, processes)
     newest = on_main(accelerator, lambda: checkpoints.claim(out, config, resume, processes, streams))
@@ -209,9 +209,9 @@ def _batches(
         raise Mgp5Error(str(error).splitlines()[-1].partition("Mgp5Error: ")[2] or str(error)) from None
 
 
-def _num_workers(config: TrainConfig, accelerator: Accelerator) -> int:
+def num_workers(config: TrainConfig, device: torch.device) -> int:
     """Return how many processes read data for this one: as set, else on a GPU its share of the cores, at most 8."""
-    if config.workers is not None or accelerator.device.type != "cuda":
+    if config.workers is not None or device.type != "cuda":
         return config.workers or 0
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, cores - 1))

@@ -24,14 +24,15 @@ from ..heads import head_class
 from ..heads.settings import model_config_from
 from ..hub import explain, from_hub, read_config, resolve
 from ..loading import CONFIG, build, load_checkpoint
-from ..memory.estimate import Estimate, estimate
+from ..memory.estimate import Estimate, estimate, weigh
+from ..memory.host import HostNeeds, check_loading, loaded, surely_fits
 from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..options import override, read_toml
 from . import checkpoints as runs
 from .distributed import check_machine, frozen_dtype, launch
 from .feature_cache import Caches
-from .loop import Progress, num_samples, total_steps, train
+from .loop import Progress, num_samples, num_workers, total_steps, train
 from .presets import PRESETS, preset
 
 FEW = 50  # updates of a run below which its user is warned
@@ -123,6 +124,7 @@ class StageEstimate:
     updates: int
     batch: int  # samples of an update
     memory: Estimate  # parameters, memory and operations of an update
+    host: HostNeeds  # of the machine's own memory, for all processes on it
 
 
 def train_stage(
@@ -146,6 +148,7 @@ def _train_stage(request: TrainRequest, stop: Callable[[], bool], tell: Tell) ->
     accelerator = launch(config, request.device, request.out)
     total_steps(config, data, accelerator.num_processes)  # raises before weights are loaded
     dtype = frozen_dtype(config, accelerator.device)
+    _check_host(request, dtype, accelerator.device.type != "cpu")
     model = initial_model(request.model, config, head=request.head_name, dtype=dtype)
     if accelerator.device.type == "cpu":
         limit_threads_for_small_models(model)
@@ -170,12 +173,15 @@ def estimate_stage(request: TrainRequest, *, tell: Tell = lambda text: None) -> 
     samples, updates = num_samples(data), total_steps(config, data, processes)
     shapes = {"head": request.head_name, "trained": request.trained, "dtype": DTYPES[config.precision]}
     memory = estimate(skeleton(parts.mllm, parts.diffusion, config, **shapes), config)
+    device = pick_device(request.device)[0]
+    host = memory.host(config, on_gpu=True, workers=num_workers(config, device)).times(_local_processes())
     _advise(request, data, tell)
     try:
-        check_machine(config, pick_device(request.device)[0])
+        check_machine(config, device)
+        check_loading(host, request.model)
     except Mgp5Error as error:  # the estimate may be for another machine
         tell(f"warning: on this machine the run is refused: {error}")
-    return StageEstimate(samples, updates, config.batch * config.accumulation * processes, memory)
+    return StageEstimate(samples, updates, config.batch * config.accumulation * processes, memory, host)
 
 
 def _load_data(request: TrainRequest, tell: Tell) -> Keyed | Shards:
@@ -205,6 +211,21 @@ def _advise(request: TrainRequest, data: Keyed | Shards, tell: Tell) -> None:
         tell(f"warning: only {updates} update{'s' * (updates != 1)} of {each} samples will hardly be seen: {hint}")
     if config.warmup >= updates:
         tell(f"warning: the learning rate grows over {config.warmup} updates, the run has {updates}: --set warmup=N")
+
+
+def _check_host(request: TrainRequest, dtype: torch.dtype, on_gpu: bool) -> None:
+    """Raise Mgp5Error where the weights, which every process loads, do not fit the machine's memory."""
+    parts, config = resolve(request.model), request.config
+    if surely_fits(parts):
+        return
+    shapes = {"head": request.head_name, "trained": request.trained, "dtype": dtype}
+    rows, _ = weigh(skeleton(parts.mllm, parts.diffusion, config, **shapes), config)
+    loading = loaded([(row.part, row.weights) for row in rows], config.quantize, on_gpu)
+    check_loading(HostNeeds(loading).times(_local_processes()), request.model)
+
+
+def _local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _processes() -> int:
