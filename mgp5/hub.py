@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from .errors import Mgp5Error
 from .files import read_json
 
 LOST = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
-DEMO = Path(__file__).parent / "demo"
+PACKAGED = Path(__file__).parent  # in which demo, demo-seed, ... are
+DEMO = PACKAGED / "demo"
 HALVES = ("fp16", "bf16")  # in names of weights, as in model.fp16.safetensors
 T = TypeVar("T")
 
@@ -129,8 +131,8 @@ class Parts:
 
 
 def local_names() -> list[str]:
-    """Return the names of models inside the package, which need no network."""
-    return ["demo"] if (DEMO / "mgp5" / "config.json").is_file() else []
+    """Return the names of models inside the package, which need no network: demo first."""
+    return sorted(path.parents[1].name for path in PACKAGED.glob("demo*/mgp5/config.json"))
 
 
 def resolve(name: str) -> Parts:
@@ -138,7 +140,7 @@ def resolve(name: str) -> Parts:
 
     Raises Mgp5Error where there is no such model, with the nearest name.
     """
-    folder = DEMO if name == "demo" else Path(name).expanduser()
+    folder = PACKAGED / name if name in ("demo", *local_names()) else Path(name).expanduser()
     if folder.is_dir():
         return _from_folder(name, folder)
     parts = name.split("+")
@@ -242,7 +244,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _part_of(folder: Path, raw: dict[str, Any], part: str) -> str:
     value = str(raw[part])
-    return str(folder / value) if (folder / value).is_dir() else value
+    return os.path.normpath(folder / value) if (folder / value).is_dir() else value
 
 
 def explain(error: Exception, name: str) -> Mgp5Error:

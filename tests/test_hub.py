@@ -6,12 +6,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from tiny_training import join
 
+from mgp5.apps.library import catalogue
+from mgp5.apps.open_model import load
 from mgp5.backbones.hf import HFBackbone
 from mgp5.errors import Mgp5Error
 from mgp5.generators.stable_diffusion import StableDiffusion
-from mgp5.hub import REPOS, bases, from_hub, resolve
+from mgp5.hub import REPOS, Parts, bases, from_hub, local_names, resolve
+from mgp5.loading import build, save_checkpoint
 
 
 def test_every_base_is_two_repositories_of_the_table():
@@ -43,6 +48,27 @@ def test_what_is_no_model_is_told_with_the_nearest_name(name, hint):
     with pytest.raises(Mgp5Error, match=f"no model .*{hint}") as error:
         resolve(name)
     assert error.value.exit_code == 2 and len(str(error.value)) < 140
+
+
+def test_models_inside_the_package_share_the_parts_of_the_demo(llava_folder, diffusion_folder, tmp_path, monkeypatch):
+    model = build(str(llava_folder), str(diffusion_folder), num_vokens=2)
+    join(tmp_path / "demo", llava_folder, diffusion_folder)
+    shared = {"mllm": "../demo/mllm", "diffusion": "../demo/diffusion"}
+    for name, parts in (("demo", {"mllm": "mllm", "diffusion": "diffusion"}), ("demo-more", shared)):
+        model.config = replace(model.config, **parts)
+        save_checkpoint(model, tmp_path / name)
+    monkeypatch.setattr("mgp5.hub.PACKAGED", tmp_path)
+    assert local_names() == ["demo", "demo-more"]
+    found = resolve("demo-more")
+    assert found == Parts("demo-more", str(tmp_path / "demo/mllm"), str(tmp_path / "demo/diffusion"), found.trained)
+    assert found.trained == tmp_path / "demo-more/mgp5"
+    assert torch.equal(load("demo-more").head.mapper.queries, model.head.mapper.queries)
+    monkeypatch.setattr("mgp5.apps.library.PACKAGED", tmp_path)
+    rows = {row["name"]: row["bytes"] for row in catalogue() if row["generates"] and row["whole"]}
+    own = sum(path.stat().st_size for path in (tmp_path / "demo-more/mgp5").iterdir())
+    assert rows.keys() == {"demo", "demo-more"} and rows["demo-more"] == own
+    with pytest.raises(Mgp5Error, match=r"did you mean demo-more\?"):
+        resolve("demo-mor")
 
 
 @pytest.mark.parametrize("name, load", [("llava-1.5-7b", HFBackbone.load), ("sd-2.1-base", StableDiffusion.load)])

@@ -15,7 +15,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from ..errors import Mgp5Error
 from ..files import read_json
-from ..hub import DEMO, LOST, REPOS, Repo, from_hub, local_names, repo_of, resolve
+from ..hub import LOST, PACKAGED, REPOS, Repo, from_hub, local_names, repo_of, resolve
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, ModelInfo
@@ -40,15 +40,12 @@ def catalogue() -> list[dict[str, Any]]:
     `generates` tells whether it is more than a part to train with, `whole` whether it could be loaded; `bytes` counts
     the files here.
     """
-    size = sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file())
-    demo = {
-        "name": "demo",
-        "made_of": "generates: of Storyland",
-        "generates": True,
-        "from": ["this package"],
-        "revision": None,
-    }
-    rows = [demo | {"licence": "apache-2.0", "size": size / GB, "bytes": size, "whole": "demo" in local_names()}]
+    rows: list[dict[str, Any]] = []
+    for name in sorted({"demo", *local_names()}):
+        size = sum(file.stat().st_size for file in (PACKAGED / name).rglob("*") if file.is_file())
+        row = {"name": name, "made_of": "generates: of Storyland", "generates": True, "from": ["this package"]}
+        row |= {"revision": None, "licence": "apache-2.0", "size": size / GB, "bytes": size}
+        rows.append(row | {"whole": name in local_names()})
     cached = _cached()
     for name, repo in REPOS.items():
         revisions = [revision for _, revision in _of(repo, cached)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import Mgp5Error
+from ...hub import local_names
 
 if TYPE_CHECKING:
     from ...options import ModelRequest
@@ -78,7 +79,7 @@ def absolute(request: ModelRequest) -> ModelRequest:
 
     def resolved(path: str) -> str:
         folder = Path(path).expanduser()
-        return str(folder.resolve()) if path != "demo" and folder.is_dir() else path
+        return str(folder.resolve()) if path not in local_names() and folder.is_dir() else path
 
     model = resolved(request.model)
     if model == request.model:
