@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product, repeat
@@ -37,12 +37,10 @@ TEMPLATE, CAPTION = 15, 20  # tokens of a prompt around the caption, and of a ca
 def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
     """Yield a row for each way to train, the most telling first: features live or cached, activations kept or
     recomputed (checkpointing), by several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
-    cuda = bench.device.type == "cuda"
-    config = replace(preset("pretrain"), precision="bf16" if cuda else "fp32")
-    make = partial(skeleton, parts.mllm, parts.diffusion, dtype=DTYPES[config.precision])
+    config, make = setting(bench, parts)
     model = make(config, device=bench.device)
     for size, (cached, checkpointing, tune) in product([s for s in MICRO if batch % s == 0] or [batch], WAYS):
-        if tune and not cuda:
+        if tune and bench.device.type != "cuda":
             continue
         run = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
         provider = f"{'cached' if cached else 'live'}, {'recomputed' if checkpointing else 'kept'}, by {size}"
@@ -60,6 +58,12 @@ def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
         expected = estimate(make(run), run, made_up.ids.shape[1], cached)
         row |= {"estimated_gib": round(expected.total.total / GiB, 2), "tflop": digits(expected.flops / 1e12)}
         yield row | _measured(model, run, made_up, bench, row["tflop"])
+
+
+def setting(bench: Bench, parts: Parts) -> tuple[TrainConfig, Callable[..., InterleavedModel]]:
+    """Return the settings of the first stage of training, and what makes a model of random weights for settings."""
+    config = replace(preset("pretrain"), precision="bf16" if bench.device.type == "cuda" else "fp32")
+    return config, partial(skeleton, parts.mllm, parts.diffusion, dtype=DTYPES[config.precision])
 
 
 def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
@@ -90,28 +94,35 @@ def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
     )
 
 
-def _measured(model: InterleavedModel, config: TrainConfig, batch: Batch, bench: Bench, tflop: float) -> Row:
-    """Time updates of the training loop, then profile one; a row that says so where memory does not suffice."""
+@contextmanager
+def updates(model: InterleavedModel, config: TrainConfig, batch: Batch, bench: Bench) -> Iterator[Callable[[], object]]:
+    """Yield what runs an update of the training loop; what that took of the memory is free afterwards."""
     accelerator = launch(config, bench.device.type)
-    cuda = accelerator.device.type == "cuda"
     model.merge()
     try:
         trainer = Trainer(model, config, accelerator)
-        update = partial(trainer.update, repeat(batch), lambda: False)
         model.train()
-        update()  # the first one compiles, tunes and allocates
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        milliseconds = [1000 * timed(update) for _ in range(bench.steps)]
-        peak = round(torch.cuda.max_memory_allocated() / GiB, 2) if cuda else None
-        parts = shares(model, update, cuda)
-    except torch.OutOfMemoryError:
-        return {"skipped": "out of memory"}
+        yield partial(trainer.update, repeat(batch), lambda: False)
     finally:
         trainer = None
         accelerator.free_memory()
         model.zero_grad(set_to_none=True)
         release_memory()
+
+
+def _measured(model: InterleavedModel, config: TrainConfig, batch: Batch, bench: Bench, tflop: float) -> Row:
+    """Time updates of the training loop, then profile one; a row that says so where memory does not suffice."""
+    cuda = bench.device.type == "cuda"
+    try:
+        with updates(model, config, batch, bench) as update:
+            update()  # the first one compiles, tunes and allocates
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            milliseconds = [1000 * timed(update) for _ in range(bench.steps)]
+            peak = round(torch.cuda.max_memory_allocated() / GiB, 2) if cuda else None
+            parts = shares(model, update, cuda)
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
     columns = percentiles(milliseconds)
     median = columns["median"]
     return columns | {
