@@ -164,6 +164,9 @@ class Options:
             image |= nested
         else:
             text["draw"] = nested
+        if unknown := sorted(text.keys() - {f.name for f in fields(self)}):
+            names = ", ".join(self.flat() | {"stop": ()})
+            raise Mgp5Error(f"no setting {', '.join(unknown)}", f"this model's are {names}", usage=True)
         return override(self, text | {"image": image})
 
 

@@ -115,6 +115,13 @@ def diffusion_folder(generator_folder):
 
 
 @pytest.fixture(scope="session")
+def vqvae_folder(shared):
+    from tiny import save_vqvae
+
+    return shared("vqvae", save_vqvae)
+
+
+@pytest.fixture(scope="session")
 def clip_folder(shared):
     from tiny import save_clip
 

@@ -166,11 +166,13 @@ def test_a_story_is_as_long_as_its_pictures():
     """Of a phone's pictures, five in a story; max_pixels says how large they are seen."""
     config = preset("finetune")
     limited = replace(config, data=replace(config.data, max_pixels=300 * 300))
+    head = Head()
+    head.spec = SimpleNamespace(positions=8)
     with torch.device("meta"):
         for name, length in {"llava-1.5-7b": 576, "qwen2.5-vl-3b": 27 * 20, "qwen3-vl-4b": 24 * 18}.items():
             backbone = backbone_shape(name)
             backbone.limit_pixels(ModelConfig.max_pixels)
-            assert story_length(SimpleNamespace(backbone=backbone, head=Head())) == 400 + 5 * length
+            assert story_length(SimpleNamespace(backbone=backbone, head=head)) == 400 + 5 * length
     assert story_length(skeleton("qwen2.5-vl-3b", "sd-2.1-base", limited)) == 400 + 5 * 12 * 9
 
 

@@ -13,11 +13,11 @@ from mgp5.config import LoraConfig
 from mgp5.errors import Mgp5Error
 from mgp5.events import Finished, ImageDone, ImageStep
 from mgp5.generators.var import VARConfig
-from mgp5.generators.vqvae import VQVAE, VQVAEConfig
 from mgp5.hub import resolve
 from mgp5.inference.reply import generate, generate_batch
 from mgp5.inference.session import Session
 from mgp5.loading import build, load_checkpoint, save_checkpoint, trained_tensors
+from mgp5.memory.offload import Offload
 from mgp5.options import VARGPTOptions, reply_options
 from mgp5.training.batch import Collator
 from mgp5.training.loop import train
@@ -27,17 +27,6 @@ SIZES = (1, 4, 9)
 VAR = VARConfig(width=24, depth=2, heads=2, drop_path=0.0)
 TALK = Conversation().add("user", Image(pixels=picture("blue")), "draw")
 STAGES = ("var", "align", "instruct", "decode")
-
-
-@pytest.fixture(scope="module")
-def vqvae_folder(tmp_path_factory):
-    torch.manual_seed(1)
-    shape = {"channels": (8, 8, 8), "norm_groups": 4, "layers_per_block": 1, "attention": False}
-    vqvae = VQVAE(VQVAEConfig(patch_nums=(1, 2, 3), num_codes=16, code_width=8, **shape)).eval()
-    with torch.no_grad():
-        vqvae.quantizer.codebook.weight.normal_()
-    vqvae.save(folder := tmp_path_factory.mktemp("vqvae"))
-    return folder
 
 
 @pytest.fixture
@@ -184,6 +173,18 @@ def test_images_in_and_out_are_one_sample_and_prompts_are_learnt_if_asked(model)
     silent = (batch.ids == model.head.ids[1]) | (batch.ids == model.backbone.image_token_id)
     assert (labels[True][silent] == -100).all() and (labels[True][~silent] == batch.ids[~silent]).all()
     assert (labels[False] != -100).sum() < (labels[True] != -100).sum()
+
+
+def test_parts_that_wait_are_there_when_a_scale_is_drawn(model):
+    talk, way = Conversation().add("user", "red"), options(image="always", max_tokens=0)
+    expected = list(generate(model, talk, way))[-1].message.images[0]
+    offload, phases = Offload(model, torch.device("cpu")), []
+    assert model.head.decoder.head.weight.numel() and "codebook" in model.head.parts()
+    for owner, name in ((model.head.decoder, "decode_scale"), (model.head.generator.quantizer, "add")):
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, real=real: phases.append(offload.phase) or real(*args))
+    image = list(generate(model, talk, way))[-1].message.images[0]
+    assert torch.equal(numbers(image), numbers(expected)) and set(phases) == {"draw"}
 
 
 def test_another_generator_is_refused_and_presets_are_the_papers(llava_folder, diffusion_folder):

@@ -13,6 +13,7 @@ from PIL import ImageChops
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mgp5.generators.vqvae import VQVAE, VQVAEConfig
 from mgp5.heads import ImageContext
 from mgp5.heads.minigpt5 import to_pixels
 
@@ -92,6 +93,16 @@ def save_clip(folder: Path) -> Path:
     tiny_tokenizer().save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder)
     return folder
+
+
+def save_vqvae(folder: Path) -> None:
+    """Images of 12x12 pixels, 14 codes of three scales."""
+    torch.manual_seed(1)
+    shape = {"channels": (8, 8, 8), "norm_groups": 4, "layers_per_block": 1, "attention": False}
+    vqvae = VQVAE(VQVAEConfig(patch_nums=(1, 2, 3), num_codes=16, code_width=8, **shape)).eval()
+    with torch.no_grad():
+        vqvae.quantizer.codebook.weight.normal_()
+    vqvae.save(folder)
 
 
 def conditions_of(diffusion, seed: int, count: int) -> torch.Tensor:  # (count, L, D)

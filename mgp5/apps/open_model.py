@@ -71,9 +71,13 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     from ..export.cache import apply
 
     generator, on_gpu = getattr(model.head, "generator", None), model.backbone.device.type == "cuda"
-    if generator is None:
-        return engines.BackendChoice(None, f"the head {model.head.spec.name} has no denoiser")
-    choice = apply(generator, backend, exported)
+    if hasattr(generator, "denoiser"):
+        choice = apply(generator, backend, exported)
+    elif backend in ("auto", "eager", "compile"):
+        choice = engines.BackendChoice("compile" if backend == "compile" else "eager")
+    else:
+        case = f"--backend {backend} runs a denoiser, and the head {model.head.spec.name} has none"
+        raise Mgp5Error(case, "take --backend auto, eager or compile", usage=True)
     # On a CPU only for who asked for the compiler: it takes longer than most replies.
     model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
     if model.backbone.compiled:

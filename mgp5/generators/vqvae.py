@@ -143,7 +143,7 @@ class MultiScaleQuantizer(nn.Module):
         features = features.float()
         target = features.detach()
         f_hat, codes, residuals, losses = torch.zeros_like(target), [], [], []
-        with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):  # none on meta
             for scale in range(len(self.config.patch_nums)):
                 residuals.append(self.vectors(target - f_hat.detach(), scale))
                 codes.append(torch.cdist(residuals[-1], self.codebook.weight.detach()).argmin(-1))
@@ -179,7 +179,7 @@ class VQVAE(nn.Module):
         super().__init__()
         from diffusers.models.autoencoders.vae import Decoder, Encoder  # takes seconds, the rest of this file none
 
-        self.config = config
+        self.config, self.native_size = config, config.image_size
         width, higher, kind = config.code_width, len(config.channels) - 1, "Attn" * config.attention
         shape = {
             "block_out_channels": config.channels,

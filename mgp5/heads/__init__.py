@@ -273,6 +273,10 @@ class Head(nn.Module):
         """Return a sample as a stage of this head learns it; runs in data workers."""
         return sample
 
+    def cached_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what caches can have of a target image and its caption, by the names of batches."""
+        return {}
+
     def layout(self, target: dict[str, Tensor], config: TrainConfig | None = None) -> tuple[list[int], list[int]]:
         """Return ids and labels of a target image in the sequence (labels may be IGNORE); the trigger comes first."""
         raise NotImplementedError

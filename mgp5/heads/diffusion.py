@@ -41,6 +41,11 @@ class DiffusionHead(Head):
             if name.startswith("text_encoder")
         }
 
+    def cached_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of "moments" of latents (2Z, h, w), and of "encodings" of captions (L, C)."""
+        channels, *latents = self.generator.latent_shape(*(self.generator.native_size,) * 2)
+        return {"moments": (2 * channels, *latents), "encodings": self.generator.condition_shape}
+
     def make_unconditional(self) -> Tensor:  # (1, L, C)
         """Compute the unconditional condition."""
         raise NotImplementedError

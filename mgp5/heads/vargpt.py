@@ -130,14 +130,15 @@ class VARGPTHead(Head):
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the decoder."""
-        return self.decoder.positions.device
+        """Return the device of the projectors, which stay there while others wait for their turn."""
+        return self.projectors.unconditional.device
 
     def parts(self) -> dict[str, Part]:
-        """Return projectors and decoder, which are trained, and the frozen VQ-VAE."""
+        """Return projectors and decoder, which are trained, and the frozen VQ-VAE, whose codebook each scale needs."""
         return {
             "projectors": Part(self.projectors, "", True),
             "decoder": Part(self.decoder, "draw", True),
+            "codebook": Part(self.generator.quantizer, "draw", False),
             "VAE": Part(self.generator, "decode", False),
         }
 
@@ -161,13 +162,23 @@ class VARGPTHead(Head):
         rules = [TrainRule(name, config.lr if on else None, config.weight_decay) for name, on in rates.items()]
         return TrainRule("trainable_tokens", rows), *rules
 
+    def train(self, mode: bool = True) -> VARGPTHead:
+        """Put all but the frozen VQ-VAE in training mode, in which that would count hits of codes."""
+        super().train(mode)
+        self.generator.eval()
+        return self
+
     def prepare(self, config: VARGPTTrainConfig) -> None:
         """Let the decoder recompute its activations, if asked for."""
         self.decoder.checkpointing = config.checkpointing
 
     def target(self, image: PIL.Image.Image) -> dict[str, Tensor]:
         """Return {"pixels": (3, H, W) in [-1, 1]} of the VQ-VAE's size."""
-        return {"pixels": to_pixels(image, (self.generator.config.image_size,) * 2)}
+        return {"pixels": to_pixels(image, (self.generator.native_size,) * 2)}
+
+    def cached_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of "codes" (K,)."""
+        return {"codes": (self.spec.positions - 2,)}
 
     def layout(self, target: dict[str, Tensor], config: VARGPTTrainConfig | None = None) -> tuple[list[int], list[int]]:
         """Return start, K places and end of a target image; the places have no label."""

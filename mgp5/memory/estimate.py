@@ -33,7 +33,7 @@ CONTEXT = 1.0 * GiB  # CUDA's context and the libraries' workspaces
 FRAGMENTS = 0.1  # of the activations: what the allocator cannot use between them
 BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}  # NF4 with doubly quantised scales; one scale a row
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter
-CAPTION, STORY, REPLY = 80, 400, 60  # tokens of text: a caption's sample, a story's, and those with a text loss
+CAPTION, STORY, REPLY = 72, 392, 60  # tokens of text: a caption's sample, a story's, and those with a text loss
 IMAGES, PHOTO = 5, (4032, 3024)  # of a story that is planned for: number, width and height
 
 
@@ -159,7 +159,8 @@ def step(model: InterleavedModel, config: TrainConfig, length: int, cached: bool
     batch = _batch(model, ids, config, cached)
     if not model.head.stage(config.stage).llm:
         return model.head.losses(None, batch, settings, torch.Generator())
-    embeds = model.backbone.embed(ids, [])
+    batch = model.head.complete(model.backbone, batch, settings, torch.Generator())
+    embeds = model.head.embed_targets(model.backbone.embed(batch.ids, []), batch)
     positions = torch.arange(length, device=device).expand(ids.shape)
     if hasattr(getattr(model.backbone.core, "model", None), "get_rope_index"):
         positions = positions.expand(3, *ids.shape)
@@ -175,11 +176,9 @@ def _batch(model: InterleavedModel, ids: Tensor, config: TrainConfig, cached: bo
     """Return a batch with a target image at the end of each row of ids (B, T)."""
     count, length = ids.shape
     target = model.head.target(pil.new("RGB", (64, 64)))
-    shapes = {name: value.shape for name, value in target.items()}
-    if (generator := getattr(model.head, "generator", None)) is not None:  # what a cache can have of it
-        channels, *latents = generator.latent_shape(*(generator.native_size,) * 2)
-        shapes = {"moments": (2 * channels, *latents)} if cached else shapes
-        shapes["encodings"] = generator.condition_shape
+    stored = model.head.cached_shapes()
+    live = {name: value.shape for name, value in target.items()}
+    shapes = stored if cached else live | {name: stored[name] for name in ("encodings",) if name in stored}
     return Batch(
         *(ids, ids, ids),
         target_rows=tuple(range(count)),
@@ -202,11 +201,13 @@ def table(estimate: Estimate) -> Table:
 
 def usual_length(model: InterleavedModel, config: TrainConfig) -> int:
     """Return T of the samples that are planned for."""
-    return CAPTION if model.head.stage(config.stage).data == "captions" else story_length(model)
+    if model.head.stage(config.stage).data != "captions":
+        return story_length(model)
+    return CAPTION + model.head.spec.positions
 
 
 def story_length(model: InterleavedModel) -> int:
     """Return T of a story with five images of a phone's size, at most the LLM's whole context."""
     backbone = model.backbone
     (slots,) = model.head.context_slots(backbone, backbone.preprocess([pil.new("RGB", PHOTO)]))
-    return min(STORY + IMAGES * slots, backbone.context_length)
+    return min(STORY + model.head.spec.positions + IMAGES * slots, backbone.context_length)

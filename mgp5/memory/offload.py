@@ -102,7 +102,9 @@ def memory_parts(model: InterleavedModel) -> dict[str, MemoryPart]:
 
 def tile_vae(generator: Any) -> None:
     """Let the VAE decode large images in overlapping tiles."""
-    vae, size = generator.vae, generator.native_size
+    if (vae := getattr(generator, "vae", None)) is None:  # that of codes decodes images of one size, a small one
+        return
+    size = generator.native_size
     vae.enable_tiling()
     vae.tile_sample_min_size = TILE * (size // generator.latent_shape(size, size)[1])
     vae.tile_latent_min_size = TILE
@@ -151,7 +153,8 @@ class Offload:
         self.enter("draw")  # engines look at where the denoiser is
 
     def _wrap(self, model: InterleavedModel) -> None:
-        """Let the methods of backbone and generator, and the modules of the head's parts, begin their phases."""
+        """Let the methods of backbone and generator, and the head's steps and the modules of its parts, begin their
+        phases."""
         for part in model.head.parts().values():
             if part.phase:
                 part.module.register_forward_pre_hook(lambda *_, phase=part.phase: self.enter(phase))
@@ -164,6 +167,16 @@ class Offload:
                 for name in names:
                     if hasattr(owner, name):
                         setattr(owner, name, self._beginning(phase, getattr(owner, name)))
+
+        model.head.step = self._by_key(model.head.step)  # a head need not call the `forward` of its parts
+
+    def _by_key(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def call(key: tuple[Any, ...], inputs: list[Any]) -> list[Any]:
+            self.enter("decode" if key[0] == "decode" else "draw")
+            return step(key, inputs)
+
+        return call
 
     def _beginning(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

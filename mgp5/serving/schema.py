@@ -239,6 +239,10 @@ def _size(size: str | None, limits: Limits, head: Head) -> dict[str, int]:
         raise refused('size is not "WIDTHxHEIGHT" in pixels, nor "auto"', "size")
     width, height = map(int, match.groups())
     native = getattr(getattr(head, "generator", None), "native_size", limits.side)
+    if "width" not in {field.name for field in fields(head.spec.image_options)}:
+        if (width, height) != (native, native):
+            raise refused(f"size is {size}, expected {native}x{native}: the model draws no other", "size")
+        return {}
     if max(width, height) > (most := min(limits.side, LARGEST * native)):
         message = f"size is {size}, expected {native}x{native}, which this model draws best, or sides up to {most}"
         raise refused(message, "size")

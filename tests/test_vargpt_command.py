@@ -1,0 +1,86 @@
+"""The head of VARGPT by the command line: from data and parts to a reply, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import run
+from serve_process import data_url, serving_here
+from tiny import parts_of
+
+from mgp5.views.files import read_png_metadata
+
+STAGES = ("var", "align", "instruct", "decode")
+SETTINGS = """batch = 2
+accumulation = 1
+warmup = 0
+log_every = 1
+precision = "fp32"
+var = {width = 24, depth = 2, heads = 2}
+"""
+QUICK = ("--set", "max_tokens=4", "--guidance", "2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, llava_folder, vqvae_folder) -> Path:
+    """A folder with data and the run of each stage, which begins with that of the stage before."""
+    folder = tmp_path_factory.mktemp("vargpt")
+    (folder / "settings.toml").write_text(SETTINGS)
+    run("data", "storyland", "--out", "data", "--pairs", 6, "--stories", 1, "--dialogs", 1, home=folder)
+    parts = f"{llava_folder}+{vqvae_folder}"
+    for stage, before in zip(STAGES, (parts, *STAGES), strict=False):
+        data = ["--data", "data/vist" if stage in ("instruct", "decode") else "data/cc3m"]
+        given = ["--config", "settings.toml", "--preset", "demo", "--head", "vargpt", "--max-steps", 2, "--json"]
+        words = ["train", "--stage", stage, "--model", before, *data, "--out", stage, *given]
+        if stage in ("var", "decode"):
+            told = json.loads(run(*words, "--dry-run", home=folder))
+            assert told["updates"] == 2 and sum(part["trained"] for part in told["parts"]) > 0
+            words += ["--set", f"sample_every={2 * (stage == 'decode')}"]
+        lines = [json.loads(line) for line in run(*words, home=folder).splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+    return folder
+
+
+@pytest.fixture
+def model(home) -> tuple[str, str]:
+    return "--model", str(home / "decode")
+
+
+def test_a_story_is_told_and_an_image_of_it_is_recalled(home, model):
+    given = ["--text", "lines.txt", "--scenes", 1, "--set", "image=always", "--set", "code_top_p=0.5"]
+    (home / "lines.txt").write_text("A red day.\n")
+    run("story", *model, *QUICK, *given, "--out", "told", home=home)
+    assert [kind for _, kind in parts_of(home / "told")].count("image") == 2
+    (first, *_) = sorted((home / "told").glob("*.png"))
+    metadata = read_png_metadata(first)
+    assert (metadata["code_top_p"], metadata["guidance"]) == (0.5, 2.0) and "steps" not in metadata
+    assert "mgp5" in run("recall", first, home=home)
+    told = run("story", *model, "--steps", 5, *given, "--out", "refused", home=home, code=2)
+    assert "no setting steps" in told and "code_top_k" in told
+
+
+def test_a_chat_a_server_and_an_evaluation_reply(home, model):
+    run("chat", *model, *QUICK, "--message", "hello", "--set", "image=always", "--out", "talk", home=home)
+    assert list((home / "talk").glob("*.png"))
+    with serving_here(model[1], rows=2) as server:
+        image = {"type": "image_url", "image_url": {"url": data_url()}}
+        ask = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "draw"}]}]}
+        asked = {"image": "always", "max_tokens": 4, "response_format": {"type": "parts"}}
+        status, reply = server.post("/v1/chat/completions", **ask, **asked)
+        assert status == 200, reply
+        assert "image_url" in [part["type"] for part in reply["choices"][0]["message"]["content"]]
+        for more, code in (({"size": "12x12"}, 200), ({"size": "64x64"}, 400), ({"steps": 5}, 400)):
+            status, reply = server.post("/v1/images/generations", prompt="a fox", **more)
+            assert status == code, reply
+            assert code == 200 or next(iter(more)) in reply["error"]["message"]
+    run("eval", *model, *QUICK, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
+    assert json.loads((home / "eval/report.json").read_text())["tables"]
+
+
+def test_doctor_and_bench_measure_it(home, model):
+    told = json.loads(run("doctor", *model, "--json", home=home))["memory"]
+    assert {"projectors", "decoder", "codebook", "VAE"} <= {part["name"] for part in told["parts"]}
+    assert all(mode["total"] > 0 for mode in told["modes"])
+    assert list((home / "decode" / "samples").glob("*.html"))
