@@ -15,9 +15,12 @@ from serve_process import data_url, serving_here
 from tiny import parts_of
 from tiny_training import join
 
+from mgp5.apps.open_model import load
 from mgp5.cli import main
+from mgp5.storyland.world import ATTRIBUTES
 from mgp5.views.files import read_png_metadata
 
+ROOT = Path(__file__).parents[1]
 STAGES = ("tokenizer-contrastive", "tokenizer", "pretrain", "finetune")
 SETTINGS = """batch = 2
 accumulation = 1
@@ -124,6 +127,28 @@ def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):
     assert "holds latents, which the head seed has no use for" in told and "--kinds captions,codes" in told
     assert "in which no tokenizer was trained" in cache("base", "none", "codes", code=2)
     assert "whose head minigpt5 has none" in cache("demo", "none", "codes", code=2)
+
+
+def test_scripts_of_storyland_measure_and_pack_it(home, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/storyland"))
+    import pack
+    import seed
+
+    def script(main, *args: object) -> None:
+        done = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+    script(pack.main, "--share", "../base", "--run", home / "finetune", "--out", home / "packed", "--guidance", 2)
+    packed = load(home / "packed")
+    assert (packed.config.mllm, packed.config.guidance) == (str(home / "base/mllm"), 2.0)
+    assert {value.dtype for value in load_file(home / "packed/mgp5/model.safetensors").values()} == {torch.float16}
+    script(seed.main, "--model", home / "packed", "--pictures", 4, "--batch", 3, "--steps", 1, "--out", home / "m.json")
+    found = json.loads((home / "m.json").read_text())
+    recalls = [share for row in found["retrieval"].values() for share in row.values()]
+    assert len(recalls) == 8 and all(0 <= share <= 1 for share in recalls) and max(recalls) == 1  # R@5 of four
+    for name in ("attributes, through codes and back", "attributes, drawn from the caption"):
+        assert found[name].keys() == {*ATTRIBUTES, "mean", "all"}
+    assert 0 < found["share of the codebook in use"] <= 1 <= found["perplexity of the codes"] <= 12
 
 
 def test_doctor_and_bench_measure_it(home, model):

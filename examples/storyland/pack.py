@@ -1,4 +1,5 @@
-"""Pack trained parts into a model folder in half precision: mllm, diffusion and mgp5, ready for `mgp5 --model`."""
+"""Pack what was trained into a model folder in half precision, ready for `mgp5 --model`: mllm, diffusion and mgp5, or
+mgp5 alone beside a folder that has the others."""
 
 from __future__ import annotations
 
@@ -10,22 +11,27 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
-LIMIT = 40  # megabytes of weights that the package may carry
+LIMIT, ALONE = 40, 12  # megabytes that the demo may have, and a model that shares its parts
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder with mllm and diffusion.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder with mllm and diffusion.")
+@click.option("--share", help="Instead: the folder that has them, as seen from --out.")
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Run of mgp5 train whose result is packed.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model folder; replaced.")
 @click.option("--guidance", default=3.0, show_default=True, help="Default guidance scale of the model.")
 @click.option("--temperature", default=0.5, show_default=True, help="Default temperature of its text.")
-def main(work: Path, run: Path, out: Path, guidance: float, temperature: float) -> None:
+def main(work: Path | None, share: str | None, run: Path, out: Path, guidance: float, temperature: float) -> None:
+    if (work is None) == (share is None):
+        raise click.UsageError("give one of --work and --share")
     shutil.rmtree(out, ignore_errors=True)
-    for part, source in (("mllm", work / "mllm"), ("diffusion", work / "diffusion"), ("mgp5", run / "mgp5")):
-        shutil.copytree(source, out / part, ignore=shutil.ignore_patterns(".*"))
-    drop_unread_layer(out / "mllm")
+    for part, source in ({"mgp5": run} | ({"mllm": work, "diffusion": work} if work else {})).items():
+        shutil.copytree(source / part, out / part, ignore=shutil.ignore_patterns(".*"))
+    if work:
+        drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
-    config |= {"mllm": "mllm", "diffusion": "diffusion", "guidance": guidance, "temperature": temperature}
+    config |= {part: f"{share}/{part}" if share else part for part in ("mllm", "diffusion")}
+    config |= {"guidance": guidance, "temperature": temperature, "world": "storyland"}
     config["narrate_from"] = "none"  # 65 % of its narrations tell just the change then, 49 % with the history
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in out.rglob("config.json"):  # a file may know where it was loaded from, which is nobody's business
@@ -36,8 +42,9 @@ def main(work: Path, run: Path, out: Path, guidance: float, temperature: float) 
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
-    click.echo(f"{out}: {size:.1f} MB (limit {LIMIT})", err=True)
-    if size > LIMIT:
+    limit = LIMIT if work else ALONE
+    click.echo(f"{out}: {size:.1f} MB (limit {limit})", err=True)
+    if size > limit:
         raise SystemExit(1)
 
 

@@ -196,7 +196,7 @@ class SeedHead(DiffusionHead):
             return Losses()
         features = self._backbone[0].vision_tokens({"pixel_values": batch.targets["vision"]})
         if config.stage == "tokenizer-contrastive":
-            more = {"texts": self._texts(batch.captions, config.text_tokens, features.device)}
+            more = {"texts": self.texts(batch.captions, config.text_tokens, features.device)}
         else:
             more = {"target": self._condition_target(batch)}
         terms = self.tokenizer.stage_losses(config.stage, features, **more)
@@ -209,7 +209,7 @@ class SeedHead(DiffusionHead):
         encodings = batch.targets.get("encodings")  # from a cache
         return self.generator.encode_text(list(batch.captions)) if encodings is None else encodings
 
-    def _texts(self, captions: tuple[str, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # (P, T)
+    def texts(self, captions: tuple[str, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # (P, T)
         """Return ids and mask of captions; the first token is the same in all."""
         tokenizer = self.text_tokenizer()
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else (tokenizer.bos_token_id or 0)
