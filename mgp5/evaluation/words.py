@@ -68,7 +68,7 @@ SIGNS = {
 def words(report: dict[str, Any]) -> dict[str, str]:
     """Return what a report's tables, systems, metrics and signs mean, in the order in which they come."""
     tables, systems = report["tables"], list(report["tables"].values())
-    titles = {table: ", ".join(_meaning(table)) for table in tables}
+    titles = {table: ", ".join(_meaning(table)) for table in tables if table.partition(", ")[0] in TASKS}
     names = dict.fromkeys(name for system in systems for name in system)
     metrics = dict.fromkeys(name for s in systems for entry in s.values() for name in entry["metrics"])
     return titles | _known(SYSTEMS, names) | _known(METRICS, metrics) | SIGNS

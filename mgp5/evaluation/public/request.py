@@ -1,0 +1,87 @@
+"""What to evaluate on a public benchmark, as one value; what is wrong with it is told before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ...device import check_launched, pick_device
+from ...errors import Mgp5Error, raise_all
+from ...options import ModelRequest, Options
+from ..request import trained
+from ..weights import WEIGHTS
+from . import BENCHMARKS
+from .cases import Benchmark
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicRequest:
+    """A model to evaluate on a public benchmark. Raises Mgp5Error with all that is wrong with it.
+
+    Attributes:
+        format: of `BENCHMARKS`.
+        data: the benchmark's folder, or its table.
+        out: folder for replies, answers and report; an evaluation in it goes on if it is the same.
+        limit: takes the first lines only.
+        rounds: how often a model is asked to go on; 0: as often as the true answer has steps.
+        judge: a folder or hub id of a vision-language model, an address of OpenAI's form, "default" for the
+            benchmark's own, or "" for none.
+        judge_model: what to ask for at an address.
+        against: answers of others in the benchmark's layout, which the judge compares with the model's.
+        weights: paths of weights by the names of `weights.WEIGHTS`.
+        batch: replies at a time.
+    """
+
+    format: str
+    data: Path | None = None
+    out: Path
+    limit: int | None = None
+    rounds: int = 1
+    judge: str = ""
+    judge_model: str = ""
+    against: tuple[Path, ...] = ()
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    batch: int = 8
+    model: ModelRequest = field(default_factory=ModelRequest)
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.data is None:
+            problems.append(f"--format {self.format} without --data: name the benchmark's folder, or its table")
+        if self.rounds < 0 or min(self.limit or 1, self.batch) < 1:
+            problems.append(f"limit is {self.limit}, batch {self.batch} and rounds {self.rounds}, expected 1 or more")
+        if unknown := [name for name in self.weights if name not in WEIGHTS]:
+            problems.append(f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}")
+        if self.against and not self.judge:
+            problems.append("--against without --judge: name who compares the answers")
+        problems += [f"no answers at {path}: check --against" for path in self.against if not path.exists()]
+        checks = (
+            lambda: self.judge_name,
+            lambda: pick_device(self.model.device),
+            lambda: check_launched(self.model.device),
+            lambda: trained(self.model.model),
+        )
+        raise_all(problems, checks)
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark of the format."""
+        return BENCHMARKS[self.format]
+
+    @cached_property
+    def judge_name(self) -> str:
+        """Who judges. Raises Mgp5Error (wrong usage) for the default of a benchmark that has none."""
+        if self.judge != "default":
+            return self.judge
+        if not self.benchmark.judge:
+            hint = "give --judge a vision-language model, or an address"
+            raise Mgp5Error(f"{self.format} has no published judge", hint, usage=True)
+        return self.benchmark.judge
+
+    @property
+    def name(self) -> str:
+        """What the model is called in the benchmark's layout."""
+        return Path(self.model.model).name.replace("+", "-")
