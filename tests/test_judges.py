@@ -12,7 +12,8 @@ from tiny import picture
 
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation.public import judge
-from mgp5.evaluation.public.judge import LocalJudge, RemoteJudge, scored, verdict, yes_or_no
+from mgp5.evaluation.public.judge import LocalJudge, Question, RemoteJudge, open_judge, scored, verdict, yes_or_no
+from mgp5.evaluation.public.score import ask
 from mgp5.messages import Image, Text
 
 
@@ -38,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append((body, self.headers.get("Authorization")))
         if len(self.server.seen) == 1:
             return self.send_error(503)
+        if len(body["messages"][0]["content"]) > 2:
+            return self.send_error(413)
         if self.server.redirect:
             self.send_response(307)
             self.send_header("Location", "http://localhost:1/")
@@ -64,17 +67,22 @@ def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     http.server_close()
 
 
-def test_a_judge_at_an_address(server, monkeypatch):
+def test_a_judge_at_an_address(server, monkeypatch, tmp_path):
     """It gets parts in order and the key of the environment, is asked again when busy, and follows no redirect."""
     monkeypatch.setenv(judge.KEY, "secret")
     address = f"http://127.0.0.1:{server.server_port}/v1/"
-    remote = RemoteJudge(address)
+    remote = open_judge(address)
     assert remote((Text("How?"), Image(pixels=picture()))) == "Score: 3" and remote.name == "vlm at 127.0.0.1"
     (body, key) = server.seen[-1]
     content = body["messages"][0]["content"]
     assert len(server.seen) == 2 and key == "Bearer secret" and body["model"] == "vlm" and body["temperature"] == 0
     assert content[0] == {"type": "text", "text": "How?"}
     assert content[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    long = Question("criteria", [Text("How?")] * 3, scored(("Score",), 0, 6))
+    for asked in (3, 4):  # what it could not answer is told, has no score, and is asked again by the next run
+        told = ask(tmp_path / "judged.jsonl", remote, [long], lambda replied: None)
+        assert list(told.values()) == [None] and len(server.seen) == asked
+    assert "413" in (tmp_path / "judged.jsonl").read_text()
     server.redirect = True
     with pytest.raises(Mgp5Error, match=r"cannot be asked .307"):
         remote((Text("How?"),))

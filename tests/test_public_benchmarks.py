@@ -308,4 +308,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(data, trained, tmp_path):
     assert "--format storyland with --rounds" in refused("--format", "storyland", "--rounds", "2", *out)
     with pytest.raises(Mgp5Error, match=r"holds no test\.json"):
         load(BENCHMARKS["weave"], tmp_path)
+    row = {"id": "../../mine", "question": [{"text": "?", "image": None}], "gt_answer": "!"}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    with pytest.raises(Mgp5Error, match="leaves its folder"):  # its answer would be written there
+        load(BENCHMARKS["mmie"], tmp_path)
     assert not (tmp_path / "out").exists()

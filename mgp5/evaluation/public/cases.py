@@ -139,6 +139,7 @@ def load(benchmark: Benchmark, path: Path, limit: int | None = None) -> tuple[li
             break
         try:
             for case in benchmark.cases(row, root):
+                inside(Path(), case.key)  # files of answers are called so
                 key, count = case.key, 1
                 while key in cases:
                     key, count = f"{case.key}#{count + 1}", count + 1

@@ -28,6 +28,7 @@ KEY = "OPENAI_API_KEY"  # of the environment; never an option, as these are writ
 TOKENS, SIDE = 256, 768  # of an answer; pixels of an image's longer side that an address gets
 TRIES, WAIT, TIMEOUT = 4, 2.0, 300  # of a request; seconds before the second try, doubled for each; seconds
 REFUSALS = (400, 413, 422)  # of one question, too long or with too many images: an answer without a score
+FAILED = "(failed: "  # begins the words of a judge that could not answer; it is asked again in the next run
 Read = Callable[[str], dict[str, float] | None]
 
 
@@ -108,7 +109,7 @@ class LocalJudge:
         conversation = Conversation().add("system", SYSTEM).add("user", *parts)
         options = Options(image=ImageOptions(), draw="never", temperature=0, max_tokens=TOKENS)
         (reply,) = answer(self._model, [(conversation, options)])
-        return reply.text if isinstance(reply, Message) else f"(failed: {reply})"
+        return reply.text if isinstance(reply, Message) else f"{FAILED}{reply})"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -132,7 +133,10 @@ class RemoteJudge:
         if os.environ.get(KEY) and url.scheme != "https" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise Mgp5Error(f"{KEY} would go to {self._address} unencrypted", f"give an https address, or unset {KEY}")
         self._open = urllib.request.build_opener(_NoRedirect).open
-        self._model = model or self._ask("/models")["data"][0]["id"]
+        try:
+            self._model = model or self._ask("/models")["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            raise Mgp5Error(f"{self._address} does not say what it serves", "give --judge-model") from None
         self.name = f"{self._model} at {url.hostname}"
 
     def __call__(self, parts: Sequence[Part]) -> str:
@@ -166,7 +170,7 @@ class RemoteJudge:
             except urllib.error.HTTPError as error:
                 found = f"{error.code}, {error.read()[:200].decode(errors='replace')}"
                 if error.code in REFUSALS:
-                    return f"(failed: {found})"
+                    return f"{FAILED}{found})"
                 if error.code not in (408, 429) and error.code < 500:
                     break
             except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ from ..report import PUBLISHED, SHOWN, write_page
 from ..run import Replied
 from . import prompts
 from .cases import Answered, Case
-from .judge import Judge, Question, open_judge, verdict
+from .judge import FAILED, Judge, Question, open_judge, verdict
 from .request import PublicRequest
 
 ALL = "all"  # the table of all cases
@@ -151,8 +151,9 @@ def ask(file: Path, judge: Judge, questions: Sequence[Question], progress: Calla
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
-            words[row["key"]] = row["reply"]
-        except (ValueError, KeyError, TypeError):
+            if not row["reply"].startswith(FAILED):
+                words[row["key"]] = row["reply"]
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue  # a kill has cut it off
     todo = [key for key in keyed if key not in words]
     with file.open("a", encoding="utf-8") as lines, ThreadPoolExecutor(judge.at_once) as pool:
