@@ -107,7 +107,7 @@ REPOS = {
     "blip2-itm-vit-g": Repo("Salesforce/blip2-itm-vit-g", "part", "mit", 4.7),
     "seed-llama-8b": Repo("AILab-CVC/seed-llama-8b-sft", "part", "llama2", 13.6),
     "seed-llama-14b": Repo("AILab-CVC/seed-llama-14b-sft", "part", "llama2", 26.2),
-    "seed-tokenizer-2": Repo("AILab-CVC/seed-tokenizer-2", "part", "llama2", 0.7),
+    "seed-tokenizer-2": Repo("AILab-CVC/seed-tokenizer-2", "part", "llama2", 0.8),
 }
 
 
