@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -111,4 +112,16 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str:
         return f"it needs a GPU, not a {device.type} device"
     if torch.version.cuda and (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         return "compute capability {}.{}, it needs {}.{}".format(*capability, *OLDEST)
+    return _launch_refusal()
+
+
+@cache
+def _launch_refusal() -> str:
+    """Return why Triton cannot launch kernels here, where it builds a little C code for it, or ""."""
+    from . import language
+
+    try:
+        language.triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of a missing compiler or header, or of the driver: whatever it is, no kernel would run
+        return f"Triton cannot launch kernels here ({' '.join(str(error).split())[:160] or type(error).__name__})"
     return ""

@@ -35,6 +35,7 @@ def examine(model: str | None = None, every: bool = False) -> dict[str, Any]:
     weights = dtype if on_gpu else torch.bfloat16
     if model:
         found["memory"] = memory(model, weights) | {"free": free, "host": _on_cpu(model)}
+        found["paths"] = paths(model, device, dtype)
     if every:
         found["models"] = [memory(name, weights) | {"free": free} for name in [*local_names(), *bases()]]
     return found | {"next": _next(found)}
@@ -89,6 +90,29 @@ def _on_cpu(model: str) -> dict[str, Any]:
 
     needs, memory = footprint(resolve(model), torch.float32).host(Plan(), on_gpu=False), host_memory()
     return {"needs": needs.most, "free": memory.free, "fits": needs.most <= memory.free, "told": memory.told}
+
+
+def paths(model: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
+    """Return what writes the text of a model and what draws its images with `--backend auto`, and why."""
+    from .engines.engine import operations
+    from .engines.precomputed import precompute
+    from .memory.skeletons import generating_skeleton
+
+    built = generating_skeleton(resolve(model), dtype)
+    graphed, choice = device.type == "cuda" and built.backbone.capturable, engines.select_backend("auto", device, dtype)
+    text = "one CUDA graph a token" if graphed else "PyTorch, operation by operation"
+    found = [{"part": "text", "path": text, "why": "nothing is compiled unless --backend compile asks for it"}]
+    if (denoiser := getattr(getattr(built.head, "generator", None), "denoiser", None)) is None:
+        return [
+            *found,
+            {"part": "images", "path": "PyTorch", "why": f"the head {built.head.spec.name} has no denoiser"},
+        ]
+    try:
+        ops = operations("eager", denoiser.device, dtype)
+        precompute(denoiser, ops, packed=False, layout=torch.contiguous_format)
+    except Mgp5Error as error:
+        return [*found, {"part": "images", "path": "diffusers", "why": error.message}]
+    return [*found, {"part": "images", "path": str(choice.name), "why": choice.why}]
 
 
 def _engine(backend: engines.Backend, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

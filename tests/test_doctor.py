@@ -66,6 +66,20 @@ def test_every_choice_has_its_reason():
     assert all("no triton: it needs a GPU" in o["why"] for o in found["operations"])
 
 
+@pytest.mark.parametrize(
+    ("card", "text", "images"), [(False, "PyTorch, operation", "eager"), (True, "one CUDA", "triton")]
+)
+def test_which_path_a_model_takes(card, text, images, monkeypatch):
+    """Also for a card that is not here."""
+    monkeypatch.setattr(kernels, "_triton_refusal", lambda device, dtype: "" if device.type == "cuda" else "no card")
+    device = torch.device("cuda" if card else "cpu")
+    found = {row["part"]: row["path"] for row in doctor.paths("demo", device, torch.bfloat16)}
+    assert found["text"].startswith(text) and found["images"] == images
+    monkeypatch.setattr("mgp5.engines.precomputed.UNet2DConditionModel", type(None))
+    other = {row["part"]: row for row in doctor.paths("demo", device, torch.bfloat16)}["images"]
+    assert other["path"] == "diffusers" and "engines do not know" in other["why"]
+
+
 def test_without_a_model_it_imports_nothing_slow():
     code = (
         "import sys; from mgp5.doctor import examine; examine(); print({'diffusers', 'transformers'} & {*sys.modules})"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
+from mgp5.kernels import registry as kernels
 from tiny import SIZE, WIDTH, conditions_of, save_pipeline, tiny_vae
 from tiny_sd3 import save_sd3
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from mgp5 import engines
+from mgp5.apps.open_model import set_backend
 from mgp5.cli import main
 from mgp5.engines.cuda_graph import GRAPHS
 from mgp5.errors import Mgp5Error
@@ -257,6 +261,41 @@ def test_backend_on_the_command_line(monkeypatch, tmp_path):
     assert told.exit_code == 0 and "backend eager: the fastest" in told.stderr, told.stderr
     quiet = run("--set", "max_tokens=0", "--set", "image=never", "--json")
     assert quiet.exit_code == 0 and "backend" not in quiet.stderr
+
+
+def test_compiled_code_is_kept_for_the_next_run(tmp_path, monkeypatch):
+    """Importing the compiler sets the variable to a temporary folder, which does not count as told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for told, kept in (
+        (None, tmp_path / "mgp5" / "inductor"),
+        (default_cache_dir(), tmp_path / "mgp5" / "inductor"),
+        (str(tmp_path / "mine"), tmp_path / "mine"),
+    ):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if told:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", told)
+        engines.keep_compiled()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)
+
+
+@pytest.mark.parametrize("refusal, name", [("", "triton"), ("compute capability 6.1, it needs 7.5", "eager")])
+def test_on_a_gpu_nothing_is_compiled_unless_asked_for(refusal, name, monkeypatch):
+    """What `auto` decides for a card that is not here, and that it decides without a trial."""
+    monkeypatch.setattr(kernels, "_triton_refusal", lambda device, dtype: refusal)
+    choice = engines.select_backend("auto", torch.device("cuda"), torch.bfloat16)
+    assert (choice.name, choice.compiles) == (name, False) and (not refusal or refusal in choice.why)
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
+    assert engines.select_backend("compile", torch.device("cuda"), torch.bfloat16).compiles
+
+
+@pytest.mark.parametrize("name", [None, "eager", "triton", "onnx", "trt", "compile"])
+def test_tokens_are_compiled_for_who_asked_for_it(name, monkeypatch):
+    """Where the head has a denoiser: whatever engine draws, on any device."""
+    monkeypatch.setattr("mgp5.export.cache.apply", lambda *args: engines.BackendChoice(name))
+    monkeypatch.setattr(engines, "keep_compiled", lambda: None)
+    model = SimpleNamespace(head=SimpleNamespace(generator=stable_diffusion()), backbone=SimpleNamespace())
+    set_backend(model, "auto")
+    assert model.backbone.compiled == (name == "compile")
 
 
 @pytest.mark.gpu

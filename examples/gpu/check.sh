@@ -23,7 +23,7 @@ part() {  # NAME SHARE COMMAND...: run a command for at most this percentage of 
   timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1
   code=$?
   [ "$code" = 0 ] || failed=1
-  echo "$name: exit $code after $((SECONDS - began)) of $limit s: $(tail -n 1 "$out/$name.log")" | tee -a "$out/summary.txt"
+  echo "$name: exit $code after $((SECONDS - began)) of $limit s: $(tail -n 1 "$out/$name.log" | cut -c 1-120)" | tee -a "$out/summary.txt"
 }
 
 minutes() {  # SHARE: minutes of a budget that ends before `part` does
@@ -32,9 +32,9 @@ minutes() {  # SHARE: minutes of a budget that ends before `part` does
 
 git log -1 --format='commit %h of %ad' > "$out/commit.txt" 2>&1
 command -v nvidia-smi > /dev/null && nvidia-smi > "$out/nvidia-smi.txt" 2>&1
-part doctor 10 "$python" -m mgp5 doctor --json
+part doctor 10 "$python" -m mgp5 doctor
 part profile 20 "$python" examples/gpu/by_kernel.py --out "$out/profile" $device $model --micro "${BATCH:-16}"
-part tests 20 "$python" -m pytest -q -m gpu -n 0 -p no:cacheprovider \
+part tests 20 "$python" -m pytest -q -m gpu -n 0 -p no:cacheprovider -p no:warnings \
   tests/test_kernels.py tests/test_engines.py tests/test_shortcuts.py tests/test_placement.py
 part bench 40 "$python" -m mgp5 bench --suite gpu --minutes "$(minutes 40)" $device $model ${BENCH:-} \
   --against "$against" --out "$out/gpu.json"

@@ -65,12 +65,12 @@ def load(
 def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> BackendChoice:
     """Let images be drawn by an engine, see `export.cache.apply`.
 
-    With compile, and on a GPU with triton, tokens are decoded by compiled code too.
+    With compile, tokens are decoded by compiled code too.
     """
     from .. import engines
     from ..export.cache import apply
 
-    generator, on_gpu = getattr(model.head, "generator", None), model.backbone.device.type == "cuda"
+    generator = getattr(model.head, "generator", None)
     if hasattr(generator, "denoiser"):
         choice = apply(generator, backend, exported)
     elif backend in ("auto", "eager", "compile"):
@@ -78,8 +78,7 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     else:
         case = f"--backend {backend} runs a denoiser, and the head {model.head.spec.name} has none"
         raise Mgp5Error(case, "take --backend auto, eager or compile", usage=True)
-    # On a CPU only for who asked for the compiler: it takes longer than most replies.
-    model.backbone.compiled = choice.name == "compile" or (choice.name == "triton" and on_gpu)
+    model.backbone.compiled = choice.compiles  # it takes longer than most replies: only for who asked for it
     if model.backbone.compiled:
         engines.keep_compiled()
     return choice

@@ -64,6 +64,8 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
 
     if "memory" in found:
         yield from _memory_tables(found["memory"])
+        rows = [[p["part"], p["path"], p["why"]] for p in found["paths"]]
+        yield table(f"{found['memory']['model']} with --backend auto", ["part", "by", "why"], rows)
     facts = [[name.replace("_gib", " (GiB)"), str(value)] for name, value in found["machine"].items()]
     facts += [[name, number or "not installed"] for name, number in found["versions"].items()]
     yield table("machine", ["", ""], facts)

@@ -36,9 +36,17 @@ class BackendChoice:
     name: Backend | None
     why: str = ""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether a reply waits for torch.compile: only where `--backend compile` asked for it."""
+        return self.name == "compile"
+
 
 def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """Return the backend for a device and a dtype; `auto` prefers what is fastest with the time to start counted.
+    """Return the backend for a device and a dtype; it is never "auto".
+
+    `auto` takes what starts at once, without torch.compile and without a trial: `triton` where its kernels run, else
+    `eager`.
 
     Raises Mgp5Error if the backend is unknown, or cannot run here.
     """
@@ -61,11 +69,11 @@ def select_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
         return BackendChoice("eager", "the fastest on a CPU that starts at once")
     if refusals["triton"]:
         return BackendChoice("eager", refusals["triton"])
-    return BackendChoice("auto", "a trial of eager and triton on this GPU decides, once for each model")
+    return BackendChoice("triton", "the fastest on a GPU that starts at once")
 
 
 def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
-    """Attach an engine to a generator, in place of the one it has, and return what runs now (never "auto").
+    """Attach an engine to a generator, in place of the one it has, and return what runs now.
 
     The weights must be on their device already. `auto` leaves a denoiser that engines do not know to diffusers; `onnx`
     and `trt` need a folder that `mgp5 export` wrote of this model. Raises Mgp5Error if the backend is unknown, cannot
@@ -77,7 +85,6 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
         way = "--onnx --split" if backend == "onnx" else "--trt --split --precision fp16"
         hint = f"mgp5 export {way} --out DIR makes one: give it as --exported DIR"
         raise Mgp5Error(f"--backend {backend} needs an exported folder", hint, usage=True)
-    from .autotune import fastest_engine
     from .engine import Engine
     from .exported import load_engine
 
@@ -85,9 +92,7 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
     choice = select_backend(backend, denoiser.device, denoiser.dtype)
     remove(generator)
     try:
-        if choice.name == "auto":
-            choice = BackendChoice(*fastest_engine(generator, ("eager", "triton")))
-        if choice.name == "compile":
+        if choice.compiles:
             keep_compiled()
         generator.engine = load_engine(generator, exported, choice.name) if exported else Engine(choice.name, denoiser)
     except Mgp5Error as error:
