@@ -184,8 +184,7 @@ def test_the_unet_attends_to_the_images_that_the_option_names(model, earlier):
 def test_a_condition_is_that_of_its_own_states_whatever_the_padding(model):
     states = torch.randn(2, 9, 32)
     both = torch.stack([states[0], torch.cat([states[1, :4], torch.randn(5, 32)])])
-    mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
-    conditions = model.head.conditioner(both, mask)
+    conditions = model.head.conditioner(both, [9, 4])
     torch.testing.assert_close(conditions[1:], model.head.conditioner(states[1:, :4]), **NEAR)
     assert not torch.allclose(model.head.conditioner(states[1:, :4].flip(1)), conditions[1:], atol=1e-3)
 

@@ -63,8 +63,10 @@ class VitAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.resized, self.checkpointing = resized, False
-        groups = torch.arange(layers).tensor_split(min(interactions, layers))
-        self.groups = [slice(int(group[0]), int(group[-1]) + 1) for group in groups]
+        count = min(interactions, layers)
+        each, more = divmod(layers, count)  # the first groups have one layer more
+        ends = [each * number + min(number, more) for number in range(count + 1)]
+        self.groups = [slice(*pair) for pair in pairwise(ends)]
         self.prior = SpatialPrior(width, stem, batch_norm)
         self.level_embedding = nn.Parameter(0.02 * torch.randn(LEVELS - 1, width))
         options = {"heads": heads, "points": points, "ratio": ratio}

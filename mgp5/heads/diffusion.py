@@ -30,6 +30,12 @@ class DiffusionHead(Head):
         """Return the device of the generator."""
         return self.generator.device
 
+    @property
+    def description(self) -> str:
+        """Return class, prediction type and condition shape of the generator, as text."""
+        length, width = self.generator.condition_shape
+        return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
+
     def generator_parts(self) -> dict[str, Part]:
         """Return the frozen parts of the generator."""
         return {

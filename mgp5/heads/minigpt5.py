@@ -94,12 +94,6 @@ class MiniGPT5Head(DiffusionHead):
         """Return K, the number of vokens of one image."""
         return self.config.num_vokens
 
-    @property
-    def description(self) -> str:
-        """Return class, prediction type and condition shape of the generator, as text."""
-        length, width = self.generator.condition_shape
-        return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
-
     def parts(self) -> dict[str, Part]:
         """Return the mapper, which is trained, and the frozen parts of the generator."""
         return {"mapper": Part(self.mapper, "", True)} | self.generator_parts()

@@ -25,21 +25,7 @@ from ..generators.mmfs import UNetMMFS
 from ..generators.stable_diffusion import UNetAdapter
 from ..options import MMInterleavedOptions
 from ..prompts import IGNORE
-from . import (
-    DrawContext,
-    Drawn,
-    Embeds,
-    Forced,
-    HeadSpec,
-    ImageContext,
-    Part,
-    Prefix,
-    Request,
-    Response,
-    Stage,
-    Step,
-    TrainRule,
-)
+from . import DrawContext, Drawn, Embeds, Forced, HeadSpec, ImageContext, Part, Prefix, Stage, Step, TrainRule
 from .batch import from_pixels, to_pixels
 from .diffusion import DiffusionHead
 from .losses import Losses
@@ -50,6 +36,7 @@ if TYPE_CHECKING:
     from ..backbones import Backbone
     from ..config import TrainConfig
     from ..generators.denoising import DenoisingState
+    from . import Request, Response
     from .batch import Batch
 
 TOKENS = ("<|beginofimage|>", "<|image|>")  # the second stands in the slots of target images until they are encoded
@@ -115,12 +102,6 @@ class MMInterleavedHead(DiffusionHead):
         self._backbone = (backbone,)  # in a tuple, so that it is no part of the head
         backbone.image_token = TOKENS[0] + backbone.image_token.removeprefix(TOKENS[0])
         self.llm_mmfs.attach(backbone, self.config.sizes.every)
-
-    @property
-    def description(self) -> str:
-        """Return class, prediction type and condition shape of the generator, as text."""
-        length, width = self.generator.condition_shape
-        return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
 
     def parts(self) -> dict[str, Part]:
         """Return the trained parts, and those of the generator: its UNet is one of the first kind if it trains."""
@@ -214,15 +195,16 @@ class MMInterleavedHead(DiffusionHead):
         earlier images are seen even then. `rng` on the CPU draws this, timesteps and noise.
         """
         rows, starts = batch.target_rows, batch.target_starts
-        states, mask = reversed_contexts(hidden, rows, starts, [0] * len(rows))
-        condition = self.conditioner(states, mask)
+        states, lengths = reversed_contexts(hidden, rows, starts, [0] * len(rows))
+        condition = self.conditioner(states, lengths)
         dropped = torch.rand(len(rows), generator=rng) < config.guidance_dropout  # (P,)
         dropped = dropped[:, None, None].to(condition.device)
         condition = torch.where(dropped, self.conditioner.unconditional.to(condition), condition)
         latents = self.generator.sample(self.generator.moments(batch.targets["pixels"]), rng)
         residuals = self.unet_mmfs(*self._earlier(batch, condition))
         loss = self.generator.loss(latents, condition, rng, config.min_snr, residuals=residuals)
-        return Losses({"ldm": (loss * (mask.sum(1) > 2)).mean()}, {"ldm": config.ldm_weight})
+        shown = torch.tensor([length > 2 for length in lengths], device=loss.device)
+        return Losses({"ldm": (loss * shown).mean()}, {"ldm": config.ldm_weight})
 
     def _earlier(self, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pyramids (P, N, X, V) of the images before each target, and which of them there are (P, N)."""

@@ -31,25 +31,12 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: MMInterleavedConfig) -> None:
         super().__init__()
         sizes, (height, width) = config.sizes, config.image_size
-        self.adapter = VitAdapter(
-            config.vision_width,
-            config.vision_layers,
-            interactions=sizes.interactions,
-            heads=sizes.adapter_heads,
-            points=sizes.adapter_points,
-            stem=sizes.stem,
-            resized=sizes.resized,
-            batch_norm=sizes.batch_norm,
-        )
-        self.tokens = VisualTokens(
-            config.vision_width,
-            config.llm_width,
-            queries=sizes.queries,
-            inner=sizes.token_width,
-            layers=sizes.token_layers,
-            heads=sizes.token_heads,
-            every=sizes.token_every,
-        )
+        shape = {"interactions": sizes.interactions, "heads": sizes.adapter_heads, "points": sizes.adapter_points}
+        shape |= {"stem": sizes.stem, "resized": sizes.resized, "batch_norm": sizes.batch_norm}
+        self.adapter = VitAdapter(config.vision_width, config.vision_layers, **shape)
+        shape = {"queries": sizes.queries, "inner": sizes.token_width, "layers": sizes.token_layers}
+        shape |= {"heads": sizes.token_heads, "every": sizes.token_every}
+        self.tokens = VisualTokens(config.vision_width, config.llm_width, **shape)
         self.shapes = self.adapter.shapes(height, width, config.patch)  # of the pyramid
         self.patches = height // config.patch, width // config.patch
 
@@ -105,19 +92,22 @@ class Conditioner(nn.Module):
         )
         self.unconditional = nn.Parameter(torch.zeros(1, length, width))  # takes the condition's place for guidance
 
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:  # (P, T, D), (P, T) -> (P, L, C)
-        """Return the condition from states in reversed order: the first is that of the token that begins the image."""
-        states = self.project(states.to(self.project.weight.dtype))
-        places = sincos(torch.arange(states.shape[1], device=states.device), states.shape[2])
-        return self.resampler(states + places.to(states), mask)
+    def forward(self, states: Tensor, lengths: Sequence[int] | None = None) -> Tensor:  # (P, T, D) -> (P, L, C)
+        """Return the condition from states in reversed order: the first is that of the token that begins the image.
+
+        `lengths` are those without padding; None: all are T.
+        """
+        states, mask = self.project(states.to(self.project.weight.dtype)), None
+        places = torch.arange(states.shape[1], device=states.device)
+        if lengths is not None and min(lengths) < len(places):
+            mask = (places < torch.tensor(lengths, device=states.device)[:, None]).long()
+        return self.resampler(states + sincos(places, states.shape[2]).to(states), mask)
 
 
 def reversed_contexts(
     hidden: Tensor, rows: Sequence[int], starts: Sequence[int], begins: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[int]]:
     """Return the states (P, T, D) from position `starts` back to `begins` of rows of hidden (B, T, D), padded with
-    zeros, and a mask (P, T) of 1 and 0."""
+    zeros, and their P lengths."""
     runs = [hidden[r, b : s + 1].flip(0) for r, s, b in zip(rows, starts, begins, strict=True)]
-    lengths = torch.tensor([len(run) for run in runs], device=hidden.device)
-    states = pad_sequence(runs, batch_first=True)
-    return states, (torch.arange(states.shape[1], device=hidden.device) < lengths[:, None]).long()
+    return pad_sequence(runs, batch_first=True), list(map(len, runs))
