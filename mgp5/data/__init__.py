@@ -26,6 +26,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "vist": ("*_cleaned.json", "*.story-in-sequence.json", "sis/*.story-in-sequence.json"),
     "mmdialog": ("*_conversations.txt", "*/*_conversations.txt"),
     "jsonl": ("train.jsonl", "val.jsonl", "test.jsonl"),
+    "mmc4": ("docs_shard_*.jsonl", "docs_shard_*.jsonl.zip", "train/docs_shard_*"),
+    "obelics": ("obelics*.jsonl", "train/obelics*.jsonl"),
     "shards": ("*.tar", "train/*.tar", "val/*.tar", "test/*.tar"),
 }
 Source = tuple[str, Path]  # format, path
@@ -98,7 +100,8 @@ def find_format(path: Path) -> str:
     if path.is_dir():
         found = [format for format, patterns in FORMATS.items() if any(any(path.glob(p)) for p in patterns)]
     else:
-        found = [format for format, (first, *_) in FORMATS.items() if path.suffix == Path(first).suffix]
+        named = [format for format, patterns in FORMATS.items() if any(map(path.match, patterns))]
+        found = named or [format for format, (first, *_) in FORMATS.items() if path.suffix == Path(first).suffix][:1]
     if len(found) != 1:
         names = ", ".join(pattern for patterns in FORMATS.values() for pattern in patterns[:1])
         what = f"{path} holds data of the formats {' and '.join(found)}" if found else f"{path} holds none of {names}"
