@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 @click.option("--stage", required=True, help="pretrain or finetune; of the heads seed and vargpt see above.")
 @click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
 @click.option(
-    "--format", "formats", multiple=True, help="cc3m, shards, vist, mmdialog or jsonl, per --data.  [by its files]"
+    "--format",
+    "formats",
+    multiple=True,
+    help="cc3m, shards, vist, mmdialog, mmc4, obelics or jsonl, per --data.  [by its files]",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
