@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,6 +128,21 @@ def test_layouts_are_those_that_the_benchmarks_read(data, tmp_path):
     assert {path.name for path in (tmp_path / "weave").iterdir()} == {"0_2.jpg", "0_3.jpg", "0_1_2.txt", "1_1_0.txt"}
     again = load(BENCHMARKS["comm"], tmp_path / "comm")[0]  # folders of results are themselves a table
     assert {case.key for case in again} >= {"garden_0_task1", "garden_1_task4"} and again[0].turns[0].said
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "pth"])
+def test_a_table_of_comm_in_other_files_is_the_same(data, suffix, tmp_path):
+    rows = json.loads((data["comm"] / "test_data.json").read_text())
+    shutil.copytree(data["comm"] / "images", tmp_path / "images")
+    file = tmp_path / f"test_data.{suffix}"
+    if suffix == "pth":
+        torch.save(rows, file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    found = load(BENCHMARKS["comm"], tmp_path, limit=1)[0]
+    assert [(c.key, kinds(c.turns[0].said)) for c in found] == [
+        (c.key, kinds(c.turns[0].said)) for c in cases_of(data, "comm", 1)
+    ]
 
 
 def test_texts_and_images_are_paired_in_order():

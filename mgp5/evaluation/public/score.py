@@ -16,7 +16,6 @@ import torch
 
 from ...data.files import Problems, pick
 from ...device import machine, versions
-from ...errors import Mgp5Error
 from ...files import digest, write_json
 from ...messages import Conversation, Image, Message, Text
 from ..encoders import Encoders
@@ -166,9 +165,8 @@ def ask(file: Path, judge: Judge, questions: Sequence[Question], progress: Calla
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 progress(Replied("judge", number, len(todo), row))
-        except Mgp5Error:
-            pool.shutdown(cancel_futures=True)  # what has been said is kept
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # interrupted, it asks nothing more; what has been said is kept
     return {key: question.read(words[key]) for key, question in keyed.items()}
 
 
