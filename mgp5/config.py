@@ -123,7 +123,9 @@ class DataConfig:
 
     instruct_every: int = 100  # CC3M and shards: one of so many rows is repeated as an instruction; 0: none
     bare_captions: bool = False  # CC3M and shards: captions without the chat template, as the papers and the release
-    caption_column: str | None = None  # CC3M: name of the column; shards: suffix of the member, as "outputs.txt"
+    caption_column: str | None = (
+        None  # CC3M, tables: name of the column; shards: suffix of the member, as "outputs.txt"
+    )
     image_column: str | None = None
     tasks: tuple[str, ...] = ("illustrate", "continue", "narrate")  # VIST, and stories of jsonl
     context: Context = "full"  # VIST: how much of the history the prompts have

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from mgp5.config import DataConfig
-from mgp5.data import FORMATS, Keyed, cc3m, find_format, jsonl, load_data, load_sources, mmdialog
+from mgp5.data import FORMATS, STREAMS, Keyed, cc3m, find_format, jsonl, load_data, load_sources, mmdialog
 from mgp5.errors import Mgp5Error
 from mgp5.messages import Conversation, Image
 from mgp5.prompts import CHAT_SYSTEM
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
-BY_NUMBER = [name for name in FORMATS if name not in ("shards", "mmc4", "obelics")]  # they have files of their own
+BY_NUMBER = [name for name in FORMATS if name not in (*STREAMS, "mmc4", "obelics")]  # they have files of their own
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
 
 
@@ -254,10 +254,10 @@ def test_jsonl_stories_are_asked_as_those_of_vist(tmp_path: Path) -> None:
     assert data[1].messages[-1].text == "Scene 0." and data[4].messages[-1].text == "Scene 1."
 
 
-@pytest.mark.parametrize("format", [*BY_NUMBER, "shards"])
+@pytest.mark.parametrize("format", [*BY_NUMBER, *STREAMS])
 def test_the_format_is_found_by_the_files(format: str, tmp_path: Path) -> None:
-    if format == "shards":
-        touch(tmp_path, "00000.tar")
+    if format in STREAMS:
+        touch(tmp_path, "00000.tar" if format == "shards" else "train/0000.parquet")
     else:
         make(format, tmp_path)
     touch(tmp_path, "x.jsonl")  # as `mgp5 data storyland` writes one beside each format

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--stage", required=True, help="pretrain or finetune; of the heads seed and vargpt see above.")
-@click.option("--data", "sources", required=True, multiple=True, type=PATH, help="Folder; repeatable.")
+@click.option(
+    "--data", "sources", required=True, multiple=True, type=PATH, help="Folder, or hf:NAME of the hub; repeatable."
+)
 @click.option(
     "--format",
     "formats",
     multiple=True,
-    help="cc3m, shards, vist, mmdialog, mmc4, obelics or jsonl, per --data.  [by its files]",
+    help="cc3m, shards, tables, vist, mmdialog, mmc4, obelics or jsonl, per --data.  [by its files]",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
 @settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")
+@click.option("--columns", help="Own names of columns: caption=TEXT,image=IMG.")
 @click.option("--max-steps", type=COUNT, help="Updates in all, instead of epochs.")
 @click.option("--stop-after", type=COUNT, help="End after so many updates; go on with --resume.")
 @click.option("--vokens", type=click.IntRange(1, 16), help="Vokens per image (new models).  [8]")
@@ -52,7 +55,9 @@ if TYPE_CHECKING:
     help="Tell what would train and how much memory it takes, and stop: no weights are loaded.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per update on stdout.")
-def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def train(
+    sources: tuple[Path, ...], formats: tuple[str, ...], columns: str | None, as_json: bool, **flags: Any
+) -> None:
     """Train a stage of the paper: captions to vokens (pretrain), or interleaved stories and dialogues (finetune).
 
     The head seed begins with its tokenizer: captions and images in one space (tokenizer-contrastive), then images to
@@ -74,6 +79,8 @@ def train(sources: tuple[Path, ...], formats: tuple[str, ...], as_json: bool, **
 
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if columns:
+        flags["overrides"] = flags["overrides"] | {"data": flags["overrides"].get("data", {}) | columns_of(columns)}
     request = TrainRequest(data=data_of(sources, formats), **flags)
     if request.dry_run:
         return _show_estimate(estimate_stage(request, tell=say), request.config.batch, as_json)
@@ -114,6 +121,15 @@ def data_of(sources: tuple[Path, ...], formats: tuple[str, ...]) -> tuple[tuple[
         found = f"{len(sources)} --data but {len(formats)} --format"
         raise Mgp5Error(found, "give one --format for each --data, in the same order", usage=True)
     return tuple(zip(formats, sources, strict=True))
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """Return the settings of --columns. Raises Mgp5Error."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    names = {kind.strip(): name.strip() for kind, _, name in pairs}
+    if not {*names} <= {"caption", "image"} or not all(names.values()):
+        raise Mgp5Error(f"--columns {text}", "expected caption=NAME,image=NAME, or one of them", usage=True)
+    return {f"{kind}_column": name for kind, name in names.items()}
 
 
 def _show(events: Iterator[Progress], stage: str, as_json: bool) -> Progress | None:

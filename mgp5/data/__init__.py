@@ -29,7 +29,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "mmc4": ("docs_shard_*.jsonl", "docs_shard_*.jsonl.zip", "train/docs_shard_*"),
     "obelics": ("obelics*.jsonl", "train/obelics*.jsonl"),
     "shards": ("*.tar", "train/*.tar", "val/*.tar", "test/*.tar"),
+    "tables": ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"),
 }
+STREAMS = ("shards", "tables")
+HUB = "hf:"  # a data set of the hub
 Source = tuple[str, Path]  # format, path
 
 
@@ -54,7 +57,7 @@ class Keyed:
 
 
 def load_data(format: str, path: Path | str, split: str = "train", **options: Any) -> Dataset | Shards:
-    """Read a data source: a folder, or the file in it that lists the samples; for "shards" a URL too.
+    """Read a data source: a folder, or the file in it that lists the samples; for "shards" a URL, for "tables" hf:NAME.
 
     "val" and "test" stand in for each other; `options` are those of the format's `load`. Raises Mgp5Error for an
     unknown format, split or option, or data that cannot be used.
@@ -90,11 +93,13 @@ def load_sources(
         parts.append(load_data(format, path, split, **options))
         if parts[-1].problems:
             tell(f"{path}: skipped {parts[-1].problems}")
-    return parts[0] if sources[0][0] == "shards" else Keyed(parts)
+    return parts[0] if sources[0][0] in STREAMS else Keyed(parts)
 
 
 def find_format(path: Path) -> str:
     """Return the format of the data at a path, by the names of its files. Raises Mgp5Error where it is not clear."""
+    if str(path).startswith(HUB):
+        return "tables"
     if not path.exists() and not path.name.endswith(".tar"):
         raise Mgp5Error(f"no data at {path}", "check the path", usage=True)
     if path.is_dir():
@@ -115,10 +120,10 @@ def check_sources(sources: Sequence[Source]) -> list[str]:
     for format, path in sources:
         if format not in FORMATS:
             problems.append(f"unknown data format {format!r}: expected one of {', '.join(FORMATS)}")
-        elif format != "shards" and not path.exists():
+        elif format != "shards" and not (path.exists() or (format == "tables" and str(path).startswith(HUB))):
             problems.append(f"no data at {path}: check the path")
-    if len(sources) > 1 and any(format == "shards" for format, _ in sources):
-        problems.append("shards are a stream and go with no other --data: give all as one: {00000..00331}")
+    if len(sources) > 1 and (streams := [format for format, _ in sources if format in STREAMS]):
+        problems.append(f"{streams[0]} are a stream and go with no other --data: give all as one: {{00000..00331}}")
     return problems
 
 

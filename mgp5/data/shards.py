@@ -19,7 +19,7 @@ from http.client import HTTPException, IncompleteRead
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -36,6 +36,7 @@ Columns = tuple[str | None, str | None, bool]  # suffixes of images and captions
 Member = tuple[str, str, int, int]  # name of its entry, suffix, offset and size in bytes
 NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # WebDataset's rule: a suffix begins at the first dot
 URL = ("http://", "https://")
+S = TypeVar("S", bound="Shards")
 TRIES, PAUSE, TIMEOUT = 4, 2.0, 60  # of a download; seconds
 
 
@@ -172,9 +173,7 @@ class Shard:
             return Skipped("broken sample", f"{key} ({error})")
         if not caption:
             return Skipped("no caption", f"{key} has {', '.join(sorted(parts))}")
-        choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, key) if instruct else None
-        sample = caption_to_image(Image(data=data, caption=caption), choice, bare)
-        return key + "#instruction" * instruct, sample
+        return captioned(key, data, caption, instruct, self._seed, bare)
 
     def _caption(self, suffix: str, parts: dict[str, list[int]]) -> str:
         """Return the cleaned caption in a member, "" without one. Raises OSError."""
@@ -216,12 +215,25 @@ def load(
         raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     names = _find(path, split)
     columns = (image_column and image_column.lower(), caption_column and caption_column.lower(), bare_captions)
-    shards, problems = Shards(names, instruct_every if split == "train" else 0, seed, columns), Problems()
+    return check_stream(Shards(names, instruct_every if split == "train" else 0, seed, columns))
+
+
+def check_stream(shards: S) -> S:
+    """Return shards of which one has a usable sample. Raises Mgp5Error."""
+    problems = Problems()
     for sample in shards:
         if not isinstance(sample, Skipped):
             return shards
         problems.note(*sample)
-    raise Mgp5Error(f"{names[0]} and {len(names) - 1} more have no usable sample", f"skipped: {problems}")
+    names = shards.names
+    found = f"{names[0]} and {len(names) - 1} more have no usable sample" if names else "there are no rows"
+    raise Mgp5Error(found, f"skipped: {problems}")
+
+
+def captioned(key: str, data: bytes, caption: str, instruct: int, seed: int, bare: bool) -> Sample:
+    """Return a sample from a caption to its image, with its key; as an instruction, where it is asked for."""
+    choice = pick(len(CAPTION_INSTRUCTIONS), seed, key) if instruct else None
+    return key + "#instruction" * instruct, caption_to_image(Image(data=data, caption=caption), choice, bare)
 
 
 def _find(path: Path, split: str) -> list[str]:

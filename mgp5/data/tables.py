@@ -1,0 +1,199 @@
+"""Captioned images in tables as Hugging Face's `datasets` has them (extra `datasets`): a folder of parquet or arrow
+files, or a data set of the hub, "hf:OWNER/NAME" or "hf:OWNER/NAME/CONFIGURATION".
+
+A shard is a row group of a parquet file or an arrow file. It is read when its turn comes: nothing is downloaded or
+converted as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import Mgp5Error
+from .cc3m import clean_caption
+from .files import SPLITS, Skipped, instructed
+from .shards import Columns, Sample, Shards, captioned, check_stream
+
+HUB, CONVERTED = "hf:", "refs/convert/parquet"  # the branch in which the hub keeps data sets of other formats
+USUAL = {"image": ("image", "jpg", "img", "pixels"), "caption": ("caption", "text", "txt", "description")}
+READERS = 16  # of footers at once: a large data set has hundreds of files
+
+
+class Tables(Shards):
+    """The row groups of tables as shards; their numbers of rows stand in the files' footers."""
+
+    def __init__(self, groups: Sequence[tuple[str, int]], instruct_every: int, seed: int, columns: Columns) -> None:
+        super().__init__([name for name, _ in groups], instruct_every, seed, columns)
+        self._rows = dict(groups)
+
+    @property
+    def size(self) -> int:
+        """Number of samples of an epoch."""
+        return sum(map(self.size_of, self.names))
+
+    def size_of(self, name: str) -> int:
+        """Return how many samples a row group has."""
+        rows = self._rows[name]
+        return rows + (rows // self._every if self._every else 0)
+
+    def open(self, name: str) -> closing[Table]:
+        """Return a context manager that gives the samples of a row group."""
+        return closing(Table(name, self._rows[name], self._every, self._seed, self._columns))
+
+
+class Table:
+    """The samples of a row group by number; a lost one is a `Skipped`."""
+
+    def __init__(self, name: str, rows: int, instruct_every: int, seed: int, columns: Columns) -> None:
+        self.name, self._seed, self._columns = name, seed, columns
+        self._samples = [(row, again) for row in range(rows) for again in instructed(row + 1, instruct_every)]
+        self._lost = ""
+        try:
+            self._table = _read(name, [column for column in columns[:2] if column])
+        except (OSError, ValueError) as error:  # those of pyarrow are ValueErrors
+            self._lost = str(error)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, number: int) -> Sample:
+        """Return a sample with its key, or why there is none."""
+        row, instruct = self._samples[number]
+        if self._lost:
+            return Skipped("broken shard", f"{self.name} ({self._lost})")
+        key = f"{Path(self.name).name}/{row}"
+        image_column, caption_column, bare = self._columns
+        (values,) = self._table.slice(row, 1).to_pylist()
+        image, caption = values[image_column], values[caption_column]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, bytes) or not data:
+            return Skipped("missing image", f"{key} has no bytes in {image_column}")
+        texts = caption if isinstance(caption, list) else [caption]  # some have several of one image
+        caption = next(filter(None, (clean_caption(text) for text in texts if isinstance(text, str))), "")
+        if not caption:
+            return Skipped("no caption", f"{key} has no text in {caption_column}")
+        return captioned(key, data, caption, instruct, self._seed, bare)
+
+    def close(self) -> None:
+        self._table = None
+
+
+def load(
+    path: Path,
+    split: str = "train",
+    *,
+    instruct_every: int = 100,
+    bare_captions: bool = False,
+    caption_column: str | None = None,
+    image_column: str | None = None,
+    seed: int = 0,
+) -> Tables:
+    """Find the tables of a folder or of the hub, and check that one of their rows is usable. Raises Mgp5Error.
+
+    Options are those of `shards.load`; the columns are by default the first of USUAL that is there. Images are bytes,
+    alone or as `datasets.Image` stores them.
+    """
+    if find_spec("datasets") is None:
+        raise Mgp5Error(f"--data {path} needs the library datasets", "pip install 'mgp5[datasets]'", usage=True)
+    import datasets
+
+    datasets.disable_progress_bars()
+    if instruct_every < 0:
+        raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
+    files = _find(str(path), split)
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            groups = [group for found in pool.map(_groups, files) for group in found]
+        names = _columns(files[0])
+    except (OSError, ValueError) as error:
+        raise Mgp5Error(f"a table of {path} cannot be read ({error})", "copy it again, or try again later") from None
+    asked = {"image": image_column, "caption": caption_column}
+    columns = [asked[kind] or next((name for name in usual if name in names), "") for kind, usual in USUAL.items()]
+    if not {*columns} <= {*names}:
+        found = f"{files[0]} has the columns {', '.join(names)}"
+        raise Mgp5Error(found, "say which hold what: --columns caption=NAME,image=NAME", usage=True)
+    return check_stream(Tables(groups, instruct_every if split == "train" else 0, seed, (*columns, bare_captions)))
+
+
+def _find(path: str, split: str) -> list[str]:
+    """Return the parquet or arrow files of a split, in order. Raises Mgp5Error where there is none."""
+    if split not in SPLITS:
+        raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
+    folder = Path(path)
+    if folder.is_file():
+        return [path]
+    for place in (folder, *(folder / name for name in SPLITS[split])):  # as `save_to_disk` writes them
+        if arrows := sorted(map(str, place.glob("*.arrow"))):
+            return arrows
+    by_split = _by_builder(path)
+    names = [name if name != "val" else "validation" for name in SPLITS[split]]
+    for name in names:
+        if files := [str(file) for file in by_split.get(name, ()) if str(file).endswith((".parquet", ".arrow"))]:
+            return files
+    found = f"{path} has the splits {', '.join(by_split)} of tables" if by_split else f"{path} has no tables"
+    raise Mgp5Error(f"{found}, expected parquet or arrow files of {names[0]}", "check the path", usage=True)
+
+
+def _by_builder(path: str) -> dict[str, Sequence[str]]:
+    """Return the files of each split, found by `datasets`. Raises Mgp5Error."""
+    from datasets import load_dataset_builder
+
+    at_hub, parts = path.startswith(HUB), path.removeprefix(HUB).split("/")
+    names = ["/".join(parts[:2]), *parts[2:3]] if at_hub else ["parquet"]  # of the repository and the configuration
+    try:
+        files = load_dataset_builder(*names, **({} if at_hub else {"data_dir": path})).config.data_files or {}
+        if at_hub and not any(str(file).endswith(".parquet") for each in files.values() for file in each):
+            files = load_dataset_builder(*names, revision=CONVERTED).config.data_files or {}
+    except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors are FileNotFoundErrors
+        reason = str(error).strip().partition("\n")[0]
+        raise Mgp5Error(f"no data set at {path} ({reason})", "check its name, as hf:OWNER/NAME", usage=True) from None
+    return {str(split): each for split, each in files.items()}
+
+
+def _open(file: str) -> Any:
+    """Open a local or remote file; of a remote one only what is read is fetched."""
+    import fsspec
+
+    return fsspec.open(file, "rb").open()
+
+
+def _groups(file: str) -> list[tuple[str, int]]:
+    """Return name and number of rows of each row group of a file. Raises OSError, ValueError."""
+    if file.endswith(".arrow"):
+        from datasets import Dataset
+
+        return [(f"{file}#0", len(Dataset.from_file(file)))]
+    from pyarrow.parquet import ParquetFile
+
+    with _open(file) as source:
+        metadata = ParquetFile(source).metadata
+        return [(f"{file}#{number}", metadata.row_group(number).num_rows) for number in range(metadata.num_row_groups)]
+
+
+def _columns(file: str) -> list[str]:
+    if file.endswith(".arrow"):
+        from datasets import Dataset
+
+        return Dataset.from_file(file).column_names
+    from pyarrow.parquet import ParquetFile
+
+    with _open(file) as source:
+        return ParquetFile(source).schema_arrow.names
+
+
+def _read(name: str, columns: list[str]) -> Any:
+    """Return a row group as a table of pyarrow; that of an arrow file is mapped. Raises OSError, ValueError."""
+    file, _, number = name.rpartition("#")
+    if file.endswith(".arrow"):
+        from datasets import Dataset
+
+        return Dataset.from_file(file).data.select(columns)
+    from pyarrow.parquet import ParquetFile
+
+    with _open(file) as source:
+        return ParquetFile(source).read_row_group(int(number), columns=columns)
