@@ -150,4 +150,6 @@ def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
         lines = [[metric, *(each.get(name, "") for name in systems)] for metric, each in cells.items()]
         rows += [["" if number else title, *line] for number, line in enumerate(lines)]
     show(table("", ["task", "metric", *systems], rows))
+    for note in report.get("notes", ()):
+        say(note)
     say(f"Numbers with intervals, charts and samples are in {out / 'report.html'}")
