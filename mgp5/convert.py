@@ -1,8 +1,9 @@
-"""Convert the checkpoints that the authors of MiniGPT-5 and SEED published to a model folder of mgp5.
+"""Convert the checkpoints that the authors of MiniGPT-5, SEED and VARGPT published to a model folder of mgp5.
 
 MiniGPT-5: their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine
 of them belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; mgp5
-keeps those of the LLM, and `Converted.shrunk` has the difference. SEED: see `heads.seed_release`.
+keeps those of the LLM, and `Converted.shrunk` has the difference. SEED and VARGPT: see `heads.seed_release` and
+`heads.vargpt_release`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from .generators import load_generator
 from .generators.latent_diffusion import LatentDiffusion
 from .generators.seed_stages import SeedTokenizerConfig
 from .generators.unclip import StableUnCLIP
+from .generators.var_weights import read_var, read_vargpt, read_vqvae
+from .generators.vqvae import VQVAE
 from .heads.seed import SeedHead
 from .heads.seed_release import compose_seed_llama, read_seed_tokenizer
 from .heads.settings import SeedConfig
+from .heads.vargpt_release import begin_decoder, is_vargpt, write_llava
 from .hub import Parts, explain, find_part, from_hub, resolve
-from .loading import backbone_kind, build, load_backbone, load_trained_tensors, save_checkpoint, trained_tensors
+from .loading import (
+    assemble,
+    backbone_kind,
+    build,
+    load_backbone,
+    load_trained_tensors,
+    save_checkpoint,
+    trained_tensors,
+)
 from .model import InterleavedModel
 
 NAMES = {"fc.": "mapper.mlp.", "llm_to_t2i_mapping.": "mapper.transformer.", "t2i_decoder_prompt": "mapper.queries"}
@@ -52,13 +64,21 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
 
     The model is "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first,
     with MiniGPT-4's prerained_minigpt4_7b.pth among the checkpoints; or files of SEED's tokenizer, and the model is
-    "BLIP2+LLM+WORDS+GENERATOR", see `convert_seed`. Frozen parts are loaded in `dtype`. Raises Mgp5Error if a file
-    cannot be read, something is missing in all of them, or does not fit the model.
+    "BLIP2+LLM+WORDS+GENERATOR", see `convert_seed`; or files of VAR, and the model is one MLLM, see `convert_vargpt`.
+    Frozen parts are loaded in `dtype`. Raises Mgp5Error if a file cannot be read, something is missing in all of them,
+    or does not fit the model.
     """
     if (out / "mgp5").exists():
         raise Mgp5Error(f"{out} holds a model already", "choose another --out", usage=True)
     if model.count("+") == 3:
-        return convert_seed(checkpoints, *model.split("+"), out, dtype=dtype)
+        return convert_seed(checkpoints, model, out, dtype)
+    if "+" not in model and any(map(_is_vqvae, checkpoints)):
+        return convert_vargpt(checkpoints, model, out, dtype)
+    return convert_minigpt5(checkpoints, model, out, dtype)
+
+
+def convert_minigpt5(checkpoints: Sequence[Path], model: str, out: Path, dtype: torch.dtype) -> Converted:
+    """Write `out/mgp5` with the mapper and what else the stages train, maybe `out/mllm`. Raises as `convert`."""
     states = {path: read_state(path) for path in checkpoints}
     projections = [path for path, state in states.items() if "llama_proj.weight" in state.get("model", state)]
     trained = [state for path, state in states.items() if path not in projections]
@@ -76,18 +96,56 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
     return Converted(minigpt5.config.stage, shrunk, unused)
 
 
-def convert_seed(
-    files: Sequence[Path], blip2: str, llm: str, words: str, generator: str, out: Path, *, dtype: torch.dtype
-) -> Converted:
+def convert_vargpt(files: Sequence[Path], mllm: str, out: Path, dtype: torch.dtype) -> Converted:
+    """Write `out/diffusion`, VAR's image tokenizer, and `out/mgp5` with VARGPT's decoder and projectors.
+
+    `mllm` is the folder of VARGPT-LLaVA v1, whose LLaVA becomes `out/mllm`; or another multimodal LLM (a folder, hub id
+    or name): then the projectors are fresh, and the decoder is that of var_d30.pth, as where the paper begins. `files`
+    are vae_ch160v4096z32.pth and, for the second, var_d30.pth. Raises Mgp5Error if a file is missing or no such.
+    """
+    folder, whole = Path(mllm).expanduser(), is_vargpt(Path(mllm).expanduser())
+    tokenizers = [path for path in files if _is_vqvae(path)]
+    others = [path for path in files if path not in tokenizers]
+    found = str(folder) if whole else find_part(mllm, "mllm")
+    released = read_vargpt(folder) if whole else None
+    kept = released and released.vqvae
+    if not found or len(tokenizers) + bool(kept) < 1 or len(others) != (not whole):
+        wrong = f"{len(tokenizers)} image tokenizers and {len(others)} other files for {mllm}"
+        hint = "give vae_ch160v4096z32.pth with --model FOLDER of VARGPT-LLaVA v1, or it and var_d30.pth with an MLLM"
+        raise Mgp5Error(wrong, hint, usage=True)
+    shape, state = released.var if released else begin_decoder(*read_var(others[0]))
+    config, weights = kept or read_vqvae(tokenizers[0], shape.patch_nums)
+    painter = VQVAE(config)
+    painter.load_state_dict(weights)
+    if whole:
+        write_llava(folder, out / "mllm")
+    backbone = load_backbone(str(out / "mllm") if whole else found, dtype)
+    names = ("mllm" if whole else _absolute(found), "diffusion")
+    options = {"classes": "released" if whole else "trained", "guidance": 2.5}
+    model = assemble(backbone, painter.eval(), *names, head="vargpt", var=shape, **options)
+    model.head.decoder.load_state_dict(state)
+    unused = []
+    for side, module in (("in", model.head.projectors.to_llm), ("out", model.head.projectors.to_decoder)):
+        given = released.projectors[side] if released else {}
+        unused += [f"norm of projector {side}"] * ("norm.weight" in given)  # which the released forward does not apply
+        own = {name.removeprefix("mlp."): value for name, value in given.items() if name.startswith("mlp.")}
+        module.load_state_dict(own or module.state_dict())
+    painter.save(out / "diffusion")
+    save_checkpoint(model, out)
+    return Converted("decode" if whole else "var", {}, tuple(unused))
+
+
+def convert_seed(files: Sequence[Path], model: str, out: Path, dtype: torch.dtype) -> Converted:
     """Write `out/mllm`, a SEED-LLaMA with the vision tower of a BLIP-2, and `out/mgp5` with SEED's tokenizer.
 
     `files` are causal_qformer.pth and seed_tokenizer.pth of version 1, or seed_quantizer.pt of version 2; the others
     are folders, hub ids or names: `words` has the LLM's tokenizer, `generator` is what the version draws with: Stable
     Diffusion 1.4, or Stable unCLIP 2.1. Raises Mgp5Error if a part cannot be read or does not fit the others.
     """
-    found = [*(find_part(name, "part") for name in (blip2, llm, words)), find_part(generator, "generator")]
+    *parts, generator = model.split("+")
+    found = [*(find_part(name, "part") for name in parts), find_part(generator, "generator")]
     if not all(found):
-        wrong = f"{blip2}+{llm}+{words}+{generator} are not all parts"
+        wrong = f"{model} are not all parts"
         raise Mgp5Error(wrong, "expected BLIP2+LLM+WORDS+GENERATOR: folders, hub ids or names", usage=True)
     released, painter = read_seed_tokenizer(files), load_generator(found[3], dtype)
     shape, by_image = released.config, isinstance(painter, StableUnCLIP)
@@ -97,7 +155,7 @@ def convert_seed(
         size = "14b" if layers.num_hidden_layers == LAYERS_14B else "8b"
         compose_seed_llama(*found[:3], out / "mllm", size, codes=shape.codes, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise explain(error, llm) from error
+        raise explain(error, found[1]) from error
     backbone = load_backbone(str(out / "mllm"), dtype)
     if backbone.vision_width != shape.vision_width:
         case = f"the vision tower has width {backbone.vision_width}, the tokenizer reads {shape.vision_width}"
@@ -123,6 +181,10 @@ def convert_seed(
     )
     save_checkpoint(InterleavedModel(backbone, head, config), out)
     return Converted("finetune", {}, released.unused)
+
+
+def _is_vqvae(path: Path) -> bool:
+    return "post_quant_conv.weight" in read_state(path)
 
 
 def _check_condition(shape: SeedTokenizerConfig, painter: LatentDiffusion, name: str) -> None:

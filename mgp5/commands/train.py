@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--format",
     "formats",
     multiple=True,
-    help="cc3m, shards, tables, vist, mmdialog, mmc4, obelics or jsonl, per --data.  [by its files]",
+    help="cc3m, shards, tables, vist, mmdialog, mmc4, obelics, sharegpt or jsonl, per --data.  [by its files]",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
@@ -176,7 +176,9 @@ def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--model", required=True, help="MINIGPT4+GENERATOR, BLIP2+LLM+GENERATOR, or for SEED BLIP2+LLM+WORDS+GENERATOR."
+    "--model",
+    required=True,
+    help="MINIGPT4+GENERATOR or BLIP2+LLM+GENERATOR; for SEED BLIP2+LLM+WORDS+GENERATOR, for VARGPT an MLLM.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the model.")
 def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
@@ -193,6 +195,12 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     \b
       mgp5 convert seed_quantizer.pt --out seed-8b \\
         --model blip2-itm-vit-g+seed-llama-8b+seed-tokenizer-2+UNCLIP
+
+    Of VARGPT give VAR's image tokenizer, and the folder of VARGPT-LLaVA v1; or, to train, VAR's decoder and an MLLM:
+
+    \b
+      mgp5 convert vae_ch160v4096z32.pth --model VARGPT-LLaVA --out vargpt
+      mgp5 convert vae_ch160v4096z32.pth var_d30.pth --model llava-1.5-7b --out vargpt-base
     """
     from ..convert import convert as run
     from ..device import quiet_libraries

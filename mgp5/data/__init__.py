@@ -25,6 +25,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "cc3m": ("cc3m_*.tsv",),
     "vist": ("*_cleaned.json", "*.story-in-sequence.json", "sis/*.story-in-sequence.json"),
     "mmdialog": ("*_conversations.txt", "*/*_conversations.txt"),
+    "sharegpt": ("train.json", "val.json", "test.json"),
     "jsonl": ("train.jsonl", "val.jsonl", "test.jsonl"),
     "mmc4": ("docs_shard_*.jsonl", "docs_shard_*.jsonl.zip", "train/docs_shard_*"),
     "obelics": ("obelics*.jsonl", "train/obelics*.jsonl"),
