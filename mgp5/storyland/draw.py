@@ -10,6 +10,7 @@ import random
 from PIL import Image, ImageDraw
 
 from .characters import character, coat, hand_at
+from .details import Detail, kite
 from .pen import INK, Pen
 from .places import MARGIN, SIZE, VARIANTS, backdrop
 from .props import PROPS
@@ -19,8 +20,9 @@ LIFT = 40  # how high a jump goes, in pixels of the 3x canvas
 GROUND = 350
 
 
-def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
-    """Draw a scene as an RGB image of `size` x `size` pixels; `seed` moves figure, scenery and flakes a little."""
+def draw(scene: Scene, seed: int, size: int = 128, detail: Detail | None = None) -> Image.Image:
+    """Draw a scene as an RGB image of `size` x `size` pixels, with a kite if there is a `detail`; `seed` moves figure,
+    scenery and flakes a little."""
     rng = random.Random(f"draw|{scene.indices()}|{seed}")
     slide = 3 * rng.randint(0, 2 * MARGIN // 3)
     canvas = backdrop(scene.place, scene.weather, rng.randrange(VARIANTS)).crop((slide, 0, slide + SIZE, SIZE))
@@ -42,6 +44,8 @@ def draw(scene: Scene, seed: int, size: int = 128) -> Image.Image:
         _swish(figure)
     elif scene.action == "sleeps":
         _snore(figure)
+    if detail is not None:
+        kite(pen, detail)
     canvas = canvas.reduce(3)
     return canvas if size == SIZE // 3 else canvas.resize((size, size), Image.Resampling.LANCZOS)
 

@@ -9,12 +9,14 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from ..data.files import lines
 from ..errors import Mgp5Error
 from ..files import Claim
+from .details import Detail, random_detail
 from .draw import draw
 from .talk import dialog
 from .tell import caption, story
@@ -32,20 +34,22 @@ def write(
     dialogs: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    details: int = 0,
 ) -> None:
-    """Write captioned images to `out/cc3m`, stories of five images to `out/vist`, dialogues to `out/mmdialog`.
+    """Write captioned images to `out/cc3m`, stories of five images to `out/vist`, dialogues to `out/mmdialog`, and
+    to `out/details` pairs of images whose second must keep a kite that no text tells.
 
     The same seed gives the same files; "test" (CC3M and VIST call it "val") has held-out scenes. `progress` is called
     with (items done, items in all). Raises Mgp5Error for a wrong split or number, or if `out` is no empty folder.
     """
-    out, counts = Path(out), {"cc3m": pairs, "vist": stories, "mmdialog": dialogs}
+    out, counts = Path(out), {"cc3m": pairs, "vist": stories, "mmdialog": dialogs, "details": details}
     if split not in get_args(Split):
         raise Mgp5Error(f"split is {split!r}, expected one of {', '.join(get_args(Split))}", "use train or test")
     if min(counts.values()) < 0 or not any(counts.values()):
         raise Mgp5Error(f"asked for {counts}, expected numbers >= 0 and not all 0", "ask for at least one item")
     if out.exists() and not out.is_dir():
         raise Mgp5Error(f"{out} is a file, expected a folder", "name a new folder")
-    done, total, writers = 0, sum(counts.values()), (_cc3m, _vist, _mmdialog)
+    done, total, writers = 0, sum(counts.values()), (_cc3m, _vist, _mmdialog, _details)
     with Claim(out):
         if any(path.name != ".lock" for path in out.iterdir()):
             raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove it")
@@ -66,11 +70,12 @@ def read_scenes(folder: Path) -> Iterator[tuple[Path, Scene]]:
             raise Mgp5Error(f"{place} of {folder} tells no scene ({error})", "write Storyland again") from None
 
 
-def _draw(root: Path, path: str, scene: Scene, seed: int) -> str:
+def _draw(root: Path, path: str, scene: Scene, seed: int, detail: Detail | None = None) -> str:
     """Draw a scene to a file of a data set, and note there what it shows; return the path."""
-    draw(scene, seed).save(root / path, quality=QUALITY)
+    draw(scene, seed, detail=detail).save(root / path, quality=QUALITY)
+    row = {"image": path, "attributes": scene.attributes()} | ({"detail": asdict(detail)} if detail else {})
     with (root / ATTRIBUTES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"image": path, "attributes": scene.attributes()}) + "\n")
+        file.write(json.dumps(row) + "\n")
     return path
 
 
@@ -125,4 +130,22 @@ def _mmdialog(root: Path, split: Split, count: int, seed: int) -> Iterator[None]
             row = {"conversation_id": index, "conversation": conversation}
             row |= {"negative_candidate_media_keys": [], "negative_candidate_texts": []}
             file.write(f"{json.dumps(row)}\n")
+            yield
+
+
+def _details(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
+    """Write `{train|test}.jsonl`: a user shows an image with a kite and tells the next scene, which has it too."""
+    (root / split).mkdir(parents=True)
+    with (root / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for index in range(count):
+            source = rng(f"details|{split}", seed, index)
+            tale, detail = story(source, split, 2), random_detail(source)
+            names = [
+                _draw(root, f"{split}/{index:09d}-{k}.jpg", step.scene, tale.seed + k, detail)
+                for k, step in enumerate(tale.steps)
+            ]
+            first, second = ({"type": "image", "path": name} for name in names)
+            asked = [first, {"type": "text", "text": tale.steps[1].text}]
+            chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": [second]}]
+            file.write(json.dumps({"messages": chat}) + "\n")
             yield
