@@ -11,26 +11,37 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
-LIMIT, ALONE = 40, 12  # megabytes that the demo may have, and a model that shares its parts
+LIMIT, ALONE = 40, 14  # megabytes that the demo may have, and a model that shares its parts
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), help="Folder with mllm and diffusion.")
 @click.option("--share", help="Instead: the folder that has them, as seen from --out.")
+@click.option("--generator", type=click.Path(path_type=Path), help="With --share: the folder of one of its own.")
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Run of mgp5 train whose result is packed.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model folder; replaced.")
 @click.option("--guidance", default=3.0, show_default=True, help="Default guidance scale of the model.")
 @click.option("--temperature", default=0.5, show_default=True, help="Default temperature of its text.")
-def main(work: Path | None, share: str | None, run: Path, out: Path, guidance: float, temperature: float) -> None:
+def main(
+    work: Path | None,
+    share: str | None,
+    generator: Path | None,
+    run: Path,
+    out: Path,
+    guidance: float,
+    temperature: float,
+) -> None:
     if (work is None) == (share is None):
         raise click.UsageError("give one of --work and --share")
     shutil.rmtree(out, ignore_errors=True)
-    for part, source in ({"mgp5": run} | ({"mllm": work, "diffusion": work} if work else {})).items():
-        shutil.copytree(source / part, out / part, ignore=shutil.ignore_patterns(".*"))
+    copied = {"mgp5": run / "mgp5"} | ({part: work / part for part in ("mllm", "diffusion")} if work else {})
+    copied |= {"diffusion": generator} if generator else {}
+    for part, source in copied.items():
+        shutil.copytree(source, out / part, ignore=shutil.ignore_patterns(".*"))
     if work:
         drop_unread_layer(out / "mllm")
     config = json.loads((out / "mgp5" / "config.json").read_text())
-    config |= {part: f"{share}/{part}" if share else part for part in ("mllm", "diffusion")}
+    config |= {part: part if part in copied else f"{share}/{part}" for part in ("mllm", "diffusion")}
     config |= {"guidance": guidance, "temperature": temperature, "world": "storyland"}
     config["narrate_from"] = "none"  # 65 % of its narrations tell just the change then, 49 % with the history
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
