@@ -14,7 +14,7 @@ WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 DrawMode = Literal["auto", "always", "never"]
 Memory = Literal["auto", "low", "full"]
 Backend = Literal["auto", "eager", "compile", "triton", "onnx", "trt"]
-Quantize = Literal["none", "4bit", "8bit"]
+Quantize = Literal["none", "4bit", "8bit", "int8", "fp8"]  # the last two: weights of LLM and denoiser, by torchao
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class ModelRequest:
     backend: Backend = "auto"  # what runs the denoiser, see `mgp5.engines`
     exported: Path | None = None  # a folder that `mgp5 export` wrote, for the backends onnx and trt
     memory: Memory = "auto"  # on a GPU, "low" saves all it can, "auto" what it must
-    quantize: Quantize = "none"  # bits of the LLM's layers
+    quantize: Quantize = "none"  # see `backbones.quantization`
 
     def given(self) -> dict[str, str]:
         """Return what images depend on beside their options, where it is not the default: for the record."""

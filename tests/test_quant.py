@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import ImageChops, ImageStat
 from tiny import picture
 
 from mgp5 import Conversation, Image
@@ -105,3 +106,31 @@ def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
         reply_options(seed=1, steps=2, max_tokens=4, image="always"),
     )
     assert any(isinstance(event, ImageDone) for event in events)
+
+
+def test_without_torchao_the_error_says_what_to_install_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("mgp5.backbones.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("mgp5.loading.load_backbone", lambda *_: pytest.fail("it reads weights"))
+    with pytest.raises(Mgp5Error, match="quantize=int8 needs torchao"):
+        load("demo", quantize="int8")
+
+
+@pytest.mark.parametrize(("kind", "stored", "most"), [("int8", torch.int8, 2), ("fp8", torch.float8_e4m3fn, 6)])
+def test_weights_of_llm_and_denoiser_are_stored_small_and_images_stay_close(kind, stored, most):
+    """`most` is the mean difference of pixels, of 255, of a picture by the demo."""
+    pytest.importorskip("torchao")
+    model, plain = (load("demo", quantize=each, backend=None) for each in (kind, "none"))
+    for layers, least in ((model.backbone.language.layers, 0.9), (model.head.generator.denoiser, 0.2)):
+        sizes = {name: p.numel() for name, p in layers.named_parameters()}
+        small = {name for name, p in layers.named_parameters() if getattr(p, "qdata", p).dtype == stored}
+        assert sum(sizes[name] for name in small) > least * sum(sizes.values())
+    talk, options = (
+        Conversation().add("user", "A red fox."),
+        reply_options(seed=1, steps=4, max_tokens=0, image="always"),
+    )
+    images = [
+        next(event.image.load() for event in generate(each, talk, options) if isinstance(event, ImageDone))
+        for each in (model, plain)
+    ]
+    difference = sum(ImageStat.Stat(ImageChops.difference(*images)).mean) / 3
+    assert 0 < difference < most

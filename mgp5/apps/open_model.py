@@ -30,7 +30,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,  # of frozen parts, None is float32; what was trained stays in float32
     device: str = "cpu",  # cpu, cuda or cuda:N
-    quantize: Quantize = "none",  # "4bit" or "8bit" for the LLM's layers
+    quantize: Quantize = "none",  # see `backbones.quantization`
     backend: Backend | None = "auto",  # the engine that draws, see `mgp5.engines`; None leaves it to diffusers alone
     memory: Memory | Plan = "auto",  # on a GPU, "low" saves all it can, "auto" what it must; or a plan of its own
 ) -> InterleavedModel:
@@ -43,6 +43,7 @@ def load(
     from ..device import quiet_libraries
 
     quiet_libraries()
+    from ..backbones.quantization import TORCHAO, quantize_weights
     from ..hub import resolve
     from ..loading import load_checkpoint
     from ..memory.generation import select_memory_plan
@@ -54,12 +55,21 @@ def load(
     if not isinstance(memory, Plan):
         memory = select_memory_plan(memory, parts, target, dtype, quantize)
     backend = memory.engine(backend)
-    model = load_checkpoint(parts, dtype=dtype, quantize=memory.quantize)
+    by_torchao = memory.quantize in TORCHAO  # of merged weights
+    model = load_checkpoint(parts, dtype=dtype, quantize="none" if by_torchao else memory.quantize)
     model.merge()
+    if by_torchao:
+        quantize_weights([model.backbone.language.layers, *denoisers(model)], memory.quantize)
     place(model.eval(), memory, target)
     if backend:
         set_backend(model, backend)
     return model
+
+
+def denoisers(model: InterleavedModel) -> list[Any]:
+    """Return the module that the head draws with, if it is a denoiser."""
+    generator = getattr(model.head, "generator", None)
+    return [generator.denoiser] if hasattr(generator, "denoiser") else []
 
 
 def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> BackendChoice:

@@ -1,7 +1,9 @@
-"""Quantization of a frozen LLM to 4 or 8 bits by bitsandbytes (extra `quant`)."""
+"""Quantization: of a frozen LLM to 4 or 8 bits by bitsandbytes while it is loaded, to train and to generate; of the
+weights of a merged LLM and a denoiser to int8 or fp8 by torchao, to generate (both: extra `quant`)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import nn
 from ..errors import Mgp5Error
 from ..options import Quantize
 
-# Not quantized: embedding and LM head, which have rows that train, and vision towers, which lose most quality.
+TORCHAO = ("int8", "fp8")
+# Not quantized by bitsandbytes: embedding and LM head, which have rows that train, and vision towers, which lose most
+# quality.
 KEEP = ["lm_head", r"(?!.*language_model\.).*"]
 
 
@@ -35,6 +39,25 @@ def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[st
     }
     options = nf4 if kind == "4bit" else {"load_in_8bit": True}
     return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=KEEP, **options)}
+
+
+def check_torchao(kind: Quantize) -> None:
+    """Raise Mgp5Error where torchao is not installed."""
+    if kind in TORCHAO and find_spec("torchao") is None:
+        raise Mgp5Error(f"quantize={kind} needs torchao", "pip install 'mgp5[quant]'", usage=True)
+
+
+def quantize_weights(modules: Iterable[nn.Module], kind: Quantize) -> None:
+    """Replace the weights of linear layers by int8 or fp8 (e4m3) with a scale for each row; they compute in the dtype
+    that they had. Raises Mgp5Error without torchao.
+
+    Layers unpack their weights when they are called: `--backend compile` fuses that into the product.
+    """
+    check_torchao(kind)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    for module in modules:
+        quantize_(module, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
 
 
 def keep_layout(model: nn.Module) -> nn.Module:

@@ -85,7 +85,12 @@ GENERATION = (
         default="auto",
         help="On a GPU: auto saves what it must, low all it can. See doctor.",
     ),
-    click.option("--quantize", type=click.Choice(get_args(Quantize)), default="none", help="Bits of the LLM's layers."),
+    click.option(
+        "--quantize",
+        type=click.Choice(get_args(Quantize)),
+        default="none",
+        help="Bits of the LLM's layers; int8 and fp8: of the denoiser too.",
+    ),
     settings_option("settings", "Any option of generation."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object per event on stdout."),
     click.option(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.kv_cache import read
-from ..backbones.quantization import Quantize
+from ..backbones.quantization import TORCHAO, Quantize, check_torchao
 from ..device import host_memory
 from ..errors import Mgp5Error
 from ..files import GiB
@@ -49,12 +49,14 @@ class Footprint:
     size: tuple[int, int]
 
     def _weights(self, plan: Plan) -> dict[str, float]:
-        return self.weights | {"LLM": self.quantized.get(plan.quantize, self.weights["LLM"])}
+        kind = "8bit" if plan.quantize in TORCHAO else plan.quantize  # the denoiser's convolutions stay as they are
+        return self.weights | {"LLM": self.quantized.get(kind, self.weights["LLM"])}
 
     def host(self, plan: Plan, on_gpu: bool = True) -> HostNeeds:
         """Return the bytes of the machine's memory; text encoders are not read to generate."""
         weights = {part: size for part, size in self._weights(plan).items() if self.phases_of[part] != "never"}
-        loading = loaded(weights.items(), plan.quantize, on_gpu)
+        held = self.weights if plan.quantize in TORCHAO else weights  # which takes them as they were loaded
+        loading = loaded([(part, held[part]) for part in weights], plan.quantize, on_gpu)
         if not on_gpu:
             return HostNeeds(loading, self.total(plan) - CONTEXT)
         moves = {*PHASES} - (set() if plan.moves_llm else {"read"}) if plan.offload else set()
@@ -174,6 +176,7 @@ def select_memory_plan(
     """
     if memory not in get_args(Memory):
         raise Mgp5Error(f"no memory mode {memory!r}, expected {', '.join(get_args(Memory))}", "choose one", usage=True)
+    check_torchao(quantize)
     on_gpu = device.type != "cpu"
     plans = memory_plans(quantize) if on_gpu else [Plan(quantize=quantize), Plan(quantize=quantize, tiling=True)]
     plan = plans[-1 if memory == "low" else 0]

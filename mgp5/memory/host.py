@@ -55,7 +55,7 @@ def _size(folder: Path) -> int:
 
 def loaded(weights: Iterable[tuple[str, float]], quantize: str, on_gpu: bool) -> float:
     """Return the bytes of the weights of parts that pass through the machine's memory."""
-    return sum(size for part, size in weights if not (on_gpu and part == "LLM" and quantize != "none"))
+    return sum(size for part, size in weights if not (on_gpu and part == "LLM" and quantize in ("4bit", "8bit")))
 
 
 def check_loading(needs: HostNeeds, name: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backbones.quantization import Quantize
+from ..backbones.quantization import TORCHAO, Quantize
 from ..errors import Mgp5Error
 from ..options import Backend
 
@@ -50,6 +50,7 @@ class Plan:
     def name(self) -> str:
         """The plan in words."""
         bits = [] if self.quantize == "none" else [f"LLM in {self.quantize[0]} bits"]
+        bits = [f"LLM and denoiser in {self.quantize}"] if self.quantize in TORCHAO else bits
         return ", ".join(bits + ["offload"] * self.offload + ["VAE tiling"] * self.tiling) or "full"
 
     def engine(self, backend: Backend | None) -> Backend | None:
@@ -66,7 +67,8 @@ class Plan:
 def memory_plans(quantize: Quantize = "none") -> list[Plan]:
     """Return all plans, from the one that takes most memory and least time."""
     bits: list[Quantize] = ["none", "4bit"] if quantize == "none" else [quantize]
-    choices = product(bits, (False, True), (False, True))
+    moves = (False,) if quantize in TORCHAO else (False, True)  # its tensors are not moved by their data
+    choices = product(bits, moves, (False, True))
     return [Plan(quantize=kind, offload=offload, tiling=tiling) for kind, offload, tiling in choices]
 
 
