@@ -130,7 +130,8 @@ def _read_damaged(
         if not ("truncated" in str(error) and lost):
             return picture
     except UnidentifiedImageError:
-        found = "a TIFF of a kind that is not read" if _head(file)[:4] in TIFFS else "not an image"
+        tiff = formats is None and _head(file)[:4] in TIFFS
+        found = "a TIFF of a kind that is not read" if tiff else "not an image"
         raise Mgp5Error(f"{path} is {found}", "give a JPEG, PNG, WebP, GIF, BMP, AVIF or 8-bit TIFF file") from None
     except Mgp5Error:
         raise

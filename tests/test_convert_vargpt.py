@@ -124,6 +124,11 @@ def test_sharegpt_rows_are_conversations_and_what_is_wrong_is_counted(tmp_path):
     assert data.problems == {"more or fewer images than places for them": 1, "missing image": 1, "bad row": 2}
     (tmp_path / "val.json").write_text("\n".join(json.dumps(row) for row in rows[:2]))
     assert len(load_data("sharegpt", tmp_path, "val")) == 2
+    outside = {"messages": turns, "images": ["fox.png", "../fox.png"]}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/train.json").write_text(json.dumps([outside]))
+    with pytest.raises(Mgp5Error, match=r"train\.json:1.*leaves its folder"):
+        load_data("sharegpt", tmp_path / "in")
     (tmp_path / "test.json").write_text("[{")
     with pytest.raises(Mgp5Error, match=r"test\.json is not JSON"):
         load_data("sharegpt", tmp_path, "test")

@@ -17,7 +17,7 @@ from mgp5.messages import Conversation, Image
 from mgp5.prompts import CHAT_SYSTEM
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/real"
-BY_NUMBER = [name for name in FORMATS if name not in (*STREAMS, "mmc4", "obelics")]  # they have files of their own
+BY_NUMBER = [name for name in FORMATS if name not in (*STREAMS, "mmc4", "obelics", "sharegpt")]  # others have own tests
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside this repository")
 
 

@@ -35,6 +35,8 @@ def load(path: Path, split: str = "train") -> JSONL:
         try:
             dataset.append(where, _chat(row))
         except Mgp5Error as error:
+            if "leaves its folder" in error.message:
+                raise
             dataset.problems.note("bad row", error.message)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             dataset.problems.note("bad row" if not isinstance(error, ValueError) else str(error), where)
