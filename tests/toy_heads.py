@@ -15,7 +15,6 @@ from torch import nn
 
 from mgp5.backbones.hf import HFBackbone
 from mgp5.config import ModelConfig
-from mgp5.errors import Mgp5Error
 from mgp5.heads import (
     HEADS,
     Embeds,
@@ -118,10 +117,6 @@ class CodesHead(Head):
     def losses(self, hidden, batch, config, rng) -> Losses:
         painted = self.decoder(batch.targets["codes"]).view(-1, 3, SIDE, SIDE)
         return Losses({"pixels": (painted - batch.targets["pixels"]).square().mean()}, {"pixels": 1.0})
-
-    def check(self, options) -> None:
-        if not isinstance(options, CodesOptions):
-            raise Mgp5Error(f"options are {type(options).__name__}, expected CodesOptions", "use the head's own")
 
     def draw(self, context):
         first, _, *codes = self.ids

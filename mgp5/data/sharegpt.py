@@ -20,7 +20,7 @@ from .jsonl import JSONL
 from .vist import StoryTasks
 
 PLACE = re.compile("<image>|<image_gen>")
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 
 
 def load(path: Path, split: str = "train") -> JSONL:
@@ -33,13 +33,11 @@ def load(path: Path, split: str = "train") -> JSONL:
     dataset = JSONL(table.parent, StoryTasks())
     for where, row in _rows(table):
         try:
-            dataset.append(where, _chat(row))
-        except Mgp5Error as error:
-            if "leaves its folder" in error.message:
-                raise
-            dataset.problems.note("bad row", error.message)
+            chat = _chat(row)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             dataset.problems.note("bad row" if not isinstance(error, ValueError) else str(error), where)
+            continue
+        dataset.append(where, chat)
     check_usable(dataset, table)
     return dataset
 
@@ -71,5 +69,5 @@ def _chat(row: dict[str, Any]) -> list[dict[str, Any]]:
             parts += [{"type": "image", "path": str(next(paths))}] if number else []
             parts += [{"type": "text", "text": words.strip()}] if words.strip() else []
         role = turn["role"] if "role" in turn else turn["from"]
-        chat.append({"role": ROLES.get(role, role), "content": parts})
+        chat.append({"role": ROLES[role], "content": parts})
     return chat

@@ -299,6 +299,10 @@ class Head(nn.Module):
 
     def check(self, options: ImageOptions) -> None:
         """Raise Mgp5Error for options that the head cannot draw with; called before anything is computed."""
+        expected = self.spec.image_options
+        if not isinstance(options, expected):
+            found = f"options are {type(options).__name__}, expected {expected.__name__}"
+            raise Mgp5Error(found, "use the head's own")
 
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor | Drawn]:
         """Draw one image: yield requests, receive their responses, return pixels (3, H, W) in [-1, 1]."""

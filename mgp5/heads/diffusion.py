@@ -6,7 +6,7 @@ Letters: L condition length, C condition width, H and W pixels, Z latent channel
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class DiffusionHead(Head):
     """Denoise step by step from a condition that a subclass makes."""
 
     generator: LatentDiffusion
+    residuals: ClassVar[bool] = False  # whether the head adds to what the denoiser computes inside
     _unconditional: Tensor | None = None  # kept
 
     @property
@@ -69,8 +70,9 @@ class DiffusionHead(Head):
         return super().train(mode)
 
     def check(self, options: DiffusionOptions) -> None:
-        """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""
-        self.generator.check(options)
+        """Raise Mgp5Error for options of another head, or that the generator cannot draw with."""
+        super().check(options)
+        self.generator.check(options, residuals=self.residuals)
 
     def denoise(self, condition: Tensor, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image from what `_begin` takes, a condition (1, L, C): denoise step by step, decode; return pixels

@@ -46,6 +46,7 @@ class MMInterleavedHead(DiffusionHead):
     """Draw an image from all that was read and seen before it (section 3.2)."""
 
     config_type = MMInterleavedConfig
+    residuals = True
     context_cache = ""  # nor are target images cached: what encodes both is trained
     stages = (Stage("pretrain", "captions"), Stage("finetune", "conversations", adapter=True))
 
@@ -236,13 +237,6 @@ class MMInterleavedHead(DiffusionHead):
         return features, torch.ones(features.shape[:2], dtype=torch.bool, device=like.device)
 
     # --- inference ---
-
-    def check(self, options: MMInterleavedOptions) -> None:
-        """Raise Mgp5Error for options that the generator cannot draw with, or of another head."""
-        if not isinstance(options, MMInterleavedOptions):
-            found = f"options are {type(options).__name__}, expected MMInterleavedOptions"
-            raise Mgp5Error(found, "use the head's own")
-        self.generator.check(options, residuals=True)
 
     def unconditional(self, condition: Tensor) -> Tensor:  # (1, L, C)
         """Return the learned unconditional context."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import Mgp5Error
 from ..files import digest
 from ..generators.latent_diffusion import LatentDiffusion
 from ..generators.seed_tokenizer import STAGES, SeedTokenizer
@@ -89,10 +88,8 @@ class SeedHead(DiffusionHead):
     @property
     def description(self) -> str:
         """Return class, prediction type and condition shape of the generator, and the shape of codes, as text."""
-        length, width = self.generator.condition_shape
         shape = self.config.tokenizer
-        kind = f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
-        return f"{kind} by {shape.queries} of {shape.codes} codes"
+        return f"{super().description} by {shape.queries} of {shape.codes} codes"
 
     def parts(self) -> dict[str, Part]:
         """Return the tokenizer, which is trained, and the frozen parts of the generator."""
@@ -211,7 +208,7 @@ class SeedHead(DiffusionHead):
 
     def texts(self, captions: tuple[str, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # (P, T)
         """Return ids and mask of captions; the first token is the same in all."""
-        tokenizer = self.text_tokenizer()
+        tokenizer = self.text_tokenizer
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else (tokenizer.bos_token_id or 0)
         texts = [tokenizer.encode(caption, add_special_tokens=False)[: length - 1] for caption in captions]
         width = 1 + max(map(len, texts))
@@ -219,7 +216,7 @@ class SeedHead(DiffusionHead):
         mask = torch.tensor([[1] * (1 + len(text)) + [0] * (width - 1 - len(text)) for text in texts], device=device)
         return ids, mask
 
-    @cache  # noqa: B019 (one tokenizer for each of a few heads)
+    @cached_property
     def text_tokenizer(self) -> Any:
         """Return the tokenizer of the contrastive stage's texts. Raises Mgp5Error if it cannot be read."""
         if not self.config.text_tokenizer:
@@ -280,12 +277,6 @@ class SeedHead(DiffusionHead):
         condition = self.condition(codes)
         pixels = yield from self.denoise(condition, context)
         return Drawn(pixels, self._context(self._backbone[0], codes))
-
-    def check(self, options: SeedOptions) -> None:
-        """Raise Mgp5Error for a size, sampler or number of steps that the generator cannot draw."""
-        if not isinstance(options, SeedOptions):
-            raise Mgp5Error(f"options are {type(options).__name__}, expected SeedOptions", "use the head's own")
-        super().check(options)
 
     def commit(self, drawn: Drawn) -> Forced:
         """Let the LLM read </img>."""

@@ -235,11 +235,6 @@ class VARGPTHead(Head):
 
     # --- inference ---
 
-    def check(self, options: VARGPTOptions) -> None:
-        """Raise Mgp5Error for options of another head."""
-        if not isinstance(options, VARGPTOptions):
-            raise Mgp5Error(f"options are {type(options).__name__}, expected VARGPTOptions", "use the head's own")
-
     def draw(self, context: DrawContext) -> Generator[Request, Response, Tensor]:
         """Draw one image: read <image_gen_start>, then for each scale let the LLM read its embeddings and the decoder
         sample its codes.
