@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
+from command_line import ask_for_image, chat_and_evaluate, run, tell_and_recall
 from safetensors.torch import load_file
-from serve_process import data_url, serving_here
-from tiny import parts_of
+from serve_process import serving_here
 from tiny_training import join
 
 from mgp5.apps.open_model import load
 from mgp5.bench.decoding import condition_rows
 from mgp5.bench.timing import Bench
-from mgp5.cli import main
 from mgp5.hub import resolve
 from mgp5.storyland.world import ATTRIBUTES
-from mgp5.views.files import read_png_metadata
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("tokenizer-contrastive", "tokenizer", "pretrain", "finetune")
@@ -43,15 +39,6 @@ text_positions = 64
 projection = 8
 """
 QUICK = ("--steps", "2", "--set", "max_tokens=4", "--backend", "eager")
-
-
-def run(*args: object, home: Path, code: int = 0) -> str:
-    """Run a command in a folder; return what it writes to stdout, or where it is refused to stderr."""
-    AcceleratorState._reset_state(True)
-    with chdir(home):
-        result = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result.stderr if code else result.stdout
 
 
 def train(stage: str, before: str, out: str, home: Path, *more: str, **known: int) -> str:
@@ -82,28 +69,13 @@ def model(home) -> tuple[str, str]:
 
 
 def test_a_story_is_told_and_an_image_of_it_is_recalled(home, model):
-    given = ["--text", "lines.txt", "--scenes", 1, "--set", "image=always", "--set", "code_top_p=1.0"]
-    (home / "lines.txt").write_text("A red day.\n")
-    run("story", *model, *QUICK, *given, "--out", "told", home=home)
-    assert [kind for _, kind in parts_of(home / "told")].count("image") == 2
-    (first, *_) = sorted((home / "told").glob("*.png"))
-    assert read_png_metadata(first)["code_top_p"] == 1.0
-    assert "mgp5" in run("recall", first, home=home)
+    assert tell_and_recall(home, *model, *QUICK, "--set", "code_top_p=1.0")["code_top_p"] == 1.0
 
 
 def test_a_chat_a_server_and_an_evaluation_reply(home, model):
-    run("chat", *model, *QUICK, "--message", "hello", "--set", "image=always", "--out", "talk", home=home)
-    assert list((home / "talk").glob("*.png"))
+    chat_and_evaluate(home, *model, *QUICK)
     with serving_here(model[1], rows=2) as server:
-        image = {"type": "image_url", "image_url": {"url": data_url()}}
-        ask = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "draw"}]}]}
-        asked = {"image": "always", "steps": 2, "max_tokens": 4, "response_format": {"type": "parts"}}
-        status, reply = server.post("/v1/chat/completions", **ask, **asked)
-        assert status == 200, reply
-        assert "image_url" in [part["type"] for part in reply["choices"][0]["message"]["content"]]
-    run("eval", *model, *QUICK, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
-    report = json.loads((home / "eval/report.json").read_text())
-    assert report["tables"]
+        ask_for_image(server, steps=2)
 
 
 def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):

@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import run
-from serve_process import data_url, serving_here
-from tiny import parts_of
-
-from mgp5.views.files import read_png_metadata
+from command_line import ask_for_image, chat_and_evaluate, run, tell_and_recall
+from serve_process import serving_here
 
 STAGES = ("var", "align", "instruct", "decode")
 SETTINGS = """batch = 2
@@ -49,34 +46,20 @@ def model(home) -> tuple[str, str]:
 
 
 def test_a_story_is_told_and_an_image_of_it_is_recalled(home, model):
-    given = ["--text", "lines.txt", "--scenes", 1, "--set", "image=always", "--set", "code_top_p=0.5"]
-    (home / "lines.txt").write_text("A red day.\n")
-    run("story", *model, *QUICK, *given, "--out", "told", home=home)
-    assert [kind for _, kind in parts_of(home / "told")].count("image") == 2
-    (first, *_) = sorted((home / "told").glob("*.png"))
-    metadata = read_png_metadata(first)
+    metadata = tell_and_recall(home, *model, *QUICK, "--set", "code_top_p=0.5")
     assert (metadata["code_top_p"], metadata["guidance"]) == (0.5, 2.0) and "steps" not in metadata
-    assert "mgp5" in run("recall", first, home=home)
-    told = run("story", *model, "--steps", 5, *given, "--out", "refused", home=home, code=2)
+    told = run("story", *model, "--steps", 5, "--text", "lines.txt", "--out", "refused", home=home, code=2)
     assert "no setting steps" in told and "code_top_k" in told
 
 
 def test_a_chat_a_server_and_an_evaluation_reply(home, model):
-    run("chat", *model, *QUICK, "--message", "hello", "--set", "image=always", "--out", "talk", home=home)
-    assert list((home / "talk").glob("*.png"))
+    chat_and_evaluate(home, *model, *QUICK)
     with serving_here(model[1], rows=2) as server:
-        image = {"type": "image_url", "image_url": {"url": data_url()}}
-        ask = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "draw"}]}]}
-        asked = {"image": "always", "max_tokens": 4, "response_format": {"type": "parts"}}
-        status, reply = server.post("/v1/chat/completions", **ask, **asked)
-        assert status == 200, reply
-        assert "image_url" in [part["type"] for part in reply["choices"][0]["message"]["content"]]
+        ask_for_image(server)
         for more, code in (({"size": "12x12"}, 200), ({"size": "64x64"}, 400), ({"steps": 5}, 400)):
             status, reply = server.post("/v1/images/generations", prompt="a fox", **more)
             assert status == code, reply
             assert code == 200 or next(iter(more)) in reply["error"]["message"]
-    run("eval", *model, *QUICK, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
-    assert json.loads((home / "eval/report.json").read_text())["tables"]
 
 
 def test_doctor_and_bench_measure_it(home, model):

@@ -55,16 +55,12 @@ class EvaluateRequest:
             problems.append(f"--format {self.format} without --data: name the folder of the data set")
         if min(self.limit or 1, self.batch) < 1:
             problems.append(f"limit is {self.limit} and batch {self.batch}, expected 1 or more")
-        if unknown := [name for name in self.weights if name not in WEIGHTS]:
-            problems.append(f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             problems.append(f"no metric {', '.join(map(repr, unknown))}: there are {'; '.join(METRICS)}")
         checks: list[Callable[[], Any]] = [
             lambda: tasks.check(self.format, self.tasks, self.contexts),
             lambda: self.systems,
-            lambda: pick_device(self.model.device),
-            lambda: check_launched(self.model.device),
-            lambda: trained(self.model.model),
+            lambda: check_common(self.model, self.weights),
         ]
         checks += [] if problems else [lambda: self.left_out]
         raise_all(problems, checks)
@@ -97,3 +93,11 @@ def trained(name: str) -> Parts:
     if parts.trained is None:
         raise Mgp5Error(f"{name} has no trained head", f"train one: mgp5 train --stage pretrain --model {name}")
     return parts
+
+
+def check_common(model: ModelRequest, weights: Mapping[str, Path]) -> None:
+    """Check the model, its device and the names of weights of any evaluation; raise Mgp5Error with all problems."""
+    unknown = [name for name in weights if name not in WEIGHTS]
+    problems = [f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}"] if unknown else []
+    checks = (lambda: pick_device(model.device), lambda: check_launched(model.device), lambda: trained(model.model))
+    raise_all(problems, checks)

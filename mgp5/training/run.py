@@ -68,11 +68,15 @@ class TrainRequest:
         problems += [f"no cache at {path}: mgp5 data cache makes one" for path in self.caches if not path.is_dir()]
         checks: list[Callable[[], Any]] = [lambda: resolve(self.model), lambda: pick_device(self.device)]
         checks += [
-            lambda: check_head(self.model, self.trained, self.head),
+            self._check_model,
             lambda: runs.check(self.out, self.config, self.resume),
         ]
-        checks += [lambda: check_adapter(self.model, self.trained, self.config)]
         raise_all(problems, checks)
+
+    def _check_model(self) -> None:
+        """Check that what the model is trained for goes on in this run. Raises Mgp5Error."""
+        check_head(self.model, self.trained, self.head)
+        check_adapter(self.model, self.trained, self.config)
 
     @cached_property
     def config(self) -> TrainConfig:

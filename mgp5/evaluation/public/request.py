@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ...device import check_launched, pick_device
 from ...errors import Mgp5Error, raise_all
 from ...options import ModelRequest, Options
-from ..request import trained
-from ..weights import WEIGHTS
+from ..request import check_common
 from . import BENCHMARKS
 from .cases import Benchmark
 
@@ -53,18 +51,10 @@ class PublicRequest:
             problems.append(f"--format {self.format} without --data: name the benchmark's folder, or its table")
         if self.rounds < 0 or min(self.limit or 1, self.batch) < 1:
             problems.append(f"limit is {self.limit}, batch {self.batch} and rounds {self.rounds}, expected 1 or more")
-        if unknown := [name for name in self.weights if name not in WEIGHTS]:
-            problems.append(f"no weights {', '.join(unknown)}: give NAME=PATH, NAME one of {', '.join(WEIGHTS)}")
         if self.against and not self.judge:
             problems.append("--against without --judge: name who compares the answers")
         problems += [f"no answers at {path}: check --against" for path in self.against if not path.exists()]
-        checks = (
-            lambda: self.judge_name,
-            lambda: pick_device(self.model.device),
-            lambda: check_launched(self.model.device),
-            lambda: trained(self.model.model),
-        )
-        raise_all(problems, checks)
+        raise_all(problems, (lambda: self.judge_name, lambda: check_common(self.model, self.weights)))
 
     @property
     def benchmark(self) -> Benchmark:
