@@ -76,6 +76,9 @@ def test_a_chat_a_server_and_an_evaluation_reply(home, model):
     chat_and_evaluate(home, *model, *QUICK)
     with serving_here(model[1], rows=2) as server:
         ask_for_image(server, steps=2)
+        fields = {"prompt": "a fox", "seed": 1, "steps": 2}
+        drawn = [server.post("/v1/images/generations", code_temperature=t, **fields)[1]["data"] for t in (0, 0.0, 9.0)]
+        assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):

@@ -43,6 +43,7 @@ def test_the_document_tells_of_this_server(server):
     schemas, chat = document["components"]["schemas"], document["paths"]["/v1/chat/completions"]["post"]
     assert schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny"]
     assert schemas["ImagesRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 2
+    assert "code_top_k" not in schemas["ImagesRequest"]["properties"]  # of other heads
     for path in ("/", "/docs"):  # for who comes with a browser
         assert b"POST /v1/chat/completions" in server.ask("GET", path, headers=SHOWN)[1]
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer" and chat["security"] == [{"key": []}]

@@ -56,10 +56,22 @@ def test_a_chat_a_server_and_an_evaluation_reply(home, model):
     chat_and_evaluate(home, *model, *QUICK)
     with serving_here(model[1], rows=2) as server:
         ask_for_image(server)
-        for more, code in (({"size": "12x12"}, 200), ({"size": "64x64"}, 400), ({"steps": 5}, 400)):
-            status, reply = server.post("/v1/images/generations", prompt="a fox", **more)
+        images = set()
+        for more, code in (
+            *(({"size": "12x12"}, 200), ({"code_top_k": 1, "code_top_p": 0.9}, 200), ({"size": "64x64"}, 400)),
+            *(({"steps": 5}, 400), ({"code_temperature": 1.0}, 400), ({"num_inference_steps": 5}, 400)),
+        ):
+            status, reply = server.post("/v1/images/generations", prompt="a fox", seed=1, **more)
             assert status == code, reply
-            assert code == 200 or next(iter(more)) in reply["error"]["message"]
+            if code == 200:
+                images.add(reply["data"][0]["b64_json"])
+            else:
+                assert reply["error"]["message"].startswith(next(iter(more)).removeprefix("num_inference_"))
+        assert len(images) == 2  # code_top_k takes the likeliest codes
+        fields = json.loads(server.ask("GET", "/openapi.json")[1])["components"]["schemas"]["ImagesRequest"][
+            "properties"
+        ]
+        assert "code_top_k" in fields and not {"steps", "num_inference_steps", "code_temperature"} & fields.keys()
 
 
 def test_doctor_and_bench_measure_it(home, model):

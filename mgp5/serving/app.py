@@ -22,7 +22,7 @@ from .api import chat, drawing, responses
 from .loop import Refused, ServingLoop
 from .middleware import AccessMiddleware, error_response
 from .request import WEB_PATH
-from .schema import explain
+from .schema import explain, options_of
 from .state import AppState, State
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def make_app(
     for router in (chat.routes, responses.routes, drawing.routes, routes):
         app.include_router(router, dependencies=keyed)
     app.include_router(open_routes)
-    replies.complete_document(app, request.model_name, request.limits)
+    options = options_of(loop.model.head.spec.image_options)
+    replies.complete_document(app, request.model_name, options, request.limits)
     app.add_exception_handler(Refused, lambda _, error: error_response(error))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from ..options import SAMPLERS
 from .loop import Refused
-from .schema import OTHER_NAMES
+from .schema import OF_HEADS, OTHER_NAMES
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -109,8 +109,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-def complete_document(app: FastAPI, model: str, limits: Limits) -> None:
-    """Complete the document at /openapi.json: events of a stream, the model's name, and the bounds of this server."""
+def complete_document(app: FastAPI, model: str, options: frozenset[str], limits: Limits) -> None:
+    """Complete the document at /openapi.json: events of a stream, the model's name, those of OF_HEADS that it has, and
+    the bounds of this server."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
     schemas |= models_json_schema([(model, "validation") for model in DESCRIBED], ref_template=REFS)[1]["$defs"]
@@ -123,6 +124,8 @@ def complete_document(app: FastAPI, model: str, limits: Limits) -> None:
     bounds |= dict.fromkeys(("steps", OTHER_NAMES["steps"]), limits.steps)
     for request in (name for name in schemas if name.endswith("Request")):
         fields = schemas[request]["properties"]
+        for name in OF_HEADS - options:
+            fields.pop(name, None), fields.pop(OTHER_NAMES.get(name), None)
         for field in fields.keys() & {"model", "sampler", *bounds}:
             for kind in fields[field].get("anyOf", [fields[field]]):
                 if kind.get("type") == "integer":

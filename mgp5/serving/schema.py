@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import Mgp5Error
-from ..options import DrawMode, Options, reply_options
+from ..options import DrawMode, ImageOptions, Options, reply_options
 from .loop import Refused
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ EVERYWHERE = dict.fromkeys(
 )
 NEUTRAL: dict[str, tuple[Any, ...] | None] = {}  # of all bodies
 OTHER_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}  # as other programs call these fields
+# Fields that are options of the head's images: a head has some of them.
+OF_HEADS = frozenset({"steps", "guidance", "sampler", "code_temperature", "code_top_p", "code_top_k"})
 REASONS = {  # why a field that others have is refused
     "negative_prompt": "pictures are drawn from what the language model says, so there is no text to steer away from",
     "mask": "the next scene is drawn as a whole",
@@ -117,6 +119,9 @@ class DrawRequest(Body):
     steps: Annotated[int, Field(ge=1, le=1000), INTEGER] | None = Field(None, description="20, or the most allowed")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     sampler: str | None = Field(None, description="dpm++ where it is not given")
+    code_temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="of an image's codes")
+    code_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    code_top_k: Count | None = Field(None, description="the likeliest codes; 0: all")
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds, waiting included", examples=[60])
 
 
@@ -216,12 +221,14 @@ def image_options(body: DrawRequest, count: int, limits: Limits, model: Interlea
 
 def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text: Any) -> Options:
     """Return options of text and images; what cannot be drawn is refused here, not in the middle of a reply."""
-    image = body.model_dump(include={"steps", "guidance", "sampler"}, exclude_none=True)
-    image |= _size(body.size, limits, model.head)
-    kind = model.head.spec.image_options
-    if "steps" in {field.name for field in fields(kind)}:
+    image, kind = body.model_dump(include=OF_HEADS, exclude_none=True), model.head.spec.image_options
+    if unknown := sorted(image.keys() - (known := options_of(kind))):
+        message = f"{', '.join(unknown)}: not an option of this model's pictures, expected {', '.join(sorted(known))}"
+        raise refused(message, unknown[0])
+    if "steps" in known:
         image.setdefault("steps", min(20, limits.steps))
     check_bound("steps", image.get("steps", 0), limits.steps)
+    image |= _size(body.size, limits, model.head)
     seed = random.SystemRandom().randrange(2**31) if body.seed is None else body.seed
     try:
         options = reply_options(kind, seed=seed, **image, **text)
@@ -229,6 +236,11 @@ def _options(body: DrawRequest, limits: Limits, model: InterleavedModel, **text:
     except Mgp5Error as error:
         raise refused(str(error), None) from None
     return options
+
+
+def options_of(kind: type[ImageOptions]) -> frozenset[str]:
+    """Return those of OF_HEADS that a head with these options has."""
+    return OF_HEADS & {field.name for field in fields(kind)}
 
 
 def _size(size: str | None, limits: Limits, head: Head) -> dict[str, int]:
