@@ -110,7 +110,7 @@ def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):
 def test_scripts_of_storyland_measure_and_pack_it(home, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples/storyland"))
     import pack
-    import seed
+    from measure import seed
 
     def script(main, *args: object) -> None:
         done = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)

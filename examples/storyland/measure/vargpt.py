@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 import torch
+from measure.seed import judged, pixels_of, world
 from PIL import Image as pil
 from rich.progress import track
-from seed import judged, pixels_of, world
 
 from mgp5.apps.open_model import load
 from mgp5.events import Finished

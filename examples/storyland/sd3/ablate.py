@@ -1,4 +1,4 @@
-"""Compare recipes of the mapper for Stable Diffusion 3: short pretrainings of the demo's LLM with sd3.py's model.
+"""Compare recipes of the mapper for Stable Diffusion 3: short pretrainings of the demo's LLM with sd3/train.py's model.
 
 Letters: B pictures, L rows and D width of a condition, whose last row holds the pooled vector.
 """
@@ -18,7 +18,7 @@ import torch
 from clip import captions
 from fit import device, step_generator
 from renders import renders, right, scores
-from sd3 import DEMO, paint
+from sd3.train import DEMO, paint
 from torch import Tensor
 from unet import moments, sheet
 
@@ -61,7 +61,7 @@ RECIPES = {
 
 
 class Pairs:
-    """Captioned renders, tokenized once, their latents from sd3.py's cache."""
+    """Captioned renders, tokenized once, their latents from sd3/train.py's cache."""
 
     def __init__(self, work: Path, split: str, count: int, model: InterleavedModel) -> None:
         pictures, self.rows = renders(work, split, count)
