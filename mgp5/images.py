@@ -65,9 +65,7 @@ def check_size(size: tuple[int, int], path: Path | str, max_pixels: int = MAX_PI
 
 def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Return an image in RGB, turned as its EXIF data says; transparency becomes white, deep grey 8 bits.
-
-    Raises ValueError if its values are not finite.
-    """
+    Raises ValueError if its values are not finite."""
     from PIL import Image as pil
     from PIL import ImageOps
 

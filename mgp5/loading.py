@@ -35,9 +35,7 @@ def build(
     mllm: str, diffusion: str, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none", **options: Any
 ) -> InterleavedModel:
     """Return a model with a fresh head, ready for its first stage; parts are folders or hub ids.
-
-    `dtype` is that of the frozen parts, `options` are those of `assemble`.
-    """
+    `dtype` is that of the frozen parts, `options` are those of `assemble`."""
     return assemble(load_backbone(mllm, dtype, quantize), load_generator(diffusion, dtype), mllm, diffusion, **options)
 
 
@@ -83,9 +81,7 @@ def load_checkpoint(
     parts: Parts, *, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
 ) -> InterleavedModel:
     """Return the model of a trained folder with its weights in it; the adapter is not merged yet.
-
-    Raises Mgp5Error if weights are missing, or do not fit the LLM or the head.
-    """
+    Raises Mgp5Error if weights are missing, or do not fit the LLM or the head."""
     assert parts.trained is not None
     path = parts.trained / CONFIG
     config = model_config_from(read_config(path), str(path))
@@ -103,10 +99,7 @@ def load_checkpoint(
 
 def trained_tensors(model: InterleavedModel) -> dict[str, Tensor]:
     """Return all that the stages train, under stable names: NAME.* of the head's saved parts, "adapter.*", "prefix.*",
-    "llm.*" of the LLM's own weights.
-
-    Where processes share the weights (FSDP), all of them have to call it.
-    """
+    "llm.*" of the LLM's own weights. Where processes share the weights (FSDP), all of them have to call it."""
     from peft import get_peft_model_state_dict
 
     backbone = model.backbone

@@ -40,9 +40,7 @@ class Image:
 
     def load(self, least: int | None = None) -> PIL.Image.Image:
         """Return the image in RGB, upright; a large JPEG may be halved while its sides have at least `least` pixels.
-
-        Raises Mgp5Error when it cannot be read, or is too large or too thin.
-        """
+        Raises Mgp5Error when it cannot be read, or is too large or too thin."""
         if self.pixels is not None:
             check_size(self.pixels.size, "an image in memory")
             return upright(self.pixels)
@@ -148,9 +146,7 @@ class Conversation:
     @classmethod
     def from_chat(cls, chat: Iterable[dict[str, Any]], folder: Path) -> Conversation:
         """Return the conversation of messages in the Hugging Face chat format; no image is opened.
-
-        Image paths are relative to `folder`. Raises Mgp5Error for a role, part or path that is not understood.
-        """
+        Image paths are relative to `folder`. Raises Mgp5Error for a role, part or path that is not understood."""
         messages = []
         for index, raw in enumerate(chat):
             if not isinstance(raw, dict) or raw.get("role") not in ("system", "user", "assistant"):

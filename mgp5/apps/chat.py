@@ -66,9 +66,7 @@ class Chat:
 
     def say(self, text: str) -> Iterator[Event]:
         """Send a message with the pending images; yields the events of the reply.
-
-        A message that cannot be answered is taken back with an Mgp5Error; an interrupted reply is kept as it is.
-        """
+        A message that cannot be answered is taken back with an Mgp5Error; an interrupted reply is kept as it is."""
         content = (*self.pending, *([Text(text)] if text else []))
         if not content:
             raise Mgp5Error("the message is empty", "write something, or attach an image with /image FILE")
@@ -148,11 +146,8 @@ class Chat:
 
 
 def open_chat(request: ChatRequest, tell: Tell = silent) -> Chat:
-    """Open the model and the folder of a chat; `tell` is that of `open_model`.
-
-    Raises Mgp5Error if an image or conversation cannot be read, a folder is taken, or the model cannot be opened; an
-    empty folder is removed then.
-    """
+    """Open the model and the folder of a chat; `tell` is that of `open_model`. Raises Mgp5Error if an image or
+    conversation cannot be read, a folder is taken, or the model cannot be opened; an empty folder is removed then."""
     from ..hub import resolve
 
     pending = [read_image(path) for path in request.images]

@@ -49,10 +49,7 @@ class Recalled:
 
 
 def recall(path: Path) -> Recalled:
-    """Return what draws an image again.
-
-    Raises Mgp5Error that says what the image or its folder lacks.
-    """
+    """Return what draws an image again. Raises Mgp5Error that says what the image or its folder lacks."""
     metadata, folder = read_png_metadata(path), path.parent
     if not {"seed", "text_seed"} <= metadata.keys():
         raise Mgp5Error(f"{path} does not say how it was drawn", "give a PNG that mgp5 drew, as it was written")

@@ -263,9 +263,7 @@ def with_seeds(options: Options, number: int) -> Options:
 
 def scene_prompt(history: Sequence[Scene], part: SceneInput, narrate_from: Context = "full") -> Conversation | None:
     """Return the prompt for what is missing of a scene: text, image or both; None where nothing is missing.
-
-    `history` is text and image of the scenes before that have an image; the last WINDOW of them are shown.
-    """
+    `history` is text and image of the scenes before that have an image; the last WINDOW of them are shown."""
     past = history[-WINDOW:]
     match part.kind:
         case "continued":

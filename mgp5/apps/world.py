@@ -13,9 +13,7 @@ SIDE = 128  # pixels of an image that are enough to judge it
 
 def remarks(world: str, text: str, images: Sequence[Image] = ()) -> list[Note]:
     """Return a note on what a user gives that is not of a model's world; none where it knows no bounds ("").
-
-    Raises Mgp5Error if an image cannot be read.
-    """
+    Raises Mgp5Error if an image cannot be read."""
     if world != "storyland":
         return []
     from ..storyland.judge import is_foreign

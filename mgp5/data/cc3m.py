@@ -91,9 +91,7 @@ def load(
 
 def _rows(source: Iterator[tuple[str, bytes]], width: int) -> Iterator[tuple[str, list[str]]]:
     """Yield where each row begins, and its fields; none of what is no row of `width` fields.
-
-    A line with an open quote goes on in the next ones, until they end a row, or one of them is a row by itself.
-    """
+    A line with an open quote goes on in the next ones, until they end a row, or one of them is a row by itself."""
     begun, text = "", ""
     for where, line in source:
         fields = _split(line, width)

@@ -96,9 +96,7 @@ class ImageFiles:
 
     def find(self, name: str, where: str) -> str | None:
         """Return the path relative to the folder, None when there is no such file.
-
-        Raises Mgp5Error that begins with `where` for a path that leaves the folder (absolute, "..", or by a link).
-        """
+        Raises Mgp5Error that begins with `where` for a path that leaves the folder (absolute, "..", or by a link)."""
         name = name.replace("\\", "/")
         directory, _, file = name.rpartition("/")
         try:
@@ -127,9 +125,7 @@ def _listing(directory: Path) -> dict[str, bool]:
 
 def find_table(path: Path, split: str, *patterns: str) -> Path:
     """Return `path` itself when it is a file, else the first pattern, with {split} in it, that exists below it.
-
-    "val" and "test" stand in for each other. Raises Mgp5Error for an unknown split, or no such file.
-    """
+    "val" and "test" stand in for each other. Raises Mgp5Error for an unknown split, or no such file."""
     if split not in SPLITS:
         raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
     if path.is_file():

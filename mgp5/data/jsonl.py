@@ -69,9 +69,7 @@ def load(
     narrate_from: Context = "full",
 ) -> JSONL:
     """Read conversations and stories from `<split>.jsonl`, a file or in a folder; options of stories as for VIST.
-
-    Raises Mgp5Error for a missing file, or a line without a conversation: own data is repaired, not skipped.
-    """
+    Raises Mgp5Error for a missing file, or a line without a conversation: own data is repaired, not skipped."""
     table = find_table(path, split, "{split}.jsonl")
     asked = StoryTasks(tasks=tasks, context=context, narrate_first=narrate_first, narrate_from=narrate_from)
     dataset = JSONL(table.parent, asked)

@@ -86,9 +86,7 @@ def load(
 
 def shards_of(path: Path, split: str, *patterns: str) -> tuple[list[Path], Path]:
     """Return the files of a split that match one of the patterns, in order, and the folder of their images.
-
-    Raises Mgp5Error if there is none: what lies in no folder of a split is for training.
-    """
+    Raises Mgp5Error if there is none: what lies in no folder of a split is for training."""
     if path.is_file():
         return [path], path.parent
     folder = path / split if (path / split).is_dir() else path

@@ -80,9 +80,7 @@ class Shards(IterableDataset):
 @dataclass(eq=False, kw_only=True)
 class Stream(IterableDataset):
     """Samples without end for `DataLoader(stream, batch_size=batch, num_workers=W)`, shuffled anew in every epoch.
-
-    Each of the world x W readers takes shards of its own, or, where there are fewer shards, its share of each.
-    """
+    Each of the world x W readers takes shards of its own, or, where there are fewer shards, its share of each."""
 
     shards: Shards
     rank: int

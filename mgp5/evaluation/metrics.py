@@ -36,10 +36,8 @@ def fid(real: Tensor, generated: Tensor) -> float:  # (N, F), (M, F)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:  # (N, F), (M, F)
-    """Return the Frechet distance of the Gaussians fitted to features: `fid`, but fast for a few rows.
-
-    With covariances A^T A and B^T B, the trace of the root of their product is the sum of the singular values of A B^T.
-    """
+    """Return the Frechet distance of the Gaussians fitted to features: `fid`, but fast for a few rows. With covariances
+    A^T A and B^T B, the trace of the root of their product is the sum of the singular values of A B^T."""
     _require_two(a, b)
     (mean_a, root_a), (mean_b, root_b) = _gaussian(a.double()), _gaussian(b.double())
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
@@ -60,9 +58,7 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:  # (N, F) -> (F,), (mi
 
 def inception_score(logits: Tensor, seed: int, splits: int = 10) -> tuple[float, float]:  # (B, C) without bias
     """Return mean and deviation over splits of the Inception Score, in [1, C] (Salimans et al., arXiv 1606.03498).
-
-    `seed` shuffles the rows before they are split. A split cannot score above its number of images.
-    """
+    `seed` shuffles the rows before they are split. A split cannot score above its number of images."""
     from torchmetrics.image.inception import InceptionScore
 
     if len(logits) < splits:
@@ -84,10 +80,8 @@ def bleu_words(predictions: Sequence[str], references: Sequence[str], order: int
 
 
 def bleu_characters(predictions: Sequence[str], references: Sequence[str], order: int) -> Tensor:  # (B,)
-    """Return BLEU of each pair on *characters*: the release gives nltk strings where it expects lists of words.
-
-    Only to compare with MiniGPT-5's table 4: unrelated English sentences score about 0.6 (order 1) and 0.4 (order 2).
-    """
+    """Return BLEU of each pair on *characters*: the release gives nltk strings where it expects lists of words. Only to
+    compare with MiniGPT-5's table 4: unrelated English sentences score about 0.6 (order 1) and 0.4 (order 2)."""
     from nltk.translate.bleu_score import sentence_bleu
 
     pairs = zip(predictions, references, strict=True)
@@ -98,9 +92,7 @@ def bleu_characters(predictions: Sequence[str], references: Sequence[str], order
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Tensor:  # (B,)
     """Return F1 of the longest common subsequence of lower-case words, without stemming (Lin, 2004, section 3.1).
-
-    The release's package `rouge` cuts at periods and blanks, keeps punctuation, and counts a repeated word once.
-    """
+    The release's package `rouge` cuts at periods and blanks, keeps punctuation, and counts a repeated word once."""
     from torchmetrics.functional.text import rouge_score
 
     scores = (rouge_score(*pair, rouge_keys="rougeL") for pair in zip(predictions, references, strict=True))
@@ -164,9 +156,7 @@ def mean_interval(
     values: Tensor, groups: Sequence[object], generator: torch.Generator, draws: int = 2000
 ) -> tuple[float, float, float]:
     """Return the mean of values (B,), and the ends of its 95 % interval by the percentile bootstrap (Efron, 1979).
-
-    Whole groups (the story or dialogue of each value, G of them) are drawn: samples of a group are not independent.
-    """
+    Whole groups (the story or dialogue of each value, G of them) are drawn: samples of a group are not independent."""
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([names[name] for name in groups])
     sums = torch.zeros(len(names), 2, dtype=torch.float64)  # (G, 2): sum and count

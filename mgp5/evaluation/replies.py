@@ -58,9 +58,7 @@ class Metric:
 
 def align(generated: Sequence[Part], real: Sequence[Part]) -> list[tuple[Part | None, Part]]:
     """Pair true parts with the generated part of the same kind and number, None where it is missing, as MMDialog does.
-
-    Generated parts beyond have no partner.
-    """
+    Generated parts beyond have no partner."""
     pairs: list[tuple[Part | None, Part]] = []
     for kind in (Text, Image):
         ours, true = ([part for part in parts if isinstance(part, kind)] for parts in (generated, real))

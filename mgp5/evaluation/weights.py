@@ -56,9 +56,7 @@ WEIGHTS = {
 
 def locate(name: str, paths: Mapping[str, Path]) -> Path:
     """Return the folder or file of `WEIGHTS[name]`: the one in `paths`, else where its usual download leaves it.
-
-    Raises Mgp5Error if the given path does not hold it (wrong usage), or if it is nowhere, with the way to get it.
-    """
+    Raises Mgp5Error if the given path does not hold it (wrong usage), or if it is nowhere, with the way to get it."""
     weights = WEIGHTS[name]
     for path in (paths[name],) if name in paths else _download_paths(name, weights):
         if any((path / file).is_file() for file in weights.holds) or (not weights.holds and path.is_file()):
@@ -92,9 +90,7 @@ def _download_paths(name: str, weights: Weights) -> Iterator[Path]:
 
 def missing(needs: Sequence[str], paths: Mapping[str, Path]) -> str | None:
     """Return in one line which of `WEIGHTS` and packages are missing; None if a metric can be computed.
-
-    Raises Mgp5Error if a given path is wrong: such a metric is not left out but asked for.
-    """
+    Raises Mgp5Error if a given path is wrong: such a metric is not left out but asked for."""
     for need in needs:
         if need not in WEIGHTS:
             if not find_spec(need):

@@ -61,11 +61,8 @@ class MemoryMeter(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let attention run by the memory-efficient kernel; the meta device would keep its weights (T, T).
-
-    The function is replaced, as a TorchFunctionMode is off during a backward pass, where checkpointed layers are
-    computed again.
-    """
+    """Let attention run by the memory-efficient kernel; the meta device would keep its weights (T, T). The function is
+    replaced, as a TorchFunctionMode is off during a backward pass, where checkpointed layers are computed again."""
     plain = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _efficient_attention
     try:

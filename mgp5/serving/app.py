@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from anyio import to_thread
@@ -14,22 +13,18 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from .. import __version__
 from ..apps.open_model import Tell, silent
+from ..model import InterleavedModel
 from . import replies
 from .api import chat, drawing, responses
 from .loop import Refused, ServingLoop
 from .middleware import AccessMiddleware, error_response
-from .request import WEB_PATH
+from .request import WEB_PATH, ServeRequest
 from .schema import explain, options_of
 from .state import AppState, State
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
-    from ..model import InterleavedModel
-    from .request import ServeRequest
 
 
 def make_app(

@@ -26,9 +26,7 @@ URLSAFE = str.maketrans("-_", "+/")
 
 def read_image_url(url: str, limits: Limits) -> Image:
     """Return the image at a URL; it is decoded once, so that a damaged one is refused here.
-
-    Raises Mgp5Error for another kind of URL, what is no image of FORMATS, and an image above the limits.
-    """
+    Raises Mgp5Error for another kind of URL, what is no image of FORMATS, and an image above the limits."""
     url = url.strip()
     if url[:5].lower() == "data:":
         data = _data_of(url)
@@ -54,9 +52,7 @@ def read_image_bytes(data: bytes, limits: Limits) -> Image:
 
 def _data_of(url: str) -> bytes:
     """Return the bytes that a data URL holds (RFC 2397): base64 of either alphabet, wrapped, with padding or without.
-
-    Its media type does not matter: the bytes tell what they are.
-    """
+    Its media type does not matter: the bytes tell what they are."""
     head, _, body = url.partition(",")
     if "base64" not in head.lower().split(";")[1:]:
         raise Mgp5Error("a data URL does not begin with data:image/TYPE;base64,", "encode the picture in base64")

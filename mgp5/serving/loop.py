@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -18,10 +17,8 @@ from ..events import Event, Finished, TextChunk
 from ..inference.request import ActiveRequest, NotFinite
 from ..inference.scheduler import Scheduler
 from ..messages import Conversation
+from ..model import InterleavedModel
 from ..options import Options
-
-if TYPE_CHECKING:
-    from ..model import InterleavedModel
 
 TEXT_STEPS = 8  # steps of text between two of images, at most: text is cheap, and others wait for it
 

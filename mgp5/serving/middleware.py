@@ -8,19 +8,16 @@ import binascii
 import hmac
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fastapi.responses import JSONResponse
+from prometheus_client import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .loop import Refused
 from .replies import error_body
 from .request import WEB_PATH, Limits
-
-if TYPE_CHECKING:
-    from prometheus_client import Counter
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 HEALTH_PATH = "/health"  # needs no key
@@ -112,9 +109,7 @@ class AccessMiddleware:
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """Return the whole body. Raises Refused when it is too large or too slow.
-
-        A body that is too large is read to its end and thrown away: a client that still sends would not read why.
-        """
+        A body that is too large is read to its end and thrown away: a client that still sends would not read why."""
         size, most, seconds = (
             int(headers.get(b"content-length", b"0")),
             self.limits.body_bytes,

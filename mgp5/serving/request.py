@@ -98,9 +98,7 @@ class ServeRequest:
 
 def read_key(file: Path | None) -> str | None:
     """Return the API key of a file, else of the environment; None where there is none.
-
-    Raises Mgp5Error if the file cannot be read, or the key is too short or not one word.
-    """
+    Raises Mgp5Error if the file cannot be read, or the key is too short or not one word."""
     try:
         key = os.environ.get(KEY) if file is None else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError):

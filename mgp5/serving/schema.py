@@ -7,18 +7,16 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import Mgp5Error
+from ..heads import Head
+from ..model import InterleavedModel
 from ..options import DrawMode, ImageOptions, Options, reply_options
 from .loop import Refused
-
-if TYPE_CHECKING:
-    from ..heads import Head
-    from ..model import InterleavedModel
-    from .request import Limits
+from .request import Limits
 
 
 def _encodable(text: str) -> str:

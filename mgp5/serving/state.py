@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
@@ -22,9 +22,7 @@ from ..messages import Conversation, Image, Message
 from ..options import Options
 from .loop import Job, Refused, ServingLoop
 from .replies import Model, Reply, error_body, errors
-
-if TYPE_CHECKING:
-    from .request import ServeRequest
+from .request import ServeRequest
 
 IMAGE_THREADS = 2  # threads that decode images of clients
 
@@ -60,9 +58,7 @@ class AppState:
         left_out: int | None = None,
     ) -> list[ReplyStream]:
         """Queue one reply to a conversation for each of `options`, all of them or none; `timeout` is in seconds.
-
-        `left_out` is that of `ActiveRequest`. Raises Refused if the queue is full, or the server stops.
-        """
+        `left_out` is that of `ActiveRequest`. Raises Refused if the queue is full, or the server stops."""
         deadline = time.monotonic() + min(timeout or self.limits.seconds, self.limits.seconds)
         streams = [ReplyStream(self.loop, talk, one, deadline, previews) for one in options]
         for stream in streams:
@@ -73,9 +69,7 @@ class AppState:
 
 class KeptConversations:
     """The latest conversations by the id of their last reply: at most `count`, and `size` bytes of pixels and text.
-
-    Their images are in memory. Conversations that go on share theirs, and count them all the same.
-    """
+    Their images are in memory. Conversations that go on share theirs, and count them all the same."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size, self.held = count, size, 0
@@ -83,9 +77,7 @@ class KeptConversations:
 
     def put(self, name: str, messages: tuple[Message, ...], files: dict[str, str]) -> None:
         """Keep a conversation; the ones that were not asked for the longest are forgotten for it.
-
-        `files` are the images of its last reply by their ids, in base64.
-        """
+        `files` are the images of its last reply by their ids, in base64."""
         size = sum(map(len, (*files.values(), *(message.text for message in messages))))
         size += sum(3 * math.prod(image.pixels.size) for message in messages for image in message.images)
         self._kept[name] = messages, files, size
@@ -137,9 +129,7 @@ class ReplyStream(Job):
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield all events; texts are those of the finished message: without blanks at their ends.
-
-        Raises Refused when the reply failed.
-        """
+        Raises Refused when the reply failed."""
         event, blanks = None, ""
         while not isinstance(event, Finished):
             event = await self.next()

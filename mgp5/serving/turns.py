@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Message, Part, Role, Text
 from .images import read_image_url
+from .request import Limits
 from .schema import ANY, Body, Count, Words, check_bound, refused
-
-if TYPE_CHECKING:
-    from .request import Limits
 
 OF_MESSAGES = {"name": ANY, "annotations": ANY, "tool_calls": ([],)}
 OF_PARTS = dict.fromkeys(

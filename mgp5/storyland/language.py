@@ -59,9 +59,7 @@ def a(noun: str) -> str:
 
 def describe(scene: Scene, order: str, when: str, holds: str = "with", hide: frozenset[str] = frozenset()) -> str:
     """Describe a scene in lower case, in one of `ORDERS`, by one of `WHEN[scene.weather]` and "with" or "holding".
-
-    "nothing" is never said, nor what is in `hide` (of colour, wears, prop, place, weather).
-    """
+    "nothing" is never said, nor what is in `hide` (of colour, wears, prop, place, weather)."""
     worn = "" if scene.wears == "nothing" or "wears" in hide else a(scene.wears)
     held = "" if scene.prop == "nothing" or "prop" in hide else a(scene.prop)
     outfit = " and ".join(filter(None, (worn and f"wearing {worn}", held and f"holding {held}")))

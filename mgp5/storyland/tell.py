@@ -41,10 +41,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def story(rng: random.Random, split: Split, length: int = 5) -> Story:
-    """Write a story of 1 or more steps about one character.
-
-    "train" stories hold no held-out scene; of a "test" story's later steps at least two are held out, if there are two.
-    """
+    """Write a story of 1 or more steps about one character. "train" stories hold no held-out scene; of a "test" story's
+    later steps at least two are held out, if there are two."""
     while True:
         scenes = list(_scenes(rng, split, length))
         if split == "train" or sum(map(held_out, scenes[1:])) >= min(2, length - 1):

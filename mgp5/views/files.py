@@ -74,9 +74,7 @@ class StoryFolder:
     @classmethod
     def create(cls, out: Path, overwrite: bool = False) -> StoryFolder:
         """Claim the folder of a new story; one that it holds stays there until it is cleared (`overwrite`).
-
-        Raises Mgp5Error if `out` holds a story, is taken or cannot be written.
-        """
+        Raises Mgp5Error if `out` holds a story, is taken or cannot be written."""
         claim = Claim(out)
         if (out / STORY).exists() and not overwrite:
             claim.close()
@@ -86,9 +84,7 @@ class StoryFolder:
     @classmethod
     def open(cls, path: Path, write: bool = False) -> StoryFolder:
         """Open the folder of a story, by its path or that of its story.json; claim it to `write`.
-
-        Raises Mgp5Error if it holds no story, or is taken.
-        """
+        Raises Mgp5Error if it holds no story, or is taken."""
         folder = path.parent if path.name == STORY else path
         if not (folder / STORY).is_file():
             raise Mgp5Error(f"{folder} holds no {STORY}", "give a folder that mgp5 story or mgp5 chat wrote")
@@ -167,9 +163,7 @@ class StoryFolder:
 
     def load(self) -> tuple[Conversation, dict[str, Any]]:
         """Return the story so far, and its title, model, seed and options.
-
-        Raises Mgp5Error if story.json is broken, of another format, or names an image that is missing or elsewhere.
-        """
+        Raises Mgp5Error if story.json is broken, of another format, or names an image that is missing or elsewhere."""
         path = self.path / STORY
         story = read_json(path, "give a folder that mgp5 story or mgp5 chat wrote, or start a new one")
         if story.get("format") != FORMAT or not isinstance(story.get("messages"), list):
@@ -207,9 +201,7 @@ def keep_images(events: Iterator[Event], folder: StoryFolder) -> Iterator[Event]
 
 class JsonEvents(contextlib.AbstractContextManager):
     """Write every event as one JSON object per line; an image has the path that `keep_images` gave it, or null.
-
-    Without `steps` those of images are left out.
-    """
+    Without `steps` those of images are left out."""
 
     def __init__(self, stream: TextIO, steps: bool = True) -> None:
         self._stream, self._steps = stream, steps

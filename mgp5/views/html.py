@@ -51,9 +51,7 @@ def write_html(
 
 def scenes(conversation: Conversation) -> list[Scene]:
     """Return the scenes of a story: one a message, or the user's text or image with what the reply adds to it.
-
-    System messages are left out; of a message with several images, each one makes a scene with the text around it.
-    """
+    System messages are left out; of a message with several images, each one makes a scene with the text around it."""
     found: list[Scene] = []
     incomplete = False  # the last scene is the user's, and a reply completes it
     for message in conversation.messages:

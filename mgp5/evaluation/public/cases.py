@@ -7,19 +7,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from ...data.files import Problems, lines
 from ...errors import Mgp5Error
 from ...files import read_text, replacing
 from ...messages import Conversation, Image, Message, Part, Text, inside
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..encoders import Encoders
-    from ..replies import Number
-    from .judge import Question
+from ..encoders import Encoders
+from ..replies import Number
+from .judge import Question
 
 MARK = re.compile(r"<image>|<IMAGE>")  # an image in a text
 FOLDERS = ("", "images", "zipped_images")  # that benchmarks unpack their images into, beside the table
@@ -129,9 +127,7 @@ class Benchmark:
 
 def load(benchmark: Benchmark, path: Path, limit: int | None = None) -> tuple[list[Case], Problems]:
     """Read the cases of a benchmark's file or folder, of the first `limit` lines. Raises Mgp5Error if there are none.
-
-    A line that cannot be asked is counted with its reason, and left out; a name that two have is made unique.
-    """
+    A line that cannot be asked is counted with its reason, and left out; a name that two have is made unique."""
     cases: dict[str, Case] = {}
     problems = Problems()
     for number, (where, row, root) in enumerate(rows(path, benchmark.files)):

@@ -42,9 +42,7 @@ class Question(NamedTuple):
 
 def scored(names: Sequence[str], low: float, high: float) -> Read:
     """Return a reader of lines "NAME: NUMBER", or JSON like it; of one name the number alone will do.
-
-    All must be there, and within the bounds.
-    """
+    All must be there, and within the bounds."""
 
     def read(text: str) -> dict[str, float] | None:
         found = {}
@@ -121,9 +119,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 class RemoteJudge:
     """A judge at an address of OpenAI's form, https://HOST/v1; without a model's name the first that is served there.
-
-    The environment's OPENAI_API_KEY goes with a request, where it is set. Raises Mgp5Error if nothing answers.
-    """
+    The environment's OPENAI_API_KEY goes with a request, where it is set. Raises Mgp5Error if nothing answers."""
 
     at_once = 8
 

@@ -6,22 +6,20 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ...events import Finished, ImageDone, ImageStep, TextChunk
 from ...messages import Image, Message, Text
+from ...model import InterleavedModel
+from ...options import Options
 from ..replies import Reply, stream_of
+from ..request import Limits
 from ..schema import ANY, Body, Count, ReplyRequest, text_options
 from ..state import GENERATE_ERRORS, TAKES_JSON, ReplyStream, State, base64_png, stream_response, unless_gone
 from ..turns import ChatMessage, ContentPart, ImageUrl, conversation
-
-if TYPE_CHECKING:
-    from ...model import InterleavedModel
-    from ...options import Options
-    from ..request import Limits
 
 BETWEEN = "\n\n"  # between two texts with an image between them, in a reply that is one string
 OF_CHAT = dict.fromkeys(("store", "reasoning_effort", "verbosity", "parallel_tool_calls", "prediction"), ANY) | {

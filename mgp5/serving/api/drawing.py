@@ -154,9 +154,7 @@ def _next_scene(body: EditsRequest, limits: Limits) -> Conversation:
 
 def read_form(content_type: str, body: bytes) -> dict[str, Any]:
     """Return the fields of a form (RFC 7578): files as a list of bytes, texts that are numbers or truths as such.
-
-    Raises Refused for what is no form.
-    """
+    Raises Refused for what is no form."""
     header = Header()
     header["Content-Type"] = content_type
     boundary = header.get_boundary("")

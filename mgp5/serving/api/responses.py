@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Field, Tag
 
 from ...messages import Conversation, Text
+from ...model import InterleavedModel
+from ...options import Options
 from ..replies import stream_of
+from ..request import Limits
 from ..schema import ANY, Body, Count, ReplyRequest, Size, Words, text_options
-from ..state import GENERATE_ERRORS, TAKES_JSON, State, stream_response, unless_gone
+from ..state import GENERATE_ERRORS, TAKES_JSON, KeptConversations, State, stream_response, unless_gone
 from ..turns import OF_MESSAGES, ChatMessage, ImagePart, conversation, join_turns
 from .drawing import Partial
 from .response_events import ResponseEvent, ResponseReply, ResponseWriter, new_id
-
-if TYPE_CHECKING:
-    from ...model import InterleavedModel
-    from ...options import Options
-    from ..request import Limits
-    from ..state import KeptConversations
 
 OF_RESPONSES = {
     **dict.fromkeys(("reasoning", "include", "parallel_tool_calls", "context_management"), ANY),

@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...errors import Mgp5Error
 from ...hub import local_names
-
-if TYPE_CHECKING:
-    from ...options import ModelRequest
+from ...options import ModelRequest
 
 NEW = "local"  # address that stands for RAY_ADDRESS or, without it, for a new cluster that ends with this process
 STORE = 256 * 2**20  # bytes of a new cluster's object store: it holds replies until they are read

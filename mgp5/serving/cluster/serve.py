@@ -10,13 +10,13 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.util.queue import Queue
+from starlette.types import ASGIApp
 
 from ...apps.open_model import Tell, open_model
 from ...errors import Mgp5Error
@@ -24,9 +24,6 @@ from ..app import make_app, make_loop
 from ..request import ServeRequest, read_key
 from . import absolute, connected, resources
 from .router import FewestRequestsRouter
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
 
 NAME = "mgp5"  # name of the application on the cluster
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
@@ -57,9 +54,7 @@ class Replica:
 
 def serve_by_ray(request: ServeRequest, tell: Tell) -> None:
     """Serve by a Ray cluster until SIGTERM or Ctrl-C; then finish what runs, for `request.drain` seconds at most.
-
-    Raises Mgp5Error if there is no cluster, it serves already, or Ray Serve does not start.
-    """
+    Raises Mgp5Error if there is no cluster, it serves already, or Ray Serve does not start."""
     assert request.ray is not None
     key, name = read_key(request.key_file), request.model.model
     with connected(request.ray) as new:

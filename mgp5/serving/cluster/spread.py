@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
@@ -17,9 +17,7 @@ from ...apps.open_model import open_model
 from ...apps.story import Ask
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part
-
-if TYPE_CHECKING:
-    from ...options import ModelRequest
+from ...options import ModelRequest
 
 LOST = RayActorError, ObjectLostError, OutOfMemoryError  # the worker or its machine went, with what it held
 DEATHS = 3  # workers that an ask may cost, and starts that a worker may fail

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from functools import partial
 from html import escape, unescape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 from anyio import to_thread
@@ -16,12 +16,10 @@ from ...apps.world import remarks
 from ...errors import Mgp5Error
 from ...messages import Conversation, Image, Part, Role, Text
 from ..loop import Refused
+from ..request import Limits
+from ..state import AppState
 from ..turns import check_size, join_turns
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
-
-if TYPE_CHECKING:
-    from ..request import Limits
-    from ..state import AppState
 
 EXAMPLES = (
     "Draw a red fox in the snow.",
@@ -77,9 +75,7 @@ async def reply(
     state: AppState, names: Sequence[str], message: Any, history: Any, session: PageSession, *values: Any
 ) -> AsyncIterator[tuple[dict[str, Any], str]]:
     """Yield the reply to a message as it grows, as gr.Chatbot takes it, and the line on what is being done.
-
-    A failure is told as an answer of its own kind. `names` are those of the options whose values are given.
-    """
+    A failure is told as an answer of its own kind. `names` are those of the options whose values are given."""
     try:
         files = [{"type": "file", "file": one if isinstance(one, dict) else {"path": one}} for one in message["files"]]
         turns = [*history, {"role": "user", "content": [*files, {"type": "text", "text": message["text"] or ""}]}]

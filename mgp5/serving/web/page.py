@@ -7,28 +7,24 @@ import os
 import tempfile
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...storyland.world import ATTRIBUTES
 from ..loop import Refused
 from ..middleware import error_response, replay
 from ..request import WEB_PATH
+from ..state import AppState
 from .chat import add_chat
 from .session import HIDDEN, PageSession
 from .story import StoryTab
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from ..state import AppState
-
 
 PAGES = 200  # pages that are remembered, the ones used last
 CACHE_SECONDS = 6 * 3600  # for which gradio keeps files

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 from anyio import to_thread
@@ -17,15 +17,13 @@ from ...apps.recorder import Recorder, StoryScene
 from ...errors import Mgp5Error
 from ...events import Finished, ImageDone, Note
 from ...messages import Conversation, Image, Message
+from ...options import Options
 from ...views.files import write_png
 from ..api.chat import ChatRequest, chat_options
 from ..images import read_image_bytes
+from ..request import Limits
 from ..schema import explain
-
-if TYPE_CHECKING:
-    from ...options import Options
-    from ..request import Limits
-    from ..state import AppState, ReplyStream
+from ..state import AppState, ReplyStream
 
 SHOWN_SIDE = 1024  # longest side of an uploaded image as the page shows it, in pixels
 UPDATE_SECONDS = 0.1  # between two updates of a page
@@ -65,9 +63,7 @@ class PageSession:
 
 class GrowingReply(Recorder):
     """A reply that is being made, as far as it was read; `close` cancels it.
-
-    The model is not shown the oldest turns where all do not fit its context; `left_out` are left out already.
-    """
+    The model is not shown the oldest turns where all do not fit its context; `left_out` are left out already."""
 
     def __init__(
         self, state: AppState, session: PageSession, talk: Conversation, options: Options, left_out: int = 0

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import gradio as gr
 from anyio import to_thread
@@ -21,13 +21,11 @@ from ...apps.world import remarks
 from ...errors import Mgp5Error
 from ...files import text_lines
 from ...messages import Image, Message
+from ...options import Options
 from ...views.html import write_html
 from ..loop import Refused
+from ..state import AppState
 from .session import HIDDEN, GrowingReply, PageSession, progress_line, read_options, read_upload, settings
-
-if TYPE_CHECKING:
-    from ...options import Options
-    from ..state import AppState
 
 HINT = "Drop pictures in or write scenes; then let the story go on."
 CARDS = 24  # the longest story that the page shows
