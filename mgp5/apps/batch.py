@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
@@ -123,7 +123,7 @@ class Batch:
                         self.failures[line.number] = str(reply)
                         at_work.remove(line)
                     else:
-                        line.record(reply)
+                        line.go_on(reply)
                 yield from (self._write(line) for line in at_work if not line.ask)
                 at_work = [line for line in at_work if line.ask]
         finally:
@@ -162,7 +162,7 @@ class Batch:
             inputs = [_scene_input(part, self._root) for part in row["story"]]
             self._remark(number, " ".join(part.text for part in inputs), [part.image for part in inputs if part.image])
             inputs += [SceneInput()] * row.get("scenes", request.scenes)
-            return StoryLine(number, title, options, inputs, narrate_from(request.model))
+            return Line(number, title, options, _story(inputs, options, narrate_from(request.model)))
         conversation = Conversation.from_chat(row["messages"], self._root)
         if conversation.messages[-1].role != "user":
             raise Mgp5Error("the last message is not the user's", "end it with a message to reply to")
@@ -170,7 +170,8 @@ class Batch:
             image.load()
         last = conversation.messages[-1]
         self._remark(number, last.text, last.images)
-        return ChatLine(number, title, options, with_system(conversation, system_text(request.model)))
+        conversation = with_system(conversation, system_text(request.model))
+        return Line(number, title, options, _chat(conversation, options))
 
     def _remark(self, number: int, text: str, images: Sequence[Image]) -> None:
         for note in remarks(self._world, text, images):
@@ -244,58 +245,37 @@ def _key(line: bytes) -> str:
     return files.digest(line, 8)
 
 
-@dataclass(eq=False)
-class ChatLine:
-    """A conversation that gets one reply; `ask` is what the model is asked next, None when the line is done."""
-
-    number: int
-    title: str
-    options: Options
-    conversation: Conversation
-
-    def __post_init__(self) -> None:
-        self.ask: Ask | None = (self.conversation, self.options)
-
-    def record(self, reply: Message) -> None:
-        """Add the reply to what was asked."""
-        self.conversation, self.ask = Conversation((*self.conversation.messages, reply)), None
+Work = Generator[Ask, Message, Conversation]  # asks, is sent replies, and returns what the line has become
 
 
-@dataclass(eq=False)
-class StoryLine:
-    """A story that is told scene by scene, as by `story.tell_story`; `ask` is that of a ChatLine."""
+class Line:
+    """A line at work; `ask` is what the model is asked next, None when the line is done and is a `conversation`."""
 
-    number: int
-    title: str
-    options: Options
-    inputs: list[SceneInput]  # of all scenes
-    narrate_from: Context
-    scenes: list[StoryScene] = field(default_factory=list)
+    def __init__(self, number: int, title: str, options: Options, work: Work) -> None:
+        self.number, self.title, self.options, self._work = number, title, options, work
+        self.go_on(None)
 
-    def __post_init__(self) -> None:
-        self._next()
-
-    def record(self, reply: Message) -> None:
-        """Add the reply to what was asked."""
-        self.scenes.append(finished_scene(self.inputs[len(self.scenes)], reply))
-        self._next()
-
-    @property
-    def conversation(self) -> Conversation:
-        """The story so far."""
-        return story_conversation(self.scenes)
-
-    def _next(self) -> None:
-        """Go on to the next scene that the user did not give whole."""
-        self.ask: Ask | None = None
-        while not self.ask and len(self.scenes) < len(self.inputs):
-            part = self.inputs[len(self.scenes)]
-            self.ask = scene_request(self.scenes, part, self.options, self.narrate_from)
-            if not self.ask:
-                self.scenes.append(finished_scene(part))
+    def go_on(self, reply: Message | None) -> None:
+        """Take the reply to what was asked."""
+        try:
+            self.ask: Ask | None = self._work.send(reply)
+        except StopIteration as done:
+            self.ask, self.conversation = None, done.value
 
 
-Line = ChatLine | StoryLine
+def _chat(conversation: Conversation, options: Options) -> Work:
+    """Let a conversation get one reply."""
+    reply = yield conversation, options
+    return Conversation((*conversation.messages, reply))
+
+
+def _story(inputs: Sequence[SceneInput], options: Options, narrate_from: Context) -> Work:
+    """Tell a story scene by scene, as `story.tell_story` does."""
+    scenes: list[StoryScene] = []
+    for part in inputs:
+        asked = scene_request(scenes, part, options, narrate_from)
+        scenes.append(finished_scene(part, (yield asked) if asked else None))
+    return story_conversation(scenes)
 
 
 def _checked(line: bytes) -> dict[str, Any]:

@@ -129,8 +129,10 @@ def check_sources(sources: Sequence[Source]) -> list[str]:
 
 
 def _loader(format: str) -> tuple[Callable[..., Any], list[str]]:
-    """Import a format; return its `load` and the options of that. Raises Mgp5Error for an unknown format."""
+    """Import a format; return its `load` and the names of its options: fields of OPTIONS, where it has that, else what
+    `load` takes. Raises Mgp5Error for an unknown format."""
     if format not in FORMATS:
         raise Mgp5Error(f"unknown data format {format!r}", f"expected one of {', '.join(FORMATS)}", usage=True)
-    load = import_module(f"{__name__}.{format}").load
-    return load, list(inspect.signature(load).parameters)[2:]
+    module = import_module(f"{__name__}.{format}")
+    names = inspect.signature(getattr(module, "OPTIONS", module.load)).parameters
+    return module.load, [name for name in names if name not in ("path", "split")]

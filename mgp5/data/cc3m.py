@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
 from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
-from .files import ImageFiles, Records, check_usable, find_table, instructed, lines, pick
+from .files import ImageFiles, Records, check_usable, find_table, lines, pick
 
 NOTHING = ("nan", "null", "none", "n/a")  # what programs write where there is no caption
 _DROPPED = re.compile(r'[.!"()*#:;~]')
@@ -22,57 +24,81 @@ def clean_caption(caption: str) -> str:
     return "" if words in NOTHING else words
 
 
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """How captioned images become samples, in all formats that have them. Raises Mgp5Error.
+
+    Attributes:
+        instruct_every: after how many training rows one is repeated as an instruction; 0 = never. Other splits have
+            none, so that every image counts once in an evaluation.
+        bare_captions: ask for an image by its caption without the chat template.
+        caption_column, image_column: names of the columns, if others; of shards suffixes, as "outputs.txt".
+        seed: chooses among the wordings of the instruction.
+    """
+
+    instruct_every: int = 100
+    bare_captions: bool = False
+    caption_column: str | None = None
+    image_column: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.instruct_every < 0:
+            raise Mgp5Error(f"instruct_every is {self.instruct_every}", "expected 0 or more", usage=True)
+
+    def numbers(self, row: int) -> tuple[int, ...]:
+        """Return the sample numbers of a row, counted from 1: every `instruct_every`-th is an instruction (1) too."""
+        return (0, 1) if self.instruct_every and row % self.instruct_every == 0 else (0,)
+
+    def count(self, rows: int) -> int:
+        """Return the number of samples of so many rows."""
+        return rows + (rows // self.instruct_every if self.instruct_every else 0)
+
+    def sample(self, image: Image, name: str, number: int) -> Conversation:
+        """Return a sample, from the caption of an image of this name to the image."""
+        choice = pick(len(CAPTION_INSTRUCTIONS), self.seed, name) if number else None
+        return caption_to_image(image, choice, self.bare_captions)
+
+
+def captions_of(split: str, options: dict[str, Any]) -> Captions:
+    """Return the `Captions` of a split with these options."""
+    asked = Captions(**options)
+    return asked if split == "train" else replace(asked, instruct_every=0)
+
+
 class CC3M(Records):
     """Samples from a caption to its image; after every `instruct_every`-th row, the row again as an instruction."""
 
-    def __init__(self, root: Path, seed: int, bare: bool) -> None:
+    def __init__(self, root: Path, captions: Captions) -> None:
         super().__init__(root)
-        self._seed, self._bare = seed, bare
+        self._captions = captions
 
     def __getitem__(self, index: int) -> Conversation:
-        name, caption, instruct = self.record(index)
-        image = Image(path=self.root / name, caption=caption)
-        choice = pick(len(CAPTION_INSTRUCTIONS), self._seed, name) if instruct else None
-        return caption_to_image(image, choice, self._bare)
+        name, caption, number = self.record(index)
+        return self._captions.sample(Image(path=self.root / name, caption=caption), name, number)
 
     def key(self, index: int) -> str:
         """Return the path of the image, relative to the folder; that of an instruction ends in "#instruction"."""
-        name, _, instruct = self.record(index)
-        return name + "#instruction" * instruct
+        name, _, number = self.record(index)
+        return name + "#instruction" * number
 
 
-def load(
-    path: Path,
-    split: str = "train",
-    *,
-    instruct_every: int = 100,
-    bare_captions: bool = False,
-    caption_column: str | None = None,
-    image_column: str | None = None,
-    seed: int = 0,
-) -> CC3M:
+OPTIONS = Captions
+
+
+def load(path: Path, split: str = "train", **options: Any) -> CC3M:
     """Read captioned images from `cc3m_<split>.tsv`: a header "caption<TAB>image_path", then a row for each image.
 
-    A quoted caption may have tabs and newlines, as the csv module writes them.
-
-    Args:
-        path: folder of the table, or the table itself; image paths are relative to the table's folder.
-        instruct_every: after how many training rows one is repeated as an instruction; 0 = never.
-            Other splits have none, so that every image counts once in an evaluation.
-        bare_captions: ask for an image by its caption without the chat template.
-        caption_column, image_column: names of the columns, if others; case and blanks around them do not count.
-        seed: chooses among the wordings of the instruction.
-
-    Raises:
-        Mgp5Error: a missing table, a wrong header, a path that leaves the folder, or no usable row.
+    `path` is the table or its folder; image paths are relative to the folder. A quoted caption may have tabs and
+    newlines, as the csv module writes them; case and blanks around the names of columns do not count. Options are those
+    of `Captions`. Raises Mgp5Error for a missing table, a wrong header, a path that leaves the folder, no usable row.
     """
-    if instruct_every < 0:
-        raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
+    captions = captions_of(split, options)
     table = find_table(path, split, "cc3m_{split}.tsv")
-    dataset, images, source = CC3M(table.parent, seed, bare_captions), ImageFiles(table.parent), lines(table)
-    every, count = instruct_every if split == "train" else 0, 0
+    dataset, images, source = CC3M(table.parent, captions), ImageFiles(table.parent), lines(table)
+    count, named = 0, (captions.caption_column or "caption", captions.image_column or "image_path")
     header = [name.strip().lower() for name in next(source, ("", b""))[1].decode(errors="replace").split("\t")]
-    columns = [(name or usual).lower() for name, usual in ((caption_column, "caption"), (image_column, "image_path"))]
+    columns = [name.lower() for name in named]
     if not set(columns) <= set(header):
         hint = f"expected {' and '.join(columns)}, tab-separated, or set data.caption_column and data.image_column"
         raise Mgp5Error(f"{table} begins with the columns {header}", hint)
@@ -82,7 +108,7 @@ def load(
             dataset.problems.note("bad row", where)
         elif path := images.find(fields[1], where):
             count += 1
-            dataset.add(path, fields[0], instructed(count, every))
+            dataset.add(path, fields[0], captions.numbers(count))
         else:
             dataset.problems.note("missing image", f"{where} {fields[1]}")
     check_usable(dataset, table)

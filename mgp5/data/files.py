@@ -123,14 +123,20 @@ def _listing(directory: Path) -> dict[str, bool]:
         return {}
 
 
+def split_names(split: str) -> tuple[str, ...]:
+    """Return the names of a split in files: "val" and "test" stand in for each other. Raises Mgp5Error for others."""
+    if split not in SPLITS:
+        raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
+    return SPLITS[split]
+
+
 def find_table(path: Path, split: str, *patterns: str) -> Path:
     """Return `path` itself when it is a file, else the first pattern, with {split} in it, that exists below it.
     "val" and "test" stand in for each other. Raises Mgp5Error for an unknown split, or no such file."""
-    if split not in SPLITS:
-        raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
+    names = split_names(split)
     if path.is_file():
         return path
-    for name in SPLITS[split]:
+    for name in names:
         for pattern in patterns:
             if (table := path / pattern.format(split=name)).is_file():
                 return table
@@ -166,11 +172,6 @@ def check_usable(dataset: Dataset, table: Path) -> None:
     """Raise Mgp5Error when nothing is left to train on."""
     if not len(dataset):
         raise Mgp5Error(f"{table} has no usable sample", f"skipped: {dataset.problems}")
-
-
-def instructed(row: int, instruct_every: int) -> tuple[int, ...]:
-    """Return the sample numbers of a row, counted from 1: every `instruct_every`-th is an instruction (1) too."""
-    return (0, 1) if instruct_every and row % instruct_every == 0 else (0,)
 
 
 def pick(count: int, *key: object) -> int:

@@ -11,15 +11,13 @@ Or a story, of which all three tasks of VIST are samples:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
 from ..messages import Conversation
-from ..prompts import Context, Task
 from .files import Records, check_usable, find_table, lines, parse
-from .vist import TASKS, Story, StoryTasks
+from .vist import Story, StoryTasks
 
 
 class JSONL(Records):
@@ -59,19 +57,13 @@ class JSONL(Records):
         return _parse(where, content[: number + 1], self.root)
 
 
-def load(
-    path: Path,
-    split: str = "train",
-    *,
-    tasks: Sequence[Task] = TASKS,
-    context: Context = "full",
-    narrate_first: bool = False,
-    narrate_from: Context = "full",
-) -> JSONL:
-    """Read conversations and stories from `<split>.jsonl`, a file or in a folder; options of stories as for VIST.
+OPTIONS = StoryTasks
+
+
+def load(path: Path, split: str = "train", **options: Any) -> JSONL:
+    """Read conversations and stories from `<split>.jsonl`, a file or in a folder; options are those of `StoryTasks`.
     Raises Mgp5Error for a missing file, or a line without a conversation: own data is repaired, not skipped."""
-    table = find_table(path, split, "{split}.jsonl")
-    asked = StoryTasks(tasks=tasks, context=context, narrate_first=narrate_first, narrate_from=narrate_from)
+    table, asked = find_table(path, split, "{split}.jsonl"), StoryTasks(**options)
     dataset = JSONL(table.parent, asked)
     for where, line in lines(table):
         try:

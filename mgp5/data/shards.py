@@ -27,12 +27,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import Mgp5Error
 from ..messages import Conversation, Image
-from ..prompts import CAPTION_INSTRUCTIONS, caption_to_image
-from .cc3m import clean_caption
-from .files import SPLITS, SUFFIXES, Problems, Skipped, instructed, pick
+from .cc3m import Captions, captions_of, clean_caption
+from .files import SUFFIXES, Problems, Skipped, split_names
 
 Sample = tuple[str, Conversation] | Skipped
-Columns = tuple[str | None, str | None, bool]  # suffixes of images and captions (None: the usual), bare captions
 Member = tuple[str, str, int, int]  # name of its entry, suffix, offset and size in bytes
 NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # WebDataset's rule: a suffix begins at the first dot
 URL = ("http://", "https://")
@@ -43,11 +41,9 @@ TRIES, PAUSE, TIMEOUT = 4, 2.0, 60  # of a download; seconds
 class Shards(IterableDataset):
     """Yield every sample of the shards once, in order; data workers share the shards out."""
 
-    def __init__(
-        self, names: Sequence[str], instruct_every: int, seed: int, columns: Columns = (None, None, False)
-    ) -> None:
+    def __init__(self, names: Sequence[str], captions: Captions) -> None:
         self.names, self.problems = tuple(names), Problems()  # shards are read while training goes on
-        self._every, self._seed, self._columns = instruct_every, seed, columns
+        self._captions = captions
 
     @property
     def size(self) -> int | None:
@@ -58,13 +54,13 @@ class Shards(IterableDataset):
         """Return how many samples a shard has by img2dataset's stats file; without one, headers are counted."""
         entries = _declared(name)
         if entries is not None:
-            return entries + (entries // self._every if self._every else 0)
+            return self._captions.count(entries)
         with self.open(name) as shard:
             return len(shard)
 
     def open(self, name: str) -> closing[Shard]:
         """Return a context manager that gives the samples of a shard."""
-        return closing(Shard(name, self._every, self._seed, self._columns))
+        return closing(Shard(name, self._captions))
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -124,8 +120,8 @@ class Stream(IterableDataset):
 class Shard:
     """The samples of an open shard by number, as many as its stats file says; a lost one is a `Skipped`."""
 
-    def __init__(self, name: str, instruct_every: int, seed: int, columns: Columns) -> None:
-        self.name, self._seed, self._columns, self._file = name, seed, columns, BytesIO()
+    def __init__(self, name: str, captions: Captions) -> None:
+        self.name, self._captions, self._file = name, captions, BytesIO()
         entries: list[tuple[str, dict[str, list[int]]] | Skipped] = []  # name, and offset and size by suffix
         begun: dict[str, dict[str, list[int]]] = {}
         lost, expected = "fewer samples than its stats file says", _declared(name)
@@ -144,34 +140,32 @@ class Shard:
             problem = f"{name} has {len(entries)} samples, its stats file says {expected}"
             raise Mgp5Error(problem, "remove the stats file")
         entries += [Skipped("broken shard", f"{name} ({lost})")] * missing
-        self._samples = [
-            (entry, again) for row, entry in enumerate(entries, 1) for again in instructed(row, instruct_every)
-        ]
+        self._samples = [(entry, again) for row, entry in enumerate(entries, 1) for again in captions.numbers(row)]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def sample(self, number: int) -> Sample:
         """Return a sample with its key, or why there is none."""
-        entry, instruct = self._samples[number]
+        entry, again = self._samples[number]
         if isinstance(entry, Skipped):
             return entry
         name, parts = entry
         key = f"{Path(self.name).name}/{name}"
-        image_column, caption_column, bare = self._columns
-        suffixes = [image_column] if image_column else [suffix[1:] for suffix in SUFFIXES]
+        asked = self._captions
+        suffixes = [asked.image_column.lower()] if asked.image_column else [suffix[1:] for suffix in SUFFIXES]
         image = next((parts[suffix] for suffix in suffixes if suffix in parts), None)
         if image is None:
             return Skipped("missing image", f"{key} has {', '.join(sorted(parts))}")
         try:
             data = self._read(*image)
-            suffixes = [caption_column] if caption_column else ["txt", "json"]
+            suffixes = [asked.caption_column.lower()] if asked.caption_column else ["txt", "json"]
             caption = next(filter(None, (self._caption(suffix, parts) for suffix in suffixes)), "")
         except OSError as error:
             return Skipped("broken sample", f"{key} ({error})")
         if not caption:
             return Skipped("no caption", f"{key} has {', '.join(sorted(parts))}")
-        return captioned(key, data, caption, instruct, self._seed, bare)
+        return captioned(asked, key, data, caption, again)
 
     def _caption(self, suffix: str, parts: dict[str, list[int]]) -> str:
         """Return the cleaned caption in a member, "" without one. Raises OSError."""
@@ -189,31 +183,16 @@ class Shard:
         self._file.close()
 
 
-def load(
-    path: Path,
-    split: str = "train",
-    *,
-    instruct_every: int = 100,
-    bare_captions: bool = False,
-    caption_column: str | None = None,
-    image_column: str | None = None,
-    seed: int = 0,
-) -> Shards:
+OPTIONS = Captions
+
+
+def load(path: Path, split: str = "train", **options: Any) -> Shards:
     """Find the shards at a path, and check that one of them has a usable sample. Raises Mgp5Error.
 
-    Args:
-        path: a folder of .tar files (or with folders "train" and "val" of them), one .tar file, or a path or
-            http(s) URL with ranges in it, as in "https://host/cc3m/{00000..00331}.tar".
-        instruct_every: after how many training samples of a shard one is repeated as an instruction; 0 = never.
-        bare_captions: ask for an image by its caption without the chat template.
-        caption_column, image_column: suffixes of the members, as "outputs.txt" and "input.jpg", if others.
-        seed: chooses among the wordings of the instruction.
+    `path` is a folder of .tar files (or with folders "train" and "val" of them), one .tar file, or a path or http(s)
+    URL with ranges in it, as in "https://host/cc3m/{00000..00331}.tar". Options are those of `Captions`.
     """
-    if instruct_every < 0:
-        raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
-    names = _find(path, split)
-    columns = (image_column and image_column.lower(), caption_column and caption_column.lower(), bare_captions)
-    return check_stream(Shards(names, instruct_every if split == "train" else 0, seed, columns))
+    return check_stream(Shards(_find(path, split), captions_of(split, options)))
 
 
 def check_stream(shards: S) -> S:
@@ -228,18 +207,15 @@ def check_stream(shards: S) -> S:
     raise Mgp5Error(found, f"skipped: {problems}")
 
 
-def captioned(key: str, data: bytes, caption: str, instruct: int, seed: int, bare: bool) -> Sample:
-    """Return a sample from a caption to its image, with its key; as an instruction, where it is asked for."""
-    choice = pick(len(CAPTION_INSTRUCTIONS), seed, key) if instruct else None
-    return key + "#instruction" * instruct, caption_to_image(Image(data=data, caption=caption), choice, bare)
+def captioned(captions: Captions, key: str, data: bytes, caption: str, again: int) -> Sample:
+    """Return a sample from a caption to its image, with its key; as an instruction where it comes again."""
+    return key + "#instruction" * again, captions.sample(Image(data=data, caption=caption), key, again)
 
 
 def _find(path: Path, split: str) -> list[str]:
     """Return the names of the shards, in order. Raises Mgp5Error where there is none."""
     text = re.sub(r"^(https?):/+", r"\1://", str(path))  # a Path has one slash there
-    if split not in SPLITS:
-        raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
-    for folder in (path, *(path / name for name in SPLITS[split])):
+    for folder in (path, *(path / name for name in split_names(split))):
         if names := sorted(str(file) for file in folder.glob("*.tar")):
             return names
     names = [] if path.is_dir() else _expand(text)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import Mgp5Error
-from .cc3m import clean_caption
-from .files import SPLITS, Skipped, instructed
-from .shards import Columns, Sample, Shards, captioned, check_stream
+from .cc3m import Captions, captions_of, clean_caption
+from .files import Skipped, split_names
+from .shards import Sample, Shards, captioned, check_stream
 
 HUB, CONVERTED = "hf:", "refs/convert/parquet"  # the branch in which the hub keeps data sets of other formats
 USUAL = {"image": ("image", "jpg", "img", "pixels"), "caption": ("caption", "text", "txt", "description")}
@@ -27,8 +28,8 @@ READERS = 16  # of footers at once: a large data set has hundreds of files
 class Tables(Shards):
     """The row groups of tables as shards; their numbers of rows stand in the files' footers."""
 
-    def __init__(self, groups: Sequence[tuple[str, int]], instruct_every: int, seed: int, columns: Columns) -> None:
-        super().__init__([name for name, _ in groups], instruct_every, seed, columns)
+    def __init__(self, groups: Sequence[tuple[str, int]], captions: Captions) -> None:
+        super().__init__([name for name, _ in groups], captions)
         self._rows = dict(groups)
 
     @property
@@ -38,23 +39,21 @@ class Tables(Shards):
 
     def size_of(self, name: str) -> int:
         """Return how many samples a row group has."""
-        rows = self._rows[name]
-        return rows + (rows // self._every if self._every else 0)
+        return self._captions.count(self._rows[name])
 
     def open(self, name: str) -> closing[Table]:
         """Return a context manager that gives the samples of a row group."""
-        return closing(Table(name, self._rows[name], self._every, self._seed, self._columns))
+        return closing(Table(name, self._rows[name], self._captions))
 
 
 class Table:
     """The samples of a row group by number; a lost one is a `Skipped`."""
 
-    def __init__(self, name: str, rows: int, instruct_every: int, seed: int, columns: Columns) -> None:
-        self.name, self._seed, self._columns = name, seed, columns
-        self._samples = [(row, again) for row in range(rows) for again in instructed(row + 1, instruct_every)]
-        self._lost = ""
+    def __init__(self, name: str, rows: int, captions: Captions) -> None:
+        self.name, self._captions, self._lost = name, captions, ""
+        self._samples = [(row, again) for row in range(rows) for again in captions.numbers(row + 1)]
         try:
-            self._table = _read(name, [column for column in columns[:2] if column])
+            self._table = _read(name, [captions.image_column, captions.caption_column])
         except (OSError, ValueError) as error:  # those of pyarrow are ValueErrors
             self._lost = str(error)
 
@@ -63,48 +62,40 @@ class Table:
 
     def sample(self, number: int) -> Sample:
         """Return a sample with its key, or why there is none."""
-        row, instruct = self._samples[number]
+        row, again = self._samples[number]
         if self._lost:
             return Skipped("broken shard", f"{self.name} ({self._lost})")
         key = f"{Path(self.name).name}/{row}"
-        image_column, caption_column, bare = self._columns
         (values,) = self._table.slice(row, 1).to_pylist()
-        image, caption = values[image_column], values[caption_column]
+        image, caption = values[self._captions.image_column], values[self._captions.caption_column]
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes) or not data:
-            return Skipped("missing image", f"{key} has no bytes in {image_column}")
+            return Skipped("missing image", f"{key} has no bytes in {self._captions.image_column}")
         texts = caption if isinstance(caption, list) else [caption]  # some have several of one image
         caption = next(filter(None, (clean_caption(text) for text in texts if isinstance(text, str))), "")
         if not caption:
-            return Skipped("no caption", f"{key} has no text in {caption_column}")
-        return captioned(key, data, caption, instruct, self._seed, bare)
+            return Skipped("no caption", f"{key} has no text in {self._captions.caption_column}")
+        return captioned(self._captions, key, data, caption, again)
 
     def close(self) -> None:
         self._table = None
 
 
-def load(
-    path: Path,
-    split: str = "train",
-    *,
-    instruct_every: int = 100,
-    bare_captions: bool = False,
-    caption_column: str | None = None,
-    image_column: str | None = None,
-    seed: int = 0,
-) -> Tables:
+OPTIONS = Captions
+
+
+def load(path: Path, split: str = "train", **options: Any) -> Tables:
     """Find the tables of a folder or of the hub, and check that one of their rows is usable. Raises Mgp5Error.
 
-    Options are those of `shards.load`; the columns are by default the first of USUAL that is there. Images are bytes,
+    Options are those of `Captions`; the columns are by default the first of USUAL that is there. Images are bytes,
     alone or as `datasets.Image` stores them.
     """
+    captions = captions_of(split, options)
     if find_spec("datasets") is None:
         raise Mgp5Error(f"--data {path} needs the library datasets", "pip install 'mgp5[datasets]'", usage=True)
     import datasets
 
     datasets.disable_progress_bars()
-    if instruct_every < 0:
-        raise Mgp5Error(f"instruct_every is {instruct_every}", "expected 0 or more", usage=True)
     files = _find(str(path), split)
     try:
         with ThreadPoolExecutor(READERS) as pool:
@@ -112,26 +103,27 @@ def load(
         names = _columns(files[0])
     except (OSError, ValueError) as error:
         raise Mgp5Error(f"a table of {path} cannot be read ({error})", "copy it again, or try again later") from None
-    asked = {"image": image_column, "caption": caption_column}
-    columns = [asked[kind] or next((name for name in usual if name in names), "") for kind, usual in USUAL.items()]
-    if not {*columns} <= {*names}:
+    asked = {"image": captions.image_column, "caption": captions.caption_column}
+    columns = {
+        f"{kind}_column": asked[kind] or next((name for name in usual if name in names), "")
+        for kind, usual in USUAL.items()
+    }
+    if not {*columns.values()} <= {*names}:
         found = f"{files[0]} has the columns {', '.join(names)}"
         raise Mgp5Error(found, "say which hold what: --columns caption=NAME,image=NAME", usage=True)
-    return check_stream(Tables(groups, instruct_every if split == "train" else 0, seed, (*columns, bare_captions)))
+    return check_stream(Tables(groups, replace(captions, **columns)))
 
 
 def _find(path: str, split: str) -> list[str]:
     """Return the parquet or arrow files of a split, in order. Raises Mgp5Error where there is none."""
-    if split not in SPLITS:
-        raise Mgp5Error(f"unknown split {split!r}", f"expected one of {', '.join(SPLITS)}", usage=True)
-    folder = Path(path)
+    splits, folder = split_names(split), Path(path)
     if folder.is_file():
         return [path]
-    for place in (folder, *(folder / name for name in SPLITS[split])):  # as `save_to_disk` writes them
+    for place in (folder, *(folder / name for name in splits)):  # as `save_to_disk` writes them
         if arrows := sorted(map(str, place.glob("*.arrow"))):
             return arrows
     by_split = _by_builder(path)
-    names = [name if name != "val" else "validation" for name in SPLITS[split]]
+    names = [name if name != "val" else "validation" for name in splits]
     for name in names:
         if files := [str(file) for file in by_split.get(name, ()) if str(file).endswith((".parquet", ".arrow"))]:
             return files

@@ -30,13 +30,13 @@ class Story:
 
 @dataclass(frozen=True, kw_only=True)
 class StoryTasks:
-    """Which questions about a story are samples, and how they are asked; see `load`. Raises Mgp5Error."""
+    """Which questions about a story are samples, and how they are asked. Raises Mgp5Error."""
 
-    tasks: Sequence[Task] = TASKS
-    context: Context = "full"
-    narrate_first: bool = False
-    narrate_from: Context = "full"
-    seed: int = 0
+    tasks: Sequence[Task] = TASKS  # any of "illustrate" (from step 0), "continue" and "narrate" (from step 1)
+    context: Context = "full"  # how much of the history the prompt shows: "full", "text" or "none"
+    narrate_first: bool = False  # also narrate step 0, without any history
+    narrate_from: Context = "full"  # the most that prompts of narrations show, as `ModelConfig.narrate_from`
+    seed: int = 0  # chooses among the wordings of a question, per story, step and task
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) - set(TASKS):
@@ -83,36 +83,21 @@ class VIST:
         return f"{self.stories[number].name}/{step}/{task}"
 
 
-def load(
-    path: Path,
-    split: str = "train",
-    *,
-    tasks: Sequence[Task] = TASKS,
-    context: Context = "full",
-    narrate_first: bool = False,
-    narrate_from: Context = "full",
-    seed: int = 0,
-) -> VIST:
+OPTIONS = StoryTasks
+
+
+def load(path: Path, split: str = "train", **options: Any) -> VIST:
     """Read stories from `<split>_cleaned.json` and `<split>_image_mapping.json`, or from the official files.
 
     The first is {story: [{"caption", "image_id", "sequence_index"}, ...]}, the second {image_id: image path}. The
     official `<split>.story-in-sequence.json`, also in `sis/`, goes with images `<flickr id>.jpg` (or another suffix)
     in `images/`, `<split>/`, `images/<split>/` or beside the file.
 
-    A story ends before its first missing image.
-
-    Args:
-        path: folder of the files, or the file of the stories; image paths are relative to the folder.
-        tasks: any of "illustrate" (from step 0), "continue" and "narrate" (from step 1).
-        context: how much of the history the prompt shows: "full", "text" or "none".
-        narrate_first: also narrate step 0, without any history.
-        narrate_from: the most history that prompts of narrations show, as `ModelConfig.narrate_from`.
-        seed: chooses among the wordings of a question, per story, step and task.
-
-    Raises:
-        Mgp5Error: a missing or malformed file, a path that leaves the folder, or no usable story.
+    `path` is the folder of the files, or the file of the stories; image paths are relative to the folder. A story ends
+    before its first missing image. Options are those of `StoryTasks`. Raises Mgp5Error for a missing or malformed file,
+    a path that leaves the folder, or no usable story.
     """
-    asked = StoryTasks(tasks=tasks, context=context, narrate_first=narrate_first, narrate_from=narrate_from, seed=seed)
+    asked = StoryTasks(**options)
     official = "{split}.story-in-sequence.json"
     table = find_table(path, split, "{split}_cleaned.json", official, f"sis/{official}")
     images = ImageFiles(path if path.is_dir() else table.parent)
