@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,11 +20,9 @@ from ..engines.exported import load_engine, weights_hash
 from ..errors import Mgp5Error
 from ..files import Claim, GiB, digest, remove_folder
 from ..generators import load_generator
+from ..generators.latent_diffusion import LatentDiffusion
 from ..hub import resolve
 from .request import NEEDED, ExportRequest, missing
-
-if TYPE_CHECKING:
-    from ..generators.latent_diffusion import LatentDiffusion
 
 VERSION = 2  # of what is exported: to be raised when our own modules compute something else, or faster
 LIMIT = 4 * GiB  # of what is kept
@@ -34,9 +31,7 @@ TINY = 1_000_000  # parameters; a denoiser below draws at once anyway
 
 def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path | None = None) -> BackendChoice:
     """Attach an engine as `engines.apply` does, which for `onnx` is that of the cache; for `auto` too, if it is there.
-
-    An `exported` folder takes the place of the cache. Raises as `engines.apply` and `cached_denoiser` do.
-    """
+    An `exported` folder takes the place of the cache. Raises as `engines.apply` and `cached_denoiser` do."""
     note, denoiser = "", generator.denoiser
     if not exported and (backend == "onnx" or (backend == "auto" and export_pays(generator))):
         try:

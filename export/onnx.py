@@ -65,9 +65,7 @@ def exportable_classes(module: nn.Module, opset: int) -> Iterator[None]:
 
 def write(component: Component, folder: Path, opset: int) -> Path:
     """Write `folder/model.onnx` in the precision of the module's weights, large weights in `model.onnx.data` beside it.
-
-    Raises Mgp5Error if torch.export cannot follow the module, OSError if the file cannot be written.
-    """
+    Raises Mgp5Error if torch.export cannot follow the module, OSError if the file cannot be written."""
     folder.mkdir(parents=True)
     path = folder / "model.onnx"
     for library in ("torch.onnx", "onnxscript", "onnx_ir"):

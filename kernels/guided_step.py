@@ -19,9 +19,7 @@ BLOCK = 512  # latents are small (64 KB at 512 pixels): many small programs reac
 
 def step_rows(coefficients: Tensor, conversion: Tensor, guidance: float) -> Tensor:  # (n, 2 + K), (n, 2): (n, 5 + K)
     """Return what the step reads of a sampler table, in float64 on the CPU: guidance, d0, d1, c0, c1, ... a model call.
-
-    c are the coefficients of the table, d its conversion; (0, 0), which keeps the prediction, becomes (0, 1).
-    """
+    c are the coefficients of the table, d its conversion; (0, 0), which keeps the prediction, becomes (0, 1)."""
     conversion = conversion.clone()
     conversion[~conversion.any(dim=1), 1] = 1.0
     scale = conversion.new_tensor([guidance]).expand(len(conversion), 1)

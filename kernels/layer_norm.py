@@ -25,9 +25,7 @@ def add_layer_norm_reference(
 
 def row_tile(width: int) -> dict[str, int]:
     """Return the constants of a tile of whole rows: 16 elements a thread where rows are up to 4096 wide.
-
-    Rows stay in registers between the statistics and their use, which limits the width (`registry.OPERATIONS`).
-    """
+    Rows stay in registers between the statistics and their use, which limits the width (`registry.OPERATIONS`)."""
     columns = power_of_2(width)
     return {"ROWS": max(1, 4096 // columns), "COLUMNS": columns, "num_warps": 8 if columns <= 4096 else 16}
 

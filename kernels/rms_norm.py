@@ -53,9 +53,7 @@ def rms_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Run `rms_norm_reference` as one Triton kernel; queries and keys may be slices of one fused projection.
-
-    Raises ValueError if they differ in shape, or the elements of a head do not have stride 1.
-    """
+    Raises ValueError if they differ in shape, or the elements of a head do not have stride 1."""
     if query.shape != key.shape or query.stride(-1) != 1 or key.stride(-1) != 1:
         raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)}: expected one shape, last stride 1")
     _, tokens, heads, width = query.shape

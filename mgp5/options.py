@@ -115,9 +115,7 @@ IMAGE_OPTIONS: dict[str, type[ImageOptions]] = {
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How to reply. Raises Mgp5Error with all values that are out of range.
-
-    Text and images have seeds of their own: another image for the same text is one number away.
-    """
+    Text and images have seeds of their own: another image for the same text is one number away."""
 
     seed: int = 0  # of the text
     image_seed: int | None = None  # of the first image of the reply, image k takes image_seed + k; None: the text's
@@ -203,9 +201,7 @@ def unexpected(values: Any, **rules: tuple[bool, str]) -> list[str]:
 
 def override(config: Any, settings: dict[str, Any]) -> Any:
     """Return a copy of a dataclass with some values replaced; a nested one takes a dictionary ({"lora": {"rank": 4}}).
-
-    Raises Mgp5Error if a field does not exist, or a value has the wrong type.
-    """
+    Raises Mgp5Error if a field does not exist, or a value has the wrong type."""
     hints = get_type_hints(type(config))
     if unknown := sorted(settings.keys() - hints.keys()):
         known = ", ".join(hints)
@@ -252,9 +248,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
     """Parse `--set a.b=c` items to nested dictionaries; a value is TOML, or text if it is not valid TOML.
-
-    Raises Mgp5Error if an item is not of this form, or two items contradict each other.
-    """
+    Raises Mgp5Error if an item is not of this form, or two items contradict each other."""
     import tomllib  # here, and in `read_toml`: every --help would wait for it
 
     tree: dict[str, Any] = {}

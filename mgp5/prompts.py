@@ -125,10 +125,8 @@ class Example:
 
 
 def prompt(backbone: PromptBackbone, conversation: Conversation) -> Prompt:
-    """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins.
-
-    A bare one is its texts only. Raises Mgp5Error for a text of which UTF-8 knows no bytes, such as half a character.
-    """
+    """Tokenize a conversation by the backbone's chat template, up to where the assistant's reply begins. A bare one is
+    its texts only. Raises Mgp5Error for a text of which UTF-8 knows no bytes, such as half a character."""
     for text in (message.text for message in conversation.messages):
         try:
             text.encode()

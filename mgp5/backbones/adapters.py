@@ -18,9 +18,7 @@ def adapt(
     backbone: HFBackbone, rows: Sequence[int], lora: LoraConfig | None = None, prefix: PrefixConfig | None = None
 ) -> None:
     """Add trainable weights to a frozen LLM: rows of embedding and LM head, and LoRA or a prefix.
-
-    `rows` are token ids, maybe none. LoRA: Hu et al., arXiv 2106.09685. Prefix: Li & Liang, arXiv 2101.00190.
-    """
+    `rows` are token ids, maybe none. LoRA: Hu et al., arXiv 2106.09685. Prefix: Li & Liang, arXiv 2101.00190."""
     from peft import LoraConfig as PeftLora
     from peft import TrainableTokensConfig, get_peft_model
 

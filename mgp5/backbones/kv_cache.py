@@ -103,9 +103,7 @@ class KVCache(Cache):
 
     def reserve(self, length: int) -> bool:
         """Make sure that a row has `length` slots and one more, which idle rows write to; return whether it grew.
-
-        The capacity doubles, so that a long conversation is rarely copied.
-        """
+        The capacity doubles, so that a long conversation is rarely copied."""
         if length < self.index.capacity:
             return False
         self.index.capacity = 1 << length.bit_length()

@@ -28,9 +28,7 @@ NOISE = {"tolerance": 0.3}  # processes and imports vary more than kernels
 
 def reply_rows(bench: Bench, parts: Parts) -> Iterator[Row]:
     """Yield rows of milliseconds from the start of `mgp5 chat` to the first token, and to the first image.
-
-    Each backend runs twice: with empty caches, and with what the first process left there.
-    """
+    Each backend runs twice: with empty caches, and with what the first process left there."""
     for backend in ["auto", *{"compile"}.intersection(bench.backends)]:
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}

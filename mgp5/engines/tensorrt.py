@@ -47,11 +47,8 @@ class TensorRTSession:
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], workspace: Workspace) -> None:
-        """Load the engine in a component's folder; `entry` is that of the component in the manifest.
-
-        Raises Mgp5Error if there is none, or it was built from another ONNX file, by another TensorRT or for another
-        GPU.
-        """
+        """Load the engine in a component's folder; `entry` is that of the component in the manifest. Raises Mgp5Error
+        if there is none, or it was built from another ONNX file, by another TensorRT or for another GPU."""
         self.plan, self.workspace = folder / PLAN, workspace
         if reason := mismatch(folder, entry, workspace.memory.device):
             raise Mgp5Error(f"{self.plan} {reason}", f"build it: mgp5 export --trt --from {folder.parent}")

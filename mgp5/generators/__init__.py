@@ -26,9 +26,7 @@ PIPELINES = {
 
 def load_generator(name: str, dtype: torch.dtype | None = None) -> LatentDiffusion:
     """Load a frozen diffusion model from a folder or a hub id in the layout of diffusers' pipelines; None is float32.
-
-    Raises Mgp5Error if the model or a part of it is missing, or its pipeline class is not supported.
-    """
+    Raises Mgp5Error if the model or a part of it is missing, or its pipeline class is not supported."""
 
     def load(name: str, revision: str | None) -> LatentDiffusion:
         return generator_class(name, read_index(name, revision).get("_class_name")).load(name, dtype, revision)

@@ -51,9 +51,7 @@ class FlowSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
         """Build the schedule from the contents of `scheduler_config.json`, or the `config` of a diffusers scheduler.
-
-        Raises Mgp5Error if it is no FlowMatchEulerDiscreteScheduler, or has settings that are not implemented here.
-        """
+        Raises Mgp5Error if it is no FlowMatchEulerDiscreteScheduler, or has settings that are not implemented here."""
         settings = without_defaults(config)
         if problems := disagreements(settings, ACCEPTED):
             raise Mgp5Error("scheduler config: " + "; ".join(problems), "take a Stable Diffusion 3 config")
@@ -92,9 +90,7 @@ class FlowSchedule:
 
     def dpm_route(self, steps: int) -> Route:
         """Return the route of DPM-Solver++: the levels of DPMSolverMultistepScheduler with `use_flow_sigmas`.
-
-        It starts below t = 1, where the SNR is zero. Timesteps are not rounded: the model was trained on fractions.
-        """
+        It starts below t = 1, where the SNR is zero. Timesteps are not rounded: the model was trained on fractions."""
         return self._route(1 - np.linspace(1 / self.num_train_timesteps, 1, steps + 1)[:-1])
 
     def _route(self, times: np.ndarray) -> Route:

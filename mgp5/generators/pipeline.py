@@ -31,9 +31,7 @@ def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def load_part(load: Callable[..., Any], name: str, part: str, revision: str | None, **options: Any) -> Any:
     """Load the subfolder `part` by a `from_pretrained` or `load_config`, which gets the options.
-
-    Raises Mgp5Error if the part is missing or cannot be read.
-    """
+    Raises Mgp5Error if the part is missing or cannot be read."""
     if Path(name).is_dir() and not (Path(name) / part).is_dir():
         raise Mgp5Error(f"{name} has no folder {part}, expected one for each part", "copy the whole model")
     try:

@@ -52,9 +52,7 @@ class SamplerTable:
 
 def sampler_table(name: str, schedule: Schedule, steps: int) -> SamplerTable:
     """Return the table of a sampler for a schedule and 1 to `num_train_timesteps` steps; tables are cached.
-
-    Raises Mgp5Error if the sampler is unknown, or cannot sample this schedule in so many steps.
-    """
+    Raises Mgp5Error if the sampler is unknown, or cannot sample this schedule in so many steps."""
     if name not in schedule.samplers:
         names = ", ".join(schedule.samplers)
         error = f"no sampler {name!r} for a model with {schedule.prediction_type}, expected one of {names}"
@@ -103,9 +101,7 @@ def euler(schedule: Schedule, steps: int) -> SamplerTable:
 
 def dpm_solver(schedule: Schedule, steps: int) -> SamplerTable:
     """Return the table of DPM-Solver++ 2M with the midpoint rule (Lu et al., arXiv 2211.01095, algorithm 2).
-
-    The first and the last step are of first order.
-    """
+    The first and the last step are of first order."""
     timesteps, levels, _ = schedule.dpm_route(steps)
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in levels]
     rows, conversion = [], []

@@ -142,9 +142,7 @@ class NoiseSchedule:
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:  # (B, ...)
         """Return the training target (B, Z, h, w): the noise, the velocity or the latents, by `prediction_type`.
-
-        The velocity is alpha * noise - sigma * latents (Salimans and Ho, arXiv 2202.00512).
-        """
+        The velocity is alpha * noise - sigma * latents (Salimans and Ho, arXiv 2202.00512)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -154,9 +152,7 @@ class NoiseSchedule:
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # (B,) -> (B,)
         """Return the min-SNR weights of the loss in float32 (Hang et al., arXiv 2303.09556, section 3.4).
-
-        They are min(SNR, gamma) for a loss on the clean latents, converted to the model's `prediction_type`.
-        """
+        They are min(SNR, gamma) for a loss on the clean latents, converted to the model's `prediction_type`."""
         alpha_bar = torch.from_numpy(self.alphas_cumprod)[timesteps.cpu()]
         snr = (alpha_bar / (1 - alpha_bar)).to(timesteps.device, torch.float32)
         if self.prediction_type == "epsilon":

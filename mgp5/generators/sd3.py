@@ -95,9 +95,7 @@ class StableDiffusion3(LatentDiffusion):
 
     def _encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
         """Encode B texts as StableDiffusion3Pipeline does, with the pooled vector as last row; zeros without a T5.
-
-        Raises Mgp5Error if the model has no weights of a CLIP.
-        """
+        Raises Mgp5Error if the model has no weights of a CLIP."""
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise no_text_encoder()
         _, width = self.condition_shape
@@ -117,9 +115,7 @@ class StableDiffusion3(LatentDiffusion):
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:  # (B, Z, h, w)
         """Predict the velocity with one call of the transformer, in float32.
-
-        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, 1000], fractions allowed, condition (B, L, C).
-        """
+        Noisy latents (B, Z, h, w), timesteps (B,) or () in [0, 1000], fractions allowed, condition (B, L, C)."""
         condition = condition.to(self.transformer.dtype)
         outputs = self.transformer(
             latents.to(self.transformer.dtype),

@@ -26,9 +26,7 @@ BETA = 0.25  # of the commitment term (van den Oord et al., arXiv 1711.00937, eq
 @dataclass(frozen=True, kw_only=True)
 class SeedTokenizerConfig:
     """The shape of a SEED tokenizer; the defaults are those of version 1, whose condition is Stable Diffusion 1's.
-
-    Raises Mgp5Error that names all bad values.
-    """
+    Raises Mgp5Error that names all bad values."""
 
     vision_width: int = 1408  # V; 1408 of BLIP-2's ViT-g/14
     queries: int = 32  # K
@@ -121,9 +119,7 @@ class CausalQFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # (N, K, W)
         """Return the causal embeddings of vision tokens (N, S, V).
-
-        Queries attend to themselves and earlier ones, whatever their number, and to all vision tokens.
-        """
+        Queries attend to themselves and earlier ones, whatever their number, and to all vision tokens."""
         queries = self.queries.expand(len(features), -1, -1)
         mask = queries.new_full((1, 1, queries.shape[1], queries.shape[1]), -torch.inf).triu(1)  # added to the scores
         features = self.norm(features.to(self.norm.weight.dtype))
@@ -152,9 +148,7 @@ class CausalQFormer(nn.Module):
     @torch.no_grad()
     def start_from(self, blip2: Blip2ForImageTextRetrieval) -> None:
         """Copy norm, queries and Q-Former of a BLIP-2, and its text path where this has one (section 2.2.1).
-
-        Raises Mgp5Error if a shape differs.
-        """
+        Raises Mgp5Error if a shape differs."""
         state = blip2.state_dict()
         for name, value in self.named_parameters():
             ours = next((ours for ours in self.BLIP2 if name.startswith(ours)), None)

@@ -48,9 +48,7 @@ class StableDiffusion(LatentDiffusion):
 
     def _encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
         """Encode B texts, padded or truncated to L tokens: the text encoder's states after its final LayerNorm.
-
-        Raises Mgp5Error if there is none.
-        """
+        Raises Mgp5Error if there is none."""
         if self.text_encoder is None or self.tokenizer is None:
             raise no_text_encoder()
         options = {"padding": "max_length", "max_length": self._clip_length, "truncation": True}

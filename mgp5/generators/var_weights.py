@@ -74,9 +74,7 @@ class VARGPTWeights(NamedTuple):
 
 def read_vqvae(path: Path, patch_nums: tuple[int, ...] = PATCH_NUMS) -> tuple[VQVAEConfig, State]:
     """Read VAR's image tokenizer, vae_ch160v4096z32.pth; its file does not tell the sides of the scales' maps.
-
-    Raises Mgp5Error if it cannot be read, or holds something else.
-    """
+    Raises Mgp5Error if it cannot be read, or holds something else."""
     return _vqvae(_read(path), path, patch_nums)
 
 
@@ -87,9 +85,7 @@ def read_var(path: Path) -> tuple[VARConfig, State]:
 
 def read_vargpt(folder: Path) -> VARGPTWeights:
     """Read the safetensors files of VARGPT-LLaVA v1, without LLM and vision tower. Raises Mgp5Error as `read_vqvae`.
-
-    Of the class embeddings only those of the start token and of the dropped class are kept, the last two.
-    """
+    Of the class embeddings only those of the start token and of the dropped class are kept, the last two."""
     state: State = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= _read(file, ("vae_local.", "vargpt_gen.", "image_gen_projector"))

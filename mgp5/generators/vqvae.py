@@ -110,18 +110,14 @@ class MultiScaleQuantizer(nn.Module):
 
     def next_input(self, f_hat: Tensor, scale: int, codes: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add the codes (B, p * p) of a scale to f_hat (B, Z, h, w).
-
-        Return f_hat and the vectors (B, q * q, Z) that the next scale is predicted from; None after the last.
-        """
+        Return f_hat and the vectors (B, q * q, Z) that the next scale is predicted from; None after the last."""
         f_hat = self.add(f_hat, scale, codes)
         last = scale + 1 == len(self.config.patch_nums)
         return f_hat, None if last else self.vectors(f_hat, scale + 1)
 
     def teacher_inputs(self, codes: Tensor) -> Tensor:
         """Return the vectors that all scales but the first are predicted from, for true codes (B, K).
-
-        They are (B, K - first, Z), 679 for 680 codes: nothing was drawn before the first scale.
-        """
+        They are (B, K - first, Z), 679 for 680 codes: nothing was drawn before the first scale."""
         f_hat, inputs = self.start(len(codes)), []
         for scale, part in enumerate(codes.split(self.config.sizes, 1)[:-1]):
             f_hat, vectors = self.next_input(f_hat, scale, part)
@@ -137,9 +133,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def forward(self, features: Tensor) -> Quantized:
         """Quantize features (B, Z, h, w) by the nearest codes; in training mode their hits are counted.
-
-        The loss is the mean over scales of `|f_hat - sg(f)|^2 + beta * |sg(f_hat) - f|^2` (VAR, equation 5).
-        """
+        The loss is the mean over scales of `|f_hat - sg(f)|^2 + beta * |sg(f_hat) - f|^2` (VAR, equation 5)."""
         features = features.float()
         target = features.detach()
         f_hat, codes, residuals, losses = torch.zeros_like(target), [], [], []
@@ -158,9 +152,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def restart_dead_codes(self, residuals: Tensor, rng: torch.Generator) -> int:
         """Set codes that are hardly used to random ones of the vectors (M, Z) that were coded; return how many.
-
-        `rng` is on the CPU. A restarted code counts as used, and has some hundred batches to get hits.
-        """
+        `rng` is on the CPU. A restarted code counts as used, and has some hundred batches to get hits."""
         dead = self.usage < DEAD
         rows = torch.randint(len(residuals), (int(dead.sum()),), generator=rng)
         self.codebook.weight[dead] = residuals[rows.to(residuals.device)].to(self.codebook.weight)

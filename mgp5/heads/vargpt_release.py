@@ -37,9 +37,7 @@ def is_vargpt(folder: Path) -> bool:
 
 def write_llava(folder: Path, out: Path) -> None:
     """Write the LLaVA inside VARGPT-LLaVA v1 as transformers reads one.
-
-    Raises Mgp5Error if the tokenizer lacks the words of images, whose rows the LLM was trained with.
-    """
+    Raises Mgp5Error if the tokenizer lacks the words of images, whose rows the LLM was trained with."""
     words = load_tokenizer(folder).get_vocab()
     if missing := [word for word in TOKENS if word not in words]:
         raise Mgp5Error(f"the tokenizer of {folder} lacks {' and '.join(missing)}", HINT)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import Mgp5Error
 from ..events import Event
 from ..messages import Conversation
+from ..model import InterleavedModel
 from ..options import Options
 from .scheduler import Scheduler
 from .session import Session
-
-if TYPE_CHECKING:
-    from ..model import InterleavedModel
 
 
 def generate(

@@ -6,19 +6,16 @@ Letters: T tokens, k new tokens, S slots of one image, D LLM width, E embedding 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..files import digest
+from ..heads import ImageContext
 from ..messages import Conversation, Image
+from ..model import InterleavedModel
 from ..prompts import check_length, prompt
 from .decoder import Decoder
-
-if TYPE_CHECKING:
-    from ..heads import ImageContext
-    from ..model import InterleavedModel
 
 Key = tuple[int, str]  # a token, and the image that it stands for, "" for text
 
@@ -70,10 +67,8 @@ class Session:
 
     @torch.inference_mode()
     def read(self, conversation: Conversation, reply: int = 0) -> Tensor:  # (1, 1, D)
-        """Read up to where the assistant's reply begins; return the state that predicts its first token.
-
-        Raises Mgp5Error if the conversation and `reply` more tokens do not fit the context, or an image cannot be read.
-        """
+        """Read up to where the assistant's reply begins; return the state that predicts its first token. Raises
+        Mgp5Error if the conversation and `reply` more tokens do not fit the context, or an image cannot be read."""
         ids, images = self._render(conversation)
         slots = [len(image.tokens) for image in images]
         check_length(self.backbone, len(ids), reply)

@@ -43,9 +43,7 @@ def reply_to(model: InterleavedModel, sample: Conversation) -> Message:
 
 def sample_page(model: InterleavedModel, samples: list[Conversation], step: int, path: Path | None) -> None:
     """Write a page of samples, each with the model's reply and then that of the data; without a path, only reply.
-
-    The random numbers of the training do not change. A sample that cannot be read or is too long is left out.
-    """
+    The random numbers of the training do not change. A sample that cannot be read or is too long is left out."""
     page = Conversation()
     for sample in samples:
         try:
