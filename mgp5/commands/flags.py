@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from ..options import Backend, DiffusionOptions, Memory, ModelRequest, Options, Quantize, parse_settings, reply_options
-
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
+    from ..options import ModelRequest, Options
     from ..views.files import JsonEvents
     from ..views.terminal import TerminalView
 
@@ -36,10 +34,26 @@ class Group(click.Group):
             formatter.write_dl(commands)
 
 
+class Word(click.Choice):
+    """A word of a Literal of `options`, which is imported when it is asked for: `mgp5 --help` does not wait for it."""
+
+    def __init__(self, literal: str) -> None:
+        self._literal, self.case_sensitive = literal, True
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All words."""
+        from .. import options
+
+        return get_args(getattr(options, self._literal))
+
+
 def settings_option(name: str, text: str) -> Callable[[Command], Command]:
     """Return the option --set, whose value is the nested dictionary of all settings."""
 
     def parse(context: click.Context, flag: click.Parameter, items: tuple[str, ...]) -> dict[str, Any]:
+        from ..options import parse_settings
+
         return parse_settings(items)
 
     return click.option("--set", name, multiple=True, callback=parse, metavar="NAME=VALUE", help=text)
@@ -69,7 +83,7 @@ GENERATION = (
     click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
     click.option(
         "--backend",
-        type=click.Choice(get_args(Backend)),
+        type=Word("Backend"),
         default="auto",
         help="What draws: auto takes the fastest that works here.",
     ),
@@ -81,13 +95,13 @@ GENERATION = (
     ),
     click.option(
         "--memory",
-        type=click.Choice(get_args(Memory)),
+        type=Word("Memory"),
         default="auto",
         help="On a GPU: auto saves what it must, low all it can. See doctor.",
     ),
     click.option(
         "--quantize",
-        type=click.Choice(get_args(Quantize)),
+        type=Word("Quantize"),
         default="none",
         help="Bits of the LLM's layers; int8 and fp8: of the denoiser too.",
     ),
@@ -126,12 +140,15 @@ def without(*names: str) -> Callable[[Command], Command]:
 
 def random_seed() -> int:
     """Return a seed that people can type."""
+    import random
+
     return random.SystemRandom().randrange(2**31)
 
 
 def requests_of(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
     """Return what the flags of `generation_options` ask for. A seed that was not given is drawn at random, and told."""
     from ..apps.open_model import image_options
+    from ..options import DiffusionOptions, ModelRequest, reply_options
 
     seed = random_seed() if flags["seed"] is None else flags["seed"]
     model = fill(ModelRequest, flags)

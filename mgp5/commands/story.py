@@ -13,7 +13,6 @@ import click
 from click.core import ParameterSource
 
 from ..errors import Mgp5Error, counted
-from ..options import ModelRequest, Options
 from .flags import (
     COUNT,
     PATH,
@@ -30,6 +29,7 @@ from .flags import (
 
 if TYPE_CHECKING:
     from ..apps.batch import Answer, BatchRequest
+    from ..options import ModelRequest, Options
 
 
 @click.command()
@@ -90,6 +90,7 @@ def story(**flags: Any) -> None:
 def _requests_again(flags: dict[str, Any]) -> tuple[ModelRequest, Options]:
     """Return what the story in --out was told by, with the flags that were given; a scene anew has another seed."""
     from ..apps.earlier import recorded_request
+    from ..options import ModelRequest
 
     model, options = recorded_request(flags["out"])
     source = click.get_current_context().get_parameter_source

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Mgp5Error, counted
-from ..options import IMAGE_OPTIONS
 from .flags import COUNT, PATH, progress, say, settings_option
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", required=True, help="What to train: a folder, a name, or a run of the stage before.")
-@click.option("--head", help=f"Of a new model: {', '.join(IMAGE_OPTIONS)}.  [minigpt5]")
+@click.option("--head", help="Of a new model: minigpt5, seed, vargpt, mm-interleaved.  [minigpt5]")
 @click.option(
     "--preset",
     help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb; others have the first two and demo.",
