@@ -21,16 +21,13 @@ STORIES = 100  # of Storyland, where no number is given
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest:
-    """A model to evaluate on a data set. Raises Mgp5Error with all that is wrong with it.
+class Evaluation:
+    """What any evaluation is asked for.
 
     Attributes:
-        format, tasks, contexts: see `tasks.load`.
+        data: folder of the data set; of a public benchmark its folder, or its table.
         out: folder for replies and report; an evaluation in it goes on if it is the same.
-        data: folder of the data set; None writes Storyland into `out`.
-        limit: takes only the first stories, dialogues or images; None: all, 100 of Storyland.
-        baselines: NAME or NAME=PATH of `systems.BASELINES`, that reply beside the model.
-        metrics: names of `measure.METRICS`; empty takes all that can be computed here.
+        limit: takes only the first stories, dialogues or images, or lines of a benchmark.
         weights: paths of weights by the names of `weights.WEIGHTS`; others are looked for.
         batch: replies at a time.
     """
@@ -38,16 +35,29 @@ class EvaluateRequest:
     format: str
     out: Path
     data: Path | None = None
-    split: str = "test"
-    tasks: tuple[str, ...] = ()
-    contexts: tuple[str, ...] = ()
     limit: int | None = None
-    baselines: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
     weights: Mapping[str, Path] = field(default_factory=dict)
     batch: int = 8
     model: ModelRequest = field(default_factory=ModelRequest)
     options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Evaluation):
+    """A model to evaluate on a data set. Raises Mgp5Error with all that is wrong with it.
+
+    Attributes:
+        format, tasks, contexts: see `tasks.load`; without `data`, Storyland is written into `out`.
+        limit: None takes all, 100 of Storyland.
+        baselines: NAME or NAME=PATH of `systems.BASELINES`, that reply beside the model.
+        metrics: names of `measure.METRICS`; empty takes all that can be computed here.
+    """
+
+    split: str = "test"
+    tasks: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []

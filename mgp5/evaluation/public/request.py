@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ...errors import Mgp5Error, raise_all
-from ...options import ModelRequest, Options
-from ..request import check_common
+from ..request import Evaluation, check_common
 from . import BENCHMARKS
 from .cases import Benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublicRequest:
-    """A model to evaluate on a public benchmark. Raises Mgp5Error with all that is wrong with it.
+class PublicRequest(Evaluation):
+    """A model to evaluate on a public benchmark, whose format is of `BENCHMARKS`. Raises Mgp5Error with all that is
+    wrong with it.
 
     Attributes:
-        format: of `BENCHMARKS`.
-        data: the benchmark's folder, or its table.
-        out: folder for replies, answers and report; an evaluation in it goes on if it is the same.
-        limit: takes the first lines only.
         rounds: how often a model is asked to go on; 0: as often as the true answer has steps.
         judge: a folder or hub id of a vision-language model, an address of OpenAI's form, "default" for the
             benchmark's own, or "" for none.
         judge_model: what to ask for at an address.
         against: answers of others in the benchmark's layout, which the judge compares with the model's.
-        weights: paths of weights by the names of `weights.WEIGHTS`.
-        batch: replies at a time.
     """
 
-    format: str
-    data: Path | None = None
-    out: Path
-    limit: int | None = None
     rounds: int = 1
     judge: str = ""
     judge_model: str = ""
     against: tuple[Path, ...] = ()
-    weights: Mapping[str, Path] = field(default_factory=dict)
-    batch: int = 8
-    model: ModelRequest = field(default_factory=ModelRequest)
-    options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
         problems = []
