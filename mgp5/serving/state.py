@@ -50,19 +50,12 @@ class AppState:
         return await to_thread.run_sync(work, *args, limiter=self.image_threads)
 
     def submit(
-        self,
-        talk: Conversation,
-        options: list[Options],
-        timeout: float | None,
-        previews: int = 0,
-        left_out: int | None = None,
+        self, talk: Conversation, options: list[Options], timeout: float | None, **more: int | None
     ) -> list[ReplyStream]:
         """Queue one reply to a conversation for each of `options`, all of them or none; `timeout` is in seconds.
-        `left_out` is that of `ActiveRequest`. Raises Refused if the queue is full, or the server stops."""
+        `more` are `previews` and `left_out` of `Job`. Raises Refused if the queue is full, or the server stops."""
         deadline = time.monotonic() + min(timeout or self.limits.seconds, self.limits.seconds)
-        streams = [ReplyStream(self.loop, talk, one, deadline, previews) for one in options]
-        for stream in streams:
-            stream.left_out = left_out
+        streams = [ReplyStream(self.loop, talk, one, deadline, **more) for one in options]
         self.loop.submit(*streams)
         return streams
 
@@ -104,10 +97,8 @@ class KeptConversations:
 class ReplyStream(Job):
     """The events of one reply, handed from the serving loop's thread to the thread of the web app."""
 
-    def __init__(
-        self, loop: ServingLoop, talk: Conversation, options: Options, deadline: float, previews: int = 0
-    ) -> None:
-        super().__init__(talk, options, self._put, deadline, previews)
+    def __init__(self, loop: ServingLoop, talk: Conversation, options: Options, deadline: float, **more: Any) -> None:
+        super().__init__(talk, options, self._put, deadline, **more)
         self.loop, self.asyncio_loop = loop, asyncio.get_running_loop()
         self.queue: asyncio.Queue[Event | Refused] = asyncio.Queue()
         self._first: Event | None = None

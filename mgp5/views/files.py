@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -133,32 +133,15 @@ class StoryFolder:
         write_bytes(self.path / f"{stem}.jpg", encode(image.load(), "JPEG", quality=92))
         return f"{stem}.jpg"
 
-    def save(
-        self,
-        conversation: Conversation,
-        *,
-        model: str,
-        seed: int | None,
-        options: Mapping[str, Any],
-        title: str = "",
-        **more: Any,
-    ) -> None:
+    def save(self, conversation: Conversation, **record: Any) -> None:
         """Write the images that are not in the folder yet, then story.json: the story so far, and what it is made with.
 
-        `more` are further fields of story.json, which `load` gives back. Raises Mgp5Error if a file cannot be written;
-        story.json is then what it was.
+        `record` are the other fields of story.json, which `load` gives back: model, seed, options, title and more.
+        Raises Mgp5Error if a file cannot be written; story.json is then what it was.
         """
         names = [self.keep(image).relative_to(self.path).as_posix() for image in conversation.images]
-        story = {
-            "format": FORMAT,
-            "version": VERSION,
-            "title": title,
-            "model": model,
-            "seed": seed,
-            "options": dict(options),
-            **more,
-            "messages": conversation.to_chat(iter(names)),
-        }
+        story = {"format": FORMAT, "version": VERSION, "title": ""} | record
+        story["messages"] = conversation.to_chat(iter(names))
         write_text(self.path / STORY, json.dumps(story, ensure_ascii=False, indent=2, default=str))
 
     def load(self) -> tuple[Conversation, dict[str, Any]]:

@@ -192,7 +192,7 @@ async def _draw(
 ) -> ImagesReply | Response:
     options = image_options(body, body.n or 1, state.limits, state.loop.model)
     previews = (body.partial_images or 0) if body.stream else 0
-    streams = state.submit(talk, options, body.timeout, previews)
+    streams = state.submit(talk, options, body.timeout, previews=previews)
     seeds = [one.image_seed for one in options]
     if body.stream:
         return await stream_response(request, streams, _events(kind, streams, seeds))

@@ -137,7 +137,7 @@ async def create(body: ResponsesRequest, request: Request, state: State) -> Resp
     system = [("system", [Text(body.instructions)])] if body.instructions else []
     talk = Conversation(tuple(join_turns([*system, *((m.role, m.content) for m in kept.messages)])))
     previews = (body.tool.partial_images or 0) if body.stream else 0
-    (reply,) = state.submit(talk, [options], body.timeout, previews)
+    (reply,) = state.submit(talk, [options], body.timeout, previews=previews)
     writer = ResponseWriter(_info(body, options, state.name))
     if body.store is not False:
         writer.keep = lambda message: state.kept.put(writer.info["id"], (*kept.messages, message), writer.files)
