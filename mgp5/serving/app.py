@@ -63,7 +63,7 @@ def make_app(
     app.add_exception_handler(Exception, lambda *_: error_response(Refused(500, "it failed", "internal_error")))
     if add_page:
         add_page(app, state)
-    return AccessMiddleware(app, request.limits, key, request.hosts(key), state.answers, log)
+    return AccessMiddleware(app, state, key, log)
 
 
 def make_loop(request: ServeRequest, model: InterleavedModel, cores: int) -> ServingLoop:

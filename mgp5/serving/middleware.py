@@ -11,13 +11,13 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from fastapi.responses import JSONResponse
-from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .loop import Refused
 from .replies import error_body
-from .request import WEB_PATH, Limits
+from .request import WEB_PATH
+from .state import AppState
 
 ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 HEALTH_PATH = "/health"  # needs no key
@@ -34,25 +34,16 @@ class AccessMiddleware:
     """ASGI middleware that checks host and key, reads the whole body within the limits, counts and logs answers.
 
     Args:
+        state: has the limits, the names that a Host header may have, so that no web page reaches a local server under
+            another name, and the number of answers by path and status, which is counted up here.
         key: API key that clients have to send; None asks for none.
-        hosts: names that a Host header may have, so that no web page reaches a local server under another name;
-            None allows any.
-        answers: number of answers by path and status, counted up here.
         log: takes one line for each request that was answered, without what it holds; of the page's many, for those
             that open it or ask it for something.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        limits: Limits,
-        key: str | None,
-        hosts: frozenset[str] | None,
-        answers: Counter,
-        log: Callable[[str], None],
-    ) -> None:
-        self.app, self.limits, self.hosts, self.answers, self.log = app, limits, hosts, answers, log
-        self.key = None if key is None else key.encode()
+    def __init__(self, app: ASGIApp, state: AppState, key: str | None, log: Callable[[str], None]) -> None:
+        self.app, self.limits, self.answers, self.log = app, state.limits, state.answers, log
+        self.hosts, self.key = state.request.hosts(key), None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
