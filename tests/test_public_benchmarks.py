@@ -305,6 +305,24 @@ def test_comm_is_measured_without_a_judge(data):
     assert 0 < numbers["CIDEr, steps"].value <= 10 and numbers["SSIM"].value < 1 and numbers["PSNR"].value < 100
 
 
+def test_lpips_is_of_the_weights_that_are_named(tmp_path):
+    from mgp5.evaluation.encoders import Encoders
+
+    make, file = pytest.importorskip("torchvision").models.squeezenet1_1, tmp_path / "weights.pth"
+    a, b = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(make(weights=None).state_dict(), file)
+        encoders = Encoders({"squeezenet": file}, torch.device("cpu"), {})
+        assert encoders.lpips(a, a).tolist() == [0, 0] and (encoders.lpips(a, b) > 0).all()
+        found.append(encoders.lpips(a, b))
+    assert not torch.allclose(*found)
+    torch.save({}, file)
+    with pytest.raises(Mgp5Error, match="SqueezeNet"):
+        Encoders({"squeezenet": file}, torch.device("cpu"), {}).lpips(a, b)
+
+
 def refused(*args: str) -> str:
     result = CliRunner().invoke(cli.main, ["eval", *args])
     assert result.exit_code == 2

@@ -118,6 +118,29 @@ class Inception:
         return features.cpu(), (features @ self.model.fc.weight.T).cpu()
 
 
+class Lpips:
+    """Measure LPIPS by SqueezeNet (Zhang et al., 2018): torchmetrics' layers over torchvision's network."""
+
+    def __init__(self, weights: Path, *, device: torch.device | str = "cpu") -> None:
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+        self.model, self.device = _NoTrainLpips(net="squeeze", pnet_rand=True), device  # its trunk is read below
+        try:
+            state, trunk = torch.load(weights, weights_only=True), self.model.net
+            trunk.load_state_dict({name: state[f"features.{name.split('.', 2)[2]}"] for name in trunk.state_dict()})
+        except (OSError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+            raise _unreadable(weights, "the SqueezeNet 1.1 of torchvision", error) from error
+        self.model.to(device)
+
+    @torch.inference_mode()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:  # (N, 3, H, W), (N, 3, H, W) in [0, 255] -> (N,)
+        """Return the distances of pairs, one by one, on pixels in [-1, 1]; CoMM's code divides by 255 twice, so that it
+        compares images that are all but black."""
+        sides = (side.float().to(self.device) / 127.5 - 1 for side in (a, b))
+        pairs = zip(*sides, strict=True)
+        return torch.stack([self.model(x[None], y[None]).double().cpu().reshape(()) for x, y in pairs])
+
+
 class Encoders:
     """All encoders of an evaluation: a network is loaded when it is first needed, an item is encoded once.
 
@@ -146,6 +169,10 @@ class Encoders:
         rows = self._images("inception", images, lambda batch: zip(*self._network("inception")(batch), strict=True))
         return tuple(map(torch.stack, zip(*rows, strict=True)))
 
+    def lpips(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return LPIPS (N,) of pairs of images, see `Lpips`."""
+        return self._network("squeezenet")(a, b)
+
     def judge(self, images: Sequence[Image | None]) -> tuple[Tensor, Tensor]:
         """Return the attributes that Storyland's judge reads (B, 7), -1 for no image, and features of the images."""
 
@@ -168,7 +195,7 @@ class Encoders:
         path = locate(name, self.paths)
         if name == "hps":
             return Clip(path, processors=locate("clip-b", self.paths), pad=True, device=self._device)
-        kind = {"inception": Inception, "minilm": SentenceEncoder}.get(name, Clip)
+        kind = {"inception": Inception, "minilm": SentenceEncoder, "squeezenet": Lpips}.get(name, Clip)
         return kind(path, device=self._device)
 
     def _images(self, name: str, images: Sequence[Image], encode: Callable[[list[Any]], Iterable[Any]]) -> list[Any]:

@@ -211,7 +211,7 @@ def _of_images(answered: Answered, encoders: Encoders) -> Iterator[Made]:
     rows = [row for row in rows if row[0] and row[1]]
     if not rows:
         return
-    functions = {"SSIM": similarity.ssim, "PSNR": similarity.psnr, "LPIPS": similarity.lpips}
+    functions = {"SSIM": similarity.ssim, "PSNR": similarity.psnr, "LPIPS": encoders.lpips}
     for name, function in functions.items():
         yield name, partial(_of_pairs, name, function, rows, encoders)
     made, real = ([image for row in rows for image in row[side]] for side in (0, 1))

@@ -1,4 +1,4 @@
-"""CoMM's metrics that `metrics` lacks: CIDEr-D of texts; SSIM, PSNR and LPIPS of images, as functions of pairs."""
+"""CoMM's metrics that `metrics` lacks: CIDEr-D of texts; SSIM and PSNR of images, as functions of pairs."""
 
 from __future__ import annotations
 
@@ -80,15 +80,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:  # (N, 3, H, W), (N, 3, H, W) in [0, 2
     """Return the peak signal-to-noise ratio of pairs in dB, at most `BEST_PSNR`."""
     error = (a - b).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).clamp(max=BEST_PSNR)
-
-
-def lpips(a: Tensor, b: Tensor) -> Tensor:  # (N, 3, H, W), (N, 3, H, W) in [0, 255] -> (N,)
-    """Return LPIPS of pairs by SqueezeNet (Zhang et al., 2018), on pixels in [-1, 1]; CoMM's code divides by 255 twice,
-    so that it compares images that are all but black."""
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
-
-    pairs = zip(a.float() / 127.5 - 1, b.float() / 127.5 - 1, strict=True)
-    return torch.stack([distance(x[None], y[None], net_type="squeeze").double() for x, y in pairs])
 
 
 def all_pairs(made: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:  # (N, ...), (M, ...) -> (N M, ...) twice
