@@ -36,8 +36,9 @@ def readable(one):
     """Change a message or an item so that it is short, the user's, and all its images are images."""
     if one.get("type") == "image_generation_call":
         return {"role": "user", "content": "a"}
-    one["role"], one["content"] = "user", (one.get("content") or "a")[:8]
-    for part in [*one["content"], *(one.get("images") or [])]:
+    one["role"], one["content"] = "user", (one.get("content") or "a")[:4]
+    one["images"] = (one.get("images") or [])[:4]
+    for part in [*one["content"], *one["images"]]:
         if isinstance(part, dict) and "image_url" in part:
             part["image_url"] = URL
     return one

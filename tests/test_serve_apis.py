@@ -113,6 +113,8 @@ def test_partial_images_come_by_the_tools_option(client):
         final = stream.get_final_response()
     partial = [event for event in events if event.type.endswith("partial_image")]
     assert [event.partial_image_index for event in partial] == [0, 1]
+    calls = [event.type.rpartition(".")[2] for event in events if "_call." in event.type]
+    assert calls == ["in_progress", "generating", "partial_image", "partial_image", "completed"]
     images = [*(event.partial_image_b64 for event in partial), *told(final)]
     assert len(set(images)) == 3 and {picture(image).size for image in images} == {(16, 16)}
     assert final.status == "completed" and final.tools[0].partial_images == 2

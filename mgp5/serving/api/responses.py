@@ -36,7 +36,7 @@ class MessageItem(ChatMessage):
     """A message of the user, the system, or an earlier reply."""
 
     neutral = OF_MESSAGES | OF_ITEMS | {"id": ANY}
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = "message"
 
     def message(self, _: KeptConversations) -> ChatMessage:
         """Return the message of the item."""
