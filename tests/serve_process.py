@@ -21,6 +21,7 @@ from PIL import Image as pil
 HELLO = [{"role": "user", "content": "hello"}]
 JSON = {"Content-Type": "application/json"}
 KEY = "0123456789abcdef-key"
+MGP5 = sys.executable, "-m", "mgp5"
 
 
 class Server:
@@ -60,13 +61,13 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Server]:
+def serving(folder: Path, *flags: str, env: dict | None = None, mgp5: tuple[str, ...] = MGP5) -> Iterator[Server]:
     """A running `mgp5 serve`, which is ended behind the test; the folder has its stderr."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mgp5", "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
+    command = [*mgp5, "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
     told, deadline = folder / "stderr", time.monotonic() + 300
     with told.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=folder, stderr=stderr)
+        process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=env)
     try:
         while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", told.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, told.read_text()

