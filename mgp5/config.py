@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import Mgp5Error, raise_all
+from .options import Quantize
 from .prompts import CHAT_SYSTEM, Context
 
 VokenLabels = Literal["all", "first", "ends"]
@@ -174,7 +175,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()  # of Accelerate ("tensorboard", "trackio"), beside log.jsonl
     workers: int | None = None  # processes that read data; None: by the cores where a GPU trains, else 0
     precision: Precision = "auto"  # of the computation (see `device.pick_precision`); trained weights stay in float32
-    quantize: Literal["none", "4bit", "8bit"] = "none"  # of the frozen LLM; extra `quant`
+    quantize: Quantize = "none"  # of the frozen LLM; extra `quant`
     checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
 
     def __post_init__(self) -> None:

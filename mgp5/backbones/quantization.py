@@ -1,5 +1,5 @@
-"""Quantization: of a frozen LLM to 4 or 8 bits by bitsandbytes while it is loaded, to train and to generate; of the
-weights of a merged LLM and a denoiser to int8 or fp8 by torchao, to generate (both: extra `quant`)."""
+"""Quantization (extra `quant`): of a frozen LLM while it is loaded, by bitsandbytes to train and to generate, by
+torchao to train; of the weights of a merged LLM and a denoiser by torchao, to generate."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from ..errors import Mgp5Error
 from ..options import Quantize
 
 TORCHAO = ("int8", "fp8")
-# Not quantized by bitsandbytes: embedding and LM head, which have rows that train, and vision towers, which lose most
+# Not quantized while loaded: embedding and LM head, which have rows that train, and vision towers, which lose most
 # quality.
-KEEP = ["lm_head", r"(?!.*language_model\.).*"]
+KEEP = [r".*lm_head", r"(?!.*language_model\.).*"]
 
 
 def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return arguments for `from_pretrained` that quantize the decoder's layers.
 
     "4bit" is NF4 with double quantization (Dettmers et al., arXiv 2305.14314), which computes in `dtype`, bfloat16 for
-    float32. "8bit" is LLM.int8() (arXiv 2208.07339). Raises Mgp5Error if bitsandbytes is not installed.
+    float32. "8bit" is LLM.int8() (arXiv 2208.07339). The others are those of `quantize_weights`. Raises Mgp5Error if
+    the library is not installed.
     """
+    check_quantization(kind)
     if kind == "none":
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise Mgp5Error(f"quantize={kind} needs bitsandbytes", "pip install 'mgp5[quant]'", usage=True)
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
+    if kind in TORCHAO:
+        return {"quantization_config": TorchAoConfig(_weight_only(kind), modules_to_not_convert=KEEP)}
     nf4 = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -41,23 +43,30 @@ def quantization(kind: Quantize, dtype: torch.dtype = torch.bfloat16) -> dict[st
     return {"quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=KEEP, **options)}
 
 
-def check_torchao(kind: Quantize) -> None:
-    """Raise Mgp5Error where torchao is not installed."""
-    if kind in TORCHAO and find_spec("torchao") is None:
-        raise Mgp5Error(f"quantize={kind} needs torchao", "pip install 'mgp5[quant]'", usage=True)
+def check_quantization(kind: Quantize) -> None:
+    """Raise Mgp5Error where the library that quantizes is not installed."""
+    library = "torchao" if kind in TORCHAO else "bitsandbytes"
+    if kind != "none" and find_spec(library) is None:
+        raise Mgp5Error(f"quantize={kind} needs {library}", "pip install 'mgp5[quant]'", usage=True)
 
 
 def quantize_weights(modules: Iterable[nn.Module], kind: Quantize) -> None:
     """Replace the weights of linear layers by int8 or fp8 (e4m3) with a scale for each row; they compute in the dtype
-    that they had. Raises Mgp5Error without torchao.
+    that they had, and gradients pass them. Raises Mgp5Error without torchao.
 
     Layers unpack their weights when they are called: `--backend compile` fuses that into the product.
     """
-    check_torchao(kind)
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    check_quantization(kind)
+    from torchao.quantization import quantize_
 
     for module in modules:
-        quantize_(module, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+        quantize_(module, _weight_only(kind))
+
+
+def _weight_only(kind: Quantize) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
 
 
 def keep_layout(model: nn.Module) -> nn.Module:

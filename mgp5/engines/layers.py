@@ -41,12 +41,13 @@ class Linear(nn.Module):
     def __init__(self, source: nn.Linear | nn.Conv2d, packed: bool) -> None:
         super().__init__()
         self.source = source
+        packed = packed and not hasattr(source.weight, "qdata")  # torchao's weights are unpacked at each call
         self.packed = source.weight.flatten(1).t().contiguous() if packed else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        weight, bias = self.source.weight.flatten(1), self.source.bias
+        weight, bias = self.source.weight, self.source.bias
         if self.packed is None:
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight if weight.dim() == 2 else weight.flatten(1), bias)
         rows = x.flatten(0, -2)
         out = rows @ self.packed if bias is None else torch.addmm(bias, rows, self.packed)
         return out.view(*x.shape[:-1], -1)

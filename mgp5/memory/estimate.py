@@ -127,7 +127,7 @@ def _parameters(model: InterleavedModel) -> dict[str, list[nn.Parameter]]:
 def _row(part: str, parameters: list[nn.Parameter], quantised: set[nn.Parameter], config: TrainConfig) -> Row:
     """Count a part: what trains is held in float32, with gradients, the optimizer's moments and the moving average."""
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    bits = {p: BITS[config.quantize] if p in quantised else 8 * p.element_size() for p in parameters}
+    bits = {p: BITS.get(config.quantize, 8.0) if p in quantised else 8 * p.element_size() for p in parameters}
     return Row(
         part,
         parameters=sum(p.numel() for p in parameters),

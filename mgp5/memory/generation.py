@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.kv_cache import read
-from ..backbones.quantization import TORCHAO, Quantize, check_torchao
+from ..backbones.quantization import TORCHAO, Quantize, check_quantization
 from ..device import host_memory
 from ..errors import Mgp5Error
 from ..files import GiB
@@ -176,7 +176,7 @@ def select_memory_plan(
     """
     if memory not in get_args(Memory):
         raise Mgp5Error(f"no memory mode {memory!r}, expected {', '.join(get_args(Memory))}", "choose one", usage=True)
-    check_torchao(quantize)
+    check_quantization(quantize)
     on_gpu = device.type != "cpu"
     plans = memory_plans(quantize) if on_gpu else [Plan(quantize=quantize), Plan(quantize=quantize, tiling=True)]
     plan = plans[-1 if memory == "low" else 0]

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
-from ..backbones.quantization import quantization
+from ..backbones.quantization import TORCHAO, check_quantization
 from ..config import TrainConfig
 from ..device import DTYPES, check_launched, launched, pick_device, pick_precision
 from ..errors import Mgp5Error
@@ -50,6 +50,9 @@ def launch(config: TrainConfig, device: str = "auto", out: str | os.PathLike = "
     config = replace(config, precision=pick_precision(config.precision, torch_device))
     check_machine(config, torch_device)
     plugin = _fsdp_plugin(config) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    if plugin and config.quantize in TORCHAO:
+        problem = f"quantize is {config.quantize}, but FSDP cannot split torchao's weights"
+        raise Mgp5Error(problem, "launch without FSDP, or set quantize=none", usage=True)
     with patch_environment(**({} if launched() else {"accelerate_torch_device": str(torch_device)})):
         accelerator = Accelerator(
             cpu=torch_device.type == "cpu",
@@ -78,7 +81,7 @@ def check_machine(config: TrainConfig, device: torch.device) -> None:
             raise Mgp5Error(problem, "pip install 'mgp5[quant]', or set optimizer=adamw", usage=True)
         if device.type != "cuda":
             raise Mgp5Error("optimizer is adamw8bit, which needs a GPU", "set optimizer=adamw", usage=True)
-    quantization(config.quantize)
+    check_quantization(config.quantize)
     available = sorted(LoggerType(tracker).value for tracker in get_available_trackers())
     if missing := sorted(set(config.trackers) - set(available)):
         hint = f"pip install 'mgp5[track]'; here are: {', '.join(available) or 'none'}"
@@ -129,6 +132,8 @@ class LossModule(nn.Module):
         self.model = model
         # FSDP unshards these layers one by one; vision towers and generators do not run for every batch.
         self._no_split_modules = sorted({type(layer).__name__ for layer in model.backbone.language.layers})
+        # DDP cannot send torchao's weights, which are the same in all processes.
+        self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if hasattr(p, "qdata")]
 
     def forward(
         self, batch: Batch, config: TrainConfig, generator: torch.Generator, shares: Mapping[str, float] | None = None
