@@ -143,9 +143,7 @@ class Lpips:
 
 class Encoders:
     """All encoders of an evaluation: a network is loaded when it is first needed, an item is encoded once.
-
-    `paths` are of weights, by the names of `weights.WEIGHTS`; `scenes` are what the true images of Storyland show.
-    """
+    `paths` are of weights, by the names of `weights.WEIGHTS`; `scenes` are what the true images of Storyland show."""
 
     def __init__(self, paths: Mapping[str, Path], device: torch.device, scenes: Mapping[Path, Scene]) -> None:
         self.paths, self._device, self._scenes = paths, device, scenes

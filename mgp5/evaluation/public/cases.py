@@ -22,7 +22,7 @@ from .judge import Question
 MARK = re.compile(r"<image>|<IMAGE>")  # an image in a text
 FOLDERS = ("", "images", "zipped_images")  # that benchmarks unpack their images into, beside the table
 Judged = Mapping[str, Mapping[str, float]]  # key of a question -> scores by name
-Numbers = tuple[dict[str, "Number"], dict[str, str]]  # metrics by name, and why others have no number
+Numbers = tuple[dict[str, Number], dict[str, str]]  # metrics by name, and why others have no number
 
 
 class Earlier(NamedTuple):
@@ -169,8 +169,6 @@ def _items(file: Path) -> Iterator[Any]:
                 yield None  # is counted as a line of another form
         return
     if file.suffix == ".pth":
-        import torch
-
         value = torch.load(file, weights_only=True)
     else:
         try:

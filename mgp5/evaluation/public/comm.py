@@ -12,23 +12,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...errors import Mgp5Error
 from ...files import write_json
 from ...messages import Image, Message, Part, Text
 from .. import metrics
+from ..encoders import Encoders
 from ..replies import Number, mean
 from ..weights import locate, missing
 from . import prompts, similarity
 from .cases import Answered, Benchmark, Case, Numbers, Turn, interleave, known, pictures, save
 from .judge import Question, scored
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ..encoders import Encoders
 
 STEP = re.compile(r"\(\d+\)\s(.*?)\s*(?=\(\d+\)|$)", re.DOTALL)
 MARK = "<IMAGE>"
@@ -162,7 +160,7 @@ def _save_all(folder: Path, kind: str, first: int, images: Sequence[Image]) -> l
     return names
 
 
-Made = tuple[str, Callable[[], "Number | tuple[Tensor, list[str]]"]]  # name of a metric, and what makes it
+Made = tuple[str, Callable[[], Number | tuple[Tensor, list[str]]]]  # name of a metric, and what makes it
 
 
 def _text(parts: Sequence[Part]) -> str:
@@ -234,8 +232,6 @@ def _of_pairs(
     name: str, function: Callable[..., Tensor], rows: Sequence[tuple], encoders: Encoders
 ) -> tuple[Tensor, list[str]]:
     """Return the mean over all pairs of each reply."""
-    import torch
-
     if name == "LPIPS" and (reason := missing(("torchmetrics", "torchvision", "squeezenet"), encoders.paths)):
         _refuse(reason)
     squares = similarity.squares

@@ -22,9 +22,7 @@ BEST_PSNR = 100.0  # dB of equal images, whose PSNR has no bound
 
 def cider(predictions: Sequence[str], references: Sequence[str]) -> Tensor:  # (B,)
     """Return CIDEr-D of each pair, in [0, 10] (Vedantam et al., CVPR 2015, section 5), lower-case words unstemmed.
-
-    An n-gram weighs by how few of the references hold it, so that a corpus of one pair has no number but 0.
-    """
+    An n-gram weighs by how few of the references hold it, so that a corpus of one pair has no number but 0."""
     texts = [[_ngrams(text) for text in side] for side in (predictions, references)]
     documents = Counter(gram for grams in texts[1] for gram in grams)
     size = math.log(max(1, len(references)))
@@ -64,9 +62,7 @@ def squares(images: Sequence[Image]) -> Tensor:  # (N, 3, SIDE, SIDE) in [0, 255
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:  # (N, 3, H, W), (N, 3, H, W) in [0, 255] -> (N,)
     """Return the structural similarity of pairs, in [-1, 1]: a uniform window, sample variances, the mean of colours.
-
-    Wang et al., 2004, with the settings of scikit-image that CoMM takes.
-    """
+    Wang et al., 2004, with the settings of scikit-image that CoMM takes."""
     mean = [avg_pool2d(x, WINDOW, 1) for x in (a, b)]
     scale = WINDOW**2 / (WINDOW**2 - 1)
     (aa, bb, ab) = (avg_pool2d(x * y, WINDOW, 1) for x, y in ((a, a), (b, b), (a, b)))
