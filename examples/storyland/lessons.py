@@ -87,6 +87,22 @@ def dialog_lesson(told: Dialog, target: int) -> Lesson:
     return Lesson(conversation, about=shown[-1] if shown else None)
 
 
+def story_drawing_lesson(r: random.Random, split: Split) -> Lesson:
+    """A request for a new character behind a story, as in `mgp5 chat --resume STORY`."""
+    told, talk = story(r, split), dialog(r, split)
+    while talk.turns[1].scene is None:
+        talk = dialog(r, split)
+    (text, image), *more = [(part.text, picture(part.scene, told.seed + k)) for k, part in enumerate(told.steps)]
+    conversation = (
+        Conversation().add("system", STORY_SYSTEM).add("user", text, image, r.choice(TASK_PROMPTS["continue"]))
+    )
+    for text, image in more[: r.randrange(1, 4)]:
+        conversation = conversation.add("assistant", text, image).add("user", r.choice(TASK_PROMPTS["continue"]))
+    asked, reply = talk.turns[:2]
+    conversation = Conversation(conversation.messages[:-1]).add("user", asked.text)
+    return Lesson(conversation.add("assistant", reply.text, picture(reply.scene, talk.seed)), about=reply.scene)
+
+
 def caption_lesson(r: random.Random, split: Split) -> Lesson:
     """What `mgp5.data.cc3m` yields: a caption, at times as an instruction, and its picture."""
     scene = random_scene(r, split)
@@ -98,10 +114,12 @@ def caption_lesson(r: random.Random, split: Split) -> Lesson:
 
 
 def lesson(r: random.Random, split: Split) -> Lesson:
-    """A random sample: 60% stories, half of them narrations, 30% dialogues, 10% captions."""
+    """A random sample: 57% stories, many of them narrations, 3% drawings behind one, 30% dialogues, 10% captions."""
     kind = r.random()
+    if kind < 0.03:
+        return story_drawing_lesson(r, split)
     if kind < 0.6:
-        task = r.choice((*TASK_PROMPTS, "narrate"))
+        task = r.choice((*TASK_PROMPTS, "narrate", "narrate"))
         step = r.choice((1, 2, 3, 4, 4) if task == "continue" else (0, 0, 1, 2, 3, 4))
         context = r.choice(("full",) * 7 + ("text",) * 2 + ("none",))
         return story_lesson(story(r, split), task, step, r.randrange(len(TASK_PROMPTS[task])), context)

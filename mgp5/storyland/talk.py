@@ -1,7 +1,8 @@
 """Dialogues of Storyland: requests that are answered with an image, and questions that are answered in words.
 
 A new drawing shows what is asked for; what the request leaves open is: wears and holds nothing, stands, on a sunny day.
-A changed drawing is the last image with `mentions(request)` applied.
+A colour or place that it leaves open is named by the reply. A changed drawing is the last image with
+`mentions(request)` applied. A dialogue may take a new character, whom pronouns then mean, and come back to an earlier one as last drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from .language import ORDERS, PRONOUNS, WHEN, WHERE, a, describe
 from .world import ATTRIBUTES, Scene, Split, held_out, random_scene
 
 DRAW = ("Please draw {it}.", "Can you show me {it}?", "Paint {it}.", "Could you draw {it}?",
-        "I would like to see {it}.")  # fmt: skip
+        "I would like to see {it}.", "{it}")  # fmt: skip
+NEXT = ("And {it}.", "Now draw {it}.", "Now {it}, please.", "Next, {it}.", "{it}")
+BACK = ("Back to the {colour} {species}.", "Now the {colour} {species} again.", "Show me the {colour} {species} again.")
+MANY = ("Draw {number} {species}.", "Can you draw {number} {species}?", "Now {number} {species}, please.")
+NUMBERS = ("two", "three", "four", "five")
 CHANGE: dict[str, tuple[str, ...]] = {
     "place": ("Take {her} to the {new}.", "Now show {her} {where}.", "What does {she} look like {where}?"),
     "weather": ("Now make it {sky}.", "Let it {sky}.", "What does {she} look like {when}?"),
@@ -49,6 +54,8 @@ ASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "action": (("What is {she} doing?", "What is the {species} doing?"),
                ("{She} is {doing}.", "The {species} is {doing}.")),
 }  # fmt: skip
+OTHER = 0.25  # share of turns that are about another character
+OPEN = 0.15  # how often a drawing leaves colour, or place, to the reply
 GREET = (("Hello!", "Hi there!", "Good morning!"), ("Hello! What shall I draw?", "Hi! What would you like to see?"))
 THANK = (("Thank you!", "Thanks a lot!", "That is lovely, thank you."), ("You are welcome.", "You are welcome, bye!"))
 PRAISE = (("That looks great!", "How cute!"), ("I am glad that you like it.", "I am happy to hear that."))
@@ -79,7 +86,19 @@ def dialog(rng: random.Random, split: Split) -> Dialog:
     turns = _begin(rng, scene, she, exchanges > 2)
     scene = turns[-1].scene or turns[-2].scene
     asked: set[str] = set()
+    earlier: list[tuple[Scene, str]] = []  # other characters as last drawn, and their pronouns
     while len(turns) < 2 * exchanges:
+        if rng.random() < OTHER:
+            before = scene, she
+            if earlier and rng.random() < 0.5:
+                scene, she = earlier.pop(rng.randrange(len(earlier)))
+                turns += _back(rng, scene, she)
+            else:
+                she = rng.choice(tuple(PRONOUNS))
+                turns += _other(rng, scene, split, she)
+                scene = turns[-1].scene
+            asked, earlier = set(), [(s, p) for s, p in (*earlier, before) if _who(s) != _who(scene)]
+            continue
         last, lookless = len(turns) == 2 * exchanges - 2, exchanges == 2 and turns[1].scene is None
         if last and not lookless and rng.random() < 0.2:
             turns += _words(rng, rng.choice((THANK, PRAISE)))
@@ -119,26 +138,57 @@ def _slots(scene: Scene, she: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _pictured(rng: random.Random, scene: Scene, full: bool = False) -> str:
+def _pictured(rng: random.Random, scene: Scene, full: bool = False, hide: frozenset[str] = frozenset()) -> str:
     """Return a noun phrase for a scene; unless `full`, it leaves out at times what a new drawing takes for granted."""
     plain = {"action": "stands", "weather": "sunny"}
     drop = {n for n, v in plain.items() if not full and getattr(scene, n) == v and rng.random() < 0.7}
-    text = describe(scene, ORDERS[0], rng.choice(WHEN[scene.weather]), "with", frozenset(drop & {"weather"}))
+    text = describe(scene, ORDERS[0], rng.choice(WHEN[scene.weather]), "with", hide | (drop & {"weather"}))
     doing = "" if "action" in drop else f" {DOING[scene.action]}"
     return re.sub(rf" {scene.action}\b", doing, text, count=1)
 
 
-def _drawing(rng: random.Random, scene: Scene, she: str) -> list[Turn]:
+def _drawing(rng: random.Random, scene: Scene, she: str, requests: tuple[str, ...] = DRAW) -> list[Turn]:
     for name, usual, share in (("wears", "nothing", 0.4), ("action", "stands", 0.35), ("weather", "sunny", 0.2)):
         if rng.random() < share:
             scene = replace(scene, **{name: usual})
-    request = rng.choice(DRAW).format(it=_pictured(rng, scene))
+    hide = frozenset(name for name in ("colour", "place") if rng.random() < OPEN)
+    told = _pictured(rng, scene, hide=hide)
+    request = rng.choice(requests)
+    if request == "{it}" and rng.random() < 0.7:  # as a caption says it
+        told = describe(scene, rng.choice(ORDERS), rng.choice(WHEN[scene.weather]), hide=hide)
+    request = request.format(it=told)
+    reply = f"Here is {_short(scene)}." if hide else _here(rng, scene, she)
+    return [Turn("user", request), Turn("assistant", reply, scene)]
+
+
+def _other(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Turn]:
+    """Ask for a new character, at times for several of a kind, of which one is drawn."""
+    new = scene
+    while _who(new) == _who(scene):
+        new = random_scene(rng, split)
+    if rng.random() < 0.15:
+        new = replace(new, wears="nothing", prop="nothing", action="stands", weather="sunny")
+        kind = "foxes" if new.species == "fox" else f"{new.species}s"
+        request = rng.choice(MANY).format(number=rng.choice(NUMBERS), species=kind)
+        return [Turn("user", request), Turn("assistant", f"I draw one at a time. Here is {_short(new)}.", new)]
+    return _drawing(rng, new, she, (*NEXT, *NEXT, *DRAW))
+
+
+def _back(rng: random.Random, scene: Scene, she: str) -> list[Turn]:
+    request = rng.choice(BACK).format(**scene.attributes())
     return [Turn("user", request), Turn("assistant", _here(rng, scene, she), scene)]
 
 
+def _who(scene: Scene) -> tuple[str, str]:
+    return scene.colour, scene.species
+
+
+def _short(scene: Scene) -> str:
+    return f"a {scene.colour} {scene.species} {WHERE[scene.place]}"
+
+
 def _here(rng: random.Random, scene: Scene, she: str) -> str:
-    short = f"a {scene.colour} {scene.species} {WHERE[scene.place]}"
-    return rng.choice(HERE).format(**_slots(scene, she), short=short)
+    return rng.choice(HERE).format(**_slots(scene, she), short=_short(scene))
 
 
 def _changed(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Turn]:
