@@ -24,6 +24,7 @@ from mgp5.storyland.judge import load_judge
 from mgp5.storyland.world import ATTRIBUTES
 
 EMPTY = 0.1  # share of training captions that are left empty, for classifier-free guidance
+WEATHER = list(ATTRIBUTES).index("weather")
 SHOWN = 48  # pictures of an evaluation
 
 
@@ -165,6 +166,7 @@ def save_pipeline(folder: Path, painter: Painter, vae: AutoencoderKL, tokenizer:
 @click.option("--every", default=500, help="Steps between evaluations.")
 @click.option("--threads", default=0, help="CPU threads; 0 = all.")
 @click.option("--train", "amount", default=20000, help="Number of training renders.")
+@click.option("--snow", default=0.0, help="Share of a batch that is drawn from snowy pictures alone; flakes are hard.")
 @click.option("--compile", "compiled", is_flag=True)
 @click.option(
     "--begin", type=click.Path(path_type=Path), help="Train the UNet of this pipeline further, its text encoder frozen."
@@ -180,6 +182,7 @@ def main(
     every: int,
     threads: int,
     amount: int,
+    snow: float,
     compiled: bool,
     begin: Path | None,
 ) -> None:
@@ -190,6 +193,7 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(work / "diffusion" / "tokenizer")
     pictures, rows = renders(work, "train", amount)
     latents = moments(work, vae, pictures)
+    snowy = np.flatnonzero(rows[:, WEATHER] == ATTRIBUTES["weather"].index("snowy"))
     painter = new_painter(work, begin).to(device()).train()
     schedule = new_scheduler()
 
@@ -206,6 +210,7 @@ def main(
         progress["step"] = step + 1
         generator = step_generator(step, seed)
         chosen = torch.randint(len(latents), (batch,), generator=generator).numpy()
+        chosen[: round(snow * batch)] = snowy[chosen[: round(snow * batch)] % len(snowy)]
         mean, std = torch.from_numpy(latents[chosen]).float().chunk(2, dim=1)
         first, noise = torch.randn(2, *mean.shape, generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
