@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,10 @@ from mgp5 import cli
 from mgp5.config import ModelConfig
 from mgp5.errors import Mgp5Error
 from mgp5.evaluation import EvaluateRequest, run
+from mgp5.evaluation.encoders import Encoders
+from mgp5.evaluation.replies import Replies
 from mgp5.evaluation.run import Replied, answer, reply_by
+from mgp5.evaluation.storyland import METRICS
 from mgp5.evaluation.systems import Entry, NoHead
 from mgp5.evaluation.tasks import load
 from mgp5.heads import Head
@@ -28,7 +32,11 @@ from mgp5.loading import load_backbone, save_checkpoint
 from mgp5.messages import Image, Message, Text
 from mgp5.model import InterleavedModel
 from mgp5.options import ModelRequest, reply_options
+from mgp5.storyland.draw import draw
+from mgp5.storyland.language import mentions
 from mgp5.storyland.metrics import acceptance
+from mgp5.storyland.world import ATTRIBUTES
+from mgp5.storyland.write import write
 from mgp5.training.presets import preset
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -101,6 +109,38 @@ def test_tasks_ask_what_the_papers_ask(storyland):
             load("vist", storyland / "vist", "train", **wrong)
     with pytest.raises(Mgp5Error, match="--context with format mmdialog"):
         load("mmdialog", storyland / "mmdialog", "train", contexts=("none",))
+
+
+def test_first_pictures_and_other_characters_count_by_what_is_asked_for(tmp_path):
+    write(tmp_path / "data", "test", 0, 2, 12, seed=0)
+    data = load("storyland", tmp_path / "data", "test", tasks=("first", "subject"))
+    first = [sample for sample in data.samples if sample.tables == ("first, none",)]
+    assert len(first) == 2 and all(len(sample.load().images) == 1 for sample in first)
+    assert {len(sample.open | mentions(sample.words).keys()) for sample in first} == {7}
+    others = [sample for sample in data.samples if sample.tables == ("subject",)]
+    assert others and len(first) + len(others) == len(data.samples)
+    for sample in others:
+        *_, before, drawn = [data.scenes[image.path.resolve()] for image in sample.load().images]
+        assert (before.colour, before.species) != (drawn.colour, drawn.species)
+        assert sample.open <= {"colour", "place"} - mentions(sample.words).keys()
+        assert "again" not in sample.words or not sample.open  # whoever comes back looks as before
+    both = load("storyland", tmp_path / "data", "test", tasks=("dialogue", "subject")).samples
+    assert [sample.key for sample in both if "subject" in sample.tables] == [sample.key for sample in others]
+    sample = first[0]
+    (image,), said = sample.load().images, mentions(sample.words)
+    scene = data.scenes[image.path.resolve()]
+
+    def right(names: Iterable[str]) -> float:  # of a drawing in which attributes of these names are others
+        changed = {n: next(v for v in ATTRIBUTES[n] if v != getattr(scene, n)) for n in names}
+        reply = Message("assistant", (Image(pixels=draw(replace(scene, **changed), 3)),))
+        replies = Replies([(sample, sample.load().messages[-1], reply)])
+        return (
+            METRICS["attributes"]
+            .measure(replies, Encoders({}, torch.device("cpu"), data.scenes), torch.Generator())
+            .value
+        )
+
+    assert right(sample.open) == 1 and right(["species"]) == pytest.approx(1 - 1 / len(said))
 
 
 def test_a_name_that_two_samples_have_is_made_unique(storyland, tmp_path):

@@ -76,12 +76,14 @@ def _attributes(replies: Replies, encoders: Encoders, generator: torch.Generator
     generated, real, samples = replies.images
     shown = [encoders.scene(image) for image in real]
     hits = metrics.attributes_right(encoders.judge(generated)[0], shown).float()  # (B, 7)
-    unsaid = torch.tensor([[name not in mentions(sample.words) for name in ATTRIBUTES] for sample in samples])
+    due = torch.tensor([[name not in sample.open for name in ATTRIBUTES] for sample in samples])
+    unsaid = due & torch.tensor([[name not in mentions(sample.words) for name in ATTRIBUTES] for sample in samples])
     new = torch.tensor([held_out(scene) for scene in shown])
-    shares = {"all seven": hits.prod(1), "not in the sentence": hits[unsaid], "held out": hits[new]}
-    shares |= dict(zip(ATTRIBUTES, hits.unbind(1), strict=True))
+    each = (hits * due).sum(1) / due.sum(1)  # (B,)
+    shares = {"all seven": (each == 1).float(), "not in the sentence": hits[unsaid], "held out": each[new]}
+    shares |= {name: hits[due[:, i], i] for i, name in enumerate(ATTRIBUTES)}
     detail = {name: values.mean().item() if len(values) else None for name, values in shares.items()}
-    return mean(hits.mean(1), [sample.group for sample in samples], generator, **detail)
+    return mean(each, [sample.group for sample in samples], generator, **detail)
 
 
 def _frechet(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:

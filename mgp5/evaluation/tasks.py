@@ -17,8 +17,10 @@ from ..errors import Mgp5Error
 from ..messages import Conversation, Image, Message
 from ..prompts import TASK_PROMPTS, continue_, illustrate, narrate
 from ..prompts import Scene as Step
-from ..storyland.world import Scene
-from ..storyland.write import ATTRIBUTES, read_scenes
+from ..storyland.language import mentions
+from ..storyland.world import ATTRIBUTES, Scene
+from ..storyland.write import ATTRIBUTES as SHOWN
+from ..storyland.write import read_scenes
 
 Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue"]
 CONTEXTS = ("none", "text", "image", "full")  # MiniGPT-5, table 6
@@ -27,7 +29,7 @@ TASKS = {
     "cc3m": ("caption",),
     "vist": STORY_TASKS,
     "mmdialog": ("dialogue",),
-    "storyland": (*STORY_TASKS, "story", "dialogue"),
+    "storyland": ("first", *STORY_TASKS, "story", "dialogue", "subject"),
 }
 
 
@@ -42,6 +44,7 @@ class Sample:
     tables: tuple[str, ...]  # of the report, that count it: the last image of a story is one of all its images too
     load: Callable[[], Conversation] = field(repr=False)
     words: str = ""  # what the true image shows, as its data set says it
+    open: frozenset[str] = frozenset()  # attributes of Storyland that the question leaves to the image
     past: tuple[str, ...] = ()  # earlier texts of the story, for a model that reads text alone
     opening: Step | None = None  # first scene of a story that is to be continued
     rounds: int = 1  # how many replies continue it
@@ -97,6 +100,8 @@ def load(
         tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on), "last"
             the last one, "narrate" tells every image from the second on, "continue" asks for text and image of one step
             of a story, chosen by its name, "story" for all scenes after the first, each reply history for the next.
+            Of Storyland "first" draws the first image, of which its sentence leaves something open, and "subject" has
+            those replies of "dialogue" whose image shows another character than the one before.
         history: of dialogues, messages before the reply that a question has; None: all.
         bare_captions: of CC3M, ask without the chat template.
         contexts: of story tasks; empty takes all four for "last", `narrate_from` for "narrate", else "full".
@@ -106,16 +111,18 @@ def load(
     asked, samples, problems = tasks or TASKS[format], [], Problems()
     own = format == "storyland"
     root = {name: path / name if own else path for name in ("vist", "mmdialog")}
-    folders = root.values() if own else [path] if (path / ATTRIBUTES).is_file() else ()
+    folders = root.values() if own else [path] if (path / SHOWN).is_file() else ()
     scenes = {image: scene for folder in folders for image, scene in read_scenes(folder)}
-    if set(asked) & {*STORY_TASKS, "story"}:
+    if set(asked) & {*STORY_TASKS, "story", "first"}:
         stories = load_data("vist", root["vist"], split)
         usual = dict.fromkeys(TASKS[format], ("full",)) | {"last": CONTEXTS, "narrate": (narrate_from,)}
-        plan = {task: contexts if contexts and task != "story" else usual[task] for task in asked}
+        usual["first"] = ("none",)
+        plan = {task: contexts if contexts and task not in ("story", "first") else usual[task] for task in asked}
         samples = [sample for story in stories.stories[:limit] for sample in _of_story(story, plan, first=int(own))]
         problems.merge(stories.problems)
-    if "dialogue" in asked:
-        samples += _plain(load_data("mmdialog", root["mmdialog"], split, history=history), "dialogue", limit, problems)
+    if set(asked) & {"dialogue", "subject"}:
+        talks = _plain(load_data("mmdialog", root["mmdialog"], split, history=history), "dialogue", limit, problems)
+        samples += [sample for talk in talks if (sample := _of_dialogue(talk, asked, scenes)).tables]
     if "caption" in asked:
         samples += _plain(load_data("cc3m", path, split, bare_captions=bare_captions), "caption", limit, problems)
     if not samples:
@@ -142,11 +149,29 @@ def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) 
             yield Sample(key=dataset.key(index), group=group, kind=kind, tables=(kind,), load=make, words=words)
 
 
+def _of_dialogue(sample: Sample, asked: Sequence[str], scenes: Mapping[Path, Scene]) -> Sample:
+    """Return a sample of a dialogue with the tables that count it, and what it leaves open if it is of "subject".
+
+    A request for another character says all but at times colour and place; whoever comes back is as drawn before.
+    """
+    *past, reply = sample.load().messages
+    shown = [scenes.get(image.path.resolve()) for message in past for image in message.images]
+    who = [scene and (scene.colour, scene.species) for scene in shown]
+    true = scenes.get(reply.images[0].path.resolve()) if reply.images else None
+    tables, words, left = [task for task in asked if task == "dialogue"], "", frozenset()
+    if true and who and who[-1] != (true.colour, true.species):
+        words = past[-1].text
+        tables += [task for task in asked if task == "subject"]
+        left = frozenset() if true in shown else frozenset({"colour", "place"} - mentions(words).keys())
+    return replace(sample, tables=tuple(tables), words=words, open=left)
+
+
 def _of_story(story: Story, plan: Mapping[str, Sequence[str]], first: int) -> Iterator[Sample]:
     """Yield the samples of a story by tasks and their contexts; a question that two tasks ask is one sample."""
     if (end := len(story.scenes)) < 2:
         return
     steps = {
+        "first": range(1),
         "illustrate": range(first, end),
         "last": range(end - 1, end),
         "narrate": range(1, end),
@@ -156,7 +181,7 @@ def _of_story(story: Story, plan: Mapping[str, Sequence[str]], first: int) -> It
     asked: dict[tuple[Kind, int, str], list[str]] = {}
     for task, contexts in plan.items():
         for context, step in product(contexts, steps.get(task, ())):
-            kind = "illustrate" if task == "last" else task
+            kind = "illustrate" if task in ("first", "last") else task
             asked.setdefault((kind, step, context), []).append(f"{task}, {context}")
     for (kind, step, context), tables in asked.items():
         yield _sample(story, kind, step, context, tuple(tables))
@@ -189,4 +214,5 @@ def _sample(story: Story, kind: Kind, step: int, context: str, tables: tuple[str
         opening=story.scenes[0] if kind == "story" else None,
         rounds=len(story.scenes) - 1 if kind == "story" else 1,
         before=history[-1][1] if history else None,
+        open=frozenset(ATTRIBUTES) - mentions(text).keys() if step == 0 else frozenset(),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 TASKS = {
+    "first": "the first sentence of a story is drawn",
     "illustrate": "a sentence of a story is drawn",
     "narrate": "a picture of a story is told",
     "continue": "the next scene of a story is told and drawn",
@@ -13,6 +14,7 @@ TASKS = {
     "story": "all scenes after the first are told and drawn, each on top of the model's own before it",
     "caption": "a caption is drawn",
     "dialogue": "a message is answered, with a picture or without",
+    "subject": "those of a dialogue that ask for another character than the last picture shows",
 }
 CONTEXTS = {
     "full": "with the sentences and pictures before it",
@@ -49,7 +51,7 @@ METRICS = {
     "MM-Relevance": "how alike texts and pictures of a reply are to those of the true one, in order",
     "MM-Relevance, pooled": "the same over a whole dialogue, as the papers' code computes it",
     "pictures when due": "share of replies with a picture, where the true reply has one",
-    "attributes": "share of what the judge reads in the picture (who, where, weather, ...) that is right",
+    "attributes": "share of what was asked for (who, where, weather, ...) that the judge reads in the picture",
     "Frechet distance, judge": "distance of all pictures from all true ones, as the judge sees them",
     "coherence": "share of what the judge reads that fits the text and the story before it",
     "narrations": "share of texts that tell exactly what has changed",

@@ -66,6 +66,8 @@ def acceptance(tables: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     drawn = partial(metric, "illustrate, full", name="attributes")
     distance = partial(metric, "illustrate, full", name="Frechet distance, judge")
     coherence = partial(metric, "continue, full", name="coherence")
+    narrate = next((table for table in tables if table.startswith("narrate")), "")
+    narrated = partial(metric, narrate, name="narrations")
     stories = partial(metric, "story, full", "model")
     last = partial(metric, system="model", name="attributes")
 
@@ -78,6 +80,9 @@ def acceptance(tables: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
     wanted: list[tuple[str, str, float, Callable[[], float]]] = [
         ("attributes right in pictures, full context", ">=", 0.985, lambda: drawn("model")),
+        ("of first pictures, without context", ">=", 0.99, lambda: metric("first, none", "model", "attributes")),
+        ("of another character's in a dialogue", ">=", 0.97, lambda: metric("subject", "model", "attributes")),
+        ("narrations that tell just the change", ">=", 0.75, lambda: narrated("model")),
         ("the oracle's attributes less the model's", "<=", 0.01, lambda: drawn("oracle") - drawn("model")),
         ("Frechet distance over that of VAE reconstructions", "<=", 2, lambda: distance("model") / distance("VAE")),
         ("the same, of other renders of the same scenes", "<=", 2, lambda: distance("model") / distance("VAE-anew")),

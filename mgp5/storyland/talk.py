@@ -2,7 +2,8 @@
 
 A new drawing shows what is asked for; what the request leaves open is: wears and holds nothing, stands, on a sunny day.
 A colour or place that it leaves open is named by the reply. A changed drawing is the last image with
-`mentions(request)` applied. A dialogue may take a new character, whom pronouns then mean, and come back to an earlier one as last drawn.
+`mentions(request)` applied. A dialogue may take a new character, whom pronouns then mean, and come back to an earlier
+one as last drawn.
 """
 
 from __future__ import annotations
