@@ -66,12 +66,13 @@ def cache(sources: tuple[Path, ...], formats: tuple[str, ...], kinds: str, **fla
 @click.option("--stories", type=click.IntRange(0), default=200)
 @click.option("--dialogs", type=click.IntRange(0), default=200)
 @click.option("--details", type=click.IntRange(0), default=0, help="Pictures that must keep a kite of the one before.")
+@click.option("--narrations", type=click.IntRange(0), default=0, help="Pictures that are told without a story.")
 @click.option("--seed", type=SEED, default=0)
-def storyland(out: Path, split: str, pairs: int, stories: int, dialogs: int, details: int, seed: int) -> None:
+def storyland(out: Path, split: str, seed: int, **counts: int) -> None:
     """Write Storyland, a drawn picture-book world, in the file formats of CC3M, VIST and MMDialog."""
     from ..storyland.write import write
 
     with progress(transient=True) as bar:
         show = partial(bar.update, bar.add_task("drawing", total=None))
-        write(out, split, pairs, stories, dialogs, seed, lambda done, total: show(completed=done, total=total), details)
+        write(out, split, **counts, seed=seed, progress=lambda done, total: show(completed=done, total=total))
     say(f"Wrote {out}")

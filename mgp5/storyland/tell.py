@@ -48,7 +48,8 @@ def story(rng: random.Random, split: Split, length: int = 5) -> Story:
         if split == "train" or sum(map(held_out, scenes[1:])) >= min(2, length - 1):
             break
     she = rng.choice(tuple(PRONOUNS))
-    steps = [Step(_opening(rng, scenes[0]), scenes[0])]
+    hide = frozenset(n for n in ("colour", "wears", "prop", "place", "weather") if rng.random() < OMIT)
+    steps = [Step(opening(rng, scenes[0], hide), scenes[0])]
     steps += [Step(sentence(rng, *pair, she), pair[1]) for pair in pairwise(scenes)]
     return Story(tuple(steps), rng.randrange(2**31))
 
@@ -79,8 +80,8 @@ def _next(rng: random.Random, scene: Scene, split: Split, home: str) -> Scene:
             return after
 
 
-def _opening(rng: random.Random, scene: Scene) -> str:
-    hide = frozenset(n for n in ("colour", "wears", "prop", "place", "weather") if rng.random() < OMIT)
+def opening(rng: random.Random, scene: Scene, hide: frozenset[str] = frozenset()) -> str:
+    """Write the sentence that tells a scene on its own, but for the attributes in `hide`."""
     holds = rng.choice(("with", "holding"))
     return _finish(describe(scene, rng.choice(ORDERS), rng.choice(WHEN[scene.weather]), holds, hide))
 

@@ -16,10 +16,11 @@ from typing import Any, get_args
 from ..data.files import lines
 from ..errors import Mgp5Error
 from ..files import Claim
+from ..prompts import STORY_SYSTEM, TASK_PROMPTS
 from .details import Detail, random_detail
 from .draw import draw
 from .talk import dialog
-from .tell import caption, story
+from .tell import caption, opening, story
 from .world import Scene, Split, random_scene, rng
 
 ATTRIBUTES = "attributes.jsonl"  # of a data set: what its images show
@@ -35,21 +36,24 @@ def write(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     details: int = 0,
+    narrations: int = 0,
 ) -> None:
-    """Write captioned images to `out/cc3m`, stories of five images to `out/vist`, dialogues to `out/mmdialog`, and
-    to `out/details` pairs of images whose second must keep a kite that no text tells.
+    """Write captioned images to `out/cc3m`, stories of five images to `out/vist`, dialogues to `out/mmdialog`, to
+    `out/details` pairs of images whose second must keep a kite that no text tells, and to `out/narrations` images that
+    are told whole, without a story before them.
 
     The same seed gives the same files; "test" (CC3M and VIST call it "val") has held-out scenes. `progress` is called
     with (items done, items in all). Raises Mgp5Error for a wrong split or number, or if `out` is no empty folder.
     """
     out, counts = Path(out), {"cc3m": pairs, "vist": stories, "mmdialog": dialogs, "details": details}
+    counts["narrations"] = narrations
     if split not in get_args(Split):
         raise Mgp5Error(f"split is {split!r}, expected one of {', '.join(get_args(Split))}", "use train or test")
     if min(counts.values()) < 0 or not any(counts.values()):
         raise Mgp5Error(f"asked for {counts}, expected numbers >= 0 and not all 0", "ask for at least one item")
     if out.exists() and not out.is_dir():
         raise Mgp5Error(f"{out} is a file, expected a folder", "name a new folder")
-    done, total, writers = 0, sum(counts.values()), (_cc3m, _vist, _mmdialog, _details)
+    done, total, writers = 0, sum(counts.values()), (_cc3m, _vist, _mmdialog, _details, _narrations)
     with Claim(out):
         if any(path.name != ".lock" for path in out.iterdir()):
             raise Mgp5Error(f"{out} is not empty, expected a new or empty folder", "name a new folder or remove it")
@@ -146,6 +150,23 @@ def _details(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
             ]
             first, second = ({"type": "image", "path": name} for name in names)
             asked = [first, {"type": "text", "text": tale.steps[1].text}]
-            chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": [second]}]
-            file.write(json.dumps({"messages": chat}) + "\n")
+            file.write(_chat(("user", asked), ("assistant", [second])))
             yield
+
+
+def _narrations(root: Path, split: Split, count: int, seed: int) -> Iterator[None]:
+    """Write `{train|test}.jsonl`: the question of a narration and an image, and all that the image shows."""
+    (root / split).mkdir(parents=True)
+    with (root / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for index in range(count):
+            source = rng(f"narrations|{split}", seed, index)
+            scene = random_scene(source, split)
+            name = _draw(root, f"{split}/{index:09d}.jpg", scene, source.randrange(2**31))
+            asked = [{"type": "text", "text": source.choice(TASK_PROMPTS["narrate"])}, {"type": "image", "path": name}]
+            file.write(_chat(("system", STORY_SYSTEM), ("user", asked), ("assistant", opening(source, scene))))
+            yield
+
+
+def _chat(*messages: tuple[str, str | list[dict[str, str]]]) -> str:
+    """Return a conversation as a line of our own format."""
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]}) + "\n"
