@@ -23,7 +23,11 @@ from mgp5.storyland.world import ATTRIBUTES, Scene, held_out, random_scene, rng
 from mgp5.storyland.write import write
 
 SPLITS = ("train", "test")
-DUE = r"(now|take|give|put|let|make|please draw|can you show|could you draw|paint|i would like to see|what does)\b"
+SOMEBODY = rf"[^?]*\ban? (?:(?:{'|'.join(ATTRIBUTES['colour'])}) )?(?:{'|'.join(ATTRIBUTES['species'])})\b"
+DUE = (
+    r"(now|next|and|back|show|draw|take|give|put|let|make|please draw|can you show|can you draw|could you draw|paint|"
+    rf"i would like to see|what does)\b|{SOMEBODY}"
+)
 FIRST = Scene.from_indices((0,) * 7)
 
 
@@ -73,7 +77,7 @@ def test_what_the_demo_has_learned_is_drawn_and_said_to_the_pixel_and_letter() -
     told += [turn.text for split in SPLITS for k in range(50) for turn in dialog(rng(split, 5, k), split).turns]
     told += [caption(scene, random.Random(seed)) for seed, scene in enumerate(scenes)]
     assert digest(b"".join(draw(scene, seed).tobytes() for seed, scene in enumerate(scenes)), 8) == "eb9c90b283ff986f"
-    assert digest("\n".join(told), 8) == "c875e44d798a1f06"
+    assert digest("\n".join(told), 8) == "5a9e5ecf0c997d6b"
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -134,16 +138,25 @@ def test_the_grammar_accepts_what_is_told_and_nothing_else(stories) -> None:
 def test_dialogs_are_truthful_and_images_come_when_asked_for(split: str) -> None:
     replies = images = 0
     for i in range(500):
-        talk, seen = dialog(rng(split, 2, i), split), None
+        talk, seen, known = dialog(rng(split, 2, i), split), None, {}
         assert len(talk.turns) in (4, 6, 8)
         assert [turn.role for turn in talk.turns] == ["user", "assistant"] * (len(talk.turns) // 2)
         for asked, given in zip(talk.turns[::2], talk.turns[1::2], strict=True):
             assert bool(re.match(DUE, asked.text, re.IGNORECASE)) == (given.scene is not None)
             if given.scene:
-                plain = replace(FIRST, weather="sunny", prop="nothing", action="stands")
-                assert replace(seen or plain, **mentions(asked.text)) == given.scene
+                several = re.search(r"\b(?:two|three|four|five) (\w+?)(?:e?s)?\b", asked.text)  # of which one is drawn
+                said, drawn = {"species": several[1]} if several else mentions(asked.text), given.scene
+                back = said.keys() == {"colour", "species"} and re.search("Back|again", asked.text)
+                before = known[said["colour"], said["species"]] if back else seen
+                if "species" in said and not back:  # somebody new: what is not said is plain, or named by the reply
+                    left = {name: getattr(drawn, name) for name in ("colour", "place") if name not in said}
+                    assert left.items() <= mentions(given.text).items()
+                    plain = {"wears": "nothing", "prop": "nothing", "weather": "sunny", "action": "stands"}
+                    before = replace(drawn, **plain, **left)
+                assert replace(before, **said) == drawn
             seen = given.scene or asked.scene or seen
             assert seen is None or mentions(given.text).items() <= seen.attributes().items()
+            known |= {(seen.colour, seen.species): seen} if seen else {}
             assert seen is None or split == "test" or not held_out(seen)
             replies, images = replies + 1, images + (given.scene is not None)
         assert split == "train" or any(turn.scene and held_out(turn.scene) for turn in talk.turns)

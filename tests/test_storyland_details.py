@@ -8,8 +8,10 @@ import random
 from PIL import Image as pil
 
 from mgp5.data import load_data
+from mgp5.prompts import TASK_PROMPTS
 from mgp5.storyland.details import Detail, all_details, read_detail, score
 from mgp5.storyland.draw import draw
+from mgp5.storyland.language import mentions
 from mgp5.storyland.world import random_scene
 from mgp5.storyland.write import read_scenes, write
 
@@ -39,3 +41,13 @@ def test_a_sample_shows_the_kite_twice_and_tells_nothing_of_it(tmp_path):
         assert "kite" not in sample.messages[0].text and sample.messages[1].images == (drawn,)
         first, second = (scenes[image.path.resolve()] for image in (given, drawn))
         assert first != second and (first.species, first.colour) == (second.species, second.colour)
+
+
+def test_a_narration_tells_all_that_its_picture_shows(tmp_path):
+    write(tmp_path, "test", 0, 0, 0, seed=3, narrations=5)
+    data, scenes = load_data("jsonl", tmp_path / "narrations", "test"), dict(read_scenes(tmp_path / "narrations"))
+    for sample in data:
+        (image,), asked = sample.images, sample.messages[-2].text
+        said = {"wears": "nothing", "prop": "nothing"} | mentions(sample.messages[-1].text)
+        assert said == scenes[image.path.resolve()].attributes() and asked in TASK_PROMPTS["narrate"]
+    assert len(data) == 5
