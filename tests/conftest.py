@@ -5,6 +5,7 @@ What takes seconds to import is imported where it is used: the process that only
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -141,6 +142,16 @@ def small_model(small_folder):
     from mgp5.apps.open_model import load
 
     return load(small_folder)
+
+
+@pytest.fixture(scope="module")
+def loads_once():
+    """What commands load by the same words is one model."""
+    from mgp5.apps import open_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_model, "load", functools.cache(open_model.load))
+        yield
 
 
 @pytest.fixture

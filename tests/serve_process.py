@@ -1,7 +1,5 @@
 """A server in a process or a thread of its own, on a free port, and how tests talk to it."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json
@@ -27,7 +25,7 @@ MGP5 = sys.executable, "-m", "mgp5"
 class Server:
     """A server that listens at a port of this machine, in this process or another."""
 
-    def __init__(self, port: int, process: subprocess.Popen | None = None) -> None:
+    def __init__(self, port: int, process: Any = None) -> None:
         self.port, self.process, self.url = port, process, f"http://127.0.0.1:{port}/v1"
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, bytes]:
@@ -61,16 +59,27 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str, env: dict | None = None, mgp5: tuple[str, ...] = MGP5) -> Iterator[Server]:
-    """A running `mgp5 serve`, which is ended behind the test; the folder has its stderr."""
+def serving(
+    folder: Path, *flags: str, env: dict | None = None, mgp5: tuple[str, ...] | None = MGP5
+) -> Iterator[Server]:
+    """A running `mgp5 serve`, which is ended behind the test; folder/serve.err has its stderr.
+
+    Without `mgp5` it is a fork of this process, which has imported torch already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*mgp5, "serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
-    told, deadline = folder / "stderr", time.monotonic() + 300
-    with told.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=env)
+    command = ["serve", "--port", "0", "--name", "tiny", "--backend", "eager", *flags]
+    told, deadline = folder / "serve.err", time.monotonic() + 300
+    if mgp5 is None:
+        from tiny_training import fork
+
+        process = fork(command, folder / "serve")
+    else:
+        with told.open("w") as stderr:
+            process = subprocess.Popen([*mgp5, *command], cwd=folder, stderr=stderr, env=env)
     try:
         while not (found := re.search(r"http://(\S+):(\d+)/v1 serves", told.read_text())):
-            assert process.poll() is None and time.monotonic() < deadline, told.read_text()
+            alive = process.is_alive() if mgp5 is None else process.poll() is None
+            assert alive and time.monotonic() < deadline, told.read_text()
             time.sleep(0.1)
         server = Server(int(found[2]), process)
         while server.ask("GET", "/health")[0] != 200:
@@ -78,7 +87,7 @@ def serving(folder: Path, *flags: str, env: dict | None = None, mgp5: tuple[str,
         yield server
     finally:
         process.kill()
-        process.wait()
+        process.join() if mgp5 is None else process.wait()
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """More than one machine: two nodes of a real Ray cluster here, whose workers are killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -203,7 +201,7 @@ def test_a_server_of_two_replicas_loses_one(cluster, small_folder, tmp_path):
             server.process.terminate()
             assert whole.result() == 1
         assert server.process.wait(timeout=120) == 0
-        assert " POST /v1/chat/completions 400 " in (tmp_path / "stderr").read_text()  # a replica's log
+        assert " POST /v1/chat/completions 400 " in (tmp_path / "serve.err").read_text()  # a replica's log
 
 
 @pytest.mark.slow

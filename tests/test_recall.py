@@ -1,7 +1,5 @@
 """`mgp5 recall`: what it prints, run by a shell, gives the same pixels."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from contextlib import chdir
@@ -15,6 +13,8 @@ from tiny import picture, same_pixels
 from mgp5.apps.recall import recall
 from mgp5.cli import main
 from mgp5.views.files import StoryFolder
+
+pytestmark = pytest.mark.usefixtures("loads_once")
 
 
 def run(*args: str):
@@ -36,7 +36,7 @@ def drawn_again(path: Path, here: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def story(tmp_path_factory, loads_once):
     """By the demo, in a folder whose name a shell would trip over: given, narrated, illustrated and two of its own."""
     home = tmp_path_factory.mktemp("recall")
     examples = Path(__file__).parents[1] / "examples/picnic"

@@ -1,6 +1,4 @@
-"""`mgp5 serve` as clients see it: OpenAI's own client and curl, against a real process."""
-
-from __future__ import annotations
+"""`mgp5 serve` as clients see it: OpenAI's own client, against the server in this process and one of its own."""
 
 import base64
 import json
@@ -73,11 +71,9 @@ def test_a_streamed_reply_is_the_whole_one_in_pieces(client, server):
 
 
 def test_modalities_and_pictures_sent(client):
-    seen = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(kind=kind)}}]}
-        for kind in ("PNG", "JPEG", "WEBP", "GIF")
-    ]
-    replies = [ask(client, [one], max_tokens=4, modalities=["text"], extra={}) for one in seen]
+    seen = [{"type": "image_url", "image_url": {"url": data_url(kind=kind)}} for kind in ("PNG", "JPEG", "WEBP", "GIF")]
+    talks = [[{"role": "user", "content": [one]}] for one in seen]
+    replies = [ask(client, talk, max_tokens=4, modalities=["text"], extra={}) for talk in talks]
     assert all(isinstance(reply.choices[0].message.content, str) and reply.usage.images == 0 for reply in replies)
     assert replies[0].choices[0].message.content == replies[2].choices[0].message.content  # both are lossless
     drawn = ask(client, modalities=["image"], extra={"steps": 2, "size": "32x16"})
@@ -166,9 +162,9 @@ def process(small_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("process")
     (folder / "key").write_text(f"{KEY}\n")
     flags = "--host", "0.0.0.0", "--api-key-file", str(folder / "key"), "--rows", "1", "--model", str(small_folder)
-    with serving(folder, *flags) as running:
+    with serving(folder, *flags, mgp5=None) as running:
         yield running
-        written = (folder / "stderr").read_text()
+        written = (folder / "serve.err").read_text()
         assert KEY not in written and "hello" not in written and "Traceback" not in written
         lines = re.findall(r"^[-\d]+ [:\d]+ 127.0.0.1 (\w+) (\S+) (\d+) [\d.]+ s$", written, re.MULTILINE)
         assert {("GET", "/v1/models", "401"), ("POST", "/v1/chat/completions", "200")} < set(lines)
@@ -210,7 +206,8 @@ def test_sigterm_finishes_what_was_begun(process):
         process.process.terminate()
         assert any(isinstance(chunk.choices[0].delta.content, list) for chunk in stream)
         assert waits.result().choices[0].message.content
-    assert process.process.wait(timeout=60) == 0
+    process.process.join(60)
+    assert process.process.exitcode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """What a model of one world says of words and images that are not of it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from io import BytesIO
@@ -46,9 +44,9 @@ def photo_like(seed: int, side: int = 128) -> pil.Image:
 
 
 SETS = {
-    "renders": lambda: map(render, range(220)),
-    "twice as large": lambda: (render(number, 256) for number in range(220, 320)),
-    "JPEGs": lambda: (as_jpeg(render(number), 30 + number % 65) for number in range(320, 540)),
+    "renders": lambda: map(render, range(60)),
+    "twice as large": lambda: (render(number, 256) for number in range(60, 90)),
+    "JPEGs": lambda: (as_jpeg(render(number), 30 + number % 65) for number in range(90, 155)),
     "of the examples": lambda: map(pil.open, sorted((HERE / "examples/picnic").glob("*.png"))),
 }
 
@@ -59,7 +57,7 @@ def test_no_image_of_storyland_is_called_foreign(kind):
 
 
 def test_images_like_photos_are_foreign():
-    found = [is_foreign(photo_like(seed)) for seed in range(60)]
+    found = [is_foreign(photo_like(seed)) for seed in range(20)]
     assert np.mean(found) >= 0.95
     assert is_foreign(pil.new("RGB", (300, 200), "red"))
 

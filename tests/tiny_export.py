@@ -1,6 +1,4 @@
-"""A complete tiny model whose graphs are quickly exported: a UNet with one transformer, few layers elsewhere."""
-
-from __future__ import annotations
+"""A complete tiny model whose graphs are quickly exported: a UNet of one size with one transformer, few layers."""
 
 import json
 import shutil
@@ -18,26 +16,15 @@ def save_small(folder: Path, llava: Path) -> Path:
     from mgp5.training.presets import preset
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=SIZE,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        use_linear_projection=True,
-        norm_num_groups=4,
-    )
+    unet = UNet2DConditionModel(  # of one size: examples of two are the demo's, in test_ort.py, and those of slow tests
+        sample_size=SIZE, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None, up_block_types=("UpBlock2D",), cross_attention_dim=WIDTH, attention_head_dim=2,
+        use_linear_projection=True, norm_num_groups=4,
+    )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
+        block_out_channels=(4, 8), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, mid_block_add_attention=False,
+    )  # fmt: skip
     parts = {"unet": unet, "vae": vae, "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
     extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = StableDiffusionPipeline(scheduler=DDIMScheduler(beta_schedule="scaled_linear"), **parts, **extras)
