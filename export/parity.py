@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from torch import Tensor
 from ..engines.engine import Engine
 from ..engines.exported import Session
 from ..engines.onnx import OnnxSession
+from ..engines.scales import ExportedScales
 from ..errors import Mgp5Error
 from ..generators.latent_diffusion import LatentDiffusion
+from ..generators.var import VARDecoder
+from ..generators.vqvae import VQVAE
 from .components import Component
 
 CPU = torch.device("cpu")
@@ -73,16 +77,14 @@ def compare(component: Component, session: Session, limit: Limit, unit: int) -> 
 
 def compare_image(
     generator: LatentDiffusion,
-    condition: Tensor,  # (1, L, C)
-    unconditional: Tensor,  # (1, L, C)
-    engine: Engine,
+    conditions: Mapping[Engine | None, tuple[Tensor, Tensor]],  # (1, L, C) twice: the second one for guidance
     limit: Limit,
     size: tuple[int, int],  # (height, width) in pixels
 ) -> dict[str, Any]:
-    """Draw a guided image of STEPS steps from the same noise by PyTorch and by the engine of the exported files; return
-    the differences. Raises Mgp5Error if they exceed the limit."""
+    """Draw a guided image of STEPS steps from the same noise by PyTorch (None) and by the engine of the exported files,
+    each from its own conditions; return the differences. Raises Mgp5Error if they exceed the limit."""
     results = []
-    for attached in (None, engine):
+    for attached, (condition, unconditional) in conditions.items():
         generator.engine = attached
         options = {"steps": STEPS, "guidance": GUIDANCE, "height": size[0], "width": size[1]}
         rng = torch.Generator().manual_seed(0)
@@ -94,10 +96,42 @@ def compare_image(
     row = {"steps": STEPS, "guidance": GUIDANCE, "size": list(size), "psnr": round(decibels, 1)}
     row |= {f"image_{name}": value for name, value in difference(image, exported_image).items()}
     row |= {f"latents_{name}": value for name, value in difference(latents, exported_latents).items()}
-    if not decibels >= limit.psnr:
-        found = f"an image of {STEPS} steps is {decibels:.1f} dB from PyTorch's, expected at least {limit.psnr:g}"
-        raise Mgp5Error(found, HINT)
+    _check_image(decibels, limit)
     return row
+
+
+@torch.no_grad()
+def compare_scales(decoder: VARDecoder, vqvae: VQVAE, files: Mapping[str, Session], limit: Limit) -> dict[str, Any]:
+    """Decode all scales of an image from the same random inputs by PyTorch and by the files, each with its own cache,
+    and the image of PyTorch's likeliest codes; return the differences, and the share of codes that both find likeliest.
+
+    Raises Mgp5Error if they exceed the limit.
+    """
+    by_file, generator = ExportedScales(files["scale"], decoder), torch.Generator().manual_seed(0)
+    classes, caches, f_hat = torch.tensor([decoder.dropped_class]), [None, None], vqvae.quantizer.start(1)
+    worst, same = [], 0
+    for scale, size in enumerate(decoder.config.sizes):
+        inputs = torch.randn(1, size, decoder.config.width, generator=generator)
+        logits = []
+        for way, run in enumerate((decoder.run_scale, by_file)):
+            values, caches[way] = run(inputs, classes, caches[way])
+            logits.append(values)
+        codes, others = (values.argmax(-1) for values in logits)
+        worst.append(difference(*logits)["relative"])
+        same += int((codes == others).sum())
+        f_hat = vqvae.quantizer.add(f_hat, scale, codes)
+    painted = vqvae.paint(f_hat), files["vae_decoder"](f_hat=f_hat)["sample"].float()
+    decibels = psnr(*((pixels.clamp(-1, 1) + 1) / 2 for pixels in painted))
+    if not max(worst) <= limit.relative:
+        raise Mgp5Error(f"logits of scales differ by {max(worst):.2g} of their range", HINT)
+    _check_image(decibels, limit)
+    share = same / sum(decoder.config.sizes)
+    return {"scales": len(worst), "psnr": round(decibels, 1), "logits_relative": max(worst), "codes_equal": share}
+
+
+def _check_image(decibels: float, limit: Limit) -> None:
+    if not decibels >= limit.psnr:
+        raise Mgp5Error(f"an image is {decibels:.1f} dB from PyTorch's, expected at least {limit.psnr:g}", HINT)
 
 
 def difference(expected: Tensor, found: Tensor) -> dict[str, float]:
@@ -142,16 +176,20 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _cases(component: Component, unit: int) -> list[dict[str, int]]:  # sizes of the dimensions that it has
+    if component.cases:
+        return [*component.cases]
     names, units = {name for axes in component.axes.values() for name in axes.values()}, {"height": unit, "width": unit}
     cases = [{name: size * units.get(name, 1) for name, size in case.items() if name in names} for case in CASES]
     return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
 
 def _input(component: Component, name: str, case: dict[str, int], generator: torch.Generator) -> Tensor:
-    """Return a random tensor of a case's shape; timesteps are in [0, 1000)."""
+    """Return a random tensor of a case's shape; timesteps are in [0, 1000), integers at most those of the example."""
     shape = list(component.inputs[name].shape)
     for axis, dimension in component.axes[name].items():
         shape[axis] = case.get(dimension, shape[axis])
+    if not (example := component.inputs[name]).is_floating_point():
+        return torch.randint(int(example.max()) + 1, shape, generator=generator)
     if name.startswith("timestep"):
         return torch.rand(shape, generator=generator) * 999
     return torch.randn(shape, generator=generator)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import Mgp5Error
 
-COMPONENTS = ("mapper", "unet", "transformer", "vae_decoder", "condition", "denoiser")
+COMPONENTS = ("mapper", "detokenizer", "unet", "transformer", "scale", "vae_decoder", "condition", "denoiser")
 SPLIT = ("condition", "denoiser")  # components of a denoiser in two parts
 PRECISIONS = ("fp32", "fp16", "bf16")
 OPSETS = (23, 20, 18)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ..device import DTYPES, limit_threads_for_small_models
 from ..engines import trt_refusal
-from ..engines.exported import DENOISERS, FORMAT, MANIFEST, Session, check_files, engine_of, read_manifest, weights_hash
+from ..engines.exported import (
+    DENOISERS,
+    FORMAT,
+    MANIFEST,
+    ExportedMapper,
+    Session,
+    check_files,
+    engine_of,
+    read_manifest,
+    weights_hash,
+)
 from ..errors import Mgp5Error
 from ..files import Claim, GiB, replacing, write_json
 from ..generators import PIPELINES
@@ -27,6 +37,7 @@ GREATEST_SIDE = 256  # pixels of the compared image: 20 steps of a larger one ta
 LIBRARIES = ("mgp5", "torch", "diffusers", *NEEDED)
 PIPELINE_PARTS = ("unet", "transformer", "vae_decoder")  # that optimum's ONNX Runtime pipelines read
 Tell = Callable[[str], None]  # takes a line for the user
+Condition = tuple[Tensor, Tensor]  # (1, L, C) twice: a condition and the unconditional one
 
 
 def export(request: ExportRequest, tell: Tell = lambda line: None) -> Path:
@@ -62,6 +73,9 @@ def _build_engines(folder: Path, request: ExportRequest, tell: Tell) -> list[Pat
     if unknown := [name for name in request.components if name not in entries]:
         message = f"{folder} has no {', '.join(unknown)}, it has {', '.join(entries)}"
         raise Mgp5Error(message, "name one of these", usage=True)
+    if "scale" in entries:
+        hint = "run its ONNX files by --backend onnx, or take --backend triton"
+        raise Mgp5Error("no TensorRT engine of a decoder of scales", hint, usage=True)
     if reason := trt_refusal(device):
         raise Mgp5Error(
             f"no TensorRT engine was built: {reason}",
@@ -109,7 +123,7 @@ def write_export(
 
 
 def _fill(model: Exportable, request: ExportRequest, folder: Path, tell: Tell) -> dict[str, Any]:
-    generator, parts = model.generator, model.parts
+    parts = model.parts
     hashes = {name: weights_hash(part) for name, part in parts.items()}
     makers = components(model, request.split, request.opset)
     names = request.components or tuple(makers)
@@ -121,17 +135,15 @@ def _fill(model: Exportable, request: ExportRequest, folder: Path, tell: Tell) -
     for part in parts.values():
         part.float()  # PyTorch now has the rounded weights, and computes in float32
     image = _compare(model, makers, folder, request, entries, tell)
-    native = generator.native_size
     manifest = {
         "format": FORMAT,
         "mgp5": version("mgp5"),
         "model": model.name,
-        "kind": type(generator).__name__,
+        "kind": type(model.generator).__name__,
         "weights": hashes,
         "precision": request.precision,
         "opset": request.opset,
-        "native": list(generator.latent_shape(native, native)[1:]),
-        "length": generator.condition_shape[0] - bool(generator.pooled_width),
+        **model.sizes,
         "components": entries,
         "image": image,
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB, 2),
@@ -163,41 +175,57 @@ def _compare(
     entries: dict[str, Any],
     tell: Tell,
 ) -> dict[str, Any]:
-    """Add its differences to the entry of each component; return those of the image ({} without a denoiser)."""
+    """Add its differences to the entry of each component; return those of the image ({} without what draws one)."""
     from . import parity
 
     limit, unit = parity.LIMITS[request.precision], latent_unit(model.generator)
-    denoiser = next((name for name in DENOISERS if name in entries), None) if request.image else None
+    usable = (*DENOISERS, *(["scale"] if "vae_decoder" in entries else []))
+    painters = next(({name} for name in usable if name in entries), set()) if request.image else set()
+    painters |= {"mapper", "detokenizer", "vae_decoder"} if painters else set()
     sessions: dict[str, Session] = {}  # that the image needs: each may hold gigabytes
     for name, entry in entries.items():
         session = None  # frees the one before
         session = parity.load_session(folder / name / "model.onnx", request.precision)
         entry["parity"] = parity.compare(makers[name](), session, limit, unit)
-        if denoiser and name in (denoiser, "vae_decoder"):
+        if name in painters:
             sessions[name] = session
         size = sum(file["bytes"] for file in entry["files"].values()) / 1e6
         worst = max(row["relative"] for row in entry["parity"])
         nodes = sum(entry["nodes"].values())
         tell(f"{name}: {nodes} nodes, {size:.1f} MB, {worst:.1g} of its range from PyTorch ({entry['seconds']} s)")
-    if denoiser is None:
+    if not painters:
         return {}
-    tell(f"drawing an image of {parity.STEPS} steps by PyTorch and by the files")
-    engine = engine_of(model.generator, folder, entries, sessions.__getitem__)
-    side = min(model.generator.native_size, GREATEST_SIDE)
-    image = parity.compare_image(model.generator, *_conditions(model), engine, limit, request.size or (side, side))
+    tell("drawing an image by PyTorch and by the files")
+    if model.decoder is not None:
+        image = parity.compare_scales(model.decoder, model.generator, sessions, limit)
+    else:
+        engine = engine_of(model.generator, folder, entries, sessions.__getitem__)
+        side = min(model.generator.native_size, GREATEST_SIDE)
+        ways = zip((None, engine), _conditions(model, sessions), strict=True)
+        image = parity.compare_image(model.generator, dict(ways), limit, request.size or (side, side))
     tell(f"the image is {image['psnr']} dB from PyTorch's")
     return image
 
 
-def _conditions(model: Exportable) -> tuple[Tensor, Tensor]:  # (1, L, D) twice
-    """Return a condition and an unconditional one: the mapper's, of random states, or random ones."""
+@torch.no_grad()
+def _conditions(model: Exportable, files: Mapping[str, Session]) -> tuple[Condition, Condition]:
+    """Return a condition and an unconditional one by PyTorch, and by the files where these make them: of random states
+    by the mapper, of random codes by the de-tokenizer; or random ones."""
     generator = torch.Generator().manual_seed(1)
-    if model.mapper is None or model.unconditional is None:
-        made = torch.randn(2, *model.generator.condition_shape, generator=generator)
-        return made[:1], made[1:]
-    states = torch.randn(1, model.num_vokens, model.mapper.config.llm_width, generator=generator)
-    with torch.no_grad():
-        return model.mapper(states), model.unconditional
+    if model.coder is not None:
+        shape = model.coder.config.tokenizer
+        codes = torch.randint(shape.codes, (2, shape.queries), generator=generator)
+        made = model.coder.condition(codes)
+        again = files["detokenizer"](codes=codes)["condition"] if "detokenizer" in files else made
+    elif model.mapper is None or model.unconditional is None:
+        made = again = torch.randn(2, *model.generator.condition_shape, generator=generator)
+    else:
+        states = torch.randn(1, model.num_vokens, model.mapper.config.llm_width, generator=generator)
+        made = again = torch.cat([model.mapper(states), model.unconditional])
+        if "mapper" in files:
+            exported = ExportedMapper(files["mapper"], model.mapper)
+            again = torch.cat([exported(states), exported.unconditional(model.num_vokens)])
+    return (made[:1], made[1:]), (again[:1], again[1:])
 
 
 def _write_pipeline(model: Exportable, names: tuple[str, ...], folder: Path) -> None:

@@ -102,12 +102,13 @@ def paths(model: str, device: torch.device, dtype: torch.dtype) -> list[dict[str
     graphed, choice = device.type == "cuda" and built.backbone.capturable, engines.select_backend("auto", device, dtype)
     text = "one CUDA graph a token" if graphed else "PyTorch, operation by operation"
     found = [{"part": "text", "path": text, "why": "nothing is compiled unless --backend compile asks for it"}]
-    if (denoiser := getattr(getattr(built.head, "generator", None), "denoiser", None)) is None:
-        return [
-            *found,
-            {"part": "images", "path": "PyTorch", "why": f"the head {built.head.spec.name} has no denoiser"},
-        ]
+    denoiser = getattr(getattr(built.head, "generator", None), "denoiser", None)
+    if denoiser is None and not hasattr(getattr(built.head, "decoder", None), "decode_scale"):
+        why = f"the head {built.head.spec.name} has neither a denoiser nor a decoder of scales"
+        return [*found, {"part": "images", "path": "PyTorch", "why": why}]
     try:
+        if denoiser is None:
+            return [*found, {"part": "images", "path": str(choice.name), "why": f"scales: {choice.why}"}]
         ops = operations("eager", denoiser.device, dtype)
         precompute(denoiser, ops, packed=False, layout=torch.contiguous_format)
     except Mgp5Error as error:

@@ -37,11 +37,15 @@ def tell_and_recall(home: Path, *flags: object) -> dict[str, Any]:
 
 
 def chat_and_evaluate(home: Path, *flags: object) -> None:
-    """Chat with an image in the reply, and evaluate a sample of Storyland."""
+    """Chat with an image in the reply, and evaluate two samples of Storyland."""
     run("chat", *flags, "--message", "hello", "--set", "image=always", "--out", "talk", home=home)
     assert list((home / "talk").glob("*.png"))
-    run("eval", *flags, "--format", "storyland", "--limit", 1, "--out", "eval", home=home)
-    assert json.loads((home / "eval/report.json").read_text())["tables"]
+    task = "--task", "first", "--task", "last", "--context", "full"
+    told = run("eval", *flags, "--format", "storyland", "--limit", 1, *task, "--out", "eval", "--json", home=home)
+    found = json.loads(told.splitlines()[-1])
+    assert found["bytes"]["trained"] > 0 and found["tables"].keys() == {"first, none", "last, full"}
+    drawn = found["tables"]["first, none"]["model"]
+    assert drawn["images"] == 1 and 0 <= drawn["metrics"]["attributes"]["value"] <= 1
 
 
 def ask_for_image(server: Any, **options: object) -> None:

@@ -24,7 +24,7 @@ from tiny_export import draw, without_denoiser
 from mgp5 import engines
 from mgp5.apps.open_model import load
 from mgp5.cli import main
-from mgp5.engines.exported import ExportedMapper, attach_mapper, check_files, read_manifest
+from mgp5.engines.exported import ExportedMapper, attach_condition, check_files, read_manifest
 from mgp5.errors import Mgp5Error
 from mgp5.heads.minigpt5 import FeatureMapper, mapper_for
 
@@ -94,7 +94,7 @@ def test_a_mapper_by_its_file(small_export, model):
     states = torch.randn(3, 4, model.config.head_config.mapper.llm_width)
     with torch.no_grad():
         expected = model.head.mapper(states), model.head.unconditional(states)
-    attach_mapper(model.head, small_export, "onnx")
+    attach_condition(model.head, small_export, "onnx")
     outputs = model.head.mapper(states), model.head.unconditional(states)
     assert isinstance(model.head.mapper, ExportedMapper)
     assert_near(outputs, expected, 1e-5)

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tiny import picture
 from torch import nn
@@ -15,6 +17,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForIma
 from mgp5 import Mgp5Error
 from mgp5.generators.seed_stages import SeedTokenizerConfig, VectorQuantizer, contrastive_loss
 from mgp5.generators.seed_tokenizer import SeedTokenizer, SeedVision, load_blip2
+from mgp5.heads.losses import gather_others
 
 TINY = {
     "vision_width": 12,
@@ -106,6 +109,31 @@ def test_contrastive_loss():
     halves = [(images[:2], texts[:2]), (images[2:], texts[2:])]
     parts = [contrastive_loss(*halves[i], torch.tensor(0.07), 0.1, halves[1 - i]) for i in range(2)]
     torch.testing.assert_close((parts[0] + parts[1]) / 2, loss)
+
+
+def of_one_process(rank: int, pairs: torch.Tensor, store: str, out: mp.SimpleQueue) -> None:
+    """Put the gradients of this process's pairs (2, N, P), whose share of the loss is that of its rows."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mine = (pairs[:, :2] if rank == 0 else pairs[:, 2:]).clone().requires_grad_()
+    others = [gather_others(rows) for rows in mine]
+    loss = contrastive_loss(*mine, torch.tensor(0.5), 0.1, others) * mine.shape[1] / pairs.shape[1]
+    (gradient,) = torch.autograd.grad(loss, mine)
+    out.put((rank, gradient.numpy()))
+    dist.destroy_process_group()
+
+
+def test_negatives_of_other_processes_count_and_learn(tmp_path):
+    """Two processes, of two pairs and of one, have the gradients of one with all three."""
+    pairs, context = torch.randn(2, 3, 4), mp.get_context("fork")
+    out, whole = context.SimpleQueue(), pairs.clone().requires_grad_()
+    workers = [context.Process(target=of_one_process, args=(i, pairs, str(tmp_path / "s"), out)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(out.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    (expected,) = torch.autograd.grad(contrastive_loss(*whole, torch.tensor(0.5), 0.1), whole)
+    torch.testing.assert_close(torch.cat([torch.tensor(found[i]) for i in range(2)], 1), expected)
 
 
 @pytest.mark.parametrize(("name", "codebook", "commitment"), [("paper", 1.0, 0.25), ("legacy", 0.25, 1.0)])

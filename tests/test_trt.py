@@ -24,7 +24,7 @@ from mgp5 import engines
 from mgp5.apps.open_model import load
 from mgp5.cli import main
 from mgp5.engines import trt_refusal
-from mgp5.engines.exported import attach_mapper, read_manifest
+from mgp5.engines.exported import attach_condition, read_manifest
 from mgp5.errors import Mgp5Error
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_a_model_draws_by_the_double_as_by_pytorch(small_folder, small_export, f
         engines.apply(generator, "trt", folder)
     assert built(folder) == len(NAMES)
     engines.apply(generator, "trt", folder)
-    attach_mapper(model.head, folder, "trt")
+    attach_condition(model.head, folder, "trt")
     for graphed, stream in ((False, 7), (True, 0)):
         generator.engine.graphed, machine.stream.cuda_stream = graphed, stream
         torch.testing.assert_close(results(), expected, atol=1e-4, rtol=1e-4)

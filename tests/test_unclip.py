@@ -31,8 +31,7 @@ def unclip_unet(**options) -> UNet2DConditionModel:
     return tiny_unet(**kind | options)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def save_unclip(folder, unet):
     torch.manual_seed(0)
     normalizer = StableUnCLIPImageNormalizer(IMAGE)
     nn.init.normal_(normalizer.mean)
@@ -45,13 +44,17 @@ def folder(tmp_path_factory):
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_text_encoder(),
-        unet=unclip_unet(),
+        unet=unet,
         scheduler=PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True, **scheduler),
         vae=tiny_vae(),
     )
-    folder = tmp_path_factory.mktemp("unclip")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_unclip(tmp_path_factory.mktemp("unclip"), unclip_unet())
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tiny import SIZE, WIDTH, tiny_text_encoder, tiny_tokenizer
 
 
+def small_unet(**options) -> UNet2DConditionModel:
+    """A UNet of one size, with one transformer: examples of two are the demo's, in test_ort.py, and of slow tests."""
+    return UNet2DConditionModel(
+        sample_size=SIZE, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None, up_block_types=("UpBlock2D",), cross_attention_dim=WIDTH, attention_head_dim=2,
+        use_linear_projection=True, norm_num_groups=4, **options,
+    )  # fmt: skip
+
+
 def save_small(folder: Path, llava: Path) -> Path:
     """A trained folder, as `mgp5 train` makes one; the weights are random."""
     from mgp5.loading import build, save_checkpoint
@@ -16,11 +25,7 @@ def save_small(folder: Path, llava: Path) -> Path:
     from mgp5.training.presets import preset
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(  # of one size: examples of two are the demo's, in test_ort.py, and those of slow tests
-        sample_size=SIZE, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None, up_block_types=("UpBlock2D",), cross_attention_dim=WIDTH, attention_head_dim=2,
-        use_linear_projection=True, norm_num_groups=4,
-    )  # fmt: skip
+    unet = small_unet()
     vae = AutoencoderKL(
         block_out_channels=(4, 8), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, mid_block_add_attention=False,

@@ -80,9 +80,13 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     from .. import engines
     from ..export.cache import apply
 
-    generator = getattr(model.head, "generator", None)
+    generator, decoder = getattr(model.head, "generator", None), getattr(model.head, "decoder", None)
     if hasattr(generator, "denoiser"):
         choice = apply(generator, backend, exported)
+    elif hasattr(decoder, "decode_scale"):
+        from ..engines import scales
+
+        choice = scales.apply(decoder, generator, backend, exported)
     elif backend in ("auto", "eager", "compile"):
         choice = engines.BackendChoice("compile" if backend == "compile" else "eager")
     else:
@@ -120,9 +124,9 @@ def open_model(request: ModelRequest, tell: Tell = silent, images: int = 1) -> I
     limit_threads_for_small_models(model)
     choice = set_backend(model, backend, request.exported)
     if request.exported:
-        from ..engines.exported import attach_mapper
+        from ..engines.exported import attach_condition
 
-        attach_mapper(model.head, request.exported, backend)
+        attach_condition(model.head, request.exported, backend)
     if choice.why:
         tell(f"backend {choice.name or 'diffusers'}: {choice.why}")
     return model

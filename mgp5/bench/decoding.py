@@ -1,19 +1,23 @@
-"""Time decoding by our decoder and by `generate` of transformers, and all that comes before an image's first step.
+"""Time decoding by our decoder and by `generate` of transformers, all that comes before an image's first step, and
+whole images of heads without a denoiser.
 
 Letters: T tokens, D width of the LLM.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.modeling_utils import local_torch_dtype
 
-from ..apps.open_model import load
+from ..apps.open_model import load, set_backend
 from ..errors import Mgp5Error
 from ..heads import DrawContext, Embeds, Forced, Response, Sample, Step
 from ..hub import Parts
@@ -22,6 +26,7 @@ from ..inference.token_sampling import SamplingParams
 from ..loading import assemble
 from ..memory.skeletons import backbone_shape, generator_shape
 from ..model import InterleavedModel
+from ..options import Backend
 from .timing import Bench, Limits, Phases, Row, digits, interleave
 
 PROMPT, REPLY = 64, 128  # tokens
@@ -59,6 +64,24 @@ def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | N
     timing = interleave(bench, size, {"eager": lambda: _condition(model)}, _held(model))["eager"]
     yield {"name": "condition", "size": size, "provider": "eager"} | timing.row()
     return None if timing.skipped else timing.median(0)
+
+
+def image_rows(bench: Bench, parts: Parts, counts: tuple[int, ...] = (1,)) -> Iterator[Row]:
+    """Yield a row for each engine and number of images at once, by a trained model that draws without a denoiser.
+
+    Times are milliseconds of all the images behind a prompt, by LLM and head, but for `vae_ms` to pixels; `image_ms` is
+    one image with both.
+    """
+    model = make_model(parts, bench)
+    for count in counts:
+        size = f"{Path(parts.name).name}, {model.head.spec.positions} positions behind {PROMPT}, {count} at once"
+        found = {name: partial(_images, model, name, bench.exported, count) for name in bench.backends}
+        for way, timing in interleave(bench, size, found, _held(model)).items():
+            row = {"name": "image", "size": size, "provider": way} | timing.row()
+            if not timing.skipped:
+                row["vae_ms"] = digits(1000 * timing.median(1))
+                row["image_ms"] = digits(1000 * (timing.median(0) + timing.median(1)) / count)
+            yield row
 
 
 def make_model(parts: Parts, bench: Bench) -> InterleavedModel:
@@ -153,6 +176,42 @@ def _condition(model: InterleavedModel) -> Phases:
         drawing.close()
 
     return (condition,)
+
+
+def _images(model: InterleavedModel, backend: Backend, exported: Path | None, count: int) -> Phases:
+    """Prepare images that are drawn side by side by an engine, which a copy of the head has."""
+    own = SimpleNamespace(backbone=model.backbone, head=copy.deepcopy(model.head))
+    set_backend(own, backend, exported if backend == "onnx" else None)
+    decoder, head, rows, last = Decoder(own.backbone, count), own.head, [*range(count)], []
+    prompt = torch.zeros(1, PROMPT, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        states = [_read(decoder, prompt, row)[:, -1:] for row in rows]
+
+    def draw() -> None:
+        for row in rows:
+            decoder.cut(row, PROMPT)
+        how = head.spec.image_options(), lambda use: torch.Generator().manual_seed(0)
+        drawings, replies = [head.draw(DrawContext(state, *how)) for state in states], [None] * count
+        while True:
+            requests = [drawing.send(reply) for drawing, reply in zip(drawings, replies, strict=True)]
+            match requests[0]:
+                case Step(key=("decode", *_)):
+                    break
+                case Step(key=key):
+                    outputs = head.step(key, [request.inputs for request in requests])
+                    replies = [Response(output=output) for output in outputs]
+                case Embeds():
+                    hidden = decoder.feed(rows, torch.cat([request.embeds for request in requests]))
+                    replies = [Response(state) for state in hidden.split(1)]
+                case Forced(ids=ids):
+                    embeds = decoder.backbone.embed(torch.tensor([ids] * count, device=decoder.device), [])
+                    replies = [Response(state, ids) for state in decoder.feed(rows, embeds).split(1)]
+                case _:
+                    replies = [None] * count
+        last[:] = requests
+
+    decode = torch.inference_mode()(lambda: head.step(last[0].key, [request.inputs for request in last]))
+    return torch.inference_mode()(draw), decode
 
 
 def _answer(decoder: Decoder, request: Forced | Embeds | Sample, state: Tensor) -> Response:

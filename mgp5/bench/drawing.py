@@ -105,6 +105,14 @@ def draw_rows(
         yield row
 
 
+def drawing_kind(parts: Parts) -> str:
+    """Return the kind of rows that tell how fast a model draws: "guided step", or without a denoiser "image"."""
+    if parts.trained is None:
+        return "guided step"
+    with torch.device("meta"):
+        return "guided step" if isinstance(generator_shape(parts.diffusion), LatentDiffusion) else "image"
+
+
 def make_scene(bench: Bench, parts: Parts, pixels: int | None, images: int, steps: int) -> Scene:
     """Return what to draw and what draws it; a model that is not trained gets random weights."""
     device, dtype = bench.device, bench.dtype

@@ -29,7 +29,7 @@ STARTUP = {"compile": 120.0, "diffusers compiled": 180.0, "transformers static":
 class Work(NamedTuple):
     """What is measured of a model: rows of one kind, at one size, for one or more images or replies at once."""
 
-    kind: str  # "condition", "guided step", "decode", "reply" or "server"
+    kind: str  # "condition", "guided step", "image", "decode", "reply" or "server"
     model: str
     pixels: int | None = None
     counts: tuple[int, ...] = (1,)

@@ -14,8 +14,8 @@ from ..device import machine, pick_device, versions
 from ..errors import Mgp5Error
 from ..files import read_json, write_json
 from ..hub import resolve
-from .decoding import condition_rows, decode_rows
-from .drawing import draw_rows
+from .decoding import condition_rows, decode_rows, image_rows
+from .drawing import draw_rows, drawing_kind
 from .kernels import kernel_rows
 from .peers import Work, compile_beforehand
 from .shell import reply_rows, server_rows
@@ -126,7 +126,8 @@ def _suite(suite: str, bench: Bench, model: str | None, batch: int | None) -> It
     else:
         counts = {"cpu": [(1,)], "gpu": [(1,), (4, 8)]}[suite]
         works = [Work("condition", model or "demo")]
-        works += [Work(kind, model or "demo", None, each) for each in counts for kind in ("guided step", "decode")]
+        kinds = drawing_kind(resolve(model or "demo")), "decode"
+        works += [Work(kind, model or "demo", None, each) for each in counts for kind in kinds]
         trained = resolve(model or "demo").trained is not None
         works += [Work("reply", model or "demo"), Work("server", model or "demo")][: trained * len(counts)]
         yield from _inference(bench, works, STEPS[suite])
@@ -160,6 +161,8 @@ def _rows(
         options = {"limits": most, "steps": steps, "before": before, "compiled": steps == STEPS["gpu"]}
         for images in work.counts:
             yield from draw_rows(bench, parts, work.pixels, images, **options)
+    elif work.kind == "image":
+        yield from image_rows(bench, parts, work.counts)
     elif work.kind == "decode":
         yield from decode_rows(bench, parts, work.counts, limits=most)
     else:

@@ -40,7 +40,7 @@ PUBLIC_ONLY = {"judge": "--judge", "judge_model": "--judge-model", "against": "-
     "tasks",
     multiple=True,
     metavar="NAME",
-    help="illustrate, narrate, continue, last, story, caption or dialogue; repeatable.  [default: all of the format]",
+    help="first, illustrate, narrate, continue, last, story, subject, caption or dialogue; repeatable.  [default: all]",
 )
 @click.option(
     "--context",
@@ -137,7 +137,8 @@ def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     from ..views.tables import show, table
 
     if as_json:
-        return click.echo(json.dumps({"report": str(out / "report.json"), "tables": report["tables"]}))
+        shown = {name: report[name] for name in ("tables", "bytes") if name in report}
+        return click.echo(json.dumps({"report": str(out / "report.json")} | shown))
     systems = dict.fromkeys(name for found in report["tables"].values() for name in found)
     rows = []
     for title, found in report["tables"].items():

@@ -22,7 +22,7 @@ from .flags import COUNT, PATH, say, settings_option
     "components",
     multiple=True,
     metavar="NAME",
-    help="mapper, unet or transformer, vae_decoder; with --split also condition, denoiser; repeatable.  [default: all]",
+    help="mapper, detokenizer, unet, transformer, scale, vae_decoder; --split: condition, denoiser; repeatable.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32")
 @click.option("--opset", type=click.Choice(["23", "20", "18"]), default="23")
@@ -39,7 +39,8 @@ def export(
     settings: dict[str, Any],
     **values: Any,
 ) -> None:
-    """Write the mapper, the denoiser and the VAE's decoder as ONNX files, and TensorRT engines of them.
+    """Write the mapper or de-tokenizer, the denoiser or decoder of scales, and the VAE's decoder as ONNX files, and
+    TensorRT engines of denoisers.
 
     The files are compared with PyTorch at several sizes, and by a whole image; only what agrees is kept.
     manifest.json beside them tells how well. Engines can be built on another machine from the files alone:

@@ -79,12 +79,7 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
     and `trt` need a folder that `mgp5 export` wrote of this model. Raises Mgp5Error if the backend is unknown, cannot
     run here or does not know the denoiser, or if the folder is missing, not wanted, damaged or of another model.
     """
-    if exported and backend not in ("onnx", "trt"):
-        raise Mgp5Error(f"--backend {backend} takes no exported folder", "take --backend onnx or trt", usage=True)
-    if backend in ("onnx", "trt") and not exported:
-        way = "--onnx --split" if backend == "onnx" else "--trt --split --precision fp16"
-        hint = f"mgp5 export {way} --out DIR makes one: give it as --exported DIR"
-        raise Mgp5Error(f"--backend {backend} needs an exported folder", hint, usage=True)
+    check_exported(backend, exported, "--onnx --split" if backend == "onnx" else "--trt --split --precision fp16")
     from .engine import Engine
     from .exported import load_engine
 
@@ -100,6 +95,15 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
             raise
         return BackendChoice(None, error.message)
     return choice
+
+
+def check_exported(backend: Backend, exported: Path | None, way: str) -> None:
+    """Raise Mgp5Error if a backend takes no exported folder, or needs one: `way` is how `mgp5 export` makes it."""
+    if exported and backend not in ("onnx", "trt"):
+        raise Mgp5Error(f"--backend {backend} takes no exported folder", "take --backend onnx or trt", usage=True)
+    if backend in ("onnx", "trt") and not exported:
+        hint = f"mgp5 export {way} --out DIR makes one: give it as --exported DIR"
+        raise Mgp5Error(f"--backend {backend} needs an exported folder", hint, usage=True)
 
 
 def remove(generator: LatentDiffusion) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,18 +95,27 @@ class GraphedStep:
         self.update(self.latents, self.history, self.step, batch, prediction, self.rows)
 
     def _capture(self, kind: Kind) -> Callable[[], None]:
-        """Record a step; before, it runs on another stream, where compilers and libraries choose their kernels."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(3):
-                self.step.zero_()
-                self._advance(kind)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, pool=self.pool):
-            self._advance(kind)
-        return graph.replay
+        return record(partial(self._advance, kind), self.pool, self.step.zero_)[0]
+
+
+def record(
+    work: Callable[[], Any], pool: Any, before: Callable[[], Any] = lambda: None
+) -> tuple[Callable[[], None], Any]:
+    """Record work as a CUDA graph; return what replays it, and what it returned, which a replay writes anew.
+
+    First it runs on another stream, where compilers and libraries choose their kernels, each time after `before`.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            before()
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, pool=pool):
+        outputs = work()
+    return graph.replay, outputs
 
 
 class StepGraphs:

@@ -64,7 +64,11 @@ class ExportedDenoiser:
         if pooled := self.model.config.get("pooled_projection_dim"):
             rows = {"encoder_hidden_states": condition[:, :-1], "pooled_projections": condition[:, -1, :pooled]}
             return self.session(hidden_states=latents, timestep=times, **rows)["out_hidden_states"], None
-        return self.session(sample=latents, timestep=times, encoder_hidden_states=condition)["out_sample"], None
+        inputs = {"sample": latents, "timestep": times}
+        if width := class_width(self.model):
+            inputs["class_labels"] = condition[:, -2:, : width // 2].flatten(1)
+            condition = condition[:, :-2]
+        return self.session(**inputs, encoder_hidden_states=condition)["out_sample"], None
 
 
 class ExportedEngine(Engine):
@@ -107,6 +111,13 @@ class ExportedMapper(nn.Module):
         if pooled is not None:
             rows = torch.cat([rows, pad(pooled, (0, self.config.width - self.config.pooled))[:, None]], dim=1)
         return rows.to(self.like)
+
+
+def class_width(unet: ModelMixin) -> int:
+    """Return the width of what Stable unCLIP's UNet takes of an image, which two rows of its condition hold; 0 of
+    others."""
+    kind = unet.config.get("class_embed_type")
+    return unet.config.projection_class_embeddings_input_dim if kind == "projection" else 0
 
 
 def split_denoiser(generator: LatentDiffusion, opset: int = 23) -> PrecomputedDenoiser:
@@ -158,8 +169,14 @@ def engine_of(
     return ExportedEngine(backend, model, lambda latents: decoder(latent_sample=latents)["sample"])
 
 
-def attach_mapper(head: Any, folder: Path, backend: str) -> None:
-    """Run the mapper of a MiniGPT-5 head by its exported file, where both have one. Raises as `load_engine` does."""
+def attach_condition(head: Any, folder: Path, backend: str) -> None:
+    """Run what makes conditions, a mapper or a de-tokenizer, by its exported file, where both have one. Raises as
+    `load_engine` does."""
+    if backend == "onnx" and (tokenizer := getattr(head, "tokenizer", None)) is not None:
+        manifest = open_folder(folder, {"detokenizer": tokenizer.detokenizer})
+        if "detokenizer" in manifest["components"]:
+            session = sessions(folder, manifest, backend, head.device)("detokenizer")
+            head.condition = lambda codes: session(codes=codes)["condition"].float()
     if (mapper := getattr(head, "mapper", None)) is None:
         return
     manifest = open_folder(folder, {"mapper": mapper})

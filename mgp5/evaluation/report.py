@@ -76,6 +76,7 @@ def _measure(
     replies = Replies([(s, s.load().messages[-1], _reply(out, row)) for s, row in rows if "error" not in row])
     numbers, left_out = measure(replies, names, encoders, seed)
     entry = {"asked": len(rows), "failed": len(failed)} | replies.counts()
+    entry |= {"images": sum(len(reply.images) for _, _, reply in replies.rows)}
     entry |= {"seconds": round(sum(row.get("seconds", 0) for _, row in rows), 1), "metrics": numbers}
     return entry | {"left_out": left_out, "failures": failed[:SHOWN]}
 

@@ -111,7 +111,7 @@ def _evaluate(request: EvaluateRequest, tell: Tell, progress: Callable[[Replied]
     if state.is_main_process:
         made = {"settings": read_json(out / SETTINGS), "processes": state.num_processes, "device": str(state.device)}
         made |= {"baselines": request.baselines, "batch": request.batch}
-        made |= {"backend": request.model.backend, "memory": request.model.memory}
+        made |= {"backend": request.model.backend, "memory": request.model.memory, "bytes": weights_bytes(parts)}
         replies = {name: read_replies(out, name) for name in made["settings"]["systems"]}  # of earlier calls too
         report(request, data, replies, made, state.device)
     state.wait_for_everyone()
@@ -128,6 +128,13 @@ def _load_data(request: EvaluateRequest, folder: Path, parts: Parts) -> tasks.Da
 def weights_hash(parts: Parts) -> str:
     """Return a hash of all weights of a model that lie in folders, and of the names of those on the hub."""
     return digest([_file_hashes(str(folder)) for folder in (parts.mllm, parts.diffusion, parts.trained)])
+
+
+def weights_bytes(parts: Parts) -> dict[str, int]:
+    """Return how large the weights on this machine are, of each part of a model."""
+    folders = {"llm": parts.mllm, "generator": parts.diffusion, "trained": parts.trained}
+    files = {name: Path(folder).rglob("*.safetensors") for name, folder in folders.items() if Path(folder).is_dir()}
+    return {name: sum(file.stat().st_size for file in each) for name, each in files.items()}
 
 
 def _file_hashes(folder: str) -> list[str]:

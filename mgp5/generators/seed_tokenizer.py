@@ -68,6 +68,11 @@ class SeedTokenizer(nn.Module):
         """Return the codes of images, each in [0, `config.codes`)."""
         return self.quantizer.nearest(self.encode_layer(self.embeddings(features)))
 
+    @property
+    def detokenizer(self) -> nn.Module:
+        """Return what makes a condition of codes."""
+        return nn.ModuleList([self.quantizer, self.decode_layer, self.generation, self.reverse])
+
     def condition(self, codes: Tensor) -> Tensor:  # (N, L, C)
         """Return the condition for codes (N, K): text states, or an image embedding as one row."""
         return self._generate(self.quantizer.codebook(codes))

@@ -84,6 +84,12 @@ class StableUnCLIP(StableDiffusion):
             parts["image_size"] = load_part(CLIPVisionConfig.from_pretrained, *at).image_size
         return parts
 
+    @classmethod
+    def more_shapes(cls, name: str) -> dict[str, Any]:
+        """Return how the image encoder is made without weights, and its size, by its configuration."""
+        config = load_part(CLIPVisionConfig.from_pretrained, name, "image_encoder", None)
+        return {"read_image_encoder": partial(CLIPVisionModelWithProjection, config), "image_size": config.image_size}
+
     @property
     def image_width(self) -> int:
         """Return P, the width of an image embedding; 1024 for CLIP's ViT-H."""
@@ -103,15 +109,18 @@ class StableUnCLIP(StableDiffusion):
         processor = CLIPImageProcessorPil(size={"shortest_edge": self.image_size}, crop_size=self.image_size)
         return processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
 
-    @torch.no_grad()
-    def embed_pixels(self, pixels: Tensor) -> Tensor:  # (B, P)
-        """Return the image embeddings of preprocessed pixels, by the model's own CLIP, which is read at the first call
-        and stays. Raises Mgp5Error if the model has none."""
+    def require_image_encoder(self) -> None:
+        """Read the model's own CLIP, if it is not there. Raises Mgp5Error if the model has none."""
         if self.image_encoder is None:
             if self.read_image_encoder is None:
                 raise Mgp5Error("this diffusion model has no image encoder", "add its folder image_encoder")
             encoder = self.read_image_encoder().requires_grad_(False).eval()
             self.image_encoder = encoder.to(self.text_device or self.device)
+
+    @torch.no_grad()
+    def embed_pixels(self, pixels: Tensor) -> Tensor:  # (B, P)
+        """Return the image embeddings of preprocessed pixels, see `require_image_encoder`."""
+        self.require_image_encoder()
         return self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds
 
     def image_condition(self, embeds: Tensor, rng: torch.Generator | None = None) -> Tensor:  # (B, L, C)

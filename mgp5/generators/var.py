@@ -10,9 +10,10 @@ image, T tokens of one scale or of all, S tokens in the cache, N layers, A atten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import raise_all
+from ..kernels.adaln import adaln_reference, gated_adaln_reference
 
 MAX_SCALE = 100.0  # of a head's queries
+EPS = 1e-6  # of layer norms
+Pair = tuple[Tensor, Tensor]  # keys and values of a block
 ClassMode = Literal["trained", "released"]
 
 
@@ -72,9 +76,10 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # (B, T, W), two of (B, A, S + T, W / A)
-        """Attend from x (B, T, W) to itself under a mask (T, T), and to a cache (2, B, A, S, W / A) of earlier scales.
+        self, x: Tensor, mask: Tensor | None, cache: Pair | None
+    ) -> tuple[Tensor, Pair]:  # (B, T, W), two of (B, A, S + T, W / A)
+        """Attend from x (B, T, W) to itself under a mask (T, T), and to keys and values (B, A, S, W / A) of earlier
+        scales.
 
         Return the output, and all keys and values.
         """
@@ -91,10 +96,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A transformer block whose two layer norms are modulated by a condition (AdaLN)."""
 
+    ops: Any = SimpleNamespace(adaln=adaln_reference, gated_adaln=gated_adaln_reference)  # engines have fused ones
+
     def __init__(self, config: VARConfig, drop_path: float) -> None:
         super().__init__()
         width, self.drop_path = config.width, drop_path
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(width, config.heads)
         self.mlp = nn.Sequential(
             nn.Linear(width, config.mlp_ratio * width),
@@ -107,18 +113,18 @@ class Block(nn.Module):
         nn.init.constant_(self.modulation.bias[: 2 * width], 1.0)
         nn.init.zeros_(self.modulation.bias[2 * width :])
 
-    def forward(
-        self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return x (B, T, W) after attention and MLP under a condition (B, W), and keys and values of `Attention`."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
-        mixed, kv = self.attention(self.norm(x) * (1 + scale1) + shift1, mask, cache)
-        x = x + self._drop(gate1 * mixed)
-        return x + self._drop(gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)), kv
+    def forward(self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: Pair | None) -> tuple[Tensor, Pair]:
+        """Return x (B, T, W) after attention and MLP, modulated by (B, 6W), and keys and values of `Attention`."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, -1)
+        mixed, kv = self.attention(self.ops.adaln(x, scale1, shift1, EPS), mask, cache)
+        x, normed = self.ops.gated_adaln(x, self._drop(mixed), gate1, scale2, shift2, EPS)
+        return x + self._drop(gate2[:, None] * self.mlp(normed)), kv
 
     def _drop(self, update: Tensor) -> Tensor:
         """Leave out the updates (B, T, W) of random rows in training (stochastic depth, arXiv 1603.09382)."""
-        return update * F.dropout(update.new_ones(len(update), 1, 1), self.drop_path, self.training)
+        if not self.training:
+            return update
+        return update * F.dropout(update.new_ones(len(update), 1, 1), self.drop_path)
 
 
 class VARDecoder(nn.Module):
@@ -127,6 +133,9 @@ class VARDecoder(nn.Module):
     `start` and `embed` make the embeddings of a scale (in VARGPT what the LLM reads), `forward` and `decode_scale`
     the logits of its codes (in VARGPT from what the LLM made of them).
     """
+
+    # What runs a scale, with the arguments of `run_scale`, see `engines.scales`; None: PyTorch.
+    engine: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -143,7 +152,6 @@ class VARDecoder(nn.Module):
             nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * width)))
         rise = config.drop_path / max(1, config.depth - 1)
         self.blocks = nn.ModuleList(Block(config, index * rise) for index in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, config.num_codes)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -212,23 +220,29 @@ class VARDecoder(nn.Module):
         """
         if self.config.positions_twice:
             inputs = inputs + self._places(scale)
+        return (self.engine or self.run_scale)(inputs, classes, cache)
+
+    def run_scale(self, inputs: Tensor, classes: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what `decode_scale` does, of inputs with their positions."""
         logits, kept = self._run(inputs, classes, None, cache)
         return logits, torch.stack([torch.stack(kv) for kv in kept])
 
-    def _run(
-        self, x: Tensor, classes: Tensor, mask: Tensor | None, cache: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        condition, kept = self.class_embed(classes), []
-        for index, block in enumerate(self.blocks):
-            past = None if cache is None else cache[index]
+    def modulations(self, classes: Tensor) -> list[Tensor]:  # (B, 6W) of each block, (B, 2W) of the head
+        """Return what classes (B,) do to the layer norms; it is the same at all scales."""
+        condition = F.silu(self.class_embed(classes))
+        return [layer(condition) for layer in (*(block.modulation for block in self.blocks), self.head_modulation)]
+
+    def _run(self, x: Tensor, classes: Tensor, mask: Tensor | None, cache: Tensor | None) -> tuple[Tensor, list[Pair]]:
+        (*modulations, last), kept = self.modulations(classes), []
+        for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            past = None if cache is None else cache[index].unbind()  # else a compiler would take two for B
             if self.checkpointing and self.training:
-                x, kv = checkpoint(block, x, condition, mask, past, use_reentrant=False)
+                x, kv = checkpoint(block, x, modulation, mask, past, use_reentrant=False)
             else:
-                x, kv = block(x, condition, mask, past)
+                x, kv = block(x, modulation, mask, past)
             if mask is None:  # else nobody reads them: training would hold those of all blocks
                 kept.append(kv)
-        scale, shift = self.head_modulation(F.silu(condition))[:, None].chunk(2, -1)
-        return self.head(self.norm(x) * (1 + scale) + shift).float(), kept
+        return self.head(adaln_reference(x, *last.chunk(2, -1), EPS)).float(), kept
 
 
 def join_caches(caches: Sequence[Tensor | None]) -> Tensor | None:  # (N, 2, R * B, A, S, W / A)

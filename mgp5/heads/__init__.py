@@ -47,6 +47,7 @@ class Stage(NamedTuple):
     data: Literal["captions", "conversations"]  # what its samples are
     llm: bool = True  # whether the LLM reads them; else the head trains alone, from target images and captions
     adapter: bool = False  # whether LoRA or a prefix may be put into the LLM
+    cached: bool = True  # whether caches may have its images; else it needs their pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +260,8 @@ class Head(nn.Module):
         raise NotImplementedError(f"the head {self.spec.name} has no codes")
 
     @property
-    def encoder(self) -> nn.Module:
-        """Return what makes `codes` of the vision tower's tokens."""
+    def encoder(self) -> nn.Module | None:
+        """Return what makes `codes` of the vision tower's tokens; None: `generator.encode` makes them of pixels."""
         raise NotImplementedError(f"the head {self.spec.name} has no codes")
 
     # --- training ---

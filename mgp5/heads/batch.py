@@ -33,6 +33,7 @@ class Batch:
     captions: tuple[str, ...] = ()  # (P,), "" without one
     features: tuple[Tensor, ...] = ()  # N of (S, E) from a cache; `context_images` then holds only grids
     context: Any = None  # ImageContext of all context images, once they are encoded
+    together: bool = False  # whether other processes train now too, each with target images: they may exchange features
     skipped: tuple[Skipped, ...] = ()  # samples left out; with the kind "history cut" only the beginning of one was
 
     @property

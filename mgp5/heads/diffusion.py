@@ -38,14 +38,14 @@ class DiffusionHead(Head):
         return f"{type(self.generator).__name__} {self.generator.schedule.prediction_type} {length}x{width}"
 
     def generator_parts(self) -> dict[str, Part]:
-        """Return the frozen parts of the generator."""
+        """Return the frozen parts of the generator; encoders are there where a stage or an image needs them."""
         return {
             "denoiser": Part(self.generator.denoiser, "draw", False),
             "VAE": Part(self.generator.vae, "decode", False),
         } | {
             name.replace("_", " "): Part(module, "", False)
             for name, module in self.generator.named_children()
-            if name.startswith("text_encoder")
+            if name.startswith("text_encoder") or name == "image_encoder"
         }
 
     def cached_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,16 @@
 """Loss terms by name, and the text loss, which does not depend on the head.
 
-Letters: B batch, T tokens, D LLM width, V vocabulary, J labels.
+Letters: B batch, T tokens, D LLM width, V vocabulary, J labels; N rows here and M elsewhere of features of width P.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +35,35 @@ class Losses:
 
     def __or__(self, other: Losses) -> Losses:
         return Losses(self.terms | other.terms, self.weights | other.weights)
+
+
+class _Gather(torch.autograd.Function):
+    """Stack the equal shapes of all processes; the gradient of each is the sum of what they all want of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # (N, P) -> (processes, N, P)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+def gather_others(rows: Tensor) -> Tensor:  # (N, P) -> (M, P)
+    """Return the rows of all other processes, each of which calls this with some of its own; gradients go back there.
+
+    Where every process takes the mean over its own rows, the mean over processes is that of one large batch.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world)]
+    dist.all_gather(counts, counts[0] + len(rows))
+    padded = F.pad(rows, (0, 0, 0, int(max(counts)) - len(rows)))
+    parts = zip(_Gather.apply(padded.contiguous()), counts, strict=True)
+    return torch.cat([part[: int(count)] for index, (part, count) in enumerate(parts) if index != rank])
 
 
 def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from ..messages import Conversation, Message, Text
 from ..options import SeedOptions
 from . import DrawContext, Drawn, Forced, HeadSpec, ImageContext, Part, Request, Response, Sample, Stage, TrainRule
 from .diffusion import DiffusionHead
-from .losses import Losses
+from .losses import Losses, gather_others
 from .seed_release import code_words
 from .settings import SeedConfig, SeedTrainConfig
 
@@ -42,8 +42,8 @@ class SeedHead(DiffusionHead):
 
     config_type = SeedConfig
     stages = (
-        Stage("tokenizer-contrastive", "captions", llm=False),
-        Stage("tokenizer", "captions", llm=False),
+        Stage("tokenizer-contrastive", "captions", llm=False, cached=False),
+        Stage("tokenizer", "captions", llm=False, cached=False),
         Stage("pretrain", "captions", adapter=True),
         Stage("finetune", "conversations", adapter=True),
     )
@@ -143,11 +143,12 @@ class SeedHead(DiffusionHead):
         return tuple(rules)
 
     def prepare(self, config: SeedTrainConfig) -> None:
-        """Read the text encoders that the target of the "tokenizer" stage needs, drop them elsewhere."""
-        if config.stage == "tokenizer" and not isinstance(self.generator, StableUnCLIP):
-            self.generator.read_text_encoders()
-        else:
+        """Read the encoders that the target of the "tokenizer" stage needs, of texts or images; drop others."""
+        by_image = isinstance(self.generator, StableUnCLIP)
+        if config.stage != "tokenizer" or by_image:
             self.generator.drop_text_encoders()
+        if config.stage == "tokenizer":
+            self.generator.require_image_encoder() if by_image else self.generator.read_text_encoders()
 
     def target(self, image: PIL.Image.Image) -> dict[str, Tensor]:
         """Return {"vision": pixels (3, H, W) for the vision tower}, for Stable unCLIP also {"embedded": (3, H, W)}."""
@@ -194,6 +195,7 @@ class SeedHead(DiffusionHead):
         features = self._backbone[0].vision_tokens({"pixel_values": batch.targets["vision"]})
         if config.stage == "tokenizer-contrastive":
             more = {"texts": self.texts(batch.captions, config.text_tokens, features.device)}
+            more["gather"] = gather_others if batch.together else None
         else:
             more = {"target": self._condition_target(batch)}
         terms = self.tokenizer.stage_losses(config.stage, features, **more)

@@ -92,6 +92,8 @@ class VARGPTHead(Head):
         Stage("instruct", "conversations", adapter=True),
         Stage("decode", "conversations", adapter=True),
     )
+    target_cache = ("codes", "codes")
+    encoder = None
 
     def __init__(self, generator: VQVAE, config: VARGPTConfig) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def memory_parts(model: InterleavedModel) -> dict[str, MemoryPart]:
         if part.phase or part.saved:
             rows.append((name, part.phase or "always", part.module))
         else:  # at most they encode the empty text, once
-            rows.append(("text encoders", "never", part.module))
+            rows.append(("text encoders" if name.startswith("text") else name, "never", part.module))
     parts: dict[str, MemoryPart] = {}
     taken: set[int] = set()
     for name, phase, module in rows:

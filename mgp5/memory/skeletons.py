@@ -128,6 +128,7 @@ def generator_shape(name: str) -> Any:
         elif (index.get(encoder) or [None])[-1] is not None:
             parts[encoder] = encoder_class(load_part(encoder_class.config_class.from_pretrained, name, encoder, None))
             parts[tokenizer] = load_part(tokenizer_class.from_pretrained, name, tokenizer, None)
+    parts |= model_class.more_shapes(name) if hasattr(model_class, "more_shapes") else {}
     return model_class(**parts)
 
 

@@ -93,8 +93,8 @@ class Collator:
         return self._batch(rows, tuple(skipped))
 
     def _cached(self, conversations: Sequence[Conversation]) -> tuple[dict[int, Item], dict[int, Item]]:
-        """Return stored target and context images by `id(image)`, {} if one misses, or where the head trains alone."""
-        if self.caches is None or (self.config and not self.head.stage(self.config.stage).llm):
+        """Return stored target and context images by `id(image)`, {} if one misses, or where the stage needs pixels."""
+        if self.caches is None or (self.config and not self.head.stage(self.config.stage).cached):
             return {}, {}
         targets = [image for conversation in conversations for image in conversation.messages[-1].images]
         context = [image for c in conversations for message in c.messages[:-1] for image in message.images]

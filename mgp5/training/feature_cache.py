@@ -73,13 +73,14 @@ class CacheKey:
 
 
 def cache_key(kind: str, part: FrozenPart, model: str, encoder: nn.Module | None = None) -> CacheKey:
-    """Return the key of a kind for the generator (latents, captions) or the LLM; `model` is its id or folder, `encoder`
-    makes codes of what the LLM's vision tower gives."""
+    """Return the key of a kind for the generator (latents, captions, maybe codes) or the LLM; `model` is its id or
+    folder, `encoder` makes codes of what the LLM's vision tower gives."""
     transform: dict[str, Any]
-    if kind == "latents":
-        named = [pair for pair in part.vae.named_parameters() if not pair[0].startswith(("decoder.", "post_quant_"))]
+    if kind == "latents" or (kind == "codes" and encoder is None):
+        vae = part.vae if kind == "latents" else part
+        named = [pair for pair in vae.named_parameters() if not pair[0].startswith(("decoder.", "post_quant_"))]
         transform = {"size": [part.native_size] * 2, "fit": "centre", "resample": "Lanczos"}
-        config = dict(part.vae.config)
+        config = dict(vae.config) if kind == "latents" else asdict(vae.config)
     elif kind == "captions":
         part.read_text_encoders()
         encoders = {name: module for name, module in part.named_children() if name.startswith("text_encoder")}
@@ -98,6 +99,13 @@ def cache_key(kind: str, part: FrozenPart, model: str, encoder: nn.Module | None
     revision = next((repo.revision for repo in REPOS.values() if repo.id == model), None)
     hashes = {"config": digest(_plain(config)), "weights": _hash_weights(named)}
     return CacheKey(kind=kind, model=model, revision=revision, transform=_plain(transform), **hashes)
+
+
+def code_parts(model: InterleavedModel) -> tuple[FrozenPart, str, nn.Module | None]:
+    """Return what `cache_key` takes of a model with codes: of its vision tower, or of a generator that makes them."""
+    if (encoder := model.head.encoder) is None:
+        return model.head.generator, model.config.diffusion, None
+    return model.backbone, model.config.mllm, encoder
 
 
 def _plain(value: Any) -> Any:
@@ -238,8 +246,8 @@ class Caches:
         taken = {target[0], "captions", context}
         parts: dict[str, tuple[Any, ...]] = {"features": (model.backbone, model.config.mllm)}
         if "codes" in taken:
-            parts["codes"] = (*parts["features"], model.head.encoder)
-        if (generator := getattr(model.head, "generator", None)) is not None:
+            parts["codes"] = code_parts(model)
+        if hasattr(generator := getattr(model.head, "generator", None), "encode_text"):
             parts |= dict.fromkeys(("latents", "captions"), (generator, model.config.diffusion))
         readers: dict[str, list[Reader]] = {}
         for folder in folders:

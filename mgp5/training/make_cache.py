@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.filesize import decimal
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import DataConfig, ModelConfig
@@ -28,7 +28,7 @@ from ..loading import CONFIG, load_backbone, load_checkpoint
 from ..messages import Conversation, Image
 from ..options import override
 from .batch import LEAST
-from .feature_cache import KINDS, CacheKey, FrozenPart, Item, Reader, Writer, cache_key
+from .feature_cache import KINDS, CacheKey, FrozenPart, Item, Reader, Writer, cache_key, code_parts
 from .run import token_counter
 
 CHECKED = 8  # batches, after which it is known what the whole data will need
@@ -113,7 +113,7 @@ def make_cache(request: CacheRequest, tell: Tell = lambda line: None) -> Iterato
 
 def _key(kind: str, model: Any, parts: Parts) -> CacheKey:
     if kind == "codes":
-        return cache_key(kind, model.backbone, parts.mllm, model.head.encoder)
+        return cache_key(kind, *(code_parts(model) if _of_tokens(model) else (model, parts.diffusion)))
     return cache_key(kind, model, parts.mllm if kind == "features" else parts.diffusion)
 
 
@@ -129,18 +129,31 @@ def _load(parts: Parts, kinds: Sequence[str], name: str, max_pixels: int | None)
         backbone.language.layers = nn.ModuleList()  # the largest part of all, and not needed to encode images
         models["features"] = backbone.to(device)
     if "codes" in kinds:
-        if parts.trained is None:
-            hint = "give a run of its tokenizer: mgp5 train --head seed --stage tokenizer"
-            raise Mgp5Error(f"--kinds codes of {parts.name}, in which no tokenizer was trained", hint, usage=True)
-        models["codes"] = load_checkpoint(parts, dtype=dtype)
-        models["codes"].backbone.language.layers = nn.ModuleList()
-        if "codes" not in (models["codes"].head.target_cache or ())[:1]:
-            found = f"--kinds codes of {parts.name}, whose head {models['codes'].head.spec.name} has none"
-            raise Mgp5Error(found, "choose other --kinds", usage=True)
-        models["codes"].to(device)
+        models["codes"] = _load_coder(parts, dtype).to(device)
     for model in models.values():
         limit_threads_for_small_models(model)
     return models
+
+
+def _load_coder(parts: Parts, dtype: torch.dtype) -> FrozenPart:
+    """Return what makes codes: a model with a tokenizer over its vision tower, or a generator that has codes itself."""
+    if parts.trained is None:
+        generator = load_generator(parts.diffusion, dtype)
+        if hasattr(generator, "quantizer"):
+            return generator
+        hint = "give a run of its tokenizer: mgp5 train --head seed --stage tokenizer"
+        raise Mgp5Error(f"--kinds codes of {parts.name}, in which no tokenizer was trained", hint, usage=True)
+    model = load_checkpoint(parts, dtype=dtype)
+    if "codes" not in (model.head.target_cache or ())[:1]:
+        found = f"--kinds codes of {parts.name}, whose head {model.head.spec.name} has none"
+        raise Mgp5Error(found, "choose other --kinds", usage=True)
+    model.backbone.language.layers = nn.ModuleList()
+    return model.head.generator if model.head.encoder is None else model
+
+
+def _of_tokens(model: FrozenPart) -> bool:
+    """Return whether codes are made of the vision tower's tokens, and so of context images too."""
+    return hasattr(model, "backbone")
 
 
 def _max_pixels(parts: Parts) -> int:
@@ -149,14 +162,14 @@ def _max_pixels(parts: Parts) -> int:
     return model_config_from(read_config(path), str(path)).max_pixels if path else ModelConfig.max_pixels
 
 
-def cacheables(conversation: Conversation) -> Iterator[tuple[str, Cacheable]]:
-    """Yield what of a sample can be cached, each with its kind."""
+def cacheables(conversation: Conversation, context_kinds: Sequence[str]) -> Iterator[tuple[str, Cacheable]]:
+    """Yield what of a sample can be cached, each with its kind; of context images these kinds."""
     *context, target = conversation.messages
     for image in target.images:
         yield from (("latents", image), ("codes", image))
         if image.caption:
             yield "captions", image.caption
-    yield from ((kind, image) for message in context for image in message.images for kind in ("features", "codes"))
+    yield from ((kind, image) for message in context for image in message.images for kind in context_kinds)
 
 
 def _check_disk(writers: dict[str, Writer], ahead: float, out: Path, tell: Tell) -> None:
@@ -175,23 +188,27 @@ def prepare(kind: str, value: Cacheable, model: FrozenPart) -> Any:
     if kind == "captions":
         return value
     image = value.load(LEAST)
-    if kind == "latents":
+    if kind == "latents" or (kind == "codes" and not _of_tokens(model)):
         return to_pixels(image, (model.native_size,) * 2)
     return (model.backbone if kind == "codes" else model).preprocess([image])
 
 
-def collate(kind: str, values: list[Any]) -> Any:
+def collate(values: list[Any]) -> Any:
     """Return prepared values as one batch."""
-    if kind in ("features", "codes"):
+    if isinstance(values[0], dict):
         return {name: torch.cat([value[name] for value in values]) for name in values[0]}
-    return torch.stack(values) if kind == "latents" else values
+    return torch.stack(values) if isinstance(values[0], Tensor) else values
 
 
 @torch.no_grad()
 def compute(kind: str, batch: Any, model: FrozenPart) -> list[Item]:
     """Return the items of a batch."""
     if kind == "codes":
-        return [(codes.int(), {}) for codes in model.head.codes(model.backbone, batch)]
+        if _of_tokens(model):
+            made = model.head.codes(model.backbone, batch)
+        else:
+            made = model.encode(batch.to(next(model.parameters()).device))
+        return [(codes.int(), {}) for codes in made]
     if kind == "features":
         others = {name: value for name, value in batch.items() if name != "pixel_values"}
         features = model.encode_images(batch)
@@ -205,6 +222,7 @@ class CacheCollator:
 
     def __init__(self, done: dict[str, Reader], models: dict[str, FrozenPart]) -> None:
         self.done, self.models = done, models
+        self.context_kinds = ["features", *(["codes"] if _of_tokens(models.get("codes")) else [])]
         self.begun: dict[str, set[str]] = {kind: set() for kind in done}
 
     def __call__(self, samples: Sequence[Any]) -> tuple[int, dict[str, tuple[list[str], Any]], list[Skipped]]:
@@ -212,7 +230,7 @@ class CacheCollator:
         new: dict[str, dict[str, Any]] = {kind: {} for kind in self.done}
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         for where, conversation in (sample for sample in samples if not isinstance(sample, Skipped)):
-            for kind, value in (pair for pair in cacheables(conversation) if pair[0] in self.done):
+            for kind, value in (pair for pair in cacheables(conversation, self.context_kinds) if pair[0] in self.done):
                 try:
                     key = digest(value) if isinstance(value, str) else value.digest()
                     if key not in self.done[kind] and key not in self.begun[kind]:
@@ -220,5 +238,5 @@ class CacheCollator:
                         new[kind][key] = prepare(kind, value, self.models[kind])
                 except (Mgp5Error, ValueError) as error:
                     skipped.append(Skipped("broken image", f"{value.path or where} ({error})"))
-        batches = {kind: ([*values], collate(kind, [*values.values()])) for kind, values in new.items() if values}
+        batches = {kind: ([*values], collate([*values.values()])) for kind, values in new.items() if values}
         return len(samples), batches, skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class Trainer:
         """Do one update over `accumulation` microbatches; `stop` returns whether this process was asked to stop."""
         config = self.config
         microbatches = [next(batches) for _ in range(config.accumulation)]
-        totals = self._totals(microbatches)
+        totals, together = self._totals(microbatches)
         # Sum and number of each loss term, then samples, images, problems and stops: reduced in one call.
         sums = torch.zeros(2 * len(self.terms) + 4, device=self.accelerator.device)
         for part, batch in enumerate(microbatches):
@@ -72,7 +73,7 @@ class Trainer:
                 self.problems.note(*note)
             last = part + 1 == config.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                terms = self._backward(batch, part, totals)
+                terms = self._backward(replace(batch, together=together), part, totals)
             for i, name in enumerate(self.terms):
                 if name in terms and (number := batch.count(name)):
                     sums[2 * i] += terms[name] * number
@@ -92,11 +93,14 @@ class Trainer:
         self.samples, self.images, self.stopped = self.samples + samples, self.images + images, stops > 0
         self.num_problems += int(problems)
 
-    def _totals(self, microbatches: list[Batch]) -> dict[str, float]:
-        """Return what each loss term of the update is a mean of: a number over its microbatches in all processes."""
+    def _totals(self, microbatches: list[Batch]) -> tuple[dict[str, float], bool]:
+        """Return what each loss term of the update is a mean of: a number over its microbatches in all processes; and
+        whether there are several, and all their microbatches have target images."""
         numbers = [sum(batch.count(name) for batch in microbatches) for name in self.terms]
+        numbers.append(sum(not batch.num_targets for batch in microbatches))
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
-        return dict(zip(self.terms, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+        *totals, without = self.accelerator.reduce(tensor, "sum").tolist()
+        return dict(zip(self.terms, totals, strict=True)), self.world > 1 and not without
 
     def _backward(self, batch: Batch, part: int, totals: dict[str, float]) -> dict[str, Tensor]:
         """Add the gradients of one microbatch; return its loss terms.
