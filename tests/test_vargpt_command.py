@@ -120,7 +120,7 @@ def test_codes_are_cached_before_anything_is_trained(home, parts, monkeypatch):
 def test_memory_and_images_are_measured(model):
     """Plans of memory in their order, by what a card has free; and how long an image takes."""
     found = resolve(model[1])
-    needs = footprint(found, torch.float32)
+    needs = footprint(found, torch.float32, tokens=64)
     assert {"projectors", "decoder", "codebook", "VAE"} <= needs.weights.keys()
     sizes = {plan.name: needs.total(plan) for plan in memory_plans()}
     assert sizes["offload"] < sizes["full"]
