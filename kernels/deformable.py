@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .hub_deformable import deformable_hub
 from .language import ceil_div, jit, launcher, operator, power_of_2, tl, triton
 from .registry import select_kernel
 
@@ -222,11 +223,13 @@ def deformable_attention(
     shapes: Sequence[tuple[int, int]],  # height and width of each level
 ) -> Tensor:  # (B, T, H E)
     """Return what `deformable_reference` does, by the kernel where it can run."""
-    kernel = _has_kernel(value.device, value.dtype, value.shape[-1])
-    attend = deformable if kernel else deformable_reference
+    attend = ATTEND[_implementation(value.device, value.dtype, value.shape[-1])]
     return attend(value, locations, weights, [side for shape in shapes for side in shape])
 
 
+ATTEND = {"triton": deformable, "hub": deformable_hub, "torch": deformable_reference}
+
+
 @torch.compiler.assume_constant_result  # torch.compile cannot look into the choice
-def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    return select_kernel("deformable", device, dtype, width).implementation == "triton"
+def _implementation(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    return select_kernel("deformable", device, dtype, width).implementation

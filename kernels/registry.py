@@ -1,7 +1,8 @@
 """Selects between the implementations of each fused operation of the guided denoising step and of heads.
 
 Every operation has a PyTorch reference (its specification, the fallback and the oracle of the tests) and a Triton
-kernel, both in one file. MGP5_KERNELS=auto|triton|torch selects between them: `auto` takes the kernel where it can run.
+kernel, both in one file; one has a prebuilt kernel of Hugging Face's too. MGP5_KERNELS=auto|triton|hub|torch selects
+between them, where an operation has it: `auto` takes the first that can run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ OPERATIONS: dict[str, tuple[str, int | None]] = {
 class Implementation:
     """One implementation of an operation."""
 
-    name: str  # "triton" or "torch"
+    name: str  # "triton", "hub" or "torch"
     refusal: Callable[[torch.device, torch.dtype, int], str]  # (device, dtype, width) -> why it cannot run there, or ""
     load: Callable[[], Callable[..., Any]]  # imports its file and returns the function
 
@@ -64,10 +65,16 @@ def implementations(operation: str) -> tuple[Implementation, ...]:
             return f"{width} wide, the kernel takes at most {limit}"
         return _triton_refusal(device, dtype)
 
-    return (
-        Implementation(name="triton", refusal=refusal, load=load(operation)),
-        Implementation(name="torch", refusal=lambda *_: "", load=load(f"{operation}_reference")),
-    )
+    own = Implementation(name="triton", refusal=refusal, load=load(operation))
+    reference = Implementation(name="torch", refusal=lambda *_: "", load=load(f"{operation}_reference"))
+    if operation != "deformable":
+        return own, reference
+    from . import hub_deformable as hub
+
+    def hub_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str:
+        return hub.refusal(device, dtype, reference.load())
+
+    return own, Implementation(name="hub", refusal=hub_refusal, load=lambda: hub.deformable_hub), reference
 
 
 def select_kernel(operation: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Choice:
@@ -78,16 +85,22 @@ def select_kernel(operation: str, device: torch.device, dtype: torch.dtype, widt
     """
     wanted = os.environ.get(VARIABLE, "auto")
     candidates = {candidate.name: candidate for candidate in implementations(operation)}
-    if wanted not in ("auto", *candidates):
-        raise Mgp5Error(f"{VARIABLE}={wanted}, expected auto, triton or torch", "change it", usage=True)
-    refusals = {name: candidate.refusal(device, dtype, width) for name, candidate in candidates.items()}
+    if wanted not in ("auto", "triton", "hub", "torch"):
+        raise Mgp5Error(f"{VARIABLE}={wanted}, expected auto, triton, hub or torch", "change it", usage=True)
+    wanted = wanted if wanted in candidates else "auto"
+    refusals: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        if wanted in ("auto", name):
+            refusals[name] = candidate.refusal(device, dtype, width)
+            if not refusals[name]:
+                break
     if refusals.get(wanted):
         raise Mgp5Error(
             f"{VARIABLE}={wanted}, but {operation} cannot run so ({refusals[wanted]})",
             f"take {VARIABLE}=auto",
             usage=True,
         )
-    name = next(name for name in candidates if wanted in ("auto", name) and not refusals[name])
+    name = next(name for name, reason in refusals.items() if not reason)
     why = f"{VARIABLE}={wanted}" if wanted != "auto" else "; ".join(f"no {n}: {r}" for n, r in refusals.items() if r)
     why = why or "the fastest that runs here"
     return Choice(operation=operation, implementation=name, why=why, function=candidates[name].load())

@@ -14,6 +14,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MapperKind = Literal["encoder-decoder", "decoder-only"]
 
 
+def unknown_words(config: Any) -> list[str]:
+    """Return a line for each field whose value is none of its Literal."""
+    hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
+    found = {name: getattr(config, name) for name in hints}
+    return [f"{k} is {v}, expected {' or '.join(hints[k])}" for k, v in found.items() if v not in hints[k]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MapperConfig:
     """The shape of a FeatureMapper; the defaults are the paper's (arXiv 2310.02239, section 3.2)."""
@@ -135,10 +142,15 @@ class DataConfig:
     user_targets: bool = False  # MMDialog: the turns of both speakers are targets
     turn_tokens: int | None = None  # MMDialog: a dialogue ends before a turn with more tokens; None: no limit
     max_pixels: int | None = None  # of a context image; None: `ModelConfig.max_pixels` of the model
+    # Samples of a microbatch one behind another in as few rows as hold them: with positions and self-attention of their
+    # own ("isolated"), or with those of the row, as MM-Interleaved's release ("plain").
+    pack: Literal["none", "isolated", "plain"] = "none"
 
     def __post_init__(self) -> None:
+        problems = unknown_words(self)
         if self.max_pixels is not None and self.max_pixels < 1:
-            raise Mgp5Error(f"max_pixels is {self.max_pixels}, expected at least 1", usage=True)
+            problems.append(f"max_pixels is {self.max_pixels}, expected at least 1")
+        raise_all(f"data: {problem}" for problem in problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +166,8 @@ class TrainConfig:
     text_weight: float = 0.01
     guidance_dropout: float = 0.1  # probability that an image is trained without its condition
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, and what its divisor has added
+    eps: float = 1e-8
     clip: float = 1.0  # norm to which gradients are clipped; 0: they are not
     batch: int = 4  # samples of a microbatch on one device
     accumulation: int = 12  # microbatches of one update
@@ -185,7 +199,8 @@ class TrainConfig:
             "0 or more and below 1": (lambda value: 0 <= value < 1, ("guidance_dropout", "ema")),
             "at least 1": (lambda value: value is None or value >= 1, counts),
             "0 or more": (lambda value: value is None or value >= 0, at_least_0),
-            "above 0": (lambda value: value > 0, ("lr",)),
+            "above 0": (lambda value: value > 0, ("lr", "eps")),
+            "two of 0 or more and below 1": (lambda value: all(0 <= beta < 1 for beta in value), ("betas",)),
         }
         problems = [
             f"{name} is {getattr(self, name)}, expected {rule}"
@@ -236,10 +251,3 @@ class MiniGPT5TrainConfig(TrainConfig):
     def captions_alone(self) -> bool:
         """Return whether there is a caption loss and no LDM loss."""
         return bool(self.caption_weight and not self.ldm_weight)
-
-
-def unknown_words(config: Any) -> list[str]:
-    """Return a line for each field whose value is none of its Literal."""
-    hints = {name: get_args(hint) for name, hint in get_type_hints(type(config)).items() if get_origin(hint) is Literal}
-    found = {name: getattr(config, name) for name in hints}
-    return [f"{k} is {v}, expected {' or '.join(hints[k])}" for k, v in found.items() if v not in hints[k]]

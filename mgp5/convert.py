@@ -1,9 +1,9 @@
-"""Convert the checkpoints that the authors of MiniGPT-5, SEED and VARGPT published to a model folder of mgp5.
+"""Convert the checkpoints that the authors of the four papers published to a model folder of mgp5.
 
 MiniGPT-5: their names for what the stages train differ, and they hold all rows of embedding and LM head: the last nine
 of them belong to [IMG0]..[IMG7] and <ImageHere>. The others were meant to be frozen but shrank by weight decay; mgp5
-keeps those of the LLM, and `Converted.shrunk` has the difference. SEED and VARGPT: see `heads.seed_release` and
-`heads.vargpt_release`.
+keeps those of the LLM, and `Converted.shrunk` has the difference. The others: see `heads.seed_release`,
+`heads.vargpt_release` and `heads.mm_release`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPVisionConfig
 
 from .backbones.minigpt4 import compose, read_state
 from .config import LoraConfig, ModelConfig
@@ -26,6 +26,8 @@ from .generators.seed_stages import SeedTokenizerConfig
 from .generators.unclip import StableUnCLIP
 from .generators.var_weights import read_var, read_vargpt, read_vqvae
 from .generators.vqvae import VQVAE
+from .heads.mm_release import compose_llava, fitted, is_mm_interleaved, missing, read_release
+from .heads.mm_release import released as released_name
 from .heads.seed import SeedHead
 from .heads.seed_release import compose_seed_llama, read_seed_tokenizer
 from .heads.settings import SeedConfig
@@ -64,7 +66,8 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
 
     The model is "MINIGPT4+GENERATOR" as for `hub.resolve`, or "BLIP2+LLM+GENERATOR": then `out/mllm` is composed first,
     with MiniGPT-4's prerained_minigpt4_7b.pth among the checkpoints; or files of SEED's tokenizer, and the model is
-    "BLIP2+LLM+WORDS+GENERATOR", see `convert_seed`; or files of VAR, and the model is one MLLM, see `convert_vargpt`.
+    "BLIP2+LLM+WORDS+GENERATOR", see `convert_seed`; or files of VAR, and the model is one MLLM, see `convert_vargpt`;
+    or those of MM-Interleaved, and the model is "CLIP+LLM+GENERATOR", see `convert_mm_interleaved`.
     Frozen parts are loaded in `dtype`. Raises Mgp5Error if a file cannot be read, something is missing in all of them,
     or does not fit the model.
     """
@@ -74,6 +77,8 @@ def convert(checkpoints: Sequence[Path], model: str, out: Path, *, dtype: torch.
         return convert_seed(checkpoints, model, out, dtype)
     if "+" not in model and any(map(_is_vqvae, checkpoints)):
         return convert_vargpt(checkpoints, model, out, dtype)
+    if model.count("+") == 2 and is_mm_interleaved(checkpoints):
+        return convert_mm_interleaved(checkpoints, model, out, dtype)
     return convert_minigpt5(checkpoints, model, out, dtype)
 
 
@@ -183,8 +188,48 @@ def convert_seed(files: Sequence[Path], model: str, out: Path, dtype: torch.dtyp
     return Converted("finetune", {}, released.unused)
 
 
+def convert_mm_interleaved(files: Sequence[Path], model: str, out: Path, dtype: torch.dtype) -> Converted:
+    """Write `out/mllm`, a LLaVA of CLIP and LLM, and `out/mgp5` with all that MM-Interleaved's stage trained, its UNet
+    too; `files` are those of the checkpoint, and maybe mm_inference.yaml. Raises Mgp5Error as `convert`."""
+    *names, generator = model.split("+")
+    found = [*(find_part(name, "part") for name in names), find_part(generator, "generator")]
+    if not all(found):
+        raise Mgp5Error(
+            f"{model} are not all parts", "expected CLIP+LLM+GENERATOR: folders, hub ids or names", usage=True
+        )
+    try:
+        vision = from_hub(found[0], lambda name, revision: CLIPVisionConfig.from_pretrained(name, revision=revision))
+        released, painter = read_release(files, vision.num_attention_heads), load_generator(found[2], dtype)
+        compose_llava(found[0], found[1], out / "mllm", dtype)
+    except (OSError, ValueError) as error:
+        raise explain(error, model) from error
+    backbone = load_backbone(str(out / "mllm"), dtype)
+    options = {"head": "mm-interleaved", "sizes": released.sizes, "guidance": released.guidance}
+    made = assemble(backbone, painter, "mllm", _absolute(found[2]), **options)
+    painter.denoiser.float()
+    own = {name: value for name, value in trained_tensors(made).items() if name != "llm_mmfs.bias"}
+    names = {name: released_name(name, released.sizes.every, len(made.head.unet_mmfs.blocks)) for name in own}
+    if absent := [name for name in names.values() if name not in released.found]:
+        raise missing(absent)
+    tensors = {name: fitted(name, released.found[names[name]].float(), own[name]) for name in own}
+    embedding, head, bias = released.rows
+    with torch.no_grad():
+        for weight, row in ((backbone.core.get_input_embeddings().weight, embedding), (backbone.lm_head.weight, head)):
+            if row.shape != weight[0].shape:
+                wrong = f"rows of the checkpoint have width {len(row)}, those of {found[1]} {weight.shape[1]}"
+                raise Mgp5Error(wrong, "give the LLM it was trained with, lmsys/vicuna-13b-v1.3")
+            weight[made.head.ids[0]] = row.to(weight)
+    made.adapt(None, None)
+    kept = {name: value for name, value in trained_tensors(made).items() if name.startswith("adapter.")}
+    tensors |= kept | {"llm_mmfs.bias": bias.float()}
+    load_trained_tensors(made, tensors, Parts(model, "", "", Path("the checkpoint")))
+    made.config = replace(made.config, stage="pretrain", bare_captions=True, system="")
+    save_checkpoint(made, out)
+    return Converted("pretrain", {}, released.unused(names.values()))
+
+
 def _is_vqvae(path: Path) -> bool:
-    return "post_quant_conv.weight" in read_state(path)
+    return path.suffix != ".yaml" and "post_quant_conv.weight" in read_state(path)
 
 
 def _check_condition(shape: SeedTokenizerConfig, painter: LatentDiffusion, name: str) -> None:

@@ -34,7 +34,7 @@ class Repo:
     """One repository on the hub."""
 
     id: str  # "owner/name"
-    kind: Literal["mllm", "generator", "part"]  # "part" of a MiniGPT-4 or SEED-LLaMA, see `convert`
+    kind: Literal["mllm", "generator", "part"]  # "part" of what `convert` puts together, see `convert`
     licence: str  # as its card says; a gated one has to be accepted there first
     size: float  # of the download in GB of 1e9 bytes, as the hub shows it
     revision: str | None = None  # the commit that is read; None reads the newest

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from .backbones.adapters import adapt, merge, put_on, take_off
 from .backbones.hf import HFBackbone
+from .backbones.positions import isolated
 from .config import LoraConfig, ModelConfig, PrefixConfig, TrainConfig
 from .errors import Mgp5Error
 from .heads import Head, ImageContext, TrainRule
 from .heads.batch import Batch
 from .heads.losses import Losses, labelled, text_loss
-from .prompts import CHAT_SYSTEM
+from .prompts import CHAT_SYSTEM, IGNORE
 
 ADAPTERS = re.compile("lora_|trainable_tokens|token_adapter")  # in names of weights that peft added
 WHOLE = r"^backbone\.(?!prefix\.).*language_model\.(?!.*(embed_tokens|lm_head|lora_))"  # the LLM but its embeddings
@@ -59,7 +60,8 @@ class InterleavedModel(nn.Module):
         batch = replace(batch, context=self.context(batch))
         hidden, losses = self.hidden(batch), Losses()
         if config.text_weight:
-            states, targets = labelled(hidden, batch.labels)
+            labels = batch.labels if batch.begins is None else batch.labels.masked_fill(batch.first_tokens, IGNORE)
+            states, targets = labelled(hidden, labels)
             losses = Losses({"text": text_loss(self.backbone.logits(states), targets)}, {"text": config.text_weight})
         if batch.num_targets:
             losses = losses | self.head.losses(hidden, batch, config, rng)
@@ -89,10 +91,12 @@ class InterleavedModel(nn.Module):
         if batch.num_targets:
             embeds = self.head.embed_targets(embeds, batch)
         positions = self.backbone.positions(batch.ids, batch.context_images.get("image_grid_thw"), batch.mask)
-        side = None
+        side, mask, slots = None, batch.mask, [len(tokens) for tokens in context.tokens]
+        if batch.begins is not None and batch.isolated:
+            positions, mask = isolated(positions, batch.begins, embeds.dtype)
         if self.head.spec.reads_side:
-            side = self.backbone.side_inputs(batch.ids, [len(tokens) for tokens in context.tokens], context.side)
-        return self.backbone(embeds, positions, batch.mask, side=side)
+            side = self.backbone.side_inputs(batch.ids, slots, context.side, batch.begins)
+        return self.backbone(embeds, positions, mask, side=side)
 
     def prepare(self, config: TrainConfig) -> None:
         """Unfreeze exactly what a stage trains: what the head's plan says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,25 @@ def test_obelics_keeps_the_order_of_a_page(tmp_path):
     with pytest.raises(Mgp5Error, match="no obelics"):
         load_data("obelics", tmp_path, "val")
     assert find_format(tmp_path / "train" / "obelics_0.jsonl") == "obelics"
+
+
+def test_obelics_in_parquet_is_as_its_lines(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import Table, parquet
+
+    address = "http://a.example/b?c=1"
+    name = sha256(address.encode()).hexdigest()
+    images(tmp_path, "a.png", "b.png")
+    (tmp_path / "images/b.png").rename(tmp_path / "images" / name)
+    columns = {"images": [[None, "a.png"], [address, None]], "texts": [["A cat.", None], [None, "A dog."]], "n": [1, 2]}
+    parquet.write_table(Table.from_pydict(columns), tmp_path / "obelics-0.parquet", row_group_size=1)
+    assert find_format(tmp_path) == "obelics" == find_format(tmp_path / "obelics-0.parquet")
+    data = load_data("obelics", tmp_path)
+    assert [shape(data[i])[::2] for i in range(2)] == [["A cat."], [name]]
+    assert data.key(1) == "obelics-0.parquet:2/0" and data[1].images[0].load().size
+    (tmp_path / "obelics-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Mgp5Error, match=r"obelics-0.parquet cannot be read"):
+        load_data("obelics", tmp_path)
 
 
 def test_an_image_outside_the_folder_is_refused(tmp_path):

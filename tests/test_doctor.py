@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_line(monkeypatch):
     assert "no model 'nothing'" in told("--model", "nothing", code=2).stderr
     monkeypatch.setenv("MGP5_KERNELS", "cuda")
     result = told(code=2)
-    assert "MGP5_KERNELS=cuda, expected auto, triton or torch" in result.stderr and result.stderr.count("\n") == 1
+    assert "MGP5_KERNELS=cuda, expected auto, triton, hub or torch" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_configurations_are_enough(tmp_path):

@@ -80,7 +80,7 @@ def test_on_a_cpu_the_references_run_and_say_why(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [("triton", "geglu cannot run so"), ("cuda", "expected auto, triton or torch")]
+    ("value", "message"), [("triton", "geglu cannot run so"), ("cuda", "expected auto, triton, hub or torch")]
 )
 def test_a_wrong_choice_is_one_line_and_a_usage_error(value, message, monkeypatch):
     monkeypatch.setenv("MGP5_KERNELS", value)

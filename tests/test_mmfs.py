@@ -7,9 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from mgp5.kernels import hub_deformable
 from mgp5.kernels.deformable import deformable_reference
+from mgp5.kernels.hub_deformable import exact
+from mgp5.kernels.registry import select_kernel
 
 from mgp5.backbones.positions import pixel_centers, sincos_2d
+from mgp5.errors import Mgp5Error
 from mgp5.generators.mmfs import MMFS, GatedMMFS, MMFSBlock, image_ranks, null_softmax
 
 SHAPES = [(8, 8), (4, 4), (2, 2), (1, 1)]
@@ -100,6 +104,9 @@ def test_samples_are_read_where_they_lie():
         locations = places[None, :, None, None, None, None].expand(1, 3, 1, 1, 2, 1, 2)
         torch.testing.assert_close(deformable_reference(value, locations, weights, [8, 8, 4, 4])[0], places)
     assert sincos_2d(8, (2, 3)).shape == (6, 8) and len(sincos_2d(8, (2, 3)).unique(dim=0)) == 6
+    fine = sincos_2d(8, (4, 4), base=(2, 2)).view(4, 4, 8)  # as released: of a map of 2 x 2
+    assert fine[0].std(dim=0)[:4].max() < 1e-6 < fine[:, 0].std(dim=0)[0]  # rows first, then columns
+    torch.testing.assert_close(fine[1:3, 1:3].mean((0, 1)), sincos_2d(8, (2, 2)).mean(0))
 
 
 def test_offsets_are_pixels_of_the_base():
@@ -167,3 +174,33 @@ def test_half_precision_is_near():
     found = layer(hidden.bfloat16(), layer.values(features.bfloat16()), visible, SHAPES)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
+
+
+class Prebuilt:
+    """Hugging Face's kernel on the CPU: one image, any number of levels."""
+
+    def __init__(self, wrong=0.0):
+        self.wrong = wrong
+
+    def ms_deform_attn_forward(self, value, sizes, first, places, gains, step):
+        assert len(value) % step == 0 and first.tolist() == [0, *sizes.prod(1).cumsum(0)[:-1].tolist()]
+        shapes = sizes.flatten().tolist()
+        return deformable_reference(value[:, None], places[:, :, None], gains[:, :, None], shapes) + self.wrong
+
+    def ms_deform_attn_backward(self, value, sizes, first, places, gains, grad, step):
+        inputs = [x.detach().requires_grad_() for x in (value, places, gains)]
+        with torch.enable_grad():
+            out = self.ms_deform_attn_forward(inputs[0], sizes, first, *inputs[1:], step)
+        return torch.autograd.grad(out, inputs, grad)
+
+
+def test_the_prebuilt_kernel_is_taken_only_where_it_is_exact(monkeypatch):
+    cpu = torch.device("cpu")
+    assert exact(Prebuilt(), cpu, deformable_reference) and not exact(Prebuilt(0.01), cpu, deformable_reference)
+    monkeypatch.setattr(hub_deformable, "find_spec", lambda name: None)
+    choice = select_kernel("deformable", torch.device("cpu"), torch.float32)
+    assert choice.implementation == "torch" and "mgp5[hub-kernels]" in choice.why
+    monkeypatch.setenv("MGP5_KERNELS", "hub")
+    with pytest.raises(Mgp5Error, match="deformable cannot run so"):
+        select_kernel("deformable", torch.device("cpu"), torch.float32)
+    assert select_kernel("geglu", torch.device("cpu"), torch.float32).implementation == "torch"  # which has none

@@ -61,7 +61,7 @@ def test_any_tower_stays_as_it_was(layers, interactions, resized):
 @torch.no_grad()
 def test_an_image_is_encoded_as_if_alone():
     tower, pixels = tower_of(), torch.randn(3, 3, 28, 28)
-    for options in ({}, {"batch_norm": True}):
+    for options in ({}, {"channel_norm": True}):
         adapter = adapter_of(trained=True, **options).train()
         together, alone = adapter(tower, pixels), adapter(tower, pixels[1:2])
         for one, other in zip(together, alone, strict=True):
@@ -115,6 +115,7 @@ def test_visual_tokens():
     assert not torch.allclose(moved, tokens, rtol=1e-3)  # positions count
     norms = [module for module in visual.resampler.modules() if isinstance(module, torch.nn.Sequential)]
     assert len(norms) == 2 * (2 + 1)  # query and key: two of self-attention, one of cross-attention
+    assert len(norms[0][1].weight) == 4  # of a head
     tokens.square().sum().backward()
     assert states.grad.any(dim=-1).all()
     assert all(p.grad is not None and p.grad.any() for n, p in visual.named_parameters() if not n.endswith("key.bias"))

@@ -200,7 +200,7 @@ class SideHead(Head):
         def attend(layer, inputs, output):
             if backbone.side is None:
                 return output
-            features, visible = backbone.side
+            features, visible, _ = backbone.side
             mask = torch.arange(features.shape[1]) < visible[..., None]  # (B, T, N)
             mean = (mask[..., None] * features[:, None]).sum(2) / mask.sum(-1, keepdim=True).clamp(min=1)
             return output + self.project(mean) * mask.any(-1, keepdim=True)

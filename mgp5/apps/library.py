@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GB = 1e9  # bytes; downloads and disks are sold in decimal units
 KINDS = {"mllm": "multimodal LLM to train with", "generator": "diffusion model to train with"}
-KINDS["part"] = "part of a MiniGPT-4, or of a SEED-LLaMA"
+KINDS["part"] = "part of a MiniGPT-4, a SEED-LLaMA or an MM-Interleaved"
 TO_TRAIN = "to train with, it generates nothing before that: mgp5 train --stage pretrain --model LLM+MODEL"
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # of files that are read
 PARTS = re.compile(

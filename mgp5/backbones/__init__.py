@@ -24,6 +24,7 @@ class SideInputs(NamedTuple):
 
     features: Tensor  # (B, N, ...), of N images in each row, padded with zeros
     visible: Tensor  # (B, T) int64, how many of these images, counted from the first, each token may attend to
+    first: Tensor | None = None  # (B, T) int64, but not to so many of them, which are of documents before its own
 
 
 class Backbone(Protocol):
@@ -39,6 +40,7 @@ class Backbone(Protocol):
     image_token_id: int  # id of the token that is repeated once per slot of an image
     context_length: int  # longest sequence, in tokens
     stop_ids: frozenset[int]  # ids of tokens that end a reply
+    biases: dict[int, Callable[[], Tensor]]  # of tokens: what heads add to their logits
     vocabulary: int  # ids below it are tokens; rows of the LM head from there on are padding
     compiled: bool  # whether tokens are decoded by compiled code
     capturable: bool  # whether the forward of one token can be captured as a CUDA graph
@@ -61,14 +63,16 @@ class Backbone(Protocol):
     def positions(self, ids: Tensor, grids: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Return position ids of complete sequences, (B, T) or (3, B, T); `grids` (N, 3) is `image_grid_thw`."""
 
-    def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
+    def side_inputs(
+        self, ids: Tensor, slots: Sequence[int], features: Tensor | None, begins: Tensor | None = None
+    ) -> SideInputs | None:
         """Return the side inputs of complete sequences (B, T) with N images, of S slots and features (N, ...)."""
 
     def forward(
         self,
         embeds: Tensor,  # (B, T, E)
         positions: Tensor,  # (B, T) or (3, B, T)
-        mask: Tensor | None = None,  # (B, T) of 1 and 0; with a cache (B, 1, T, attended slots), added to the scores
+        mask: Tensor | None = None,  # (B, T) of 1 and 0, or (B, 1, T, attended slots), which is added to the scores
         cache: Any = None,
         side: SideInputs | None = None,
     ) -> Tensor:

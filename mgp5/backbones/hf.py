@@ -63,6 +63,7 @@ class HFBackbone(nn.Module):
         mark = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.image_token: str = IMAGE_MARKS.get(mark, mark)
         self.prefix: nn.Module | None = None  # see `adapters.add_prefix`
+        self.biases: dict[int, Callable[[], Tensor]] = {}  # of tokens: what heads add to their logits
         stops = getattr(model.generation_config, "eos_token_id", None)
         listed = stops if isinstance(stops, list) else [stops]
         self.stop_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
@@ -200,11 +201,13 @@ class HFBackbone(nn.Module):
             return rope_index(ids, token_types, image_grid_thw=grids, attention_mask=mask)[0]
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
-    def side_inputs(self, ids: Tensor, slots: Sequence[int], features: Tensor | None) -> SideInputs | None:
+    def side_inputs(
+        self, ids: Tensor, slots: Sequence[int], features: Tensor | None, begins: Tensor | None = None
+    ) -> SideInputs | None:
         """Return the side inputs of complete sequences (B, T): a token may attend to images whose slots have begun.
 
         `slots` holds S of each of the N images in reading order over the rows, `features` (N, ...) their
-        `ImageContext.side`, or None.
+        `ImageContext.side`, or None, and `begins` (B, T) where the document of each token begins, in packed rows.
         """
         if features is None or not len(features):
             return None
@@ -215,13 +218,14 @@ class HFBackbone(nn.Module):
         image_starts = image_ends - torch.tensor(slots, device=ids.device)  # (N,), slots before each image
         so_far = is_slot.flatten().cumsum(0).view(ids.shape)  # (B, T), slots up to each token
         visible = torch.searchsorted(image_starts, so_far) - (counts.cumsum(0) - counts)[:, None]
-        return SideInputs(pad_sequence(features.split(counts.tolist()), batch_first=True), visible)
+        first = None if begins is None else (visible - is_slot.long()).gather(1, begins.clamp(max=ids.shape[1] - 1))
+        return SideInputs(pad_sequence(features.split(counts.tolist()), batch_first=True), visible, first)
 
     def forward(
         self,
         embeds: Tensor,  # (B, T, E)
         positions: Tensor,  # (B, T) or (3, B, T)
-        mask: Tensor | None = None,  # (B, T) of 1 and 0; with a cache (B, 1, T, attended slots), added to the scores
+        mask: Tensor | None = None,  # (B, T) of 1 and 0, or (B, 1, T, attended slots), which is added to the scores
         cache: Cache | None = None,
         side: SideInputs | None = None,
     ) -> Tensor:
@@ -239,7 +243,7 @@ class HFBackbone(nn.Module):
         if self.prefix is not None and cache is None:
             cache = Cache(layers=[PrefixLayer(*pair) for pair in prefix_states(self.prefix, len(embeds))])
             if mask is not None:
-                mask = nn.functional.pad(mask, (cache.get_seq_length(), 0), value=1)
+                mask = nn.functional.pad(mask, (cache.get_seq_length(), 0), value=int(mask.dim() == 2))
         output = self.language(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, **options
         )
@@ -267,7 +271,10 @@ class HFBackbone(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D)."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        for token, bias in self.biases.items():
+            logits[..., token] += bias()
+        return logits
 
     def new_cache(self, rows: int = 1) -> KVCache:
         """Return an empty key-value cache for a number of conversations; a trained prefix is in it already.

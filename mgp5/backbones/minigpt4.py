@@ -41,9 +41,10 @@ TEMPLATE = (
 class Layout(NamedTuple):
     """How chats are laid out for an LLM."""
 
-    template: str  # Jinja, with IMAGE for an image
+    template: str  # Jinja, with `image` for an image
     stops: tuple[str, ...] = ()  # tokens that end a reply beside the end of text, which the first of them replaces
     square: bool = False  # images are resized to a square (bicubic), instead of cropped to one
+    image: str = IMAGE
 
 
 MINIGPT4 = Layout(TEMPLATE, (STOP, "##"))
@@ -72,7 +73,7 @@ def compose(
     """
     if out.exists():
         raise Mgp5Error(f"{out} exists already", "choose another folder", usage=True)
-    language, words, stops = from_hub(str(llm), partial(_language, dtype=dtype, words=tokenizer, layout=layout))
+    language, words, stops = from_hub(str(llm), partial(load_language, dtype=dtype, words=tokenizer, layout=layout))
     if len(words) > language.config.vocab_size:
         language.resize_token_embeddings(len(words), mean_resizing=False)
     model = from_hub(str(blip2), partial(_vision, width=language.config.hidden_size, dtype=dtype))
@@ -105,7 +106,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise Mgp5Error(f"cannot read {path} ({reason})", "expected tensors by name and plain data") from None
 
 
-def _language(
+def load_language(
     llm: str, revision: str | None, dtype: torch.dtype, words: str | Path | None, layout: Layout
 ) -> tuple[nn.Module, Any, list[int]]:
     """Load the LLM and its tokenizer, add image token and chat template; return them and the ids that end a reply."""
@@ -114,7 +115,7 @@ def _language(
     # Pickled weights are read too (weights_only, no code): Vicuna has no others.
     language = any_precision(AutoModelForCausalLM.from_pretrained, llm, revision=revision, dtype=dtype)
     tokenizer.init_kwargs["legacy"] = True  # else it is not saved
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.add_tokens([layout.image], special_tokens=True)
     tokenizer.chat_template = layout.template
     end, vocabulary = tokenizer.eos_token, tokenizer.get_vocab()
     tokenizer.pad_token = tokenizer.pad_token or end

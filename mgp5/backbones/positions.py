@@ -6,7 +6,10 @@ Letters: h and w of a map.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import Mgp5Error
 
 
 def pixel_centers(height: int, width: int, device: torch.device | None = None) -> Tensor:  # (h w, 2)
@@ -23,9 +26,30 @@ def sincos(positions: Tensor, width: int) -> Tensor:  # (...) -> (..., width)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def sincos_2d(width: int, height_width: tuple[int, int], device: torch.device | None = None) -> Tensor:  # (h w, width)
-    """Return position embeddings of the pixels of a map: half for the column, half for the row; `width` is a multiple
-    of 4."""
-    rows, columns = (torch.arange(size, device=device) for size in height_width)
-    grid = torch.meshgrid(columns, rows, indexing="xy")
-    return torch.cat([sincos(axis.flatten(), width // 2) for axis in grid], dim=-1)
+def sincos_2d(
+    width: int, size: tuple[int, int], device: torch.device | None = None, base: tuple[int, int] | None = None
+) -> Tensor:  # (h w, width)
+    """Return position embeddings of the pixels of a map of `size` h and w: half for the row, half for the column;
+    `width` is a multiple of 4. Those of another size than `base` are interpolated from a map of that size."""
+    rows, columns = (torch.arange(side, device=device) for side in base or size)
+    grid = torch.meshgrid(rows, columns, indexing="ij")
+    places = torch.cat([sincos(axis.flatten(), width // 2) for axis in grid], dim=-1)
+    if base is None or tuple(base) == tuple(size):
+        return places
+    maps = places.T.unflatten(1, base)[None]
+    return F.interpolate(maps, size=size, mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+def isolated(positions: Tensor, begins: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rotary positions (B, T), and what is added to the scores of self-attention (B, 1, T, T), of packed rows
+    whose tokens attend to their own documents only; `begins` (B, T) is where these begin.
+
+    Raises Mgp5Error for positions in time, height and width.
+    """
+    if positions.dim() == 3:
+        hint = "set data.pack=none, or take a LLaVA or a BLIP-2"
+        raise Mgp5Error("packed rows for an LLM with positions in time, height and width", hint, usage=True)
+    steps = torch.arange(begins.shape[1], device=begins.device)
+    hidden = (begins[:, None] != begins[..., None]) | (steps > steps[:, None])
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=begins.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    return steps - begins, mask[:, None]

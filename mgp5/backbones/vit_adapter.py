@@ -59,7 +59,7 @@ class VitAdapter(nn.Module):
         ffn_ratio: float = 0.25,
         stem: int = 64,  # channels of the first convolutions, a multiple of 8
         resized: bool = True,  # False: the paper's sizes, a fourth of the image's sides and so on
-        batch_norm: bool = False,  # as released; its running statistics stay as they are loaded
+        channel_norm: bool = False,  # as released: of the channels of each pixel, instead of groups of them
     ) -> None:
         super().__init__()
         self.resized, self.checkpointing = resized, False
@@ -67,7 +67,7 @@ class VitAdapter(nn.Module):
         each, more = divmod(layers, count)  # the first groups have one layer more
         ends = [each * number + min(number, more) for number in range(count + 1)]
         self.groups = [slice(*pair) for pair in pairwise(ends)]
-        self.prior = SpatialPrior(width, stem, batch_norm)
+        self.prior = SpatialPrior(width, stem, channel_norm)
         self.level_embedding = nn.Parameter(0.02 * torch.randn(LEVELS - 1, width))
         options = {"heads": heads, "points": points, "ratio": ratio}
         last = len(self.groups) - 1  # the last one has two extractors more
@@ -120,7 +120,8 @@ class VitAdapter(nn.Module):
         for level, shape in enumerate(shapes):
             states = _map(maps[-(-(level + 1) * len(maps) // LEVELS) - 1], grid.patches)
             states = F.interpolate(states.to(finest.dtype), size=shape, mode="bilinear", align_corners=False)
-            found[level] = _rows(found[level] + states) + sincos_2d(finest.shape[1], shape, finest.device).to(finest)
+            places = sincos_2d(finest.shape[1], shape, finest.device, grid.patches)
+            found[level] = _rows(found[level] + states) + places.to(finest)
         return torch.cat(found, dim=1)
 
 
@@ -135,11 +136,11 @@ def _map(x: Tensor, shape: Sequence[int]) -> Tensor:  # (N, h w, C) -> (N, C, h,
 class SpatialPrior(nn.Module):
     """Convolutions that make four maps of C channels, a fourth to a 32nd of the image's sides."""
 
-    def __init__(self, width: int, stem: int, batch_norm: bool) -> None:
+    def __init__(self, width: int, stem: int, channel_norm: bool) -> None:
         super().__init__()
 
         def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-            norm = FrozenBatchNorm(outputs) if batch_norm else nn.GroupNorm(8, outputs)
+            norm = ChannelNorm(outputs, 1e-6) if channel_norm else nn.GroupNorm(8, outputs)
             return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm, nn.ReLU())
 
         first = [layer(3, stem, 2), layer(stem, stem, 1), layer(stem, stem, 1), nn.MaxPool2d(3, 2, 1)]
@@ -156,12 +157,11 @@ class SpatialPrior(nn.Module):
         return found
 
 
-class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm by its running statistics, in training too: an image's features do not depend on its batch."""
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm of the channels of each pixel of maps (N, C, h, w)."""
 
-    def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in evaluation mode."""
-        return super().train(False)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class Interaction(nn.Module):

@@ -40,7 +40,8 @@ PUBLIC_ONLY = {"judge": "--judge", "judge_model": "--judge-model", "against": "-
     "tasks",
     multiple=True,
     metavar="NAME",
-    help="first, illustrate, narrate, continue, last, story, subject, caption or dialogue; repeatable.  [default: all]",
+    help="first, illustrate, narrate, continue, last, story, subject, caption, dialogue, and of Storyland details, "
+    "which no text tells; repeatable.  [default: all but details]",
 )
 @click.option(
     "--context",

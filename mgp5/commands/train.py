@@ -177,7 +177,8 @@ def _show_estimate(found: StageEstimate, batch: int, as_json: bool) -> None:
 @click.option(
     "--model",
     required=True,
-    help="MINIGPT4+GENERATOR or BLIP2+LLM+GENERATOR; for SEED BLIP2+LLM+WORDS+GENERATOR, for VARGPT an MLLM.",
+    help="MINIGPT4+GENERATOR or BLIP2+LLM+GENERATOR; for SEED BLIP2+LLM+WORDS+GENERATOR, for MM-Interleaved "
+    "CLIP+LLM+GENERATOR, for VARGPT an MLLM.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the model.")
 def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
@@ -194,6 +195,11 @@ def convert(checkpoints: tuple[Path, ...], model: str, out: Path) -> None:
     \b
       mgp5 convert seed_quantizer.pt --out seed-8b \\
         --model blip2-itm-vit-g+seed-llama-8b+seed-tokenizer-2+UNCLIP
+
+    Of MM-Interleaved give all files of mm_interleaved_pretrain, perhaps with mm_inference.yaml:
+
+    \b
+      mgp5 convert pytorch_model*.bin --model clip-vit-l-14+vicuna-13b-v1.3+sd-2.1-base --out mm-13b
 
     Of VARGPT give VAR's image tokenizer, and the folder of VARGPT-LLaVA v1; or, to train, VAR's decoder and an MLLM:
 

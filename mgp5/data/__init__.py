@@ -28,7 +28,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("train.json", "val.json", "test.json"),
     "jsonl": ("train.jsonl", "val.jsonl", "test.jsonl"),
     "mmc4": ("docs_shard_*.jsonl", "docs_shard_*.jsonl.zip", "train/docs_shard_*"),
-    "obelics": ("obelics*.jsonl", "train/obelics*.jsonl"),
+    "obelics": ("obelics*.jsonl", "obelics*.parquet", "train/obelics*.jsonl", "train/obelics*.parquet"),
     "shards": ("*.tar", "train/*.tar", "val/*.tar", "test/*.tar"),
     "tables": ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"),
 }
@@ -108,6 +108,8 @@ def find_format(path: Path) -> str:
     else:
         named = [format for format, patterns in FORMATS.items() if any(map(path.match, patterns))]
         found = named or [format for format, (first, *_) in FORMATS.items() if path.suffix == Path(first).suffix][:1]
+    if len(found) > 1:
+        found = [format for format in found if format != "tables"]  # whose files may have any name
     if len(found) != 1:
         names = ", ".join(pattern for patterns in FORMATS.values() for pattern in patterns[:1])
         what = f"{path} holds data of the formats {' and '.join(found)}" if found else f"{path} holds none of {names}"

@@ -1,17 +1,22 @@
 """OBELICS (Laurencon et al., arXiv 2306.16527): web pages as texts and images in their order.
 
-Each line of `obelics*.jsonl` is a document, in two lists of one length of which one has a value at each place:
+Each line of `obelics*.jsonl`, or row of `obelics*.parquet` (extra `datasets`), is a document, in two lists of one
+length of which one has a value at each place:
 
     {"images": [null, "a.jpg", null], "texts": ["A cat.", null, "It jumps."]}
 
-The published files name images by addresses; here they are files in `images/` or beside the table.
+Images are files in `images/` or beside the table. The published files name addresses: the file of one is called by
+its SHA-256, as `printf %s ADDRESS | sha256sum` prints it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from . import tables
 from .files import check_usable, lines
 from .mmc4 import Documents, Parts, document_of, shards_of
 
@@ -22,10 +27,9 @@ def load(path: Path, split: str = "train") -> Documents:
     An image that is not there is left out. Raises Mgp5Error for a missing shard, a path that leaves the folder, or no
     usable document.
     """
-    tables, root = shards_of(path, split, "obelics*.jsonl")
+    found, root = shards_of(path, split, "obelics*.jsonl", "obelics*.parquet")
     dataset = Documents(root)
-    for where, line in (row for table in tables for row in lines(table)):
-        document = document_of(line)
+    for where, document in (row for table in found for row in _rows(table)):
         images, texts = document.get("images"), document.get("texts")
         if not _pairs(images, texts):
             dataset.problems.note("bad row", where)
@@ -34,11 +38,22 @@ def load(path: Path, split: str = "train") -> Documents:
         for image, text in zip(images, texts, strict=True):
             if text and text.strip():
                 parts.append(("text", text.strip()))
-            elif image and (found := dataset.find(image, where)):
-                parts.append(("image", found))
+            elif image and (file := dataset.find(_file_of(image), where)):
+                parts.append(("image", file))
         dataset.append(where, parts)
     check_usable(dataset, root)
     return dataset
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the documents of a file, each behind "name:number". Raises Mgp5Error."""
+    if table.suffix == ".parquet":
+        return tables.rows(table, ["images", "texts"])
+    return ((where, document_of(line)) for where, line in lines(table))
+
+
+def _file_of(image: str) -> str:
+    return sha256(image.encode()).hexdigest() if "://" in image else image
 
 
 def _pairs(images: Any, texts: Any) -> bool:

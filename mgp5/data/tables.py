@@ -7,7 +7,7 @@ converted as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -91,8 +91,7 @@ def load(path: Path, split: str = "train", **options: Any) -> Tables:
     alone or as `datasets.Image` stores them.
     """
     captions = captions_of(split, options)
-    if find_spec("datasets") is None:
-        raise Mgp5Error(f"--data {path} needs the library datasets", "pip install 'mgp5[datasets]'", usage=True)
+    _check_library(path)
     import datasets
 
     datasets.disable_progress_bars()
@@ -112,6 +111,29 @@ def load(path: Path, split: str = "train", **options: Any) -> Tables:
         found = f"{files[0]} has the columns {', '.join(names)}"
         raise Mgp5Error(found, "say which hold what: --columns caption=NAME,image=NAME", usage=True)
     return check_stream(Tables(groups, replace(captions, **columns)))
+
+
+def rows(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a parquet file, each behind "name:number"; of columns that it has not there is nothing.
+
+    Raises Mgp5Error for a file that cannot be read.
+    """
+    _check_library(file)
+    number = 0
+    try:
+        names = [name for name in columns if name in _columns(str(file))]
+        for group, _ in _groups(str(file)):
+            for batch in _read(group, names).to_batches(max_chunksize=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", row
+    except (OSError, ValueError) as error:
+        raise Mgp5Error(f"{file} cannot be read ({error})", "copy it again") from None
+
+
+def _check_library(path: Path) -> None:
+    if find_spec("datasets") is None:
+        raise Mgp5Error(f"--data {path} needs the library datasets", "pip install 'mgp5[datasets]'", usage=True)
 
 
 def _find(path: str, split: str) -> list[str]:

@@ -160,6 +160,7 @@ METRICS_OF: dict[str, tuple[str, ...]] = {  # kind of question -> what is measur
     "narrate": (*_TEXTS, "narrations", "grammar"),
     "continue": (*_IMAGES, *_TEXTS, "coherence", "grammar"),
     "story": ("grammar", "identity"),
+    "details": ("details", "attributes", "Frechet distance, judge"),
     "dialogue": (
         *("IS", "CLIP-I, ViT-B/32", *_TEXTS, "BLEU-1, characters", "BLEU-2, characters"),
         *("MM-Relevance", "MM-Relevance, pooled", "pictures when due", "attributes", "Frechet distance, judge"),

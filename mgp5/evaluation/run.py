@@ -96,7 +96,7 @@ def _evaluate(request: EvaluateRequest, tell: Tell, progress: Callable[[Replied]
     on_main(state, lambda: claim(out, settings, {entry.name: _baseline_hash(entry) for entry in request.systems}))
     if data is None:
         folder, seed = out / "data", request.options.seed
-        on_main(state, lambda: write_data(folder, request.split, request.num_groups, seed))
+        on_main(state, lambda: write_data(folder, request.split, request.num_groups, seed, request.tasks))
         data = _load_data(request, folder, parts)
 
     def load(name: str) -> InterleavedModel:

@@ -15,6 +15,7 @@ from ..heads.minigpt5 import to_pixels
 from ..inference.request import to_image
 from ..messages import Image, Message, Text
 from ..storyland import metrics
+from ..storyland.details import kept, read_detail
 from ..storyland.draw import draw
 from ..storyland.language import mentions
 from ..storyland.tell import caption
@@ -22,18 +23,20 @@ from ..storyland.world import ATTRIBUTES, Scene, held_out, rng
 from ..storyland.write import write
 from .metrics import frechet_distance
 from .replies import Metric, Number, Replies, mean
-from .tasks import Question
+from .tasks import EXTRA, Question
 
 if TYPE_CHECKING:
     from ..generators.latent_diffusion import LatentDiffusion
     from .encoders import Encoders
 
 
-def write_data(folder: Path, split: str, count: int, seed: int) -> None:
-    """Write `count` stories and dialogues into a folder, whole or not at all, unless it is there."""
+def write_data(folder: Path, split: str, count: int, seed: int, tasks: Sequence[str]) -> None:
+    """Write `count` stories and dialogues into a folder, or what tasks need, whole or not at all, unless it is
+    there."""
+    told, details = (count if wanted else 0 for wanted in ({*tasks} != {EXTRA}, EXTRA in tasks))
     if not folder.exists():
         with replacing(folder) as part:
-            write(part, "train" if split == "train" else "test", 0, count, count, seed)
+            write(part, "train" if split == "train" else "test", 0, told, told, seed, details=details)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,16 @@ def _frechet(replies: Replies, encoders: Encoders, generator: torch.Generator) -
     return Number(frechet_distance(encoders.judge(generated)[1], encoders.judge(real)[1]), len(generated))
 
 
+def _details(replies: Replies, encoders: Encoders, generator: torch.Generator) -> Number:
+    """Measure what drawn images keep of the kite that the true ones show."""
+    generated, real, samples = replies.images
+    pairs = zip(generated, real, strict=True)
+    rows = [kept(image.load(), read_detail(true.load())) for image, true in pairs]
+    hits = torch.tensor([list(row.values()) for row in rows]).float()  # (B, 4)
+    shares = dict(zip(rows[0], hits.mean(0).tolist(), strict=True)) | {"all four": hits.prod(1).mean().item()}
+    return mean(hits.mean(1), [sample.group for sample in samples], generator, **shares)
+
+
 def _before(replies: Replies, encoders: Encoders) -> list[Scene]:
     return [encoders.scene(sample.before) for sample, _, _ in replies.rows]
 
@@ -132,6 +145,7 @@ def _identity(replies: Replies, encoders: Encoders, generator: torch.Generator) 
 
 _SHARE, _OURS = "rows, true or false", "ours, Storyland"
 METRICS: dict[str, Metric] = {
+    "details": Metric(_details, (), _SHARE, _OURS),
     "attributes": Metric(_attributes, (), _SHARE, _OURS),
     "Frechet distance, judge": Metric(_frechet, (), "number, >= 0", _OURS, "lower"),
     "coherence": Metric(_coherence, (), _SHARE, _OURS),

@@ -34,6 +34,7 @@ ONE_IMAGE = {"image": "always", "max_images": 1}
 OPTIONS_OF: dict[str, dict[str, Any]] = {  # what replies to a kind of question hold; in a dialogue the model decides
     "caption": ONE_IMAGE | {"max_tokens": 0},
     "illustrate": ONE_IMAGE | {"max_tokens": 0},
+    "details": ONE_IMAGE | {"max_tokens": 0},
     "continue": ONE_IMAGE,
     "story": ONE_IMAGE,
     "narrate": {"image": "never"},
@@ -58,7 +59,7 @@ class Entry:
 
     def takes(self, sample: Sample) -> bool:
         """Return whether it can reply to a question."""
-        drawn = ("caption", "illustrate")
+        drawn = ("caption", "illustrate", "details")
         if self.name in BOUNDS:
             return sample.kind == "illustrate" and sample.context == "full"
         if self.name in ("t2i", "t2i-tuned"):

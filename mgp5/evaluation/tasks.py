@@ -22,15 +22,16 @@ from ..storyland.world import ATTRIBUTES, Scene
 from ..storyland.write import ATTRIBUTES as SHOWN
 from ..storyland.write import read_scenes
 
-Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue"]
+Kind = Literal["caption", "illustrate", "narrate", "continue", "story", "dialogue", "details"]
 CONTEXTS = ("none", "text", "image", "full")  # MiniGPT-5, table 6
 STORY_TASKS = ("illustrate", "narrate", "continue", "last")
 TASKS = {
     "cc3m": ("caption",),
     "vist": STORY_TASKS,
     "mmdialog": ("dialogue",),
-    "storyland": ("first", *STORY_TASKS, "story", "dialogue", "subject"),
+    "storyland": ("first", *STORY_TASKS, "story", "dialogue", "subject", "details"),
 }
+EXTRA = "details"  # asked for by name only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +98,21 @@ def load(
 
     Args:
         format: of `TASKS`; "storyland" is a folder that `mgp5 data storyland` has written.
-        tasks: of the format; empty takes all. "illustrate" draws every image (of Storyland from the second on), "last"
-            the last one, "narrate" tells every image from the second on, "continue" asks for text and image of one step
-            of a story, chosen by its name, "story" for all scenes after the first, each reply history for the next.
-            Of Storyland "first" draws the first image, of which its sentence leaves something open, and "subject" has
-            those replies of "dialogue" whose image shows another character than the one before.
+        tasks: of the format; empty takes all but EXTRA. "illustrate" draws every image (of Storyland from the second
+            on), "last" the last one, "narrate" tells every image from the second on, "continue" asks for text and image
+            of one step of a story, chosen by its name, "story" for all scenes after the first, each reply history for
+            the next. Of Storyland "first" draws the first image, of which its sentence leaves something open, "subject"
+            has those replies of "dialogue" whose image shows another character than the one before, and "details" draws
+            what has to keep something of the image before that no text tells.
         history: of dialogues, messages before the reply that a question has; None: all.
         bare_captions: of CC3M, ask without the chat template.
         contexts: of story tasks; empty takes all four for "last", `narrate_from` for "narrate", else "full".
         limit: takes only the first stories, dialogues or images.
     """
     check(format, tasks, contexts)
-    asked, samples, problems = tasks or TASKS[format], [], Problems()
+    asked, samples, problems = tasks or [task for task in TASKS[format] if task != EXTRA], [], Problems()
     own = format == "storyland"
-    root = {name: path / name if own else path for name in ("vist", "mmdialog")}
+    root = {name: path / name if own else path for name in ("vist", "mmdialog", EXTRA)}
     folders = root.values() if own else [path] if (path / SHOWN).is_file() else ()
     scenes = {image: scene for folder in folders for image, scene in read_scenes(folder)}
     if set(asked) & {*STORY_TASKS, "story", "first"}:
@@ -123,6 +125,8 @@ def load(
     if set(asked) & {"dialogue", "subject"}:
         talks = _plain(load_data("mmdialog", root["mmdialog"], split, history=history), "dialogue", limit, problems)
         samples += [sample for talk in talks if (sample := _of_dialogue(talk, asked, scenes)).tables]
+    if EXTRA in asked:
+        samples += _plain(load_data("jsonl", root[EXTRA], split), EXTRA, limit, problems)
     if "caption" in asked:
         samples += _plain(load_data("cc3m", path, split, bare_captions=bare_captions), "caption", limit, problems)
     if not samples:
@@ -144,7 +148,10 @@ def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) 
         groups.setdefault(key.rpartition("/")[0] if kind == "dialogue" else key, []).append(index)
     for group in islice(groups, limit):
         for index in groups[group]:
-            words = dataset[index].messages[-1].images[0].caption if kind == "caption" else ""
+            words = ""
+            if kind in ("caption", EXTRA):
+                *_, asked, due = dataset[index].messages
+                words = asked.text if kind == EXTRA else due.images[0].caption
             make = partial(dataset.__getitem__, index)
             yield Sample(key=dataset.key(index), group=group, kind=kind, tables=(kind,), load=make, words=words)
 

@@ -15,6 +15,7 @@ TASKS = {
     "caption": "a caption is drawn",
     "dialogue": "a message is answered, with a picture or without",
     "subject": "those of a dialogue that ask for another character than the last picture shows",
+    "details": "a sentence is drawn behind a picture with a kite, of which no sentence tells",
 }
 CONTEXTS = {
     "full": "with the sentences and pictures before it",
@@ -52,6 +53,7 @@ METRICS = {
     "MM-Relevance, pooled": "the same over a whole dialogue, as the papers' code computes it",
     "pictures when due": "share of replies with a picture, where the true reply has one",
     "attributes": "share of what was asked for (who, where, weather, ...) that the judge reads in the picture",
+    "details": "share of the kite's colour, pattern, size and corner that the picture keeps",
     "Frechet distance, judge": "distance of all pictures from all true ones, as the judge sees them",
     "coherence": "share of what the judge reads that fits the text and the story before it",
     "narrations": "share of texts that tell exactly what has changed",

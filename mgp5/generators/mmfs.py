@@ -133,9 +133,10 @@ class MMFSBlock(nn.Module):
     """MMFS of a UNet's feature map: every pixel reads around its own place; a convolution of zeros, as ControlNet's,
     leaves the UNet as it was."""
 
-    def __init__(self, width: int, feature_width: int, **options: float) -> None:
+    def __init__(self, width: int, feature_width: int, *, side: int | None = None, **options: float) -> None:
         super().__init__()
-        self.norm, self.feature_norm = nn.LayerNorm(width), nn.LayerNorm(feature_width)
+        self.base = side and (side, side)  # of the map that has the positions; those of other sizes are interpolated
+        self.norm, self.feature_norm = nn.LayerNorm(width, 1e-6), nn.LayerNorm(feature_width, 1e-6)
         self.mmfs, self.conv = MMFS(width, feature_width, **{"spread": 1.0, **options}), nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
@@ -148,7 +149,7 @@ class MMFSBlock(nn.Module):
         """Return the residual of a map (B, D, h, w), in its dtype; value (B, N, S, H, E), visible (B, N) bool."""
         size, dtype = x.shape[2:], self.norm.weight.dtype
         query = self.norm(x.flatten(2).transpose(1, 2).to(dtype))  # (B, T, D)
-        query = query + sincos_2d(query.shape[-1], size, x.device).to(dtype)
+        query = query + sincos_2d(query.shape[-1], size, x.device, self.base).to(dtype)
         read = self.mmfs(query, value, visible[:, None], shapes, pixel_centers(*size, x.device))
         return self.conv(read.transpose(1, 2).unflatten(2, size)).to(x.dtype)
 
@@ -183,7 +184,7 @@ class UNetMMFS(nn.Module):
         size = config["sample_size"]
         size, self.shapes = size if isinstance(size, int) else max(size), shapes
         self.blocks = nn.ModuleList(
-            MMFSBlock(width, feature_width, levels=len(shapes), base=size / 2**level, **options)
+            MMFSBlock(width, feature_width, side=size, levels=len(shapes), base=size / 2**level, **options)
             for width, level in skip_maps(config)
         )
         self._residuals: list[Tensor] | None = None  # of the current call of the UNet

@@ -29,6 +29,8 @@ class Batch:
     context_images: dict[str, Tensor] = field(default_factory=dict)  # of all samples, as of `Backbone.preprocess`
     target_rows: tuple[int, ...] = ()  # (P,), the sample of each target image
     target_starts: tuple[int, ...] = ()  # (P,), the position of its trigger
+    begins: Tensor | None = None  # (B, T) int64, where the document of each token begins, in packed rows
+    isolated: bool = True  # whether self-attention of packed rows keeps to a token's document
     targets: dict[str, Tensor] = field(default_factory=dict)  # (P, ...) by name, stacked from `Head.target` of each
     captions: tuple[str, ...] = ()  # (P,), "" without one
     features: tuple[Tensor, ...] = ()  # N of (S, E) from a cache; `context_images` then holds only grids
@@ -40,6 +42,23 @@ class Batch:
     def num_targets(self) -> int:
         """Return P, the number of target images."""
         return len(self.target_starts)
+
+    @property
+    def num_samples(self) -> int:
+        """Return the number of samples: rows, or the documents in them."""
+        return len(self.ids) if self.begins is None else int(self.first_tokens[self.mask > 0].sum())
+
+    @property
+    def first_tokens(self) -> Tensor:  # (B, T) bool
+        """Return which tokens of packed rows begin a document."""
+        return self.begins == torch.arange(self.ids.shape[1], device=self.ids.device)
+
+    @property
+    def target_begins(self) -> list[int]:
+        """Return where the document of each of P target images begins in its row."""
+        if self.begins is None:
+            return [0] * self.num_targets
+        return self.begins[list(self.target_rows), list(self.target_starts)].tolist()
 
     def count(self, term: str) -> int:
         """Return what a loss term of this name is a mean of: labels, images with a caption, or images."""

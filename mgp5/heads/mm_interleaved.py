@@ -102,7 +102,7 @@ class MMInterleavedHead(DiffusionHead):
         super().install(backbone)
         self._backbone = (backbone,)  # in a tuple, so that it is no part of the head
         backbone.image_token = TOKENS[0] + backbone.image_token.removeprefix(TOKENS[0])
-        self.llm_mmfs.attach(backbone, self.config.sizes.every)
+        self.llm_mmfs.attach(backbone, self.config.sizes.every, self.ids[0])
 
     def parts(self) -> dict[str, Part]:
         """Return the trained parts, and those of the generator: its UNet is one of the first kind if it trains."""
@@ -175,18 +175,19 @@ class MMInterleavedHead(DiffusionHead):
         return [first, *[slot] * count], [first, *[IGNORE] * count]
 
     def complete(self, backbone: Backbone, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Batch:
-        """Make target images context images of what follows them."""
-        image, order, context, target = backbone.image_token_id, [], 0, 0
-        counts = (batch.ids == image).sum(1) // self.config.sizes.queries  # (B,), context images of each row
-        total = int(counts.sum())
-        for row, count in enumerate(counts.tolist()):
-            targets = batch.target_rows.count(row)
-            order += [*range(context, context + count), *range(total + target, total + target + targets)]
-            context, target = context + count, target + targets
-        given = [batch.context_images["pixel_values"]] if total else []
-        pixels = torch.cat([*given, batch.targets["vision"]])[order]
-        ids = batch.ids.masked_fill(batch.ids == self.ids[1], image)
-        return replace(batch, ids=ids, context_images={"pixel_values": pixels})
+        """Make target images context images of what follows them; an image that begins a text is not learnt there."""
+        if batch.ids.is_meta:  # an estimate, whose context images are encoded already
+            return batch
+        (first, slot), image, begin = self.ids, backbone.image_token_id, backbone.tokenizer.bos_token_id
+        slots = (batch.ids == image) | (batch.ids == slot)
+        given = (batch.ids[slots] == image)[:: self.config.sizes.queries]  # (N + P,), in reading order
+        places = torch.where(given, given.cumsum(0), given.sum() + (~given).cumsum(0)) - 1
+        images = [*batch.context_images.values(), batch.targets["vision"]]
+        labels = batch.labels.clone()
+        if begin is not None:
+            labels[:, 1:].masked_fill_((batch.ids[:, :-1] == begin) & (labels[:, 1:] == first), IGNORE)
+        ids = batch.ids.masked_fill(slots, image)
+        return replace(batch, ids=ids, labels=labels, context_images={"pixel_values": torch.cat(images)[places]})
 
     def losses(self, hidden: Tensor, batch: Batch, config: MMInterleavedTrainConfig, rng: torch.Generator) -> Losses:
         """Return the loss of the generator on P target images, of weight 10 in the paper (eq. 5); that of an image with
@@ -196,7 +197,7 @@ class MMInterleavedHead(DiffusionHead):
         earlier images are seen even then. `rng` on the CPU draws this, timesteps and noise.
         """
         rows, starts = batch.target_rows, batch.target_starts
-        states, lengths = reversed_contexts(hidden, rows, starts, [0] * len(rows))
+        states, lengths = reversed_contexts(hidden, rows, starts, batch.target_begins)
         condition = self.conditioner(states, lengths)
         dropped = torch.rand(len(rows), generator=rng) < config.guidance_dropout  # (P,)
         dropped = dropped[:, None, None].to(condition.device)
@@ -214,10 +215,9 @@ class MMInterleavedHead(DiffusionHead):
             return self._visible([], like)
         slots, count = batch.ids == self._backbone[0].image_token_id, self.config.sizes.queries
         before = slots.flatten().cumsum(0).view(batch.ids.shape) // count  # (B, T), images of the batch up to a token
-        firsts = [0, *before[:-1, -1].tolist()]  # of each row
         numbers = [
-            self._chosen(range(firsts[row], int(before[row, start])), self.config.sizes.earlier)
-            for row, start in zip(batch.target_rows, batch.target_starts, strict=True)
+            self._chosen(range(int(before[row, begin]), int(before[row, start])), self.config.sizes.earlier)
+            for row, start, begin in zip(batch.target_rows, batch.target_starts, batch.target_begins, strict=True)
         ]
         longest = max(map(len, numbers))
         index = torch.tensor([[*each, *[0] * (longest - len(each))] for each in numbers], dtype=torch.long)

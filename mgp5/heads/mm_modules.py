@@ -32,7 +32,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         sizes, (height, width) = config.sizes, config.image_size
         shape = {"interactions": sizes.interactions, "heads": sizes.adapter_heads, "points": sizes.adapter_points}
-        shape |= {"stem": sizes.stem, "resized": sizes.resized, "batch_norm": sizes.batch_norm}
+        shape |= {"stem": sizes.stem, "resized": sizes.resized, "channel_norm": sizes.channel_norm}
         self.adapter = VitAdapter(config.vision_width, config.vision_layers, **shape)
         shape = {"queries": sizes.queries, "inner": sizes.token_width, "layers": sizes.token_layers}
         shape |= {"heads": sizes.token_heads, "every": sizes.token_every}
@@ -47,7 +47,8 @@ class ImageEncoder(nn.Module):
 
 
 class LayersMMFS(nn.ModuleList):
-    """The gated MMFS of every n-th layer of an LLM: it attends to the images so far."""
+    """The gated MMFS of every n-th layer of an LLM: it attends to the images so far. And the bias of the token that
+    begins an image, which as released is beside the LLM's head."""
 
     def __init__(self, config: MMInterleavedConfig, shapes: Sequence[tuple[int, int]]) -> None:
         sizes = config.sizes
@@ -57,21 +58,26 @@ class LayersMMFS(nn.ModuleList):
         options = {**shape, "images": sizes.images}
         count = len(range(0, config.llm_layers, sizes.every)) if sizes.every else 0
         super().__init__(GatedMMFS(config.llm_width, config.vision_width, **options) for _ in range(count))
+        self.bias = nn.Parameter(torch.zeros(()))
 
     def values(self, pyramid: Tensor) -> Tensor | None:  # (N, X, V) -> (N, layers, levels' pixels, H, E)
         """Project the features of images for all layers; they do not depend on what attends to them."""
         pyramid = pyramid[:, -self.pixels :]
         return torch.stack([mmfs.values(pyramid) for mmfs in self], dim=1) if len(self) else None
 
-    def attach(self, backbone: Backbone, every: int) -> None:
-        """Let every n-th layer attend to `backbone.side`. Raises Mgp5Error for layers that are not LLaMA's."""
+    def attach(self, backbone: Backbone, every: int, token: int) -> None:
+        """Let every n-th layer attend to `backbone.side`, and add the bias of `token`. Raises Mgp5Error for layers that
+        are not LLaMA's."""
+        backbone.biases[token] = lambda: self.bias
 
         def reader(index: int, mmfs: GatedMMFS) -> Callable[[Tensor], Tensor]:
             def read(hidden: Tensor) -> Tensor:
                 if backbone.side is None:
                     return mmfs.read(hidden, None, None, self.shapes)
-                features, count = backbone.side
-                visible = torch.arange(features.shape[1], device=count.device) < count[..., None]  # (B, T, N)
+                features, count, first = backbone.side
+                images = torch.arange(features.shape[1], device=count.device)
+                visible = images < count[..., None]  # (B, T, N)
+                visible = visible if first is None else visible & (images >= first[..., None])
                 return mmfs.read(hidden, features[:, :, index], visible, self.shapes)
 
             return read
@@ -87,9 +93,8 @@ class Conditioner(nn.Module):
         super().__init__()
         sizes, (length, width) = config.sizes, config.condition
         self.project = nn.Linear(config.llm_width, config.llm_width)
-        self.resampler = Resampler(
-            config.llm_width, queries=length, width=width, layers=sizes.context_layers, heads=sizes.context_heads
-        )
+        shape = {"layers": sizes.context_layers, "heads": sizes.context_heads, "inner": sizes.context_inner}
+        self.resampler = Resampler(config.llm_width, queries=length, width=width, **shape)
         self.unconditional = nn.Parameter(torch.zeros(1, length, width))  # takes the condition's place for guidance
 
     def forward(self, states: Tensor, lengths: Sequence[int] | None = None) -> Tensor:  # (P, T, D) -> (P, L, C)

@@ -89,19 +89,20 @@ class MMInterleavedSizes:
     adapter_points: int = 4
     stem: int = 64  # channels of its first convolutions
     resized: bool = False  # pyramids as released, of images with 16 pixels a patch
-    batch_norm: bool = False  # as released
+    channel_norm: bool = False  # in these convolutions, as released
     every: int = 4  # one layer of the LLM in so many has MMFS; 0: none has
     heads: int = 16  # of MMFS in LLM and UNet
     points: int = 8
     images: int = 50  # most images that MMFS tells apart
     context_layers: int = 1  # of the resampler that makes the condition
     context_heads: int = 16
+    context_inner: int = 0  # width of its feed-forward layers, 3072 as released; 0: four times that of the condition
     earlier: Literal["all", "last", "none"] = "all"  # images that the UNet attends to; "last" as released
     unet: Literal["full", "adapter", "frozen"] = "full"  # what trains in it; an adapter is small
     unet_rank: int = 8  # of the adapter
 
     def __post_init__(self) -> None:
-        least = {"every": 0}
+        least = {"every": 0, "context_inner": 0}
         problems = [
             f"{name} is {value}, expected at least {least.get(name, 1)}"
             for name, value in vars(self).items()

@@ -6,6 +6,7 @@ width, V vocabulary, W slots that attention sees, N images that layers of the LL
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Decoder:
         self.bucket = bucket or (SMALLEST if self.on_gpu or backbone.compiled else 1)
         self.rows = [Row() for _ in range(rows)]
         self.cache = backbone.new_cache(rows)
+        self._sides: tuple[list[Tensor | None], SideInputs | None] = [], None  # of rows, and padded
         self._axes: tuple[int, ...] = ()  # (3,) where positions have time, height and width
         self._graphs: dict[tuple[int, SamplingMode], Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
@@ -159,13 +161,17 @@ class Decoder:
 
     def _side(self, rows: Sequence[int], tokens: int) -> SideInputs | None:
         """Return the side inputs of the next tokens of rows: all images of each row so far."""
-        sides = [self.rows[row].side for row in rows]
+        sides, (known, padded) = [self.rows[row].side for row in rows], self._sides
         first = next((side for side in sides if side is not None), None)
         if first is None:
+            self._sides = [], None
             return None
-        sides = [first[:0] if side is None else side for side in sides]
-        counts = torch.tensor([len(side) for side in sides], device=self.device)
-        return SideInputs(pad_sequence(sides, batch_first=True), counts[:, None].expand(-1, tokens))
+        if len(sides) != len(known) or any(map(operator.is_not, sides, known)):
+            given = [first[:0] if side is None else side for side in sides]
+            counts = torch.tensor([[len(side)] for side in given], device=self.device)
+            padded = SideInputs(pad_sequence(given, batch_first=True), counts)
+            self._sides = sides, padded
+        return padded._replace(visible=padded.visible.expand(-1, tokens))
 
     def _buffers_for(self, rows: int) -> DecodeBuffers:
         if rows not in self._buffers:

@@ -92,11 +92,3 @@ def read_detail(image: Image.Image) -> Detail:
 def kept(image: Image.Image, detail: Detail) -> dict[str, bool]:
     """Return for colour, pattern, size and corner of a kite whether an image shows them."""
     return {name: value == asdict(detail)[name] for name, value in asdict(read_detail(image)).items()}
-
-
-def score(images: list[Image.Image], details: list[Detail]) -> dict[str, float]:
-    """Return the share of images that keep each attribute of their kite, and "all", the mean of these shares."""
-    rows = [list(kept(image, detail).values()) for image, detail in zip(images, details, strict=True)]
-    shares = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    names = ("colour", "pattern", "size", "corner")
-    return dict(zip(names, shares, strict=True)) | {"all": sum(shares) / len(shares)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,8 @@ class Collator:
 
     A sample that cannot be used is left out and named in `Batch.skipped`, not replaced by another; one of more than
     `max_length` tokens loses history from the left. What the caches have for the whole batch is not computed.
-    Conversations without a system message begin with `system`, if there is any.
+    Conversations without a system message begin with `system`, if there is any. By `DataConfig.pack` rows of the batch
+    hold several samples.
     """
 
     def __init__(
@@ -158,6 +160,10 @@ class Collator:
         targets = {name: torch.stack([tensors[name] for tensors in each]) for name in (each[0] if each else {})}
         captions = tuple(caption for row in rows for caption in row.captions)
         encodings = self.caches.encodings(captions) if self.caches else None
+        pack = self.config.data.pack if self.config else "none"
+        begins = None
+        if pack != "none":
+            rows, begins = _packed(rows, self.max_length)
         starts = [(i, start) for i, row in enumerate(rows) for start in row.starts]
         return Batch(
             ids=_pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id or 0),
@@ -166,11 +172,36 @@ class Collator:
             context_images={key: torch.cat([i[key] for i in inputs]) for key in (inputs[0] if inputs else {})},
             target_rows=tuple(i for i, _ in starts),
             target_starts=tuple(start for _, start in starts),
+            begins=begins,
+            isolated=pack != "plain",
             targets=targets if encodings is None else targets | {"encodings": encodings},
             captions=captions,
             features=features,
             skipped=skipped,
         )
+
+
+def _packed(rows: Sequence[_Row], length: int) -> tuple[list[_Row], Tensor]:
+    """Return rows of at most `length` tokens that hold samples one behind another, in order, and where the document of
+    each of their tokens begins (B, T); padding is a document of its own."""
+    groups: list[list[_Row]] = []
+    for row in rows:
+        if not groups or sum(len(each.ids) for each in groups[-1]) + len(row.ids) > length:
+            groups.append([])
+        groups[-1].append(row)
+    packed, begins = [], []
+    for group in groups:
+        firsts = [0, *accumulate(len(row.ids) for row in group)]
+        ids, labels, inputs, targets, captions = (
+            [value for row in group for value in getattr(row, name)]
+            for name in ("ids", "labels", "inputs", "targets", "captions")
+        )
+        starts = [first + start for first, row in zip(firsts, group, strict=False) for start in row.starts]
+        packed.append(_Row(ids, labels, starts, inputs, targets, captions, ""))
+        begins.append([first for first, row in zip(firsts, group, strict=False) for _ in row.ids] + firsts[-1:])
+    longest = max(map(len, begins), default=1) - 1
+    whole = [[*each, *each[-1:] * (longest + 1 - len(each))][:longest] for each in begins]
+    return packed, torch.tensor(whole, dtype=torch.int64).view(len(whole), longest)
 
 
 def _tensors(convert: Callable[[pil.Image], dict[str, Tensor]], image: Image) -> dict[str, Tensor]:

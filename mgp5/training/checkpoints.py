@@ -47,9 +47,16 @@ def check(out: Path, config: TrainConfig, resume: bool) -> None:
     if not checkpoints(out):
         raise Mgp5Error(f"--out {out} holds no run to resume", "leave out --resume to start one", usage=True)
     old, new = read_json(out / SETTINGS, BROKEN), json.loads(json.dumps(asdict(config)))
-    if changed := [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]:
+    if changed := [name for name in new if name not in FREE and not _same(old.get(name, new[name]), new[name])]:
         problem = f"--out {out} is a run with another {', '.join(changed)}"
         raise Mgp5Error(problem, "resume it with the same settings", usage=True)
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Return whether a setting is what it was; those that there were not yet are."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(_same(old.get(name, value), value) for name, value in new.items())
+    return old == new
 
 
 def setting(out: Path, name: str) -> Any:

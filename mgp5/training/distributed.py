@@ -144,7 +144,7 @@ class LossModule(nn.Module):
         total = losses.shared(shares or {}).total
         if not len(batch.ids):
             ids = batch.ids.new_zeros(1, 2)
-            total = self.model.hidden(replace(batch, ids=ids, mask=torch.ones_like(ids)))[:0].sum()
+            total = self.model.hidden(replace(batch, ids=ids, mask=torch.ones_like(ids), begins=None))[:0].sum()
         weights = [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         return total + sum((p if p.dim() else p[None])[:0].sum() for p in weights), {
             k: v.detach() for k, v in losses.terms.items()

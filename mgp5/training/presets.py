@@ -160,9 +160,12 @@ def _mm_interleaved(stage: str) -> MMInterleavedTrainConfig:
 
 
 def _mm_interleaved_release(stage: str) -> MMInterleavedTrainConfig:
-    """Return the released shape: pyramids of resized images, batch norm, a UNet that sees the last image only."""
-    sizes = MMInterleavedSizes(resized=True, batch_norm=True, earlier="last")
-    return dataclasses.replace(_mm_interleaved(stage), sizes=sizes)
+    """Return the released shape and numbers: pyramids of resized images, norms of channels, a UNet that sees the last
+    image only, documents packed into rows that self-attention does not part."""
+    paper = _mm_interleaved(stage)
+    sizes = MMInterleavedSizes(resized=True, channel_norm=True, earlier="last", images=49, context_inner=3072)
+    data = dataclasses.replace(paper.data, pack="plain")
+    return dataclasses.replace(paper, sizes=sizes, data=data, betas=(0.9, 0.995), eps=1e-6)
 
 
 def _mm_interleaved_demo(stage: str) -> MMInterleavedTrainConfig:

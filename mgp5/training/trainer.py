@@ -78,7 +78,7 @@ class Trainer:
                 if name in terms and (number := batch.count(name)):
                     sums[2 * i] += terms[name] * number
                     sums[2 * i + 1] += number
-            sums[-4:-1] += torch.tensor([len(batch.ids), batch.num_targets, len(batch.skipped)], device=sums.device)
+            sums[-4:-1] += torch.tensor([batch.num_samples, batch.num_targets, len(batch.skipped)], device=sums.device)
         if config.clip:
             self.accelerator.clip_grad_norm_(self.trained.values(), config.clip)
         self.optimizer.step()
@@ -202,7 +202,8 @@ class Trainer:
 
 def make_optimizer(model: InterleavedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101), in 8 bits if asked for: see `check_machine`."""
-    groups, options = model.parameter_groups(config), {"lr": config.lr, "betas": (0.9, 0.999)}
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    groups = model.parameter_groups(config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     from bitsandbytes.optim import AdamW8bit
