@@ -1,4 +1,5 @@
-"""GroupNorm in channels-last, fused with the time embedding before it and the SiLU after it, as in a ResNet block.
+"""GroupNorm in channels-last, fused with what comes before it in a ResNet block (a sum with a residual and a bias or
+time embedding, a concatenation) and with the SiLU after it.
 
 Letters: B batch, C channels, G groups, P pixels (h w), S splits of the pixels.
 
@@ -8,15 +9,19 @@ fill 120 of 128 columns) and start at a multiple of 8 channels, where loads of 1
 and zeros turns sums over columns into sums over groups. A small feature map is one tile high: one kernel reads it once.
 A larger one is divided into S splits: a program sums each element of its tiles in registers, reduces once at its end,
 and writes mean and squared deviations of its groups; a second kernel merges these (Chan et al., 1983) and normalizes a
-tile in each program, while the feature map is still in the L2 cache. The sizes were measured on an H100.
+tile in each program, while the feature map is still in the L2 cache. The first kernel also writes the sum that it
+normalizes, where one is asked for; the norm is that of the written, rounded values. Sizes were measured on an H100.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .language import ceil_div, jit, launcher, operator, power_of_2, tl
+from .sum_map import map_rows, row_stride, sum_map_reference
 
 ONE_TILE = 16384  # elements of the largest tile that one program holds
 TILE = 4096  # elements of a tile where there are several
@@ -30,13 +35,30 @@ def group_norm_reference(
     groups: int,
     eps: float,
     silu: bool,
-    time: Tensor | None = None,  # (B, C)
+    time: Tensor | None = None,  # (1 or B, C)
 ) -> Tensor:  # (B, C, *)
     """Return GroupNorm (Wu and He, arXiv 1803.08494) of x + time, followed by SiLU if `silu`."""
     if time is not None:
         x = x + time.view(*time.shape, *[1] * (x.ndim - 2))
     normed = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
     return torch.nn.functional.silu(normed) if silu else normed
+
+
+def sum_group_norm_reference(
+    x: Tensor,  # (B, C1, *)
+    residual: Tensor | None,  # (B, C1, *)
+    offset: Tensor | None,  # (1 or B, C1)
+    beside: Tensor | None,  # (B, C2, *)
+    weight: Tensor,  # (C1 + C2)
+    bias: Tensor,  # (C1 + C2)
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:  # (B, C1 + C2, *) twice
+    """Return [x + residual + offset, beside], concatenated in the channels, and its `group_norm_reference`."""
+    total = sum_map_reference(x, residual, offset)
+    total = total if beside is None else torch.cat([total, beside], dim=1)
+    return total, group_norm_reference(total, weight, bias, groups, eps, silu)
 
 
 def group_tile(channels: int, groups: int, columns: int) -> tuple[int, int]:
@@ -51,13 +73,48 @@ def group_tile(channels: int, groups: int, columns: int) -> tuple[int, int]:
 
 
 @jit
-def _load(x, time, pixel, P, channel, inside, x_p, x_c, TIMED: tl.constexpr):
-    """Return a tile in float32 with its time embedding added, 0 outside its mask; and the mask."""
-    mask = (pixel < P) & inside
-    value = tl.load(x + pixel * x_p + channel * x_c, mask=mask, other=0.0).to(tl.float32)
-    if TIMED:
-        value = tl.where(mask, value + tl.load(time + channel, mask=inside, other=0.0).to(tl.float32), 0.0)
-    return value, mask
+def _columns(SPAN: tl.constexpr, COLUMNS: tl.constexpr, C):
+    """Return the channels of a tile's columns (1, COLUMNS), and which of them there are."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    channel = tl.program_id(1) * SPAN + column
+    return channel, (column < SPAN) & (channel < C)
+
+
+@jit
+def _offsets(offset, image, channel, inside, C1, offset_b):
+    """Return what is added to each column (1, COLUMNS)."""
+    extra = tl.zeros(channel.shape, tl.float32)
+    if offset is not None:
+        place = offset + image * offset_b + channel
+        extra = tl.load(place, mask=inside & (channel < C1), other=0.0).to(tl.float32)
+    return extra
+
+
+@jit
+def _load(x, residual, beside, extra, image, pixel, end, channel, inside, P, C, C1):
+    """Return a tile of [x + residual + extra, beside] in float32, 0 outside its mask; and the mask."""
+    mask = (pixel < end) & inside
+    own = mask
+    if beside is not None:
+        own = mask & (channel < C1)
+    value = tl.load(x + image * P * C1 + pixel * C1 + channel, mask=own, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + image * P * C1 + pixel * C1 + channel, mask=own, other=0.0).to(tl.float32)
+    value += extra
+    if beside is not None:
+        place = beside + image * P * (C - C1) + pixel * (C - C1) + (channel - C1)
+        value += tl.load(place, mask=mask & (channel >= C1), other=0.0).to(tl.float32)
+    return tl.where(mask, value, 0.0), mask
+
+
+@jit
+def _write(total, value, image, pixel, channel, mask, P, C):
+    """Write a tile of the sum where it is wanted; return it as it was rounded."""
+    if total is not None:
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + image * P * C + pixel * C + channel, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+    return value
 
 
 @jit
@@ -75,57 +132,51 @@ def _by_column(groups, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.con
 
 
 @jit
-def _store(out, value, weight, bias, pixel, channel, C, inside, mask, SILU: tl.constexpr):
+def _store(out, value, weight, bias, image, pixel, channel, inside, mask, P, C, SILU: tl.constexpr):
     """Apply weight, bias and SiLU to normalized values, and store them."""
     gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * gain + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         value = value * tl.sigmoid(value)
-    tl.store(out + pixel * C + channel, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + image * P * C + pixel * C + channel, value.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def _norm_one_tile(
-    x, time, weight, bias, out, P, C, G, x_b, x_p, x_c, time_b, eps, TIMED: tl.constexpr, SILU: tl.constexpr,
+    x, residual, offset, beside, total, weight, bias, out, P, C, C1, G, offset_b, eps, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
-    channel = tl.program_id(1) * SPAN + column
-    inside = (column < SPAN) & (channel < C)
-    pixel = tl.arange(0, ROWS)[:, None]
-    value, mask = _load(
-        x + image * x_b, time + image * time_b if TIMED else None, pixel, P, channel, inside, x_p, x_c, TIMED
-    )
+    image, pixel = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)[:, None]
+    channel, inside = _columns(SPAN, COLUMNS, C)
+    extra = _offsets(offset, image, channel, inside, C1, offset_b)
+    value, mask = _load(x, residual, beside, extra, image, pixel, P, channel, inside, P, C, C1)
+    value = _write(total, value, image, pixel, channel, mask, P, C)
     mean = _by_group(tl.sum(value, axis=0), WIDTH, COUNT, COLUMNS) / (P * WIDTH)
     value = tl.where(mask, value - _by_column(mean, WIDTH, COUNT, COLUMNS), 0.0)
     variance = _by_group(tl.sum(value * value, axis=0), WIDTH, COUNT, COLUMNS) / (P * WIDTH)
     value *= _by_column(tl.rsqrt(variance + eps), WIDTH, COUNT, COLUMNS)
-    _store(out + image * P * C, value, weight, bias, pixel, channel, C, inside, mask, SILU)
+    _store(out, value, weight, bias, image, pixel, channel, inside, mask, P, C, SILU)
 
 
 @jit
 def _statistics(
-    x, time, partial, P, C, G, x_b, x_p, x_c, time_b, split_rows, TIMED: tl.constexpr,
+    x, residual, offset, beside, total, partial, P, C, C1, G, offset_b, split_rows,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     split, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
-    channel = tl.program_id(1) * SPAN + column
-    inside = (column < SPAN) & (channel < C)
+    channel, inside = _columns(SPAN, COLUMNS, C)
     start = split * split_rows
     end = tl.minimum(start + split_rows, P)
-    x += image * x_b
-    if TIMED:
-        time += image * time_b
+    extra = _offsets(offset, image, channel, inside, C1, offset_b)
     # Sums of differences from the first pixel, so that a large mean costs no digits.
     first_pixel = tl.zeros((1, 1), tl.int32) + start
-    shift, _ = _load(x, time, first_pixel, end, channel, inside, x_p, x_c, TIMED)
+    shift, _ = _load(x, residual, beside, extra, image, first_pixel, end, channel, inside, P, C, C1)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(start, end, ROWS):
         pixel = row + tl.arange(0, ROWS)[:, None]
-        value, mask = _load(x, time, pixel, end, channel, inside, x_p, x_c, TIMED)
+        value, mask = _load(x, residual, beside, extra, image, pixel, end, channel, inside, P, C, C1)
+        value = _write(total, value, image, pixel, channel, mask, P, C)
         value = tl.where(mask, value - shift, 0.0)
         sums += value
         squares += value * value
@@ -146,8 +197,8 @@ def _statistics(
 
 @jit
 def _normalize(
-    x, time, partial, weight, bias, out, P, C, G, x_b, x_p, x_c, time_b, splits, split_rows, eps,
-    TIMED: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+    x, offset, partial, weight, bias, out, P, C, G, offset_b, splits, split_rows, eps,
+    SILU: tl.constexpr, SPLITS: tl.constexpr,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(2).to(tl.int64)
@@ -164,14 +215,11 @@ def _normalize(
     mean = _by_column(mean, WIDTH, COUNT, COLUMNS)
     scale = _by_column(tl.rsqrt(squares / (P * WIDTH) + eps), WIDTH, COUNT, COLUMNS)
 
-    column = tl.arange(0, COLUMNS)[None, :]
-    channel = tl.program_id(1) * SPAN + column
-    inside = (column < SPAN) & (channel < C)
+    channel, inside = _columns(SPAN, COLUMNS, C)
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    value, mask = _load(
-        x + image * x_b, time + image * time_b if TIMED else None, pixel, P, channel, inside, x_p, x_c, TIMED
-    )
-    _store(out + image * P * C, (value - mean) * scale, weight, bias, pixel, channel, C, inside, mask, SILU)
+    extra = _offsets(offset, image, channel, inside, C, offset_b)
+    value, mask = _load(x, None, None, extra, image, pixel, P, channel, inside, P, C, C)
+    _store(out, (value - mean) * scale, weight, bias, image, pixel, channel, inside, mask, P, C, SILU)
 
 
 @operator("group_norm")
@@ -182,73 +230,75 @@ def group_norm(
     groups: int,
     eps: float,
     silu: bool,
-    time: Tensor | None = None,  # (B, C)
+    time: Tensor | None = None,  # (1 or B, C)
 ) -> Tensor:  # (B, C, *)
     """Run `group_norm_reference` as one or two Triton kernels, in float32 from load to store.
 
-    The result is channels-last. Any strides of x are correct; channels-last is fast. Rows of `time` may be slices.
-    Raises ValueError if the channels of `time` do not have stride 1.
+    The result is channels-last; so should x be, else it is copied. Rows of `time` may be slices. Raises ValueError if
+    the channels of `time` do not have stride 1, or an image has 2**31 elements.
     """
-    if time is not None and time.stride(1) != 1:
-        raise ValueError(f"a time embedding of strides {time.stride()}, expected its channels side by side")
-    flat = x.flatten(2)  # (B, C, P); a view if the pixels are evenly spaced
-    batch, channels, pixels = flat.shape
-    out = x.new_empty(batch, *x.shape[2:], channels).movedim(-1, 1)
-    sizes = (
-        pixels,
-        channels,
-        groups,
-        flat.stride(0),
-        flat.stride(2),
-        flat.stride(1),
-        0 if time is None else time.stride(0),
-    )
-    count, columns = group_tile(channels, groups, 64)
-    if (rows := power_of_2(pixels)) * columns <= ONE_TILE:
-        tile = _tile(channels // groups, count, rows, columns)
-        launcher(_norm_one_tile)[(batch, ceil_div(groups, count))](
-            flat, time, weight, bias, out, *sizes, eps, TIMED=time is not None, SILU=silu, **tile
-        )
-    else:
-        _norm_large(flat, time, weight, bias, out, sizes, eps, silu)
-    return out
+    rows = map_rows(x)
+    out = torch.empty_like(rows)
+    _launch(rows, None, time, None, None, weight, bias, out, (groups, eps, silu))
+    return out.movedim(-1, 1)
 
 
-def _norm_large(
-    x: Tensor,  # (B, C, P)
-    time: Tensor | None,  # (B, C)
-    weight: Tensor,  # (C)
-    bias: Tensor,  # (C)
-    out: Tensor,  # (B, C, *)
-    sizes: tuple[int, ...],
+@operator("sum_group_norm")
+def sum_group_norm(
+    x: Tensor,  # (B, C1, *)
+    residual: Tensor | None,  # (B, C1, *)
+    offset: Tensor | None,  # (1 or B, C1)
+    beside: Tensor | None,  # (B, C2, *)
+    weight: Tensor,  # (C1 + C2)
+    bias: Tensor,  # (C1 + C2)
+    groups: int,
     eps: float,
     silu: bool,
+) -> tuple[Tensor, Tensor]:  # (B, C1 + C2, *) twice
+    """Run `sum_group_norm_reference` as one or two Triton kernels; see `group_norm`."""
+    rows, others = map_rows(x), None if beside is None else map_rows(beside)
+    total = rows.new_empty(*rows.shape[:-1], len(weight))
+    out = torch.empty_like(total)
+    residual = None if residual is None else map_rows(residual)
+    _launch(rows, residual, offset, others, total, weight, bias, out, (groups, eps, silu))
+    return total.movedim(-1, 1), out.movedim(-1, 1)
+
+
+def _launch(
+    x: Tensor,  # (B, *, C1)
+    residual: Tensor | None,  # (B, *, C1)
+    offset: Tensor | None,  # (1 or B, C1)
+    beside: Tensor | None,  # (B, *, C2)
+    total: Tensor | None,  # (B, *, C), what is written of the sum
+    weight: Tensor,  # (C)
+    bias: Tensor,  # (C)
+    out: Tensor,  # (B, *, C)
+    options: tuple[int, float, bool],
 ) -> None:
-    """Launch the kernel of the statistics of all splits, then that of the normalization."""
-    batch, channels, pixels = x.shape
-    groups = sizes[2]
+    """Launch one kernel for a small map; else that of the statistics of all splits, then that of the normalization."""
+    (groups, eps, silu), (batch, *sides, channels) = options, out.shape
+    pixels, width, offset_b = math.prod(sides), channels // groups, row_stride(offset)
+    if pixels * channels >= 2**31:
+        raise ValueError(f"a map of {pixels} pixels and {channels} channels, expected less than 2**31 elements")
+    sizes, inputs = (pixels, channels, x.shape[-1], groups, offset_b), (x, residual, offset, beside, total)
+    count, columns = group_tile(channels, groups, 64)
+    if (rows := power_of_2(pixels)) * columns <= ONE_TILE:
+        launcher(_norm_one_tile)[(batch, ceil_div(groups, count))](
+            *inputs, weight, bias, out, *sizes, eps, SILU=silu, **_tile(width, count, rows, columns)
+        )
+        return
     count, columns = _large_tile(channels, groups)
-    tile = _tile(channels // groups, count, max(1, TILE // columns), columns) | {"TIMED": time is not None}
+    tile = _tile(width, count, max(1, TILE // columns), columns)
     tiles, parts = ceil_div(pixels, tile["ROWS"]), ceil_div(groups, count)
     splits = max(1, min(tiles, MAX_SPLITS, PROGRAMS // (batch * parts)))
     split_rows = ceil_div(tiles, splits) * tile["ROWS"]
     splits = ceil_div(pixels, split_rows)
     partial = torch.empty(batch, splits, 2, groups, device=x.device, dtype=torch.float32)  # mean, squared deviations
-    launcher(_statistics)[(splits, parts, batch)](x, time, partial, *sizes, split_rows, **tile)
+    launcher(_statistics)[(splits, parts, batch)](*inputs, partial, *sizes, split_rows, **tile)
+    x, offset = (x, offset) if total is None else (total, None)
+    sizes = pixels, channels, groups, offset_b, splits, split_rows, eps
     launcher(_normalize)[(tiles, parts, batch)](
-        x,
-        time,
-        partial,
-        weight,
-        bias,
-        out,
-        *sizes,
-        splits,
-        split_rows,
-        eps,
-        SILU=silu,
-        SPLITS=power_of_2(splits),
-        **tile,
+        x, offset, partial, weight, bias, out, *sizes, SILU=silu, SPLITS=power_of_2(splits), **tile
     )
 
 

@@ -25,7 +25,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPERATIONS: dict[str, tuple[str, int | None]] = {
     "guided_step": ("guided_step", None),
     "group_norm": ("group_norm", 1024),
+    "sum_group_norm": ("group_norm", 1024),
+    "sum_map": ("sum_map", None),
     "geglu": ("geglu", None),
+    "layer_norm": ("layer_norm", 16384),
     "add_layer_norm": ("layer_norm", 16384),
     "adaln": ("adaln", 16384),
     "gated_adaln": ("adaln", 16384),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, registry, rms_norm
+from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, registry, rms_norm, sum_map
 from test_engines import NEAR, difference, smallest
 from test_engines import draw as draw_images
 from tiny_sd3 import tiny_sd3_vae, tiny_transformer
@@ -68,6 +68,39 @@ def test_group_norm(shape, groups, last, dtype, monkeypatch):
     assert group_norm.group_norm(x, weight, bias, silu=True, **options).movedim(1, -1).is_contiguous()
 
 
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "beside", "groups"),
+    [((1, 3, 1, 1), 1, 2), ((2, 20, 5, 7), 10, 3), ((3, 17, 12, 13), 43, 6), ((9, 6, 2, 3), 0, 2)],
+)
+def test_sum_group_norm(shape, beside, groups, dtype, monkeypatch):
+    """The norm is that of the sum as it was written; each part may be missing."""
+    monkeypatch.setattr(group_norm, "ONE_TILE", 8192)
+    monkeypatch.setattr(group_norm, "MAX_SPLITS", 2)
+    batch, channels, *sides = shape
+    x, residual = draw(*shape, dtype=dtype, mean=2.0), draw(*shape, dtype=dtype, seed=1)
+    offset = draw(batch, 2 * channels, dtype=dtype)[:, :channels]
+    others = draw(batch, beside, *sides, dtype=dtype).to(memory_format=torch.channels_last) if beside else None
+    weight, bias = draw(2, channels + beside, dtype=dtype)
+    for parts in ((residual, offset, others), (None, offset[:1], others), (residual, None, others)):
+        total, found = group_norm.sum_group_norm(x, *parts, weight, bias, groups, 1e-5, True)
+        precise = [part if part is None else part.double() for part in (x, *parts, weight, bias)]
+        expected, _ = group_norm.sum_group_norm_reference(*precise, groups, 1e-5, True)
+        torch.testing.assert_close(total.double(), expected, rtol=TOLERANCES[dtype], atol=1e-5)
+        expected = group_norm.group_norm_reference(total.double(), *precise[-2:], groups, 1e-5, True)
+        torch.testing.assert_close(found.double(), expected, rtol=TOLERANCES[dtype], atol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize(("shape", "factor"), [((1, 1, 1, 1), 2), ((3, 20, 5, 7), 2), ((9, 130, 3, 2), 1)])
+def test_sum_map(shape, factor, dtype):
+    x, residual = draw(*shape, dtype=dtype).to(memory_format=torch.channels_last), draw(*shape, dtype=dtype, seed=1)
+    offset = draw(shape[0], 2 * shape[1], dtype=dtype)[:, shape[1] :]
+    pair = sum_map.sum_map, sum_map.sum_map_reference
+    for parts in ((None, None), (residual, offset), (None, offset[:1])):
+        assert_equals(*pair, x, *parts, factor=factor)
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1280, 8), (320, 18)])
 def test_group_norm_at_sizes_of_sd(channels, size):
     x, (weight, bias) = draw(1, channels, size, size, dtype=torch.bfloat16), draw(2, channels, dtype=torch.bfloat16)
@@ -96,7 +129,10 @@ def test_geglu(shape, dtype):
 def test_add_layer_norm(shape, dtype):
     x, residual = draw(*shape, dtype=dtype, mean=3.0), draw(*shape, dtype=dtype, seed=1)
     weight, bias = draw(2, shape[-1], dtype=dtype)
-    assert_equals(layer_norm.add_layer_norm, layer_norm.add_layer_norm_reference, x, residual, weight, bias, 1e-5)
+    assert_equals(layer_norm.layer_norm, layer_norm.layer_norm_reference, x, weight, bias, 1e-5)
+    pair = layer_norm.add_layer_norm, layer_norm.add_layer_norm_reference
+    for later in (None, weight):
+        assert_equals(*pair, x, residual, weight, bias, 1e-5, later)
 
 
 @dtypes
@@ -245,6 +281,7 @@ def test_what_triton_can_run_is_chosen():
 def test_kernels_in_place(make):
     diffusion = make()
     before = draw_images(diffusion, 1, steps=1)
+    image = diffusion.decode(before[-1])
     assert engines.apply(diffusion, "triton").name == "triton"
     diffusion.engine.graphed = True
-    assert difference([draw_images(diffusion, 1, steps=1)], [before]) < NEAR
+    assert difference([draw_images(diffusion, 1, steps=1), diffusion.decode(before[-1])], [before, image]) < NEAR

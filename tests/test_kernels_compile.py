@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm  # noqa: E402
+from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm, sum_map  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 # Compute capability -> most shared memory of a program in KB (CUDA programming guide, technical specifications).
@@ -64,6 +64,24 @@ def norm(channels, size, silu, timed, groups=32):
     return launch
 
 
+def summed(channels, beside, size, enlarged=False, groups=32):
+    """A map, its residual and a time embedding beside a skip connection; or enlarged."""
+
+    def launch(dtype):
+        maps = (
+            torch.empty(1, size, size, number, dtype=dtype).movedim(-1, 1) for number in (channels, channels, beside)
+        )
+        x, residual, others = maps
+        time = torch.empty(50, 20160, dtype=dtype)[:1, 320 : 320 + channels]
+        if enlarged:
+            sum_map.sum_map(x, residual, time, 2)
+        else:
+            weight = torch.empty(channels + beside, dtype=dtype)
+            group_norm.sum_group_norm(x, residual, time, others if beside else None, weight, weight, groups, 1e-5, True)
+
+    return launch
+
+
 def step(history, channels, halves):
     def launch(dtype):
         latents, x = torch.empty(1, channels, 64, 64), torch.empty(halves, channels, 64, 64, dtype=dtype)
@@ -93,6 +111,10 @@ def rows(operation, *shapes, eps=(1e-6,)):
     return lambda dtype: operation(*(torch.empty(shape, dtype=dtype) for shape in shapes), *eps)
 
 
+def add_layer_norm(x, residual, weight, bias, later, eps):
+    return layer_norm.add_layer_norm(x, residual, weight, bias, eps, later)
+
+
 def cases():
     """Each kernel at the widths of SD 1.5 / 2.1, SDXL, their VAE, SD 3 and 3.5, MMFS, the demo: operation, launch."""
     sides = {320: (64,), 640: (64, 32), 960: (64,), 1280: (32, 16, 8, 24), 1920: (32,), 2560: (16,)}
@@ -104,9 +126,16 @@ def cases():
         yield "group_norm", norm(channels, size, silu, False)
     for channels, size in [(64, 16), (192, 8), (384, 8)]:
         yield "group_norm_small", norm(channels, size, True, True, groups=16)
+    for channels, beside, size in [(320, 320, 64), (640, 320, 64), (1280, 640, 32), (128, 0, 512), (512, 0, 96)]:
+        yield "sum_group_norm", summed(channels, beside, size)
+    for channels, beside, size in [(1280, 1280, 8), (1280, 0, 16), (192, 64, 8)]:
+        yield "sum_group_norm_small", summed(channels, beside, size)
+    for channels, size in [(1280, 8), (640, 32), (512, 64)]:
+        yield "sum_map", summed(channels, 0, size, enlarged=True)
     for width in (320, 640, 1280):
+        yield "layer_norm", rows(layer_norm.layer_norm, (77, width), *[(width,)] * 2)
         yield "geglu", rows(geglu.geglu, (77, 8 * width), eps=())
-        yield "add_layer_norm", rows(layer_norm.add_layer_norm, *[(77, width)] * 2, *[(width,)] * 2)
+        yield "add_layer_norm", rows(add_layer_norm, *[(77, width)] * 2, *[(width,)] * 3)
     for width in (1536, 2432):
         yield "adaln", rows(adaln.adaln, (2, 77, width), *[(2, width)] * 2)
         yield "gated_adaln", rows(adaln.gated_adaln, *[(2, 77, width)] * 2, *[(2, width)] * 3)
@@ -160,7 +189,7 @@ def test_kernels_compile_without_spills(capability, every, compile_for):
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert spills == [("0", "0", "0")] * len(loaded), f"{operation} {dtype} for {capability}: {report}"
         kernels |= set(loaded)
-    norms = {"_norm_one_tile", "_statistics", "_normalize", "_add_layer_norm", "_adaln", "_rms_norm"}
+    norms = {"_norm_one_tile", "_statistics", "_normalize", "_layer_norm", "_sum_map", "_adaln", "_rms_norm"}
     assert kernels == norms | {"_geglu", "_guided_step", "_sample", "_sample_backward"}
 
 

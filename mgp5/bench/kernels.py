@@ -41,11 +41,17 @@ def cases(pixels: int) -> Iterator[Case]:
     for channels, scale in ((320, 1), (640, 2), (1280, 4), (1280, 8), (1920, 2), (2560, 4), (960, 1)):
         size = side // scale
         yield Case("group_norm", f"{channels}x{size}x{size}", partial(_group_norm, channels, size))
+        yield Case("sum_group_norm", f"{channels}x{size}x{size}", partial(_sum_group_norm, channels, size))
     for width, scale in ((320, 1), (640, 2), (1280, 4)):
         rows = 2 * (side // scale) ** 2
         yield Case("geglu", f"{rows}x{8 * width}", _random((rows, 8 * width)))
         shapes = (rows, width), (rows, width), (width,), (width,)
         yield Case("add_layer_norm", f"{rows}x{width}", _random(*shapes, eps=1e-5))
+        yield Case("layer_norm", f"{rows}x{width}", _random(*shapes[1:], eps=1e-5))
+    for channels, scale in ((1280, 4), (640, 2)):
+        yield Case(
+            "sum_map", f"{channels}x{side // scale}x{side // scale}", partial(_enlarged, channels, side // scale)
+        )
     yield Case("guided_step", f"4x{side}x{side}", partial(_guided_step, side), written=(0, 1, 3), counter=2)
     hidden, row, heads = (2, 4096, 1536), (2, 1536), (2, 4096, 24, 64)
     yield Case("adaln", "8192x1536", _random(hidden, row, row, eps=1e-6))
@@ -131,6 +137,18 @@ def _group_norm(channels: int, side: int, device: torch.device, dtype: torch.dty
     x = _normal(2, channels, side, side).to(device, dtype, memory_format=torch.channels_last)
     weight, bias, time = _normal(4, channels).to(device, dtype).split([1, 1, 2])
     return x, weight[0], bias[0], 32, 1e-5, True, time
+
+
+def _sum_group_norm(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Make the concatenation of a sum and a skip connection, half of the channels each."""
+    (x, *affine, _, _, time), own = _group_norm(channels, side, device, dtype), channels // 2
+    first, beside = (part.contiguous(memory_format=torch.channels_last) for part in x.split([own, channels - own], 1))
+    return first, first.flip(0), time[:, :own], beside, *affine, 1e-5, True
+
+
+def _enlarged(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = _normal(2, channels, side, side).to(device, dtype, memory_format=torch.channels_last)
+    return x, x.flip(0), None, 2
 
 
 def _deformable(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

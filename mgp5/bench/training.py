@@ -141,7 +141,8 @@ def shares(model: InterleavedModel, update: Callable[[], object], cuda: bool) ->
     Operations of the backward pass have the sequence numbers of those of the forward pass that made them.
     """
     generator = model.head.generator
-    parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": generator.vae.encoder}
+    encoder = generator.coder.parts["encoder"] if generator.coder else generator.vae.encoder
+    parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": encoder}
     parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
     with ExitStack() as stack:
         for name, part in parts.items():

@@ -1,8 +1,8 @@
 """Engines: ways to run the denoising steps of a latent-diffusion model, attached to it and removed again.
 
 Every engine computes once per image what does not change from step to step: keys and values of cross-attention, time
-embeddings, modulations. Beyond that `compile` compiles the denoiser, `triton` replaces layers by fused kernels (on a
-GPU both record a step as one CUDA graph), and `onnx` and `trt` run exported files.
+embeddings, modulations. Beyond that `compile` compiles the denoiser, `triton` runs it and the VAE by fused kernels (on
+a GPU both record a step as one CUDA graph), and `onnx` and `trt` run exported files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from ..options import Backend
 if TYPE_CHECKING:  # importing diffusers takes seconds, and `select_backend` needs none of it
     from ..generators.latent_diffusion import LatentDiffusion
 
-__all__ = ["Backend", "BackendChoice", "apply", "keep_compiled", "remove", "select_backend", "trt_refusal"]
+__all__ = ["Backend", "BackendChoice", "apply", "fuse_vae", "keep_compiled", "remove", "select_backend", "trt_refusal"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def apply(generator: LatentDiffusion, backend: Backend = "auto", exported: Path 
         if backend != "auto":
             raise
         return BackendChoice(None, error.message)
+    if choice.name == "triton":
+        fuse_vae(generator, graphed=denoiser.device.type == "cuda")
     return choice
 
 
@@ -106,13 +109,30 @@ def check_exported(backend: Backend, exported: Path | None, way: str) -> None:
         raise Mgp5Error(f"--backend {backend} needs an exported folder", hint, usage=True)
 
 
+def fuse_vae(generator: LatentDiffusion, graphed: bool = False) -> bool:
+    """Let a generator's VAE run by fused kernels, where they run and know it; return whether they do.
+
+    With `graphed`, for a GPU, a decoding that comes again is one CUDA graph.
+    """
+    from .autoencoder import FusedAutoencoder
+    from .engine import operations
+
+    device, dtype = generator.denoiser.device, generator.vae.dtype
+    if _triton_refusal(device, dtype):
+        return False
+    with suppress(Mgp5Error):  # another VAE, or ResNet blocks that are not known
+        generator.coder = FusedAutoencoder(generator.vae, operations("triton", device, dtype), graphed)
+    return generator.coder is not None
+
+
 def remove(generator: LatentDiffusion) -> None:
     """Remove a generator's engine; the model is then, bit for bit, what it was before."""
-    if generator.engine is not None:
-        generator.engine = None
-        for module in generator.denoiser.modules():
-            if isinstance(module, torch.nn.Conv2d):  # their memory layout is all that engines change
-                module.weight.data = module.weight.data.contiguous()
+    if generator.engine is not None or generator.coder is not None:
+        from .layers import lay_out
+
+        generator.engine = generator.coder = None
+        for part in (generator.denoiser, generator.vae):
+            lay_out(part, torch.contiguous_format)
 
 
 def keep_compiled() -> None:

@@ -49,8 +49,10 @@ class Engine:
 def operations(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     """Return PyTorch's operations, or for `triton` the fused kernels that can run on this device with this dtype."""
     if name == "triton":
-        return Ops(**{selected.operation: selected.function for selected in kernels.choices(device, dtype)})
-    return Ops(**{operation: kernels.implementations(operation)[-1].load() for operation in kernels.OPERATIONS})
+        functions = {selected.operation: selected.function for selected in kernels.choices(device, dtype)}
+    else:
+        functions = {operation: kernels.implementations(operation)[-1].load() for operation in kernels.OPERATIONS}
+    return Ops(**functions, fused=name == "triton")
 
 
 def packing_pays(denoiser: ModelMixin) -> bool:

@@ -6,6 +6,8 @@ head, L length of the condition, S width of a step's time embedding.
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +20,27 @@ from torch.nn import functional as F
 
 from ..errors import Mgp5Error
 
-Ops = SimpleNamespace  # the operations with fused kernels, by their names in `kernels.registry.OPERATIONS`
+# The operations with fused kernels, by their names in `kernels.registry.OPERATIONS`; and `fused`, whether they pay
+# where PyTorch would take several: see `fused`.
+Ops = SimpleNamespace
 
 
 def require(*conditions: tuple[bool, str]) -> None:
     """Raise an Mgp5Error that names what does not hold of (holds, name): with it the layers here would be wrong."""
     if unknown := [name for holds, name in conditions if not holds]:
         raise Mgp5Error(f"engines do not know a denoiser with {', '.join(unknown)}", "take --backend auto")
+
+
+def share_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with the same parameters and buffers."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Lay the weights of convolutions out so: all that engines change of a model."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
 class Passthrough(nn.Module):
@@ -79,17 +95,24 @@ class Conv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, bias, *reach, "none", [], "")
 
 
+def require_resnet(block: ResnetBlock2D, timed: bool) -> None:
+    """Raise an Mgp5Error for a ResNet block that is not known; `timed` with a time embedding."""
+    kind = block.time_embedding_norm  # that of a VAE's decoder is named "group"; without time all but one are the same
+    plain = (kind == "default" if timed else kind != "scale_shift") and (block.time_emb_proj is not None) == timed
+    require(
+        (plain, "unusual time embeddings"),
+        (block.upsample is None and block.downsample is None, "ResNet blocks that change the size"),
+        (isinstance(block.nonlinearity, nn.SiLU), "another activation than SiLU"),
+        (block.output_scale_factor == 1.0, "scaled ResNet blocks"),
+    )
+
+
 class Resnet(nn.Module):
     """A ResNet block that takes its projected time embedding as the bias of its first convolution."""
 
     def __init__(self, block: ResnetBlock2D, columns: slice, ops: Ops) -> None:
         super().__init__()
-        require(
-            (block.time_embedding_norm == "default" and block.time_emb_proj is not None, "unusual time embeddings"),
-            (block.upsample is None and block.downsample is None, "ResNet blocks that change the size"),
-            (isinstance(block.nonlinearity, nn.SiLU), "another activation than SiLU"),
-            (block.output_scale_factor == 1.0, "scaled ResNet blocks"),
-        )
+        require_resnet(block, timed=True)
         self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
         self.conv_shortcut, self.columns, self.ops = block.conv_shortcut, columns, ops
 
@@ -106,27 +129,6 @@ class Resnet(nn.Module):
             hidden = self.conv1.convolve(hidden, None) + bias[:, :, None, None]
         hidden = self.conv2(_normed(self.ops, self.norm2, hidden))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
-
-
-class Transformer(nn.Module):
-    """The transformer of one resolution; its first block has the index `first` among all blocks of the UNet."""
-
-    def __init__(self, model: Transformer2DModel, first: int, ops: Ops) -> None:
-        super().__init__()
-        require((model.is_input_continuous, "transformers of patches"))
-        self.norm, self.proj_in, self.proj_out = model.norm, model.proj_in, model.proj_out
-        self.blocks = nn.ModuleList(Block(block, ops) for block in model.transformer_blocks)
-        self.first, self.ops = first, ops
-
-    def forward(self, x: Tensor, encoder_hidden_states: list[Tensor], **_: Any) -> tuple[Tensor]:  # (R, C, h, w)
-        # encoder_hidden_states: keys and values of cross-attention of all blocks of the UNet, alternately
-        hidden = _normed(self.ops, self.norm, x, silu=False).permute(0, 2, 3, 1)  # (R, h, w, C)
-        _, height, width, _ = hidden.shape
-        hidden = self.proj_in(hidden.flatten(1, 2))  # (R, T, D)
-        for index, block in enumerate(self.blocks, start=self.first):
-            hidden = block(hidden, *encoder_hidden_states[2 * index : 2 * index + 2])
-        hidden = self.proj_out(hidden).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return (x + hidden,)
 
 
 class Block(nn.Module):
@@ -147,12 +149,38 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D), (R, H, L, E) twice
         x = self.norm1(hidden)
-        hidden, x = self._add_norm(_attend(self.attn1, x, *keys_and_values(self.attn1, x)), hidden, self.norm2)
-        hidden, x = self._add_norm(_attend(self.attn2, x, key, value), hidden, self.norm3)
+        hidden, x = self._add_norm(attend(self.attn1, x, *keys_and_values(self.attn1, x)), hidden, self.norm2)
+        hidden, x = self._add_norm(attend(self.attn2, x, key, value), hidden, self.norm3)
         return self.ff.net[2](self.ops.geglu(self.ff.net[0].proj(x))) + hidden
 
-    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm, *later: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, *later)
+
+
+class Transformer(nn.Module):
+    """The transformer of one resolution; its first block has the index `first` among all blocks of the UNet."""
+
+    block = Block
+
+    def __init__(self, model: Transformer2DModel, first: int, ops: Ops) -> None:
+        super().__init__()
+        require((model.is_input_continuous, "transformers of patches"))
+        self.norm, self.proj_in, self.proj_out = model.norm, model.proj_in, model.proj_out
+        self.blocks = nn.ModuleList(self.block(block, ops) for block in model.transformer_blocks)
+        self.first, self.ops = first, ops
+
+    def forward(self, x: Tensor, encoder_hidden_states: list[Tensor], **_: Any) -> tuple[Tensor]:  # (R, C, h, w)
+        return (x + self.change(_normed(self.ops, self.norm, x, silu=False), encoder_hidden_states),)
+
+    def change(self, normed: Tensor, encoder_hidden_states: list[Tensor]) -> Tensor:  # (R, C, h, w)
+        """Return what the blocks add to a map, from the normed map and the keys and values of cross-attention of all
+        blocks of the UNet, alternately."""
+        hidden = normed.permute(0, 2, 3, 1)  # (R, h, w, C)
+        _, height, width, _ = hidden.shape
+        hidden = self.proj_in(hidden.flatten(1, 2))  # (R, T, D)
+        for index, block in enumerate(self.blocks, start=self.first):
+            hidden = block(hidden, *encoder_hidden_states[2 * index : 2 * index + 2])
+        return self.proj_out(hidden).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (R, L, D) -> (R, H, L, E) twice
@@ -163,7 +191,7 @@ def _heads(attention: Any, x: Tensor) -> Tensor:  # (R, T, H E) -> (R, H, T, E)
     return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
-def _attend(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
+def attend(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (R, T, D)
     out = F.scaled_dot_product_attention(_heads(attention, attention.to_q(x)), key, value)
     return attention.to_out[0](out.transpose(1, 2).flatten(2))
 

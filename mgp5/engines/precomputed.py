@@ -7,9 +7,8 @@ width of a step's time embedding: those of all layers, projected and concatenate
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -23,7 +22,19 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..generators.denoising import Denoiser
-from .layers import Conv, Linear, Ops, Passthrough, Resnet, Transformer, keys_and_values, require
+from .fused import FusedResnet, FusedTransformer, fuse_layers
+from .layers import (
+    Conv,
+    Linear,
+    Ops,
+    Passthrough,
+    Resnet,
+    Transformer,
+    keys_and_values,
+    lay_out,
+    require,
+    share_weights,
+)
 from .sd3_blocks import JointBlock, ModulatedNorm
 
 ADAPTIVE = (AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX)
@@ -50,25 +61,28 @@ class PrecomputedUNet:
         self.source, self.dtype, self.layout = unet, unet.dtype, layout
         self.resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
         self.blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
-        model = _share_weights(unet)
+        model = share_weights(unet)
         # The time embedding is passed as the timestep, and reaches the ResNet blocks unchanged.
         model.get_time_embed = lambda sample, timestep: timestep
         model.time_embedding = Passthrough()
         self._replace_layers(model, ops, packed)
         self.deep = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
         self.model = DeepCacheUNet(model)
-        for module in unet.modules():
-            if isinstance(module, nn.Conv2d) and not packed:  # `engines.remove` undoes this
-                module.weight.data = module.weight.data.contiguous(memory_format=layout)
+        if not packed:
+            lay_out(unet, layout)
 
     def _replace_layers(self, model: nn.Module, ops: Ops, packed: bool) -> None:
         columns, first = iter(_slices([block.conv1.out_channels for block in self.resnets])), 0
+        resnet, transformer = (FusedResnet, FusedTransformer) if ops.fused else (Resnet, Transformer)
         for name, module in list(model.named_modules()):
             if isinstance(module, ResnetBlock2D):
-                model.set_submodule(name, Resnet(module, next(columns), ops))
+                model.set_submodule(name, resnet(module, next(columns), ops))
             elif isinstance(module, Transformer2DModel):
-                model.set_submodule(name, Transformer(module, first, ops))
+                model.set_submodule(name, transformer(module, first, ops))
                 first += len(module.transformer_blocks)
+        if ops.fused:
+            fuse_layers(model, ops)
+            return
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) or name.endswith(("proj_in", "proj_out")):
                 model.set_submodule(name, Linear(module, packed))
@@ -137,7 +151,7 @@ class PrecomputedTransformer:
         self.source, self.dtype = transformer, transformer.dtype
         self.norms = [m for m in transformer.modules() if isinstance(m, ADAPTIVE)]
         self.columns = _slices([norm.linear.out_features for norm in self.norms])
-        self.model = _share_weights(transformer)
+        self.model = share_weights(transformer)
         self.model.time_text_embed, self.model.context_embedder = Passthrough(), Passthrough()
         columns = dict(zip(self.norms, self.columns, strict=True))
         for index, block in enumerate(transformer.transformer_blocks):
@@ -178,10 +192,6 @@ def precompute(denoiser: nn.Module, ops: Ops, *, packed: bool, layout: torch.mem
     if isinstance(denoiser, SD3Transformer2DModel):
         return PrecomputedTransformer(denoiser, ops)
     raise Mgp5Error(f"engines do not know a denoiser that is a {type(denoiser).__name__}", "take --backend auto")
-
-
-def _share_weights(module: nn.Module) -> nn.Module:  # a copy, with the same parameters and buffers
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
 
 
 def _slices(widths: Sequence[int]) -> list[slice]:  # side by side

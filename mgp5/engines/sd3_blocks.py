@@ -16,6 +16,14 @@ from torch.nn import functional as F
 
 from .layers import Ops, require
 
+# What a block returns: (hidden, update, gate), the sum hidden + gate update that waits for the next norm.
+Stream = tuple[Tensor, Tensor, Tensor]
+
+
+def _modulate(ops: Ops, x: Tensor | Stream, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return a stream (R, T, D), its sum computed, and its adaptive norm."""
+    return ops.gated_adaln(*x, scale, shift, eps) if isinstance(x, tuple) else (x, ops.adaln(x, scale, shift, eps))
+
 
 class ModulatedNorm(nn.Module):
     """An adaptive LayerNorm of scale and shift alone: the model's last one, and the context's in the last block."""
@@ -25,9 +33,9 @@ class ModulatedNorm(nn.Module):
         require((isinstance(norm, nn.LayerNorm) and norm.weight is None, "adaptive norms with weights"))
         self.eps, self.columns, self.ops = norm.eps, columns, ops
 
-    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:  # (R, T, D), (R, S)
+    def forward(self, x: Tensor | Stream, time_embedding: Tensor) -> Tensor:  # (R, T, D), (R, S)
         scale, shift = time_embedding[:, self.columns].chunk(2, dim=1)
-        return self.ops.adaln(x, scale, shift, self.eps)
+        return _modulate(self.ops, x, scale, shift, self.eps)[1]
 
 
 class JointBlock(nn.Module):
@@ -45,15 +53,15 @@ class JointBlock(nn.Module):
         self.last = ModulatedNorm(block.norm1_context.norm, self.context, ops) if block.context_pre_only else None
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **_: Any
-    ) -> tuple[Tensor | None, Tensor]:
+        self, hidden_states: Tensor | Stream, encoder_hidden_states: Tensor | Stream, temb: Tensor, **_: Any
+    ) -> tuple[Stream | None, Stream]:
         """Return context (R, L, D), None in the last block, and image (R, T, D), modulated by `temb` (R, S)."""
-        hidden, context = hidden_states, encoder_hidden_states
+        context = encoder_hidden_states
         shift, scale, gate, *mlp = temb[:, self.image].chunk(6 if self.attn2 is None else 9, dim=1)
-        x = self.ops.adaln(hidden, scale, shift, self.eps)
+        hidden, x = _modulate(self.ops, hidden_states, scale, shift, self.eps)
         if self.last is None:
             c_shift, c_scale, c_gate, *c_mlp = temb[:, self.context].chunk(6, dim=1)
-            y = self.ops.adaln(context, c_scale, c_shift, self.eps)
+            context, y = _modulate(self.ops, context, c_scale, c_shift, self.eps)
         else:
             y = self.last(context, temb)
         attended, context_attended = self._attend_jointly(x, y)
@@ -67,9 +75,9 @@ class JointBlock(nn.Module):
 
     def _feed(
         self, ff: nn.Module, hidden: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, last: Tensor
-    ) -> Tensor:  # (R, T, D)
+    ) -> Stream:  # (R, T, D)
         hidden, x = self.ops.gated_adaln(hidden, update, gate, scale, shift, self.eps)
-        return hidden + last[:, None] * ff(x)
+        return hidden, ff(x), last
 
     def _attend_jointly(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attend from both streams to both; return image (R, T, D) and context (R, L, D)."""

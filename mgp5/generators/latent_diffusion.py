@@ -43,6 +43,7 @@ class LatentDiffusion(nn.Module):
     schedule: Schedule
     pooled_width = 0  # width of the pooled vector in the last row of a condition; 0 for a model without one
     engine: DenoisingEngine | None = None  # runs the denoising steps, see `mgp5.engines`; None: PyTorch
+    coder: Callable[[], AutoencoderKL] | None = None  # gives a faster VAE to use for `vae`, see `mgp5.engines`
     compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
     text_device: torch.device | None = None  # of text encoders that are read later; None: that of the denoiser
     _empty: Tensor | None = None  # the encoding of the empty text
@@ -205,11 +206,9 @@ class LatentDiffusion(nn.Module):
         A feature cache stores these of each image. AutoencoderTiny has no posterior: its deviation is zero.
         """
         with self._without_autocast():
-            encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
-        if isinstance(self.vae, AutoencoderTiny):
-            moments = encoded.latents, torch.zeros_like(encoded.latents)
-        else:
-            moments = encoded.latent_dist.mean, encoded.latent_dist.std
+            encoded = (self.coder() if self.coder else self.vae).encode(pixels.to(self.vae.device, self.vae.dtype))
+        tiny, of = isinstance(self.vae, AutoencoderTiny), getattr(encoded, "latent_dist", None)
+        moments = (encoded.latents, torch.zeros_like(encoded.latents)) if tiny else (of.mean, of.std)
         # The layout that a cache returns: convolutions round differently in another memory layout.
         return torch.cat(moments, dim=1).float().contiguous()
 
@@ -232,7 +231,8 @@ class LatentDiffusion(nn.Module):
         if self.engine and self.engine.decode and not self.vae.use_tiling:
             pixels = self.engine.decode(latents)
         else:
-            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
+            vae = self.coder() if self.coder else self.vae
+            pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
         half = self.vae.dtype != torch.float32 and not pixels.is_meta
         if half and not pixels.isfinite().all() and latents.isfinite().all():  # a copy: engines hold these weights
             pixels = deepcopy(self.vae).float().decode(latents.to(self.vae.device, torch.float32)).sample
@@ -277,8 +277,9 @@ class LatentDiffusion(nn.Module):
         """
         engine = None if residuals else self.engine
         if options.reuse != 1 and not (engine and engine.model.deep):
-            case = f"reuse {options.reuse} of a {type(self.denoiser).__name__}"
-            case += f" {'by' if engine else 'without'} an engine"
+            case = (
+                f"reuse {options.reuse} of a {type(self.denoiser).__name__} {'by' if engine else 'without'} an engine"
+            )
             raise Mgp5Error(f"{case}, expected a UNet with one", "take --reuse 1", usage=True)
         self.latent_shape(options.height or self.native_size, options.width or self.native_size)
         return sampler_table(options.sampler, self.schedule, options.steps)
@@ -332,10 +333,8 @@ class LatentDiffusion(nn.Module):
             raise Mgp5Error(f"{len(generators)} generators for {len(condition)} images", "give one for each image")
         each = DiffusionOptions(**{"guidance": 7.5, "steps": 25, **options})
         free = [None] * len(condition) if unconditional is None else unconditional.expand_as(condition).split(1)
-        states = [
-            self.begin(*conditions, each, rng)
-            for *conditions, rng in zip(condition.split(1), free, generators, strict=True)
-        ]
+        rows = zip(condition.split(1), free, generators, strict=True)
+        states = [self.begin(*conditions, each, rng) for *conditions, rng in rows]
 
         def steps() -> Iterator[Tensor]:
             while not states[0].done:

@@ -18,6 +18,7 @@ from ..config import DataConfig, ModelConfig
 from ..data import Problems, Skipped, Source, check_sources, load_sources
 from ..data.shards import Shards
 from ..device import DTYPES, limit_threads_for_small_models, pick_device
+from ..engines import fuse_vae
 from ..errors import Mgp5Error, raise_all
 from ..files import digest
 from ..generators import load_generator
@@ -122,7 +123,10 @@ def _load(parts: Parts, kinds: Sequence[str], name: str, max_pixels: int | None)
     device, dtype = pick_device(name)
     models: dict[str, FrozenPart] = {}
     if {*kinds} & {"latents", "captions"}:
-        models |= dict.fromkeys(("latents", "captions"), load_generator(parts.diffusion, dtype).to(device))
+        generator = load_generator(parts.diffusion, dtype).to(device)
+        if device.type == "cuda":
+            fuse_vae(generator)
+        models |= dict.fromkeys(("latents", "captions"), generator)
     if "features" in kinds:
         backbone = load_backbone(parts.mllm, dtype)
         backbone.limit_pixels(max_pixels or _max_pixels(parts))

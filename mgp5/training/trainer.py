@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config import TrainConfig
 from ..data import Problems
+from ..engines import fuse_vae
 from ..files import read_json, write_json
 from ..hub import Parts
 from ..loading import WEIGHTS, full, load_trained_tensors, read_weights, trained_tensors, write_tensors, write_weights
@@ -49,6 +50,10 @@ class Trainer:
             weights = read_weights(checkpoint / "mgp5" / WEIGHTS)
             load_trained_tensors(model, weights, Parts(str(checkpoint), "", "", checkpoint))
         self.wrapped, self.optimizer = accelerator.prepare(LossModule(model), make_optimizer(model, config))
+        generator = getattr(model.head, "generator", None)
+        sharded = accelerator.distributed_type == DistributedType.FSDP  # it puts other weights into its modules
+        if accelerator.device.type == "cuda" and hasattr(generator, "vae") and not sharded:
+            fuse_vae(generator)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = [p.detach().clone() for p in self.trained.values()] if config.ema else []
