@@ -61,7 +61,7 @@ def test_a_fused_unet(config, rows, sides):
     [
         ({}, 1, (8, 8)),
         ({"block_out_channels": (12, 20), "norm_num_groups": 4, "latent_channels": 3}, 9, (3, 5)),
-        ({"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False}, 2, (1, 1)),
+        ({"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False}, 2, (2, 3)),
     ],
 )
 @torch.no_grad()
