@@ -34,8 +34,8 @@ def cache(sources: tuple[Path, ...], formats: tuple[str, ...], kinds: str, **fla
 
     latents: of pictures to be drawn, by the VAE: 64 KB each (Stable Diffusion 2.1 at 512 pixels, fp16), 210 GB for
     CC3M. captions: by the text encoders: 158 KB each, 520 GB for CC3M. features: of pictures that are seen, by the
-    vision tower: 4.7 MB each of LLaVA-1.5, so for small data only. codes: of all pictures, by a trained tokenizer of
-    the head seed: 128 bytes each, instead of latents and features.
+    vision tower: 4.7 MB each of LLaVA-1.5, so for small data only. codes: of all pictures by SEED's trained tokenizer,
+    128 bytes each, instead of latents and features; or by VARGPT's VQ-VAE, of those to be drawn.
 
     A cache belongs to the weights and transforms that made it, and training with others refuses it. A run that was
     interrupted goes on where it was when it is given again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,19 +158,21 @@ def _plain(dataset: Dataset, kind: Kind, limit: int | None, problems: Problems) 
 
 
 def _of_dialogue(sample: Sample, asked: Sequence[str], scenes: Mapping[Path, Scene]) -> Sample:
-    """Return a sample of a dialogue with the tables that count it, and what it leaves open if it is of "subject".
+    """Return a sample of a dialogue with the tables that count it, and what its request leaves open.
 
-    A request for another character says all but at times colour and place; whoever comes back is as drawn before.
+    A request for a character says all but at times colour and place; whoever comes back is as drawn before, if shown.
     """
     *past, reply = sample.load().messages
     shown = [scenes.get(image.path.resolve()) for message in past for image in message.images]
     who = [scene and (scene.colour, scene.species) for scene in shown]
     true = scenes.get(reply.images[0].path.resolve()) if reply.images else None
     tables, words, left = [task for task in asked if task == "dialogue"], "", frozenset()
-    if true and who and who[-1] != (true.colour, true.species):
+    if true and (not who or who[-1] != (true.colour, true.species)):
         words = past[-1].text
-        tables += [task for task in asked if task == "subject"]
-        left = frozenset() if true in shown else frozenset({"colour", "place"} - mentions(words).keys())
+        tables += [task for task in asked if who and task == "subject"]
+        back = re.match(r"back to |.* again\.$", words.lower())
+        unsaid = (set(ATTRIBUTES) if back else {"colour", "place"}) - mentions(words).keys()
+        left = frozenset() if true in shown else frozenset(unsaid)
     return replace(sample, tables=tuple(tables), words=words, open=left)
 
 

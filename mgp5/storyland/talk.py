@@ -21,6 +21,7 @@ DRAW = ("Please draw {it}.", "Can you show me {it}?", "Paint {it}.", "Could you 
 NEXT = ("And {it}.", "Now draw {it}.", "Now {it}, please.", "Next, {it}.", "{it}")
 BACK = ("Back to the {colour} {species}.", "Now the {colour} {species} again.", "Show me the {colour} {species} again.")
 MANY = ("Draw {number} {species}.", "Can you draw {number} {species}?", "Now {number} {species}, please.")
+ONE = "I draw one at a time."  # of many that are asked for
 NUMBERS = ("two", "three", "four", "five")
 CHANGE: dict[str, tuple[str, ...]] = {
     "place": ("Take {her} to the {new}.", "Now show {her} {where}.", "What does {she} look like {where}?"),
@@ -171,7 +172,7 @@ def _other(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Tur
         new = replace(new, wears="nothing", prop="nothing", action="stands", weather="sunny")
         kind = "foxes" if new.species == "fox" else f"{new.species}s"
         request = rng.choice(MANY).format(number=rng.choice(NUMBERS), species=kind)
-        return [Turn("user", request), Turn("assistant", f"I draw one at a time. Here is {_short(new)}.", new)]
+        return [Turn("user", request), Turn("assistant", f"{ONE} Here is {_short(new)}.", new)]
     return _drawing(rng, new, she, (*NEXT, *NEXT, *DRAW))
 
 

@@ -39,4 +39,5 @@ VOCABULARY = COMMON.union(word for text in _texts((ATTRIBUTES, *_CONSTANTS)) for
 
 def unknown_words(text: str) -> list[str]:
     """Return the words of a text that no sentence of Storyland has, each once; a plural counts as its word."""
-    return [word for word in dict.fromkeys(_words(text)) if not {word, word.removesuffix("s")} & VOCABULARY]
+    known = VOCABULARY | {f"{word}{s}" for word in VOCABULARY for s in ("s", "es")}
+    return [word for word in dict.fromkeys(_words(text)) if word not in known]
