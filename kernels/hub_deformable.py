@@ -79,6 +79,8 @@ def _trial(device: torch.device, reference: Callable[..., Tensor]) -> str:
         return f"it cannot be loaded ({' '.join(str(error).split())[:160] or type(error).__name__})"
 
 
+@torch.inference_mode(False)  # a reply, which may be the first to ask, is made in inference mode
+@torch.enable_grad()
 def exact(module: Any, device: torch.device, reference: Callable[..., Tensor]) -> bool:
     """Return whether results and gradients of a kernel are those of the reference, on inputs that leave the image."""
     shapes, rng = [4, 4, 2, 2], torch.Generator().manual_seed(0)

@@ -111,7 +111,8 @@ def select_kernel(operation: str, device: torch.device, dtype: torch.dtype, widt
 
 def choices(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """Return what `select_kernel` selects for every operation, as `mgp5 doctor` shows it."""
-    return [select_kernel(operation, device, dtype) for operation in OPERATIONS]
+    single = {"deformable"}  # computes in float32 whatever the model
+    return [select_kernel(name, device, torch.float32 if name in single else dtype) for name in OPERATIONS]
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str:

@@ -55,11 +55,12 @@ def test_an_engine_computes_the_same_and_is_removed(name, monkeypatch):
     decoder.engine = engine = scales.ScaleEngine(name, decoder)
     if name == "triton":
         monkeypatch.setattr(scales, "record", recorded)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         engine.graphed = True
-    for rows in (3, 6) if name == "compile" else (3, 6, 1, 3):  # graphs of other rows share the memory of caches
+    for rows in (3, 6) if name == "compile" else (3, 6, 1, 3):  # graphs of other rows are forgotten
         torch.testing.assert_close(run(decoder, rows), expected[rows], rtol=1e-4, atol=1e-5)
     if name == "triton":
-        assert len(engine.graphs) == 8 and len(engine.cache) == 2 * 2 * 6 * 2 * 5 * 8
+        assert len(engine.graphs) == len(TINY.patch_nums) and len(engine.cache) == 2 * 2 * 6 * 2 * 5 * 8
     if name == "compile":  # for both blocks and all rows: without a cache, with one of size 1, and any
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
         torch.compiler.reset()

@@ -49,7 +49,8 @@ class Engine:
 def operations(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     """Return PyTorch's operations, or for `triton` the fused kernels that can run on this device with this dtype."""
     if name == "triton":
-        functions = {selected.operation: selected.function for selected in kernels.choices(device, dtype)}
+        used = (operation for operation in kernels.OPERATIONS if operation != "deformable")  # of a head, not of these
+        functions = {operation: kernels.select_kernel(operation, device, dtype).function for operation in used}
     else:
         functions = {operation: kernels.implementations(operation)[-1].load() for operation in kernels.OPERATIONS}
     return Ops(**functions, fused=name == "triton")

@@ -53,13 +53,19 @@ class ScaleEngine:
             return self.decoder.run_scale(inputs, classes, cache)
         given = [inputs, classes] if cache is None else [inputs, classes, cache]
         key = tuple(tensor.shape for tensor in given)
+        if any(shapes[0][0] != len(inputs) for shapes in self.graphs):
+            self._forget()  # each graph keeps its outputs: those of one number of rows are enough
         if cache is not None and self.cache.numel() < (most := self._most(cache)):
-            self.graphs.clear()  # they have the old address
+            self._forget()  # they have the old address
             with torch.inference_mode(False):
                 self.cache = cache.new_empty(most)
         if key not in self.graphs:
             self.graphs[key] = GraphedScale(self.decoder.run_scale, given, self.cache, self.pool)
         return self.graphs[key](given)
+
+    def _forget(self) -> None:
+        self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are all gone takes no others
 
     def _most(self, cache: Tensor) -> int:
         """Return the size of the cache of the last scale, of as many rows."""
@@ -81,7 +87,7 @@ class GraphedScale:
         for buffer, value in zip(self.given, given, strict=True):
             buffer.copy_(value)
         self.replay()
-        return tuple(output.clone() for output in self.outputs)  # the next graph writes to the same memory
+        return tuple(output.clone() for output in self.outputs)  # the next replay writes to the same memory
 
 
 class ExportedScales:

@@ -86,7 +86,10 @@ class StableUnCLIP(StableDiffusion):
 
     @classmethod
     def more_shapes(cls, name: str) -> dict[str, Any]:
-        """Return how the image encoder is made without weights, and its size, by its configuration."""
+        """Return how the image encoder is made without weights, and its size, by its configuration; {} of a folder
+        without one, which `more_parts` reads too."""
+        if Path(name).is_dir() and not (Path(name) / "image_encoder").is_dir():
+            return {}
         config = load_part(CLIPVisionConfig.from_pretrained, name, "image_encoder", None)
         return {"read_image_encoder": partial(CLIPVisionModelWithProjection, config), "image_size": config.image_size}
 
