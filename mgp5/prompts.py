@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
+from weakref import WeakKeyDictionary
 
 from .errors import Mgp5Error
 from .messages import Conversation, Image, Message, Text
@@ -267,9 +268,22 @@ def _content(backbone: PromptBackbone, message: Message, mark: str) -> str:
 
 def _plain(backbone: PromptBackbone, text: str) -> str:
     """Set the spellings of special tokens in a text apart by a blank: what a user types is plain text."""
-    added = {token.content for token in backbone.tokenizer.added_tokens_decoder.values() if token.special}
-    special = sorted(token for token in added | {*backbone.tokenizer.all_special_tokens} if len(token) > 1)
-    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    pattern = _special(backbone.tokenizer)
     while (apart := pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)) != text:
         text = apart
     return text
+
+
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    """Return what matches the special tokens of a tokenizer. To list thousands of them takes longer than to encode a
+    text, so the last pattern of each tokenizer is kept until it has more."""
+    size, names = len(tokenizer), tuple(tokenizer.all_special_tokens)
+    kept = _PATTERNS.get(tokenizer)
+    if kept is None or kept[0] != (size, names):
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted(token for token in added | {*names} if len(token) > 1)
+        kept = _PATTERNS[tokenizer] = ((size, names), re.compile("|".join(map(re.escape, special)) or "(?!)"))
+    return kept[1]
+
+
+_PATTERNS: WeakKeyDictionary[Any, tuple[tuple[int, tuple[str, ...]], re.Pattern[str]]] = WeakKeyDictionary()

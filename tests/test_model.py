@@ -152,6 +152,16 @@ def test_special_tokens_in_a_users_text_are_only_text(model, typed):
     assert not {token for token, _ in session.keys} & {*model.head.ids, model.backbone.image_token_id}
 
 
+def test_a_token_added_after_a_first_prompt_is_text_too(model):
+    """The pattern of the special tokens is kept between texts, but not past a change of the tokenizer."""
+    tokenizer = model.backbone.tokenizer
+    conversation = Conversation().add("user", "say [NEW] to me")
+    prompt(model.backbone, conversation)
+    added = tokenizer.add_tokens(["[NEW]"], special_tokens=True)
+    assert added == 1 and tokenizer.convert_tokens_to_ids("[NEW]") not in prompt(model.backbone, conversation).ids
+    assert tokenizer.encode("say [NEW]", add_special_tokens=False)[-1] == tokenizer.convert_tokens_to_ids("[NEW]")
+
+
 @pytest.mark.parametrize("context, shown", [("full", True), ("none", False)])
 def test_the_prompt_of_a_narration_has_the_history_of_the_models_configuration(model, monkeypatch, context, shown):
     asked = []
