@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 from weakref import WeakKeyDictionary
 
 from .errors import Mgp5Error
+from .files import digest
 from .messages import Conversation, Image, Message, Text
 
 IGNORE = -100  # label of tokens without a loss
@@ -207,6 +208,16 @@ def role_markers(backbone: PromptBackbone) -> tuple[str, ...]:
     _, *between, _ = re.sub(special, "", _render(backbone, talk.messages, reply=False)).split("\0")
     markers = [marker.strip() for marker in between]
     return tuple(marker for marker in markers if len(marker) > 2 and not marker[-1].isalnum())
+
+
+def either_way(sample: Conversation, seed: int) -> Conversation:
+    """Return an image and its caption as one bare text in an order that the caption and the seed choose, all of which
+    is the target; a sample of anything else stays as it is."""
+    images = sample.messages[-1].images
+    if len(images) != 1 or not images[0].caption:
+        return sample
+    pair, chosen = (images[0], Text(images[0].caption)), int(digest(f"{seed} {images[0].caption}", size=1), 16) % 2
+    return Conversation((Message("assistant", pair[:: 1 if chosen else -1]),), bare=True)
 
 
 def check_length(backbone: PromptBackbone, length: int, reply: int = 0) -> None:

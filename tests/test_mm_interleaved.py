@@ -307,6 +307,19 @@ def test_an_image_without_anything_before_it_has_no_loss(model):
     assert model.head.losses(model.hidden(batch), batch, config(), torch.Generator()).total > 0
 
 
+def test_captions_are_learnt_both_ways_but_no_image_where_a_text_begins(model):
+    """Before losses are counted: how an update is split does not matter."""
+    captioned = [
+        Conversation().add("user", "draw").add("assistant", Image(pixels=picture("red"), caption=word))
+        for word in "abcd"
+    ]
+    batch = Collator(model.backbone, model.head, 512, config())(captioned)
+    assert {start == 1 for start in batch.target_starts} == {True, False}
+    for row, start in zip(batch.target_rows, batch.target_starts, strict=True):
+        assert batch.labels[row, start] == (-100 if start == 1 else model.head.ids[0])
+        assert (batch.labels[row, start + 1 :] != -100).any()  # what follows an image is learnt either way
+
+
 def test_rates_are_the_releases(model):
     model.prepare(release := preset("pretrain", "release", "mm-interleaved"))
     names = dict(zip(dict(model.named_parameters()), model._planned(release), strict=True))

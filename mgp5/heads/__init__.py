@@ -61,6 +61,7 @@ class HeadSpec:
     image_options: type[ImageOptions]
     reads_prefix: bool = False  # whether it yields `Prefix`; only then the states of all tokens are kept
     reads_side: bool = False  # whether layers of the LLM attend to `ImageContext.side` of the images so far
+    opens: bool = True  # whether the LLM learns to begin a text with an image
 
 
 class Part(NamedTuple):

@@ -24,7 +24,7 @@ from ..generators.latent_diffusion import LatentDiffusion
 from ..generators.mmfs import UNetMMFS
 from ..generators.stable_diffusion import UNetAdapter
 from ..options import MMInterleavedOptions
-from ..prompts import IGNORE
+from ..prompts import IGNORE, either_way
 from . import DrawContext, Drawn, Embeds, Forced, HeadSpec, ImageContext, Part, Prefix, Stage, Step, TrainRule
 from .batch import from_pixels, to_pixels
 from .diffusion import DiffusionHead
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..backbones import Backbone
     from ..config import TrainConfig
     from ..generators.denoising import DenoisingState
+    from ..messages import Conversation
     from . import Request, Response
     from .batch import Batch
 
@@ -95,6 +96,7 @@ class MMInterleavedHead(DiffusionHead):
             image_options=MMInterleavedOptions,
             reads_prefix=True,
             reads_side=config.sizes.every > 0,
+            opens=False,
         )
 
     def install(self, backbone: Backbone) -> None:
@@ -166,6 +168,11 @@ class MMInterleavedHead(DiffusionHead):
         vision = self._backbone[0].preprocess([image])["pixel_values"][0]
         return {"pixels": to_pixels(image, (self.generator.native_size,) * 2), "vision": vision}
 
+    def arrange(self, sample: Conversation, config: MMInterleavedTrainConfig) -> Conversation:
+        """Return an image and its caption as one text, the image before or after it (MM-Interleaved, section 4.1), with
+        `config.both_ways`; else the sample."""
+        return either_way(sample, config.seed) if config.both_ways else sample
+
     def layout(
         self, target: dict[str, Tensor], config: MMInterleavedTrainConfig | None = None
     ) -> tuple[list[int], list[int]]:
@@ -175,19 +182,16 @@ class MMInterleavedHead(DiffusionHead):
         return [first, *[slot] * count], [first, *[IGNORE] * count]
 
     def complete(self, backbone: Backbone, batch: Batch, config: TrainConfig, rng: torch.Generator) -> Batch:
-        """Make target images context images of what follows them; an image that begins a text is not learnt there."""
+        """Make target images context images of what follows them."""
         if batch.ids.is_meta:  # an estimate, whose context images are encoded already
             return batch
-        (first, slot), image, begin = self.ids, backbone.image_token_id, backbone.tokenizer.bos_token_id
+        slot, image = self.ids[1], backbone.image_token_id
         slots = (batch.ids == image) | (batch.ids == slot)
         given = (batch.ids[slots] == image)[:: self.config.sizes.queries]  # (N + P,), in reading order
         places = torch.where(given, given.cumsum(0), given.sum() + (~given).cumsum(0)) - 1
         images = [*batch.context_images.values(), batch.targets["vision"]]
-        labels = batch.labels.clone()
-        if begin is not None:
-            labels[:, 1:].masked_fill_((batch.ids[:, :-1] == begin) & (labels[:, 1:] == first), IGNORE)
         ids = batch.ids.masked_fill(slots, image)
-        return replace(batch, ids=ids, labels=labels, context_images={"pixel_values": torch.cat(images)[places]})
+        return replace(batch, ids=ids, context_images={"pixel_values": torch.cat(images)[places]})
 
     def losses(self, hidden: Tensor, batch: Batch, config: MMInterleavedTrainConfig, rng: torch.Generator) -> Losses:
         """Return the loss of the generator on P target images, of weight 10 in the paper (eq. 5); that of an image with

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..files import digest
 from ..generators.latent_diffusion import LatentDiffusion
 from ..generators.seed_tokenizer import STAGES, SeedTokenizer
 from ..generators.unclip import StableUnCLIP
-from ..messages import Conversation, Message, Text
 from ..options import SeedOptions
+from ..prompts import either_way
 from . import DrawContext, Drawn, Forced, HeadSpec, ImageContext, Part, Request, Response, Sample, Stage, TrainRule
 from .diffusion import DiffusionHead
 from .losses import Losses, gather_others
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from ..backbones import Backbone
+    from ..messages import Conversation
     from .batch import Batch
 
 
@@ -158,13 +158,9 @@ class SeedHead(DiffusionHead):
         return targets
 
     def arrange(self, sample: Conversation, config: SeedTrainConfig) -> Conversation:
-        """Return an image and its caption as one text without a prompt, in one of both orders, by the caption; all of
-        it is learnt then (SEED, section 3.2). Without `config.both_ways` the sample stays as it is."""
-        images = sample.messages[-1].images
-        if not config.both_ways or len(images) != 1 or not images[0].caption:
-            return sample
-        pair, heads = (images[0], Text(images[0].caption)), digest(f"{config.seed} {images[0].caption}", size=1)
-        return Conversation((Message("assistant", pair[:: 1 if int(heads, 16) % 2 else -1]),), bare=True)
+        """Return an image and its caption as one text without a prompt, in one of both orders; all of it is learnt then
+        (SEED, section 3.2). Without `config.both_ways` the sample stays as it is."""
+        return either_way(sample, config.seed) if config.both_ways else sample
 
     def layout(self, target: dict[str, Tensor], config: SeedTrainConfig | None = None) -> tuple[list[int], list[int]]:
         """Return the ids <img>, K codes, </img> of a target image, all with labels; `complete` fills in the codes."""

@@ -130,6 +130,7 @@ class MMInterleavedTrainConfig(TrainConfig):
     """The settings of the head of MM-Interleaved."""
 
     ldm_weight: float = 10.0
+    both_ways: bool = False  # of captions half are learnt as caption and image, half as image and caption
     unet_lr: float = 1e-5  # of the UNet, or of its adapter
     offsets_lr: float = 1e-5  # of MMFS's and the ViT-Adapter's offsets, which have no weight decay
     min_snr: float | None = None

@@ -128,6 +128,8 @@ class Collator:
         starts = [start + len(ids) - len(sample.ids) for start in sample.starts]
         if len(starts) != len(targets):
             raise _Unusable("unfit text", f"{len(starts)} x {self.head.spec.new_tokens[0]} for {len(targets)} images")
+        if not self.head.spec.opens and 1 in starts and ids[0] == self.backbone.tokenizer.bos_token_id:
+            labels[1] = IGNORE
         return _Row(ids, labels, starts, inputs[first:], targets, captions, truncated)
 
     def _truncate_to_fit(

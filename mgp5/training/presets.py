@@ -154,7 +154,9 @@ def _mm_interleaved(stage: str) -> MMInterleavedTrainConfig:
     common = {"text_weight": 1.0, "weight_decay": 0.05, "schedule": "cosine"}
     if stage == "pretrain":
         common |= {"lr": 1e-4, "rows_lr": 1e-4, "unet_lr": 1e-5, "offsets_lr": 1e-5, "steps": 15_000, "warmup": 1000}
-        return MMInterleavedTrainConfig(stage=stage, batch=2, data=DataConfig(bare_captions=True), **common)
+        return MMInterleavedTrainConfig(
+            stage=stage, batch=2, data=DataConfig(bare_captions=True), both_ways=True, **common
+        )
     common |= {"lr": 1e-5, "rows_lr": 1e-5, "unet_lr": 1e-4, "offsets_lr": 1e-5, "steps": 4000, "warmup": 200}
     return MMInterleavedTrainConfig(stage=stage, batch=2, accumulation=64, **common)
 
@@ -177,7 +179,7 @@ def _mm_interleaved_demo(stage: str) -> MMInterleavedTrainConfig:
     common = {"text_weight": 1.0, "accumulation": 1, "warmup": 100, "checkpointing": False, "schedule": "cosine"}
     common |= {"rows_lr": 1e-3, "unet_lr": 1e-3, "offsets_lr": 1e-4, "sizes": sizes}
     if stage == "pretrain":
-        return MMInterleavedTrainConfig(stage=stage, lr=1e-3, batch=32, **common)
+        return MMInterleavedTrainConfig(stage=stage, lr=1e-3, batch=32, both_ways=True, **common)
     return MMInterleavedTrainConfig(stage=stage, lr=5e-4, batch=16, lora=LoraConfig(dropout=0.0), **common)
 
 
