@@ -1,7 +1,5 @@
 """Ten made-up lines of each public benchmark, with the oddities that the real files have."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +22,8 @@ def opening(folder: Path) -> None:
     def row(n: int, **more) -> dict:
         asked = [{"text": f"<BEGIN> Make card {n}. <image> For her.", "image": f"./images/Gift Cards/{n}-i-1.jpg"}]
         asked += [{"text": "In two steps. <image>", "image": None}]
-        output = [
-            {"text": "Fold it.", "image": f"./images/Gift Cards/{n}-o-1.jpg"},
-            {"text": "Send it.", "image": None},
-        ]
-        output += [{"text": "", "image": "./images/Gift Cards/gone.jpg"}]
+        parts = {"Fold it.": f"./images/Gift Cards/{n}-o-1.jpg", "Send it.": None, "": "./images/Gift Cards/gone.jpg"}
+        output = [{"text": text, "image": image} for text, image in parts.items()]
         ids = {"meta_task_id": "3", "meta_task_name": "Completion", "subtask_id": "2", "subtask_name": "Gift Cards"}
         talk = [{"input": asked}, {"output": output}]
         return ids | {"total_uid": f"03020{n:02}", "data_id": str(n), "conversations": talk} | more

@@ -1,7 +1,5 @@
 """What tests look at pages with: the system's Chromium, without which they are skipped, and a parser."""
 
-from __future__ import annotations
-
 import html.parser
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Commands in this process, for tests of whole runs of a head."""
 
-from __future__ import annotations
-
 import json
 from contextlib import chdir
 from pathlib import Path

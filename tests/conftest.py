@@ -3,8 +3,6 @@
 What takes seconds to import is imported where it is used: the process that only tells others what to run needs none.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import os
@@ -27,6 +25,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     worker, named = "PYTEST_XDIST_WORKER" in os.environ, config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     if not worker and not named and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of a quick run only its files are imported."""
+    name = collection_path.stem.removeprefix("test_")
+    return (config.option.markexpr == "quick" and collection_path.suffix == ".py" and name not in QUICK) or None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -206,12 +210,9 @@ def mllm_folder(request, llava_folder, qwen_folder):
 
 @pytest.fixture
 def model(mllm_folder, diffusion_folder):
-    import torch
+    from tiny_training import fresh
 
-    from mgp5.loading import build
-
-    torch.manual_seed(1)
-    return build(str(mllm_folder), str(diffusion_folder), num_vokens=4, guidance=3.0)
+    return fresh(mllm_folder, diffusion_folder)
 
 
 @pytest.fixture(scope="session")

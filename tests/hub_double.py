@@ -1,7 +1,5 @@
 """A hub on this machine: the few pages of it that its client asks for, over HTTP, from a dictionary of files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,8 +5,6 @@
 code of the packages runs.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json
@@ -100,10 +98,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
         pytest.skip("MGP5_LLAMA_TOKENIZER names no archive of llama-tokenizer-js, see tests/real_parts.py")
     with tarfile.open(archive) as tar:
         source = tar.extractfile("package/llama-tokenizer.js").read().decode()
-    packed = {
-        key: max(re.findall(rf"{key}\w*\s*[=:]\s*[\"'`]([A-Za-z0-9+/=]+)", source), key=len)
-        for key in ("vocab", "merge")
-    }
+    packed = {key: max(re.findall(rf"{key}\w*\s*[=:]\s*[\"'`]([A-Za-z0-9+/=]+)", source), key=len) for key in KEYS}
     words = base64.b64decode(packed["vocab"]).decode().split("\n")
     raw = base64.b64decode(packed["merge"])
     ids = struct.unpack(f"<{len(raw) // 2}H", raw)
@@ -117,9 +112,8 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(word, special=True, normalized=False) for word in ("<unk>", "<s>", "</s>")]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
 
 
 KEYS = ("vocab", "merge")

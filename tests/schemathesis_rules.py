@@ -1,7 +1,5 @@
 """What a request must hold that a schema cannot say: hooks of `st run`, see examples/serve/README.md."""
 
-from __future__ import annotations
-
 import base64
 
 import schemathesis

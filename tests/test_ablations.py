@@ -1,13 +1,12 @@
 """Presets, and what the papers ablate: each is configuration, and changes what it should and nothing else."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from tiny import picture
+from tiny_training import fresh
 
 from mgp5 import Conversation, Image, Mgp5Error
 from mgp5.config import TrainConfig
@@ -29,7 +28,7 @@ def make(llava_folder, diffusion_folder, vokens: int = 4, **mapper) -> Interleav
 
 @pytest.fixture
 def llava(llava_folder, diffusion_folder) -> InterleavedModel:
-    return make(llava_folder, diffusion_folder)
+    return fresh(llava_folder, diffusion_folder)
 
 
 def losses(model: InterleavedModel, config: TrainConfig):

@@ -4,8 +4,6 @@ Lazy and type-only imports count like all others. What the floor plan allows sta
 may import from its own tier and from those before it, as long as no circle comes of it.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache
@@ -130,14 +128,8 @@ def crowds() -> Iterator[str]:
     """Folders of more names than a reader takes in; mgp5/ itself has 15 modules and 16 folders."""
     for folder in {path.parent for path, _ in trees().values()}:
         inside = [path for path in folder.iterdir() if path.name not in ("__init__.py", "__main__.py", "__pycache__")]
-        modules, folders = (
-            sum(path.suffix == ".py" for path in inside),
-            len(
-                {
-                    path.name.partition("-")[0] for path in inside if path.is_dir()
-                }  # demo, demo-seed, ... are one kind of data
-            ),
-        )
+        modules = sum(path.suffix == ".py" for path in inside)
+        folders = len({path.name.partition("-")[0] for path in inside if path.is_dir()})  # demo, demo-seed are one kind
         top = folder == ROOT / "mgp5"
         if modules > NAMES or folders > NAMES + 1 or (modules + folders > NAMES and not top):
             yield f"{folder.relative_to(ROOT)} has more than {NAMES} names"

@@ -1,7 +1,6 @@
 """Each family of backbones against the forward of transformers; prefix tuning; gradient checkpointing; MiniGPT-4."""
 
-from __future__ import annotations
-
+import copy
 from dataclasses import replace
 
 import pytest
@@ -38,9 +37,14 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-@pytest.fixture
-def backbone(folder):
+@pytest.fixture(scope="module")
+def loaded(folder):
     return HFBackbone.load(folder)
+
+
+@pytest.fixture
+def backbone(loaded):
+    return copy.deepcopy(loaded)
 
 
 def batch_of(backbone, count=2):

@@ -1,7 +1,5 @@
 """`mgp5 bench` on tiny models: rows that add up, ways that agree, what is left out, and the form of the report."""
 
-from __future__ import annotations
-
 import json
 import math
 from unittest.mock import Mock
@@ -101,11 +99,9 @@ def test_a_way_that_fails_or_has_no_time_leaves_the_others_alone():
     found = interleave(on_cpu(steps=3, minutes=1, startup={"slow": 61.0}, tell=told.append), "a size", ways, weights=0)
     skipped = {name: timed.skipped for name, timed in found.items() if timed.skipped}
     assert skipped == {
-        "full": "out of memory",
-        "absent": "not installed",
-        "breaking": "RuntimeError: at the second image",
+        "full": "out of memory", "absent": "not installed", "breaking": "RuntimeError: at the second image",
         "slow": "out of time",
-    }
+    }  # fmt: skip
     assert [len(run) for run in found["good"].runs] == [2] * 3
     row = Timing(runs=[(0.2, 0.1)] * 3).row(1, per=4)
     assert (row["median"], row["p20"], row["p80"], row["unit"]) == (25.0, 25.0, 25.0, "ms")
@@ -131,8 +127,7 @@ def test_a_model_that_cannot_be_made_is_a_row(tmp_path, diffusion_folder):
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["kernels --steps 2", "kernels --minutes 2", "gpu --batch 4", "train --backend eager", "cpu --model x"],
+    "options", ["kernels --steps 2", "kernels --minutes 2", "gpu --batch 4", "train --backend eager", "cpu --model x"]
 )
 def test_what_a_suite_does_not_take_is_refused_in_a_line(tmp_path, options):
     done, report = run(tmp_path / "report.json", "--suite", *options.split())

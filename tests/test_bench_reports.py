@@ -1,7 +1,5 @@
 """What `mgp5 bench` compiles beforehand, what it runs as processes, and what it tells of a report; check.sh."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -98,11 +96,12 @@ def test_against_an_earlier_report_slower_rows_fail(tmp_path, monkeypatch, earli
 
 def test_the_rows_of_the_references_are_rows_of_today():
     """Their sizes are written as the suites write them."""
-    sizes = {
-        "guided step": r"(sd-2\.1-base, 512|sd-2\.1, 768) px, batch 2",
+    sizes = {"guided step": r"(sd-2\.1-base, 512|sd-2\.1, 768) px, batch 2"}
+    sizes |= {
         "decode": r"llava-1\.5-7b, 128 tokens .* 64",
+        "condition": r"llava-1\.5-7b, 8 positions behind 64",
+        "limit": "bfloat16; bytes read and written",
     }
-    sizes |= {"condition": r"llava-1\.5-7b, 8 positions behind 64", "limit": "bfloat16; bytes read and written"}
     sizes |= {"pretrain update": r"llava-1\.5-7b\+sd-2\.1-base, 512 px, 48 samples"}
     known = {f"{case.size} bfloat16" for pixels in (512, 768) for case in kernels.cases(pixels)}
     files = list((Path(kernels.__file__).parents[2] / "kernels" / "results").glob("*.json"))

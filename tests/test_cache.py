@@ -1,7 +1,5 @@
 """Frozen work done once: same losses with it, nothing computed twice, nothing of another model read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -10,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_training
 import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
@@ -19,7 +18,6 @@ from tiny_training import join
 
 from mgp5 import Image, Mgp5Error, cli
 from mgp5.data import Keyed, load_data
-from mgp5.loading import build
 from mgp5.model import InterleavedModel
 from mgp5.storyland.write import write
 from mgp5.training import feature_cache as caches
@@ -53,8 +51,7 @@ def command(model: Path, world: Path, out: Path, *more: str, formats=("cc3m", "v
 
 
 def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> InterleavedModel:
-    torch.manual_seed(1)
-    return build(str(folder / "mllm"), str(folder / "diffusion"), num_vokens=4, dtype=dtype)
+    return tiny_training.fresh(folder / "mllm", folder / "diffusion", dtype=dtype)
 
 
 def collator(model: InterleavedModel, found: Caches | None = None) -> Collator:
@@ -138,9 +135,8 @@ def test_a_run_killed_while_it_writes_goes_on(folders, world, tmp_path, monkeypa
     monkeypatch.setattr(caches, "SHARD_ITEMS", 3)
 
     def in_third_shard() -> bool:
-        return [
-            len([*tmp_path.glob(f"killed/*/{name}")]) for name in ("[0-9]*.safetensors", ".*.safetensors.part")
-        ] == [2, 1]
+        names = "[0-9]*.safetensors", ".*.safetensors.part"
+        return [len([*tmp_path.glob(f"killed/*/{name}")]) for name in names] == [2, 1]
 
     if not (child := os.fork()):
         fsync = os.fsync

@@ -1,7 +1,5 @@
 """`mgp5 chat`: messages and replies from the shell, and a session of lines and /commands."""
 
-from __future__ import annotations
-
 import builtins
 import re
 from dataclasses import replace
@@ -105,9 +103,8 @@ def test_a_chat_goes_on_when_the_context_is_full(talk, monkeypatch):
     lines = [f"{number} a red fox waves with a ball on the beach" for number in range(8)]
     talk.type(*lines)
     assert [message.text for message in talk.chat.conversation.messages if message.role == "user"] == lines
-    assert {each.messages[0].role for each in shown} == {"system"} and {each.messages[-1].text for each in shown} == {
-        *lines
-    }
+    assert {each.messages[0].role for each in shown} == {"system"}
+    assert {each.messages[-1].text for each in shown} == {*lines}
     counts = [sum(message.role == "user" for message in each.messages) for each in shown]
     assert counts[:2] == [1, 2] and max(counts) < 8
     assert told and "context is full" in told[0] and "1 oldest" in told[0]

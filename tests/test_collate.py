@@ -1,7 +1,5 @@
 """Conversations -> batches: what is left out and told, how history is cut, and several pictures in a turn."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -77,11 +75,9 @@ def test_broken_samples_are_left_out_and_named_never_replaced(collate, tmp_path)
     samples += [(f"drawn {name}", talk("x", Image(path=path))) for name, path in broken.items()]
     samples += [(f"seen {name}", talk(("x", Image(path=path)), "y")) for name, path in broken.items()]
     samples += [
-        Skipped("broken shard", "00012.tar"),
-        ("bytes", talk("x", Image(data=b"no picture"))),
-        ("text", talk("half a character \ud800", "x")),
-        ("two", good[1]),
-    ]
+        Skipped("broken shard", "00012.tar"), ("bytes", talk("x", Image(data=b"no picture"))),
+        ("text", talk("half a character \ud800", "x")), ("two", good[1]),
+    ]  # fmt: skip
     batch = collate(*samples)
     assert same(batch, collate(*good))
     kinds = [note.kind for note in batch.skipped]
@@ -120,11 +116,8 @@ def test_large_jpegs_are_decoded_smaller(tmp_path) -> None:
 def test_nothing_left_is_an_empty_batch(collate, backbone) -> None:
     batch = collate(("k", talk("x", Image(data=b""))))
     assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (0, 0) and batch.ids.dtype == torch.int64
-    assert (
-        batch.target_starts == batch.target_rows == batch.captions == ()
-        and batch.targets == {}
-        and batch.num_targets == 0
-    )
+    assert batch.target_starts == batch.target_rows == batch.captions == () and batch.num_targets == 0
+    assert batch.targets == {}
     assert batch.to(torch.device("cpu")).skipped == batch.skipped == (Skipped("broken image", batch.skipped[0].where),)
 
 
@@ -163,17 +156,14 @@ def test_cuts_are_whole_turns_then_scenes() -> None:
     chat = talk(("a", RED), "b", "c", ("d", BLUE), "one", RED, "two", BLUE, ("e", GREEN), ("f", RED), system="s")
     first = [["c"], ["one"], ["two"], ["e", GREEN]]
     assert [contents(cut)[:2] for cut in history_truncations(chat)] == [[["s"], turn] for turn in first]
-    assert all(
-        cut.messages[-1] == chat.messages[-1] and cut.messages[1].role == "user" for cut in history_truncations(chat)
-    )
+    kept = [(cut.messages[-1], cut.messages[1].role) for cut in history_truncations(chat)]
+    assert kept == [(chat.messages[-1], "user")] * len(first)
     story = narrate([("one", RED), ("two", BLUE), ("three", GREEN)], RED).add("assistant", "four")
     ends = [["two", BLUE, "three", GREEN], ["three", GREEN], []]
-    assert [contents(cut)[1] for cut in history_truncations(story)] == [
-        [*end, TASK_PROMPTS["narrate"][0], RED] for end in ends
-    ]
-    assert not any(
-        history_truncations(c) for c in (talk((RED, BLUE, "what is this?"), "x"), talk("hello", "x"), talk("x"))
-    )
+    cuts, asked = [contents(cut)[1] for cut in history_truncations(story)], [TASK_PROMPTS["narrate"][0], RED]
+    assert cuts == [[*end, *asked] for end in ends]
+    short = talk((RED, BLUE, "what is this?"), "x"), talk("hello", "x"), talk("x")
+    assert not any(map(history_truncations, short))
     swapped = Conversation((*talk("a", "b").messages[::-1], Message("assistant", (Text("c"),))))  # the assistant begins
     assert [contents(cut) for cut in history_truncations(swapped)] == [[["a"], ["c"]]]
 
@@ -198,9 +188,8 @@ def test_long_history_is_cut_no_more_than_needed(collate, backbone) -> None:
             assert [note.kind for note in batch.skipped] == ["history cut"] * (fitting[0] is not forms[0])
     layouts = [([voken], [voken]) for voken in backbone.tokenizer.convert_tokens_to_ids(list(VOKENS[:1]))]
     instruction = example(backbone, forms_last := history_truncations(chat)[-1], VOKENS[0], layouts)
-    assert "be kind" in backbone.tokenizer.decode(instruction.ids) and contents(forms_last)[1] == [
-        TASK_PROMPTS["continue"][0]
-    ]
+    assert "be kind" in backbone.tokenizer.decode(instruction.ids)
+    assert contents(forms_last)[1] == [TASK_PROMPTS["continue"][0]]
 
 
 # Several pictures in a turn

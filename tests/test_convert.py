@@ -1,7 +1,5 @@
 """Checkpoints in the layout of the release (keys, rows, what Lightning wraps around them), made with tiny shapes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

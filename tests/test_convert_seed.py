@@ -1,7 +1,5 @@
 """`mgp5 convert` of SEED's tokenizers and SEED-LLaMA, from files of the published layout with tiny shapes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

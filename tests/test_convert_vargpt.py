@@ -1,7 +1,5 @@
 """`mgp5 convert` of VAR and VARGPT-LLaVA v1, and the JSON of its data: tiny files of the published layout."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -99,21 +97,12 @@ def test_a_var_begins_a_decoder_beside_an_llm(files, llava_folder, tmp_path):
 
 def test_sharegpt_rows_are_conversations_and_what_is_wrong_is_counted(tmp_path):
     picture().save(tmp_path / "fox.png")
-    turns = [
-        {"role": "user", "content": "<image>\nAnother?"},
-        {"role": "assistant", "content": "So: <image_gen> there"},
-    ]
-    rows = [
-        {"messages": turns, "images": ["fox.png", "fox.png"]},
-        {
-            "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A fox"}],
-            "image": "fox.png",
-        },
-        {"messages": turns, "images": ["fox.png"]},
-        {"messages": turns, "images": ["fox.png", "none.png"]},
-        {"text": "no conversation"},
-        {"messages": [{"role": "bird", "content": "a"}]},
-    ]
+    turns = [{"role": "user", "content": "<image>\nAnother?"}]
+    turns += [{"role": "assistant", "content": "So: <image_gen> there"}]
+    talk = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "A fox"}]
+    rows = [{"messages": turns, "images": ["fox.png", "fox.png"]}, {"conversations": talk, "image": "fox.png"}]
+    rows += [{"messages": turns, "images": images} for images in (["fox.png"], ["fox.png", "none.png"])]
+    rows += [{"text": "no conversation"}, {"messages": [{"role": "bird", "content": "a"}]}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     assert find_format(tmp_path) == "sharegpt" and find_format(tmp_path / "train.json") == "sharegpt"
     data = load_data("sharegpt", tmp_path)

@@ -1,7 +1,5 @@
 """CC3M: cleaned captions, instructions, and the tables that people have."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

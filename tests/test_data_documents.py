@@ -1,7 +1,5 @@
 """Documents of text and images: the layouts of MMC4 and OBELICS."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from hashlib import sha256
@@ -71,11 +69,8 @@ def test_mmc4_drops_half_of_the_documents_with_one_image_and_limits_the_others(t
 
 def test_obelics_keeps_the_order_of_a_page(tmp_path):
     images(tmp_path, "a.png", "b.png")
-    pages = [
-        {"images": [None, "a.png", None, "b.png"], "texts": [" A cat. ", None, "It jumps.", None]},
-        {"images": ["b.png", "gone.png"], "texts": [None, None]},
-        {"images": ["a.png"], "texts": []},
-    ]
+    pages = [{"images": [None, "a.png", None, "b.png"], "texts": [" A cat. ", None, "It jumps.", None]}]
+    pages += [{"images": ["b.png", "gone.png"], "texts": [None, None]}, {"images": ["a.png"], "texts": []}]
     (tmp_path / "train").mkdir()
     (tmp_path / "images").rename(tmp_path / "train" / "images")
     (tmp_path / "train" / "obelics_0.jsonl").write_text("\n".join(map(json.dumps, pages)))

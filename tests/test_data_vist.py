@@ -1,7 +1,5 @@
 """VIST stories: the three tasks of the paper, their prompts, and what happens to stories that are malformed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -56,16 +54,12 @@ def test_vist_wording_is_stable_and_varied(tmp_path: Path) -> None:
 def test_story_prompts() -> None:
     image = Image(Path("a.png"))
     asked = illustrate([("one", image)], "a {cat}")
-    assert [part.text for part in asked.messages[1].content if isinstance(part, Text)] == [
-        "one",
-        "Generate an image with the scene description: a {cat}",
-    ]
+    texts = [part.text for part in asked.messages[1].content if isinstance(part, Text)]
+    assert texts == ["one", "Generate an image with the scene description: a {cat}"]
     assert continue_([], 2).messages[1].content == (Text("What should happen then?"),)
     assert narrate([("", image)], image).messages[1].content == (image, Text(TASK_PROMPTS["narrate"][0]), image)
-    assert narrate([("one", image)], image, 1, context="none").messages[1].content == (
-        Text(TASK_PROMPTS["narrate"][1]),
-        image,
-    )
+    alone = narrate([("one", image)], image, 1, context="none").messages[1].content
+    assert alone == (Text(TASK_PROMPTS["narrate"][1]), image)
     with pytest.raises(Mgp5Error, match="unknown context"):
         continue_([], context="some")
 
@@ -73,12 +67,8 @@ def test_story_prompts() -> None:
 def test_vist_counts_what_it_skips(tmp_path: Path) -> None:
     mapping = {"0": "images/0.jpg", "1": "images/1.jpg", "2": "images/gone.jpg"}
     bad = {
-        "none": [],
-        "text": "x",
-        "steps": ["x"],
-        "key": [{"caption": "a"}],
-        "caption": [{**story()[0], "caption": 1}],
-    }
+        "none": [], "text": "x", "steps": ["x"], "key": [{"caption": "a"}], "caption": [{**story()[0], "caption": 1}],
+    }  # fmt: skip
     data = vist.load(write_vist(tmp_path, {"s": story(), "unmapped": story()[:1], **bad}, mapping))
     assert data.problems == {"missing image": 2, "bad story": 5}
     assert [len(read.scenes) for read in data.stories] == [2] and len(data) == 2 + 1 + 1
@@ -103,10 +93,8 @@ def test_official_annotations(folder: str, tmp_path: Path) -> None:
     table = tmp_path / ("sis" if folder else "") / "train.story-in-sequence.json"
     table.write_text(json.dumps({"images": [{"id": "11", "album_id": "7"}], "albums": [], "annotations": rows}))
     data = vist.load(tmp_path, tasks=("illustrate",))
-    assert {story.name: [text for text, _ in story.scenes] for story in data.stories} == {
-        "9": ["Tom came.", "he sat .", "[male] left ."],
-        "8": ["alone"],
-    }
+    told = {story.name: [text for text, _ in story.scenes] for story in data.stories}
+    assert told == {"9": ["Tom came.", "he sat .", "[male] left ."], "8": ["alone"]}
     files = [image.path.resolve() for image in data[2].images]
     assert files == [tmp_path / folder / name for name in ("12.png", "11.jpg", "13.jpg")]
     assert data.problems == {"bad annotation": 1, "missing image": 2}

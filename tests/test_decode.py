@@ -1,12 +1,11 @@
 """Decoding: the static cache, rows of a batch, synchronization, sampling, and batched replies against single ones."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import feed, llm_only, picture
+from tiny_training import fresh
 
 from mgp5 import Conversation, Image
 from mgp5.backbones.adapters import add_prefix
@@ -19,7 +18,6 @@ from mgp5.inference.reply import generate, generate_batch
 from mgp5.inference.request import ReplyText
 from mgp5.inference.session import Session
 from mgp5.inference.token_sampling import SamplingParams, penalise, sample
-from mgp5.loading import build
 from mgp5.options import reply_options
 from mgp5.prompts import role_markers
 
@@ -45,10 +43,9 @@ def backbone(request):
     return HFBackbone.load(request.getfixturevalue(f"{request.param}_folder"))
 
 
-@pytest.fixture(scope="module")
-def model(backbone, diffusion_folder):
-    torch.manual_seed(1)
-    model = build(str(backbone.core.name_or_path), str(diffusion_folder), num_vokens=4, guidance=3.0)
+@pytest.fixture(scope="module", params=["llava", "qwen"])  # whose positions are a number, and three
+def model(request, diffusion_folder):
+    model = fresh(request.getfixturevalue(f"{request.param}_folder"), diffusion_folder)
     model.head.spec = replace(model.head.spec, reads_prefix=True)  # sessions keep all states, to be compared
     return model
 
@@ -176,10 +173,8 @@ def test_turns_of_a_batch_read_only_new_tokens(model):
             assert_same(events[row], other)
             assert other.meta["prefilled"] - events[row].meta["prefilled"] >= before[row]
         before = [other.meta["prefilled"] for other in alone]
-        talks = [
-            Conversation((*talk.messages, other.message)).add("user", "so?")
-            for talk, other in zip(talks, alone, strict=True)
-        ]
+        pairs = zip(talks, alone, strict=True)
+        talks = [Conversation((*talk.messages, other.message)).add("user", "so?") for talk, other in pairs]
 
 
 def test_tokens_decoded_beyond_the_end_leave_no_trace(model):
@@ -194,10 +189,8 @@ def test_tokens_decoded_beyond_the_end_leave_no_trace(model):
 
 def test_a_forced_run_is_one_forward_without_the_lm_head(model):
     calls = []
-    hooks = [
-        part.register_forward_hook(lambda *_, name=name: calls.append(name))
-        for name, part in (("head", model.backbone.lm_head), ("layer", model.backbone.language.layers[0]))
-    ]
+    parts = {"head": model.backbone.lm_head, "layer": model.backbone.language.layers[0]}
+    hooks = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
     events = list(generate(model, TALKS[0], reply_options(steps=1, max_tokens=0, image="always")))
     for hook in hooks:
         hook.remove()
@@ -297,12 +290,10 @@ class Letters:
     ("said", "stops", "shown"),
     [
         ("a fox ASSISTANT: hi", ("ASSISTANT:", "USER:"), "a fox "),
-        ("an ASS in US", ("ASSISTANT:", "USER:"), "an ASS in US"),
-        ("one. two", (". ",), "one"),
-        ("abcabd", ("abd",), "abc"),
-        ("no stop", (), "no stop"),
+        ("an ASS in US", ("ASSISTANT:", "USER:"), "an ASS in US"), ("one. two", (". ",), "one"),
+        ("abcabd", ("abd",), "abc"), ("no stop", (), "no stop"),
     ],
-)
+)  # fmt: skip
 def test_a_stop_ends_a_reply_and_none_of_it_is_shown(said, stops, shown):
     text, streamed = ReplyText(stops=stops), ""
     for letter in said:

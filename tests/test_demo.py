@@ -1,26 +1,21 @@
-"""The embedded demo: ordinary checkpoints, small enough, and the README's first command."""
+"""The embedded demo: ordinary checkpoints, small enough, that say and draw what is asked. test_golden_outputs.py has
+the story of the README's first command."""
 
-from __future__ import annotations
-
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image as pil
 
 import mgp5
 from mgp5 import Conversation, Image
-from mgp5.cli import main
 from mgp5.events import Finished, ImageDone
 from mgp5.inference.session import Session
 from mgp5.prompts import illustrate, narrate
 from mgp5.storyland.language import accepts
 from mgp5.storyland.tell import story
 from mgp5.storyland.world import rng
-from mgp5.views.files import read_png_metadata
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "mgp5" / "demo"
@@ -55,23 +50,6 @@ def test_parts_are_ordinary_checkpoints():
     assert image.size == (128, 128)
 
 
-def test_readme_command_tells_a_story(tmp_path, monkeypatch):
-    """In this process; `.ci/run` runs it from the shell."""
-    command = "mgp5 story --images examples/picnic --scenes 2 --out out/picnic"
-    assert command in (ROOT / "README.md").read_text()
-    monkeypatch.chdir(ROOT)
-    words = command.replace("out/picnic", str(tmp_path / "picnic")).split()[1:]
-    run = CliRunner().invoke(main, [*words, "--backend", "eager", "--seed", "0"])  # some seeds leave out a sentence
-    assert run.exit_code == 0, run.output
-    story = json.loads((tmp_path / "picnic" / "story.json").read_text())
-    images = [part for message in story["messages"] for part in message["content"] if part["type"] == "image"]
-    assert len(images) == 5
-    drawn = [read_png_metadata(tmp_path / "picnic" / image["path"]) for image in images[3:]]
-    assert all(meta["prompt"] and meta["steps"] == 20 and "seed" in meta for meta in drawn)
-    assert len(run.stdout.strip().splitlines()) >= 5
-    assert (tmp_path / "picnic" / "story.html").stat().st_size > 10_000
-
-
 def test_pictures_are_not_blank_and_depend_on_the_words(demo):
     options, pixels = mgp5.reply_options(image="always", max_tokens=0, steps=8), []
     for text in ("a red fox stands on the beach on a sunny day", "a blue elephant sleeps in the forest at night"):
@@ -95,7 +73,7 @@ def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
     assert demo.backbone.logits(state).argmax() == demo.head.ids[0]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_reply_without_a_system_message_is_a_chats(demo, seed):
     """It is asked with the model's system text, and ends where another turn would begin."""
     asked, options = Conversation().add("user", "a green frog"), mgp5.reply_options(seed=seed, max_tokens=40, steps=2)

@@ -1,7 +1,5 @@
 """The machine's memory, by the files of Linux: with and without containers of both versions of cgroups."""
 
-from __future__ import annotations
-
 import pytest
 
 from mgp5.device import host_memory
@@ -26,16 +24,14 @@ UNLIMITED = "9223372036854771712\n"
         (
             V1,
             {
-                "memory/memory.limit_in_bytes": UNLIMITED,
-                "memory/docker/ab/memory.limit_in_bytes": 4 * GiB,
-                "memory/docker/ab/memory.usage_in_bytes": 3 * GiB,
-                "memory/docker/ab/memory.stat": STAT,
+                "memory/memory.limit_in_bytes": UNLIMITED, "memory/docker/ab/memory.limit_in_bytes": 4 * GiB,
+                "memory/docker/ab/memory.usage_in_bytes": 3 * GiB, "memory/docker/ab/memory.stat": STAT,
             },
             (4, 2, True),
         ),
         (V2, {"memory.max": 60 * GiB, "memory.current": GiB}, (60, 40, True)),  # others take the machine's
     ],
-)
+)  # fmt: skip
 def test_containers_may_have_less_than_the_machine_has(tmp_path, groups, files, expected):
     written = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     written["proc/meminfo"] = f"MemTotal: {64 * GiB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {40 * GiB // 1024} kB\n"

@@ -1,7 +1,5 @@
 """Two processes, as `torchrun` and `accelerate launch` start them, against one: DDP and FSDP on CPUs."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

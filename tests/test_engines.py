@@ -1,7 +1,5 @@
 """Engines against diffusers' own denoiser, on tiny models of the real classes."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections import Counter
@@ -33,17 +31,11 @@ def stable_diffusion(**config) -> StableDiffusion:
     """As Stable Diffusion 2 is made, unless told otherwise: linear projections, own numbers of heads; two deep."""
     torch.manual_seed(0)
     settings = {
-        "sample_size": SIZE,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": 2,
+        "sample_size": SIZE, "block_out_channels": (16, 32), "layers_per_block": 2, "transformer_layers_per_block": 2,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": (2, 4),
-        "use_linear_projection": True,
-        "norm_num_groups": 8,
-    }
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": WIDTH,
+        "attention_head_dim": (2, 4), "use_linear_projection": True, "norm_num_groups": 8,
+    }  # fmt: skip
     unet = UNet2DConditionModel(**settings | config)
     return StableDiffusion(unet, tiny_vae(), NoiseSchedule.from_config({"prediction_type": "v_prediction"}))
 
@@ -51,14 +43,10 @@ def stable_diffusion(**config) -> StableDiffusion:
 def smallest() -> StableDiffusion:
     """One ResNet block of a size, two transformers: little to compile."""
     return stable_diffusion(
-        block_out_channels=(16,),
-        layers_per_block=1,
-        transformer_layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(16,), layers_per_block=1, transformer_layers_per_block=1,
+        down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",),
         attention_head_dim=2,
-    )
+    )  # fmt: skip
 
 
 def generator_of(kind: str, folder):

@@ -1,7 +1,5 @@
 """`mgp5 eval` as users run it: tiny models and the demo, real files and processes, the papers' data where it is."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Metrics against computations that share no code with them: closed forms, other libraries, cases worked by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile

@@ -1,7 +1,5 @@
 """The networks behind metrics on tiny models, the real MiniLM where it is installed, what is said without."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,10 +74,8 @@ def test_weights_are_found_in_the_hubs_cache_or_where_the_user_says(clip_folder,
     with pytest.raises(Mgp5Error, match=r"1710 MB.*hf download openai/clip-vit-large-patch14"):
         locate("clip-l", {})
     assert "ViT-L/14" in missing(METRICS["CLIP-T"].needs, {})
-    assert (
-        locate("clip-l", {"clip-l": clip_folder}) == clip_folder
-        and missing(METRICS["CLIP-T"].needs, {"clip-l": clip_folder}) is None
-    )
+    assert locate("clip-l", {"clip-l": clip_folder}) == clip_folder
+    assert missing(METRICS["CLIP-T"].needs, {"clip-l": clip_folder}) is None
     with pytest.raises(Mgp5Error, match="is not CLIP"):
         missing(METRICS["CLIP-T"].needs, {"clip-l": tmp_path})
     repo = tmp_path / "models--openai--clip-vit-large-patch14"

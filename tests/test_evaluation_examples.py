@@ -1,7 +1,5 @@
 """The scripts of examples/eval on tiny models: people's votes, and the ablations."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -90,10 +88,8 @@ def test_the_page_tells_no_names_and_is_made_the_same_again(evals, key, tmp_path
     first, second = map(votes.Replied.read, evals)
     votes.make_page(first, second, tmp_path / "again")
     assert (tmp_path / "again/compare.html").read_text() == page
-    labels = [
-        next(iter(votes.make_page(first, second, tmp_path / str(s), limit=1, seed=s)["systems"])) for s in range(6)
-    ]
-    assert set(labels) == {"A", "B"}  # chance says who is A, not the command line
+    keys = [votes.make_page(first, second, tmp_path / str(seed), limit=1, seed=seed) for seed in range(6)]
+    assert {next(iter(one["systems"])) for one in keys} == {"A", "B"}  # chance says who is A, not the command line
     images = votes.make_page(first, second, tmp_path / "images", kinds=["illustrate"])
     assert {tuple(one["criteria"]) for one in images["questions"].values()} == {("image", "coherence")}
     for one, other, message in ((first, first, "nothing to compare"), (first, second, "exists")):

@@ -1,7 +1,5 @@
 """Files that appear whole or not at all, claims between processes, and JSON that is broken."""
 
-from __future__ import annotations
-
 import os
 import re
 

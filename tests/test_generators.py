@@ -1,7 +1,5 @@
 """Stable Diffusion 1, 2, 3 and 3.5 on tiny models of the real classes, against diffusers' pipelines and the papers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -24,11 +22,9 @@ from mgp5 import Mgp5Error
 from mgp5.generators import load_generator
 
 SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
+    "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler,
     "pndm": PNDMScheduler,
-}
+}  # fmt: skip
 TEXTS = ["a red fox", "", "a very long text that goes on and on beyond the end of what clip can read"]
 unet_only = pytest.mark.parametrize("folder", ["epsilon", "v_prediction"], indirect=True)
 sd3_only = pytest.mark.parametrize("folder", ["sd3", "sd3.5"], indirect=True)
@@ -45,7 +41,7 @@ def model(folder):
     return load_generator(str(folder))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline(folder):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -4,8 +4,6 @@ Nothing of mgp5 computes the expected values: only transformers and diffusers mo
 model under test. B samples, T tokens, P target images, K vokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tiny import picture
+from tiny_training import fresh
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlavaForConditionalGeneration
 
 from mgp5 import Conversation, Image
-from mgp5.loading import build
 from mgp5.training.batch import Collator
 from mgp5.training.presets import preset
 
@@ -28,8 +26,7 @@ SEED = 5
 
 @pytest.fixture
 def ours(llava_folder, diffusion_folder):
-    torch.manual_seed(1)
-    return build(str(llava_folder), str(diffusion_folder), num_vokens=4).eval()
+    return fresh(llava_folder, diffusion_folder).eval()
 
 
 @pytest.fixture

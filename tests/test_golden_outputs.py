@@ -4,8 +4,6 @@ Texts are equal, images within 2 of 255, numbers within 1e-4. After a change tha
 MGP5_UPDATE_GOLDEN=1 pytest tests/test_golden_outputs.py, and look at what it wrote.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from base64 import b64decode
@@ -22,6 +20,7 @@ from serve_process import serving_here
 
 from mgp5 import cli
 
+pytestmark = pytest.mark.usefixtures("loads_once")
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 UPDATE = os.environ.get("MGP5_UPDATE_GOLDEN") == "1"
 EAGER = ("--backend", "eager", "--device", "cpu", "--steps", "8")
@@ -56,9 +55,8 @@ def check_image(name: str, image: pil.Image) -> None:
 def check_folder(name: str, folder: Path) -> None:
     """A folder's story.json: its texts in order, and the images that the assistant made."""
     chat = json.loads((folder / "story.json").read_text())["messages"]
-    check_value(
-        name, [[message["role"], *(part.get("text", "(image)") for part in message["content"])] for message in chat]
-    )
+    told = [[message["role"], *(part.get("text", "(image)") for part in message["content"])] for message in chat]
+    check_value(name, told)
     made = [part["path"] for m in chat if m["role"] == "assistant" for part in m["content"] if part["type"] == "image"]
     for number, path in enumerate(made):
         with pil.open(folder / path) as image:
@@ -80,14 +78,11 @@ def test_a_chat_of_three_turns(tmp_path):
 
 def test_a_batch_of_three_lines(tmp_path):
     (tmp_path / "1.png").write_bytes((ROOT / "examples/picnic/1.png").read_bytes())
+    own = {"steps": 5, "image_seed": 4}
     lines = (
         {"messages": [{"role": "user", "content": "draw a blue owl with a kite"}]},
         {"story": [{"path": "1.png", "text": "A day in the meadow."}], "scenes": 1},
-        {
-            "story": [{"text": "The green frog sits at the lake."}],
-            "scenes": 0,
-            "options": {"steps": 5, "image_seed": 4},
-        },
+        {"story": [{"text": "The green frog sits at the lake."}], "scenes": 0, "options": own},
     )
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run("story", "--batch", tmp_path / "lines.jsonl", "--seed", 5, "--out", tmp_path / "b", *EAGER)

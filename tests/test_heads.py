@@ -1,7 +1,5 @@
 """The seam: heads in the shapes of other papers are trained, saved, loaded and served by code that knows none."""
 
-from __future__ import annotations
-
 import json
 import queue
 import threading
@@ -10,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from replies import alike, check_together, force_images, numbers, reply
 from tiny import feed, picture
 from toy_heads import CodesConfig, CodesHead, CodesOptions, ScalesHead, SideHead, with_head
 
@@ -38,36 +37,15 @@ def codes(llava_folder):
     return with_head(llava_folder, CodesHead(CodesConfig()))
 
 
-def prefer_trigger(model):
-    """Let the LLM begin an image wherever it may."""
-    trigger = model.head.ids[0]
-    bonus = torch.zeros(len(model.backbone.lm_head.weight))
-    bonus[trigger] = 1e4
-    return model.backbone.lm_head.register_forward_hook(lambda module, args, logits: logits + bonus)
-
-
 def options(**values):
     return reply_options(CodesOptions, **{"temperature": 0.0, "max_tokens": 3, "max_images": 2} | values)
-
-
-def pixels(image: Image) -> torch.Tensor:
-    picture = image.load()
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size, 3).int()
-
-
-def same_reply(one: Finished, other: Finished) -> bool:
-    ours, theirs = one.message, other.message
-    if ours.text != theirs.text or len(ours.images) != len(theirs.images):
-        return False
-    pairs = zip(ours.images, theirs.images, strict=True)
-    return all((pixels(first) - pixels(second)).abs().max() <= 2 for first, second in pairs)
 
 
 # A head whose codes the LLM samples
 
 
 def test_codes_two_images_in_one_reply_with_previews_and_masks(codes):
-    prefer_trigger(codes)
+    force_images(codes)
     session = Session(codes)
     events = list(generate(codes, TALK, options(steps=4), session))
     steps = [(event.image, event.step, event.total) for event in events if isinstance(event, ImageStep)]
@@ -81,7 +59,7 @@ def test_codes_two_images_in_one_reply_with_previews_and_masks(codes):
     assert len(runs) == 2 and all(run[-1] == last for run in runs)
     for run in runs:
         assert all(token in all_codes[place % 2 :: 2] for place, token in enumerate(run[:-1]))
-    assert runs[0] != runs[1] and (pixels(images[0]) - pixels(images[1])).abs().max() > 2
+    assert runs[0] != runs[1] and (numbers(images[0]) - numbers(images[1])).abs().max() > 2
     assert images[0].meta["steps"] == 4 and images[1].meta["seed"] == images[0].meta["seed"] + 1
 
 
@@ -93,23 +71,23 @@ def test_no_two_draws_of_a_reply_share_random_numbers():
 
 
 def test_codes_beside_others_at_other_steps_are_as_alone(codes):
-    prefer_trigger(codes)
+    force_images(codes)
     talks = [TALK, Conversation().add("user", "hello"), TALK.add("assistant", "so").add("user", "again")]
     ways = [options(steps=steps, seed=steps, max_tokens=tokens) for steps, tokens in ((2, 0), (5, 4), (3, 2))]
-    alone = [list(generate(codes, talk, way))[-1] for talk, way in zip(talks, ways, strict=True)]
+    alone = [reply(codes, talk, way) for talk, way in zip(talks, ways, strict=True)]
     for together in (None, 2):  # the batch, and one that draws between pieces of text
         scheduler = Scheduler(codes, 2, text_steps=together)
         requests = [scheduler.submit(talk, way) for talk, way in zip(talks, ways, strict=True)]
         ends = {}
         while scheduler.busy:
             ends |= {id(request): event for request, event in scheduler.step() if isinstance(event, Finished)}
-        assert all(same_reply(ends[id(r)], end) for r, end in zip(requests, alone, strict=True))
+        assert all(alike(ends[id(r)].message, end) for r, end in zip(requests, alone, strict=True))
     batch = [event for _, event in generate_batch(codes, talks[:2], replace(ways[0], seed=3, image_seed=3))]
     assert 2 in codes.head.calls and sum(isinstance(event, Finished) for event in batch) == 2
 
 
 def test_an_image_given_up_while_a_worker_draws_it_ends_nobody_else(codes):
-    prefer_trigger(codes)
+    force_images(codes)
     cancelled, step = threading.Event(), codes.head.step
     codes.head.step = lambda key, inputs: step(key, inputs) if cancelled.wait(30) else None
     scheduler, ended = Scheduler(codes, 2, text_steps=1, workers=2), []
@@ -125,8 +103,8 @@ def test_an_image_given_up_while_a_worker_draws_it_ends_nobody_else(codes):
 
 
 def test_codes_are_served(codes):
-    prefer_trigger(codes)
-    alone = list(generate(codes, TALK, options(steps=3, seed=1)))[-1]
+    force_images(codes)
+    alone = reply(codes, TALK, options(steps=3, seed=1))
     loop = ServingLoop(codes, rows=2)
     loop.start()
     try:
@@ -141,7 +119,7 @@ def test_codes_are_served(codes):
             ends.append(event)
     finally:
         loop.stop()
-    assert same_reply(ends[1], alone) and loop.counts["finished"] == 3
+    assert alike(ends[1].message, alone) and loop.counts["finished"] == 3
 
 
 def test_options_of_another_head_are_refused_before_anything_is_computed(codes):
@@ -165,23 +143,21 @@ def samples() -> list[Conversation]:
 def test_codes_train_resume_save_and_load(codes, llava_folder, config, tmp_path, fresh_accelerator):
     before = {name: value.clone() for name, value in codes.named_parameters()}
     progress = list(train(codes, samples(), config, tmp_path / "run", stop_after=1))
-    progress += list(
-        train(with_head(llava_folder, CodesHead(CodesConfig())), samples(), config, tmp_path / "run", resume=True)
-    )
+    again = with_head(llava_folder, CodesHead(CodesConfig()))
+    progress += list(train(again, samples(), config, tmp_path / "run", resume=True))
     assert [set(step.losses) for step in progress] == [{"text", "pixels"}] * 2
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2] and all("pixels" in row for row in log)
-    trained = {
-        name for name, value in codes.named_parameters() if name in before and not torch.equal(value, before[name])
-    }
+    after = dict(codes.named_parameters())
+    trained = {name for name in before if not torch.equal(after[name], before[name])}
     assert trained == {f"head.decoder.{name}" for name, _ in codes.head.decoder.named_parameters()}
     loaded = load_checkpoint(resolve(str(tmp_path / "run")))
     saved = trained_tensors(loaded)
     assert {name.partition(".")[0] for name in saved} == {"decoder", "adapter"}
     assert loaded.config.head == "codes" and loaded.config.head_config == CodesConfig()
     loaded.merge()
-    prefer_trigger(loaded.eval())
-    assert len(list(generate(loaded, TALK, options(steps=1)))[-1].message.images) == 2
+    force_images(loaded.eval())
+    assert len(reply(loaded, TALK, options(steps=1)).images) == 2
 
 
 def test_a_stage_without_the_llm_trains_the_head_alone(codes, config, tmp_path, fresh_accelerator):
@@ -259,10 +235,7 @@ def test_scales_are_fed_and_painted_between_the_llms_calls(llava_folder):
     read = [token for token, _ in session.keys]
     at = read.index(model.head.ids[0])
     assert read[at : at + 16] == [model.head.ids[0], *[-1] * 14, model.head.ids[1]]
-    talks = [TALK, Conversation().add("user", "hi")]
-    together = [event for _, event in generate_batch(model, talks, way) if isinstance(event, Finished)]
-    alone = [list(generate(model, talk, way))[-1] for talk in talks]
-    assert all(any(same_reply(one, other) for other in together) for one in alone)
+    check_together(model, [TALK, Conversation().add("user", "hi")], way)
 
 
 # A head with side inputs in a layer of the LLM
@@ -303,6 +276,4 @@ def test_side_inputs_of_a_batch_are_those_of_each_reply(llava_folder):
     model = with_head(llava_folder, SideHead(32))
     way = reply_options(type(model.head.spec.image_options()), image="always", max_tokens=4, temperature=0.0)
     talks = [TALK, Conversation().add("user", "hi"), TALK.add("assistant", "so").add("user", Image(pixels=picture()))]
-    together = {row: event for row, event in generate_batch(model, talks, way) if isinstance(event, Finished)}
-    for row, talk in enumerate(talks):
-        assert same_reply(together[row], list(generate(model, talk, way))[-1])
+    check_together(model, talks, way)

@@ -1,7 +1,5 @@
 """Names of models, combinations of parts, and mirrors of repositories that are gone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

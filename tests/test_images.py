@@ -1,7 +1,5 @@
 """Odd but real image files: each shows two colours, left and right, as any viewer shows them."""
 
-from __future__ import annotations
-
 import struct
 import sys
 import zlib

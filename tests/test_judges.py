@@ -1,7 +1,5 @@
 """Judges of interleaved replies: a local model, an address of OpenAI's form, and how their words are read."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

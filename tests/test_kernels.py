@@ -1,7 +1,5 @@
 """Kernels: their references, the choice between both, and (in a process of its own) kernels against references."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -22,17 +20,13 @@ CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 
 
-def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_kernels_match_their_references(where, tmp_path):
     pytest.importorskip("triton")
-    cases = "-m", "pytest", str(HERE / "kernel_cases.py"), "--rootdir", str(HERE.parent), "--tb=short"
-    interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
-    found = run(*cases, folder=tmp_path, **interpreted)
+    command = [sys.executable, "-m", "pytest", HERE / "kernel_cases.py", "--rootdir", HERE.parent, "--tb=short"]
+    settings = {"OMP_NUM_THREADS": "1"}
+    settings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -87,26 +81,3 @@ def test_a_wrong_choice_is_one_line_and_a_usage_error(value, message, monkeypatc
     with pytest.raises(Mgp5Error, match=message) as caught:
         kernels.select_kernel("geglu", CPU, torch.float32)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-
-
-def test_nothing_needs_triton(tmp_path):
-    """Without it the package imports, references run, and MGP5_KERNELS=triton names what is missing."""
-    code = """
-import os, sys
-sys.modules["triton"] = None
-import torch, mgp5, mgp5.kernels.registry as kernels
-from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm
-x = torch.randn(1, 4, 2, 2)
-print(group_norm.group_norm_reference(x, x[0, :, 0, 0], x[0, :, 0, 0], 2, 1e-5, True, x[:, :, 0, 0]).shape)
-print(kernels.select_kernel("geglu", torch.device("cuda"), torch.float32).why)
-os.environ["MGP5_KERNELS"] = "triton"
-try:
-    kernels.select_kernel("geglu", torch.device("cuda"), torch.float32)
-except mgp5.errors.Mgp5Error as error:
-    print(error)
-"""
-    found = run("-c", code, folder=tmp_path)
-    assert found.returncode == 0, found.stderr
-    shape, *reasons = found.stdout.splitlines()
-    assert shape == "torch.Size([1, 4, 2, 2])" and len(reasons) == 2
-    assert all("pip install 'mgp5[triton]'" in reason for reason in reasons)

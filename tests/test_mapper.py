@@ -1,7 +1,5 @@
 """The feature mapper: size, shapes, gradients, and the unconditional condition."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """MMFS: its mask and its slot for nothing, gates of zero, the release's form, gradients in float64."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

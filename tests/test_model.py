@@ -1,7 +1,5 @@
 """Vokens, states and generation on tiny random LLaVA and Qwen2.5-VL models."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """The demo by ONNX Runtime, as `auto` draws it on a CPU: the user's cache, and the same images as by PyTorch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from mgp5.export.cache import fill

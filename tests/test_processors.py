@@ -1,7 +1,5 @@
 """Tokenizers and image processors in the layouts that real repositories have."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -116,9 +114,7 @@ def test_named_models_load_as_their_repositories_are_laid_out(family, nested, re
     assert backbone.tokenizer.chat_template == template
     backbone.limit_pixels(ModelConfig.max_pixels)
     assert backbone.slots(backbone.preprocess([pil.new("RGB", (4032, 3024))])) == [slots]
-    strips = [
-        pil.new("RGB", size) for size in ((100, 1), (1, 100), (4000, 40), (30, 3000))
-    ]  # the thinnest that are read
+    strips = [pil.new("RGB", size) for size in ((100, 1), (1, 100), (4000, 40), (30, 3000))]  # the thinnest
     assert all(0 < number <= 576 for number in backbone.slots(backbone.preprocess(strips)))
 
 

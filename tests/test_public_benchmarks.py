@@ -1,7 +1,5 @@
 """`mgp5 eval` on public benchmarks: their files read, answers in their layouts, judges, wins, reports."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence
@@ -122,9 +120,8 @@ def test_layouts_are_those_that_the_benchmarks_read(data, tmp_path):
     row = json.loads((tmp_path / "comm/garden_0_task3/results.json").read_text())
     assert row["input_image_list"] == ["input_1.jpg"] and row["output_gt_image_list"][0] == "output_gt_2.jpg"
     assert row["prediction_image_list"] == ["predict_2.jpg"] and row["model_output"] == "It goes on. <IMAGE>"
-    assert row["model_input"].startswith(
-        "Here are step-by-step instructions with images about Gardens: (1) Dig hole 0."
-    )
+    begins = "Here are step-by-step instructions with images about Gardens: (1) Dig hole 0."
+    assert row["model_input"].startswith(begins)
     assert {path.name for path in (tmp_path / "weave").iterdir()} == {"0_2.jpg", "0_3.jpg", "0_1_2.txt", "1_1_0.txt"}
     again = load(BENCHMARKS["comm"], tmp_path / "comm")[0]  # folders of results are themselves a table
     assert {case.key for case in again} >= {"garden_0_task1", "garden_1_task4"} and again[0].turns[0].said
@@ -139,10 +136,9 @@ def test_a_table_of_comm_in_other_files_is_the_same(data, suffix, tmp_path):
         torch.save(rows, file)
     else:
         file.write_text("\n".join(map(json.dumps, rows)))
-    found = load(BENCHMARKS["comm"], tmp_path, limit=1)[0]
-    assert [(c.key, kinds(c.turns[0].said)) for c in found] == [
-        (c.key, kinds(c.turns[0].said)) for c in cases_of(data, "comm", 1)
-    ]
+    tables = load(BENCHMARKS["comm"], tmp_path, limit=1)[0], cases_of(data, "comm", 1)
+    found, expected = ([(case.key, kinds(case.turns[0].said)) for case in cases] for cases in tables)
+    assert found == expected
 
 
 def test_texts_and_images_are_paired_in_order():
@@ -232,12 +228,10 @@ def test_two_lines_of_each_are_answered_judged_and_reported(data, trained, forma
 @pytest.mark.parametrize(
     ("says", "won", "lost"),  # ties 0, ties .5, by leaning, no ties, where the model is A and where it is B
     [
-        ("A is better", (1, 1, 1, 1), (0, 0, 0, 0)),
-        ("Tie(B is better)", (0, 0.5, 0), (0, 0.5, 1)),
-        ("Tie", (0, 0.5), (0, 0.5)),
-        ("neither", (), ()),
+        ("A is better", (1, 1, 1, 1), (0, 0, 0, 0)), ("Tie(B is better)", (0, 0.5, 0), (0, 0.5, 1)),
+        ("Tie", (0, 0.5), (0, 0.5)), ("neither", (), ()),
     ],
-)
+)  # fmt: skip
 def test_wins_count_ties_both_ways(data, trained, says, won, lost, tmp_path, monkeypatch):
     cases, benchmark = cases_of(data, "opening"), BENCHMARKS["opening"]
     theirs = benchmark.write(tmp_path / "theirs", "GILL", [(case, answers(case)) for case in cases])
@@ -333,13 +327,11 @@ def test_what_is_wrong_is_told_before_anything_is_made(data, trained, tmp_path):
     out = ["--out", str(tmp_path / "out"), "--model", trained]
     told = refused("--format", "weave", "--judge", "default", *out)
     assert "without --data" in told and "weave has no published judge" in told
-    assert "--against without --judge" in refused(
-        "--format", "opening", "--data", str(data["opening"]), "--against", str(tmp_path), *out
-    )
-    assert "--format opening with --task, --metric" in refused(
-        "--format", "opening", "--task", "last", "--metric", "FID", *out
-    )
-    assert "--format storyland with --rounds" in refused("--format", "storyland", "--rounds", "2", *out)
+    out += ["--format", "opening"]
+    told = refused("--data", str(data["opening"]), "--against", str(tmp_path), *out)
+    assert "--against without --judge" in told
+    assert "--format opening with --task, --metric" in refused("--task", "last", "--metric", "FID", *out)
+    assert "--format storyland with --rounds" in refused(*out, "--format", "storyland", "--rounds", "2")
     with pytest.raises(Mgp5Error, match=r"holds no test\.json"):
         load(BENCHMARKS["weave"], tmp_path)
     row = {"id": "../../mine", "question": [{"text": "?", "image": None}], "gt_answer": "!"}

@@ -1,7 +1,5 @@
 """Frozen LLMs in 4 and 8 bits: quantized layers, trained weights, and checkpoints for both kinds of weights."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -79,12 +77,8 @@ def test_only_the_decoders_layers_are_quantised(kind, mllm, request):
     backbone = HFBackbone.load(request.getfixturevalue(f"{mllm}_folder"), quantize=kind)
     quantized = {name for name, p in backbone.core.named_parameters() if stored(p) == TYPES[kind]}
     language = {id(m) for m in backbone.language.layers.modules()}
-    linears = {
-        f"{name}.weight"
-        for name, m in backbone.core.named_modules()
-        if "Linear" in type(m).__name__ and id(m) in language
-    }
-    assert quantized == linears
+    linears = {name for name, m in backbone.core.named_modules() if "Linear" in type(m).__name__ and id(m) in language}
+    assert quantized == {f"{name}.weight" for name in linears}
     assert len(quantized) == 7 * len(backbone.language.layers)
 
 
@@ -102,9 +96,8 @@ def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
     model.merge()
     changed = update(model, "finetune")
     assert {"lora_A", "lora_B"} <= {part for name in changed for part in name.split(".")}
-    assert all(
-        any(part in name for part in ("lora_", "trainable_tokens_delta", "mapper.transformer")) for name in changed
-    )
+    parts = "lora_", "trainable_tokens_delta", "mapper.transformer"
+    assert all(any(part in name for part in parts) for name in changed)
     save_checkpoint(model, tmp_path)
     batch = batch_for(model)
     with torch.no_grad():
@@ -117,11 +110,8 @@ def test_both_stages_train_only_their_parts_and_the_checkpoint_loads_either_way(
     assert torch.equal(quantised, merged) != (kind in TORCHAO)  # which quantises merged weights, to generate
     close = torch.nn.functional.cosine_similarity(plain, quantised, dim=-1)[batch.mask.bool()]
     assert 0.9 < close.mean() < 1 - 1e-7  # the same model, but for rounding
-    events = generate(
-        load(tmp_path, quantize=kind),
-        Conversation().add("user", "fox"),
-        reply_options(seed=1, steps=2, max_tokens=4, image="always"),
-    )
+    way = reply_options(seed=1, steps=2, max_tokens=4, image="always")
+    events = generate(load(tmp_path, quantize=kind), Conversation().add("user", "fox"), way)
     assert any(isinstance(event, ImageDone) for event in events)
 
 
@@ -148,13 +138,7 @@ def test_weights_of_llm_and_denoiser_are_stored_small_and_images_stay_close(kind
         sizes = {name: p.numel() for name, p in layers.named_parameters()}
         small = {name for name, p in layers.named_parameters() if stored(p) == TYPES[kind]}
         assert sum(sizes[name] for name in small) > least * sum(sizes.values())
-    talk, options = (
-        Conversation().add("user", "A red fox."),
-        reply_options(seed=1, steps=4, max_tokens=0, image="always"),
-    )
-    images = [
-        next(event.image.load() for event in generate(each, talk, options) if isinstance(event, ImageDone))
-        for each in (model, plain)
-    ]
+    talk, way = Conversation().add("user", "A red fox."), reply_options(seed=1, steps=4, max_tokens=0, image="always")
+    images = [list(generate(each, talk, way))[-1].message.images[0].load() for each in (model, plain)]
     difference = sum(ImageStat.Stat(ImageChops.difference(*images)).mean) / 3
     assert 0 < difference < most

@@ -1,7 +1,5 @@
 """A real LLM and real tokenizers, where tests elsewhere have tiny random ones: `pytest -m real`, see real_parts.py."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

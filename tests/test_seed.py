@@ -1,24 +1,24 @@
 """The head of SEED: codes in the sequence, four stages of training, replies whose images the LLM says in words."""
 
-from __future__ import annotations
-
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from replies import check_together, force_images, reply, train_and_load
 from tiny import picture
 from toy_heads import CodesOptions
 
 from mgp5 import Conversation, Image
 from mgp5.config import LoraConfig
 from mgp5.errors import Mgp5Error
-from mgp5.events import Finished, ImageDone
+from mgp5.events import ImageDone
 from mgp5.generators.seed_stages import SeedTokenizerConfig
 from mgp5.heads.losses import labelled, text_loss
 from mgp5.hub import resolve
-from mgp5.inference.reply import generate, generate_batch
+from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
-from mgp5.loading import build, load_checkpoint, save_checkpoint, trained_tensors
+from mgp5.loading import build, load_checkpoint, trained_tensors
 from mgp5.options import SeedOptions, reply_options
 from mgp5.training.batch import Collator
 from mgp5.training.loop import train
@@ -33,13 +33,18 @@ TALK = Conversation().add("user", Image(pixels=picture("blue")), "draw")
 STAGES = ("tokenizer-contrastive", "tokenizer", "pretrain", "finetune")
 
 
-@pytest.fixture
-def seed(llava_folder, diffusion_folder):
+@pytest.fixture(scope="module")
+def built(llava_folder, diffusion_folder):
     torch.manual_seed(0)
     model = build(str(llava_folder), str(diffusion_folder), head="seed", tokenizer=TINY).eval()
     with torch.no_grad():  # codes of all images are the same one where the codebook has begun
         model.head.tokenizer.quantizer.codebook.weight.normal_(std=0.3)
     return model
+
+
+@pytest.fixture
+def seed(built):
+    return copy.deepcopy(built)
 
 
 def config(stage, **values):
@@ -58,13 +63,6 @@ def options(**values):
     return reply_options(SeedOptions, **{"temperature": 0.0, "max_tokens": 3, "max_images": 2, "steps": 2} | values)
 
 
-def force_images(model):
-    """Let the LLM begin an image wherever it may."""
-    bonus = torch.zeros(len(model.backbone.lm_head.weight))
-    bonus[model.head.ids[0]] = 1e4
-    model.backbone.lm_head.register_forward_hook(lambda module, args, logits: logits + bonus)
-
-
 def code_runs(model, keys):
     """The codes of the images in what a session has read; each must end in </img>."""
     first, *words, last = model.head.ids
@@ -81,25 +79,16 @@ def losses(model, settings, data=None):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_trains_its_part_resumes_bit_for_bit_and_loads(seed, stage, tmp_path, fresh_accelerator):
-    settings, start = config(stage), {k: v.clone() for k, v in trained_tensors(seed).items()}
-    save_checkpoint(seed, tmp_path / "fresh")
-    rows = list(train(seed, samples(), settings, tmp_path / "run"))
+    rows, start, whole, loaded = train_and_load(seed, samples(), config(stage), tmp_path)
     terms = {
         "tokenizer-contrastive": {"contrastive"},
         "tokenizer": {"quantizer", "reconstruction", "condition", "codebook"},
     }.get(stage, {"text"})
     assert [set(row.losses) for row in rows] == [terms] * 2
-    whole = trained_tensors(seed)
     moved = {name for name in start if not torch.equal(start[name], whole[name])}
     assert all(name.startswith("tokenizer.causal.") == (stage == STAGES[0]) for name in moved)
     assert bool(moved) == (stage in STAGES[:2])
-    for resume in (False, True):
-        again = load_checkpoint(resolve(str(tmp_path / "fresh")))
-        list(train(again, samples(), settings, tmp_path / "parts", stop_after=1, resume=resume))
-    torch.testing.assert_close(trained_tensors(again), whole, rtol=0, atol=0)
-    loaded = load_checkpoint(resolve(str(tmp_path / "run")))
-    assert loaded.config.head == "seed" and loaded.config.stage == stage
-    torch.testing.assert_close(trained_tensors(loaded), whole, rtol=0, atol=0)
+    assert (loaded.head, loaded.stage) == ("seed", stage)
 
 
 def test_a_reply_has_two_images_of_k_codes_whatever_the_weights_and_they_are_not_encoded_again(seed):
@@ -110,33 +99,22 @@ def test_a_reply_has_two_images_of_k_codes_whatever_the_weights_and_they_are_not
     assert sum(isinstance(event, ImageDone) for event in events) == len(message.images) == 2
     given, *drawn = code_runs(seed, session.keys)
     assert len(drawn) == 2 and all(len(run) == K for run in (given, *drawn)) and drawn[0] != drawn[1]
-    assert list(generate(seed, TALK, options(code_top_p=1.0)))[-1].message.images[0].load().tobytes()
     encoded = []
     real = seed.backbone.vision_tokens
     seed.backbone.vision_tokens = lambda inputs: encoded.append(1) or real(inputs)
     talk = Conversation((*TALK.messages, message)).add("user", "again")
-    list(generate(seed, talk, options(image="never"), session))
+    reply(seed, talk, options(image="never"), session)
     assert code_runs(seed, session.keys)[:3] == [given, *drawn] and not encoded
 
 
 def test_replies_in_a_batch_are_as_alone_and_options_of_codes_count(seed):
     force_images(seed)
     talks = [TALK, Conversation().add("user", "hello there")]
-    alone = [list(generate(seed, talk, options(code_top_p=1.0)))[-1].message for talk in talks]
-    ends = {i: e.message for i, e in generate_batch(seed, talks, options(code_top_p=1.0)) if isinstance(e, Finished)}
-    for number, message in enumerate(alone):
-        assert message.text == ends[number].text
-        for one, other in zip(message.images, ends[number].images, strict=True):
-            a, b = (torch.tensor(list(image.load().tobytes())).int() for image in (one, other))
-            assert (a - b).abs().max() <= 2
-    runs = {}
-    for name, way in {
-        "likely": {"code_temperature": 0.0},
-        "first": {"code_top_k": 1},
-        "any": {"code_top_p": 1.0},
-    }.items():
+    check_together(seed, talks, options(code_top_p=1.0))
+    runs, ways = {}, {"likely": {"code_temperature": 0.0}, "first": {"code_top_k": 1}, "any": {"code_top_p": 1.0}}
+    for name, way in ways.items():
         session = Session(seed)
-        list(generate(seed, talks[1], options(max_images=1, **way), session))
+        reply(seed, talks[1], options(max_images=1, **way), session)
         runs[name] = code_runs(seed, session.keys)
     assert runs["likely"] == runs["first"] != runs["any"]
     with pytest.raises(Mgp5Error, match="options are CodesOptions, expected SeedOptions"):
@@ -162,11 +140,7 @@ def test_states_that_predict_codes_are_the_same_in_training_and_in_a_reply(seed)
 
     seed.head.draw = watched
     force_images(seed)
-    list(
-        generate(
-            seed, Conversation().add("user", "hello"), options(max_images=1, max_tokens=0, image="always"), session
-        )
-    )
+    reply(seed, Conversation().add("user", "hello"), options(max_images=1, max_tokens=0, image="always"), session)
     read = torch.tensor([[token for token, _ in session.keys]])
     start = read[0].tolist().index(seed.head.ids[0])
     embeds = seed.backbone.embed(read, [])
@@ -219,7 +193,7 @@ def test_guidance_by_codes_asks_the_llm_once_and_again_after_training(seed):
     kept = [seed.head.unconditional(seed.head.condition(codes)) for _ in range(2)]
     torch.testing.assert_close(kept, [seed.head.condition(codes)] * 2)
     force_images(seed)
-    assert list(generate(seed, TALK, options(guidance=5.0, max_images=1)))[-1].message.images and len(asked) == 1
+    assert reply(seed, TALK, options(guidance=5.0, max_images=1)).images and len(asked) == 1
     seed.train().eval()
     seed.head.unconditional(kept[0])
     assert len(asked) == 2

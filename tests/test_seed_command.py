@@ -1,7 +1,5 @@
 """The head of SEED by the command line: from data and parts to a reply, on tiny models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -94,9 +92,7 @@ def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):
         assert all(torch.equal(value, cached[name]) for name, value in live.items())
     (part,) = home.glob("codes/codes-*/*.safetensors")
     codes = load_file(part)
-    assert {value.dtype for value in codes.values()} == {torch.int32} and {len(value) for value in codes.values()} == {
-        4
-    }
+    assert {(value.dtype, len(value)) for value in codes.values()} == {(torch.int32, 4)}
     cache("tokenizer-contrastive", "stale", "codes")
     told = train("pretrain", "tokenizer", "refused", home, "--cache", "stale", code=1)
     assert "differs in weights" in told

@@ -1,7 +1,5 @@
 """Files in the layout of SEED's release: the names stand here as the public classes have them, the shapes are tiny."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -118,9 +116,7 @@ def test_a_released_tokenizer_is_read(kind, tmp_path):
     assert codes.shape == (2, K)
     with torch.no_grad():
         entries = tensors["quantize.embedding.weight"][codes]
-        first, second = (
-            (tensors[f"decode_task_layer.{i}.weight"], tensors[f"decode_task_layer.{i}.bias"]) for i in (0, 2)
-        )
+        first, second = ([tensors[f"decode_task_layer.{i}.{part}"] for part in ("weight", "bias")] for i in (0, 2))
         decoded = F.linear(F.linear(entries, *first).tanh(), *second)
         end = "_text" if kind == "text" else "_image"
         states = decoded + tensors[f"pos_embed{end}"]

@@ -1,7 +1,5 @@
 """SEED's tokenizer on tiny shapes: what its parts must hold, and the files of its release."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 
@@ -20,22 +18,10 @@ from mgp5.generators.seed_tokenizer import SeedTokenizer, SeedVision, load_blip2
 from mgp5.heads.losses import gather_others
 
 TINY = {
-    "vision_width": 12,
-    "queries": 4,
-    "width": 16,
-    "heads": 2,
-    "causal_layers": 2,
-    "codes": 16,
-    "code_width": 4,
-    "block_layers": 1,
-    "reverse_layers": 2,
-    "mlp_widths": (8, 6),
-    "condition_length": 5,
-    "condition_width": 10,
-    "text_vocab": 30,
-    "text_positions": 9,
-    "projection": 6,
-}
+    "vision_width": 12, "queries": 4, "width": 16, "heads": 2, "causal_layers": 2, "codes": 16, "code_width": 4,
+    "block_layers": 1, "reverse_layers": 2, "mlp_widths": (8, 6), "condition_length": 5, "condition_width": 10,
+    "text_vocab": 30, "text_positions": 9, "projection": 6,
+}  # fmt: skip
 KINDS = {"text": (5, 10), "image": (1, 10), "image-mlp": (1, 10)}
 
 
@@ -238,13 +224,8 @@ def blip2(tmp_path_factory):
     vision = {"hidden_size": 12, "image_size": 28, "patch_size": 14, **layers}
     reader = {"hidden_size": 16, "encoder_hidden_size": 12, "vocab_size": 30, "max_position_embeddings": 9, **layers}
     words = {
-        "model_type": "opt",
-        "hidden_size": 16,
-        "ffn_dim": 16,
-        "word_embed_proj_dim": 16,
-        "vocab_size": 20,
-        **layers,
-    }
+        "model_type": "opt", "hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "vocab_size": 20, **layers,
+    }  # fmt: skip
     for name, kind, text in (("itm", Blip2ForImageTextRetrieval, True), ("opt", Blip2ForConditionalGeneration, False)):
         qformer_config = {**reader, "use_qformer_text_input": text}
         parts = {"vision_config": vision, "qformer_config": qformer_config, "text_config": words}

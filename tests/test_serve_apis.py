@@ -1,7 +1,5 @@
 """The APIs of `mgp5 serve` by OpenAI's own client: responses, images beside a chat's text, streamed images, edits."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 from io import BytesIO

@@ -1,7 +1,5 @@
 """The OpenAPI document of `mgp5 serve`, held against a real server by schemathesis."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

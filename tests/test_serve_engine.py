@@ -1,7 +1,5 @@
 """The loop of a server: replies that come and go beside each other are what they are alone."""
 
-from __future__ import annotations
-
 import queue
 import time
 from dataclasses import replace
@@ -191,12 +189,13 @@ def test_text_goes_on_while_others_draw(serving):
 def test_a_full_queue_refuses_and_jobs_are_served_in_their_order(serving):
     engine, ends = serving(rows=1, limit=3), []
     first, *others = (Asked(TALKS[0], WAYS[0].updated({"steps": steps, "max_tokens": 0})) for steps in (300, 2, 3, 1))
+
+    def note(event, number: int) -> None:
+        ends.extend([number] * isinstance(event, Finished))
+
     for number, one in enumerate(others):
         put = one.deliver
-        one.deliver = lambda event, put=put, number=number: (
-            put(event),
-            ends.append(number) if isinstance(event, Finished) else None,
-        )
+        one.deliver = lambda event, put=put, number=number: (put(event), note(event, number))
     engine.submit(first)
     first.wait_for(ImageStep)
     engine.submit(*others)

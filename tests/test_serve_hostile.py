@@ -1,7 +1,5 @@
 """Requests that mean no good: each gets the right status and one line, and the server goes on serving others."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -130,16 +128,10 @@ URLS = (
     encoded(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"),
 )
 DRAWINGS = {  # wrong values of fields of /v1/images/generations
-    "prompt": (None, "", ["a"], "x" * 5000),
-    "n": (0, 3),
-    "response_format": ("url",),
-    "output_format": ("webp",),
-    "partial_images": (4, "2"),
-    "negative_prompt": ("ugly",),
-    "num_inference_steps": (0, 51),
-    "guidance_scale": (-1,),
+    "prompt": (None, "", ["a"], "x" * 5000), "n": (0, 3), "response_format": ("url",), "output_format": ("webp",),
+    "partial_images": (4, "2"), "negative_prompt": ("ugly",), "num_inference_steps": (0, 51), "guidance_scale": (-1,),
     "extra_body": ({"steps": 0}, 5),
-}
+}  # fmt: skip
 OTHERS = {
     "another model": (404, "POST", CHAT, chat(model="gpt"), JSON),
     "a model that climbs": (404, "GET", "/v1/models/../../etc/passwd", None, {}),
@@ -189,10 +181,7 @@ def test_an_error_says_in_words_where_it_is(server):
     for fields, told in (
         ({"messages": [*HELLO, {"role": "assistant", "content": 5}]}, "messages.1.content: expected a valid string or"),
         ({"messages": [{"role": "user", "content": shown}]}, "messages.0.content.0.image_url.url: missing"),
-        (
-            {"messages": [{"role": "tool", "content": "a"}]},
-            "messages.0.role: expected 'system', 'developer', 'user'",
-        ),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: expected 'system', 'developer', 'user'"),
         ({"tools": [{"type": "function"}]}, "tools: not supported here, expected [], or leave it out"),
         ({"tempreature": 1}, "tempreature: not a field of this request, leave it out"),
         ({"num_inference_steps": 0}, "num_inference_steps: expected"),

@@ -1,7 +1,5 @@
 """Pictures by URL: what is fetched from where, with a real server on this machine."""
 
-from __future__ import annotations
-
 import base64
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Requests to responses and edits: as known programs send them, and some that mean no good."""
 
-from __future__ import annotations
-
 import base64
 import json
 from io import BytesIO
@@ -97,12 +95,8 @@ def test_requests_as_open_webui_sends_them(server):
     seen = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": data_url()}}]
     talk = [{"role": "system", "content": "be short"}, {"role": "user", "content": seen}]
     chat = {
-        "stream": True,
-        "model": "tiny",
-        "messages": talk,
-        "stream_options": {"include_usage": True},
-        "max_tokens": 4,
-    }
+        "stream": True, "model": "tiny", "messages": talk, "stream_options": {"include_usage": True}, "max_tokens": 4,
+    }  # fmt: skip
     status, answer = server.ask("POST", "/v1/chat/completions", json.dumps(chat).encode(), JSON)
     chunks = [json.loads(line[6:]) for line in answer.split(b"\n\n") if line.startswith(b"data: {")]
     assert status == 200 and chunks[-1]["usage"]["completion_tokens"] <= 4

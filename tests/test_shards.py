@@ -1,7 +1,5 @@
 """WebDataset shards: the samples in them, who gets which, resuming bit for bit, damage, and reading over http."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -92,21 +90,15 @@ def test_samples_are_those_of_cc3m(tmp_path: Path) -> None:
     assert keys(found) == ["0.tar/sub/a", "0.tar/b", *lost, *late, "0.tar/000000001"]
     assert [item[1].images[0].caption for item in found[6:8]] == ["late", "in json"]
     talk = found[0][1]
-    assert (
-        talk == caption_to_image(talk.images[0])
-        and talk.images[0].data == b"1"
-        and talk.images[0].caption == "two words"
-    )
+    assert talk == caption_to_image(talk.images[0])
+    assert (talk.images[0].data, talk.images[0].caption) == (b"1", "two words")
     assert found[1][1].images[0].caption == "of json" and found[-1][1].messages[0].text == "a dog, 1"
 
 
 def test_columns_are_named_and_compressed_shards_are_told(tmp_path: Path) -> None:
     members = [
-        ("a.input.jpg", b"1"),
-        ("a.outputs.txt", b"A dog"),
-        ("a.jpg", b"2"),
-        ("a.meta.json", b'{"caption": "x"}'),
-    ]
+        ("a.input.jpg", b"1"), ("a.outputs.txt", b"A dog"), ("a.jpg", b"2"), ("a.meta.json", b'{"caption": "x"}'),
+    ]  # fmt: skip
     write_tar(tmp_path / "0.tar", *members)
     with pytest.raises(Mgp5Error, match=r"no caption \(first: 0.tar/a has input.jpg, jpg, meta.json, outputs.txt"):
         shards.load(tmp_path)
@@ -140,8 +132,10 @@ def test_an_epoch_has_every_sample_once_over_ranks_and_workers(sizes: tuple, wor
     assert ranks[0][:4] != ranks[0][4:]
 
 
-@pytest.mark.parametrize("stats", [True, False])
-@pytest.mark.parametrize(("workers", "positions"), [(0, range(1, 40, 3)), (1, (2,)), (2, (1, 12)), (3, (1, 5, 21))])
+@pytest.mark.parametrize(
+    ("workers", "positions", "stats"),
+    [(0, range(1, 40, 3), True), (0, range(2, 40, 5), False), (1, (2,), True), (2, (1, 12), False), (3, (5, 21), True)],
+)
 def test_resumed_loaders_go_on_bit_for_bit(workers: int, positions: tuple, stats: bool, tmp_path: Path) -> None:
     folder = write_shards(tmp_path, 5, 7, 4, 9, stats=stats)
     (folder / "00004.tar").write_bytes((folder / "00003.tar").read_bytes()[:-6000])  # breaks off

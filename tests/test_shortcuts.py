@@ -1,7 +1,5 @@
 """Opt-in shortcuts of denoising that change the image: guidance dropped late, deep features used again."""
 
-from __future__ import annotations
-
 import json
 from contextlib import contextmanager
 

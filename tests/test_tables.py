@@ -1,7 +1,5 @@
 """Tables of `datasets`: samples, columns, order and resuming are those of shards, over real parquet and arrow files."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,7 +1,5 @@
 """`mgp5 train`: both stages, a request from Python, and what trackers see."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -99,16 +97,9 @@ def test_a_request_is_checked_whole_and_trains_from_python(base, storyland, tmp_
         assert words in str(caught.value)
     assert caught.value.exit_code == 2
     request = TrainRequest(
-        stage="pretrain",
-        data=(("cc3m", storyland / "cc3m"),),
-        out=tmp_path / "run",
-        model=str(base),
-        preset="demo",
-        overrides={"batch": 1, "precision": "fp32"},
-        max_steps=2,
-        vokens=4,
-        device="cpu",
-    )
+        stage="pretrain", data=(("cc3m", storyland / "cc3m"),), out=tmp_path / "run", model=str(base), preset="demo",
+        overrides={"batch": 1, "precision": "fp32"}, max_steps=2, vokens=4, device="cpu",
+    )  # fmt: skip
     args = ["train", "--stage", "pretrain", "--data", "x", "--data", "x", "--format", "cc3m"]
     result = CliRunner().invoke(cli.main, [*args, "--model", "demo", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and "2 --data but 1 --format" in result.stderr

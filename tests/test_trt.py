@@ -1,8 +1,6 @@
 """Building, keeping, refusing and running TensorRT engines on a DOUBLE of TensorRT, and our graphs against its list of
 operators. No engine has been built here, and nothing has run on a GPU."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

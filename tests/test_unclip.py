@@ -1,7 +1,5 @@
 """Stable unCLIP on a tiny pipeline of the real classes, against diffusers' pipeline."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """Residuals of a UNet from pyramids of earlier images: where they are added, batches, guidance, engines, training."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel

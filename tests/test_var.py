@@ -1,7 +1,5 @@
 """The next-scale decoder: teacher forcing against scale by scale, guidance, sampling, batches, published weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -11,15 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from mgp5.errors import Mgp5Error
-from mgp5.generators.var import (
-    VARConfig,
-    VARDecoder,
-    guidance_scale,
-    guide,
-    join_caches,
-    sample_codes,
-    split_cache,
-)
+from mgp5.generators.var import VARConfig, VARDecoder, guidance_scale, guide, join_caches, sample_codes, split_cache
 from mgp5.generators.var_weights import read_var, read_vargpt
 from mgp5.generators.vqvae import MultiScaleQuantizer, VQVAEConfig
 
@@ -61,11 +51,8 @@ def test_teacher_forced_logits_are_those_of_the_cache(config):
     whole, cache = decoder(embeds, classes), None
     for scale in range(len(config.sizes)):
         part, before = config.part(scale), config.sizes[0]
-        inputs = (
-            decoder.embed(vectors[:, part.start - before : part.stop - before], scale)
-            if scale
-            else decoder.start(classes)
-        )
+        own = vectors[:, part.start - before : part.stop - before] if scale else None
+        inputs = decoder.embed(own, scale) if scale else decoder.start(classes)
         torch.testing.assert_close(inputs, embeds[:, part])
         logits, cache = decoder.decode_scale(inputs, scale, classes, cache)
         torch.testing.assert_close(logits, whole[:, part], rtol=1e-4, atol=1e-5)
@@ -217,35 +204,21 @@ def test_a_wrong_configuration_is_told(change, message):
 def published(num_classes: int) -> dict[str, torch.Tensor]:
     """Random tensors under the names of var_d30.pth: 2 blocks of width 16, scales of 1, 2 and 3."""
     shapes = {
-        "word_embed.weight": (16, 4),
-        "word_embed.bias": (16,),
-        "class_emb.weight": (num_classes + 1, 16),
-        "pos_start": (1, 1, 16),
-        "pos_1LC": (1, 14, 16),
-        "lvl_embed.weight": (3, 16),
-        "head_nm.ada_lin.1.weight": (32, 16),
-        "head_nm.ada_lin.1.bias": (32,),
-        "head.weight": (16, 16),
+        "word_embed.weight": (16, 4), "word_embed.bias": (16,), "class_emb.weight": (num_classes + 1, 16),
+        "pos_start": (1, 1, 16), "pos_1LC": (1, 14, 16), "lvl_embed.weight": (3, 16),
+        "head_nm.ada_lin.1.weight": (32, 16), "head_nm.ada_lin.1.bias": (32,), "head.weight": (16, 16),
         "head.bias": (16,),
-    }
+    }  # fmt: skip
     for block in range(2):
         shapes |= {
             f"blocks.{block}.{name}": shape
             for name, shape in {
-                "attn.scale_mul_1H11": (1, 2, 1, 1),
-                "attn.q_bias": (16,),
-                "attn.v_bias": (16,),
-                "attn.mat_qkv.weight": (48, 16),
-                "attn.proj.weight": (16, 16),
-                "attn.proj.bias": (16,),
-                "ffn.fc1.weight": (64, 16),
-                "ffn.fc1.bias": (64,),
-                "ffn.fc2.weight": (16, 64),
-                "ffn.fc2.bias": (16,),
-                "ada_lin.1.weight": (96, 16),
-                "ada_lin.1.bias": (96,),
+                "attn.scale_mul_1H11": (1, 2, 1, 1), "attn.q_bias": (16,), "attn.v_bias": (16,),
+                "attn.mat_qkv.weight": (48, 16), "attn.proj.weight": (16, 16), "attn.proj.bias": (16,),
+                "ffn.fc1.weight": (64, 16), "ffn.fc1.bias": (64,), "ffn.fc2.weight": (16, 64), "ffn.fc2.bias": (16,),
+                "ada_lin.1.weight": (96, 16), "ada_lin.1.bias": (96,),
             }.items()
-        }
+        }  # fmt: skip
     generator = rng(3)
     state = {name: 0.4 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     levels = torch.tensor([0] + [1] * 4 + [2] * 9)
@@ -300,13 +273,10 @@ def test_published_weights_compute_what_they_did(tmp_path, kind):
         found = read_vargpt(tmp_path)
         config, ours = found.var
         assert found.vqvae is None
-        assert {side: part["mlp.2.weight"].shape for side, part in found.projectors.items()} == {
-            "in": (24, 16),
-            "out": (16, 24),
-        }
-        assert set(found.projectors["in"]) == {
-            f"{n}.{p}" for n in ("norm", "mlp.0", "mlp.2") for p in ("weight", "bias")
-        }
+        shapes = {side: part["mlp.2.weight"].shape for side, part in found.projectors.items()}
+        assert shapes == {"in": (24, 16), "out": (16, 24)}
+        names = {f"{n}.{p}" for n in ("norm", "mlp.0", "mlp.2") for p in ("weight", "bias")}
+        assert found.projectors["in"].keys() == names
     assert (config.patch_nums, config.heads, config.depth, config.mlp_ratio) == ((1, 2, 3), 2, 2, 4)
     assert config.num_classes == (5 if kind == "var" else 1)
     decoder = VARDecoder(config).eval()

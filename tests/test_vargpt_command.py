@@ -1,7 +1,5 @@
 """The head of VARGPT by the command line: from data and parts to a reply, on tiny models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Views: what is made is kept, pages are self-contained, and stdout holds nothing but text."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -242,16 +240,12 @@ def test_only_text_reaches_a_piped_stdout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "environment", "mark"),
     [
-        ("auto", {"TERM": "xterm-kitty"}, "\U0010eeee"),
-        ("auto", {"TERM_PROGRAM": "WezTerm"}, "\x1bP"),
-        ("auto", {}, "▀"),
-        ("auto", {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, "▀"),
-        ("blocks", {"TERM": "xterm-kitty"}, "▀"),
-        ("blocks", {"NO_COLOR": "1"}, ""),
-        ("auto", {"TERM": "dumb"}, ""),
+        ("auto", {"TERM": "xterm-kitty"}, "\U0010eeee"), ("auto", {"TERM_PROGRAM": "WezTerm"}, "\x1bP"),
+        ("auto", {}, "▀"), ("auto", {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"}, "▀"),
+        ("blocks", {"TERM": "xterm-kitty"}, "▀"), ("blocks", {"NO_COLOR": "1"}, ""), ("auto", {"TERM": "dumb"}, ""),
         ("off", {"TERM": "xterm-kitty"}, ""),
     ],
-)
+)  # fmt: skip
 def test_pictures_are_drawn_where_the_terminal_can(monkeypatch, images: str, environment: dict, mark: str) -> None:
     for name in ("TMUX", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)

@@ -1,7 +1,5 @@
 """The encoder of MM-Interleaved: sizes, the tower as it was, fine detail in the pyramid, gradients, resamplers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import VISION

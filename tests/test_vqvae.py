@@ -1,7 +1,5 @@
 """The image tokenizer: quantization against its definition, dead codes, training, files, the published weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,9 +85,8 @@ def test_inputs_of_a_teacher_are_those_of_drawing(quantizer):
         torch.testing.assert_close(f_hat, sums[scale])
         inputs.append(vectors)
     assert inputs.pop() is None
-    expected = [
-        F.interpolate(s, (p, p), mode="area").flatten(2).transpose(1, 2) for s, p in zip(sums, (2, 3), strict=False)
-    ]
+    pairs = zip(sums, (2, 3), strict=False)
+    expected = [F.interpolate(s, (p, p), mode="area").flatten(2).transpose(1, 2) for s, p in pairs]
     torch.testing.assert_close(torch.cat(inputs, 1), torch.cat(expected, 1))
     torch.testing.assert_close(quantizer.teacher_inputs(torch.cat(codes, 1)), torch.cat(expected, 1))
     torch.testing.assert_close(quantizer.f_hat(torch.cat(codes, 1)), f_hat)
@@ -175,10 +172,7 @@ WIDTHS = (32, 32, 64)
 
 def published() -> dict[str, torch.Tensor]:
     """Random tensors under the names of vae_ch160v4096z32.pth, with 2 halvings instead of 4."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "quantize.embedding.weight": (16, 4),
-        "quantize.ema_vocab_hit_SV": (3, 16),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"quantize.embedding.weight": (16, 4), "quantize.ema_vocab_hit_SV": (3, 16)}
 
     def conv(name, wide, out, kernel=3):
         shapes.update({f"{name}.weight": (out, wide, kernel, kernel), f"{name}.bias": (out,)})

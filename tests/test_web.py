@@ -1,7 +1,5 @@
 """The web page of `mgp5 serve --web`, in a real browser against a real server."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,7 +1,5 @@
 """Tiny random generators of the real classes, saved to disk and loaded like real ones (no network); test images."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,37 +19,24 @@ LENGTH, WIDTH, SIZE = 11, 16, 8  # L and D of the condition, sides of the latent
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {"image_size": 28, "patch_size": 14, **LAYERS}
 TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-}
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024,
+}  # fmt: skip
 
 
 def tiny_unet(**options) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=SIZE,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **options,
-    )
+        sample_size=SIZE, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH, attention_head_dim=8, norm_num_groups=8, **options,
+    )  # fmt: skip
 
 
 def tiny_vae(**options) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        **options,
-    )
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, **options,
+    )  # fmt: skip
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -73,13 +58,9 @@ def tiny_text_encoder() -> CLIPTextModel:
 def save_pipeline(folder, prediction: str):
     torch.manual_seed(0)
     scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+        skip_prk_steps=True, steps_offset=1,
+    )  # fmt: skip
     parts = {"unet": tiny_unet(), "vae": tiny_vae(), "text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
     extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(scheduler=scheduler, **parts, **extras).save_pretrained(folder)

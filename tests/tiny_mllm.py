@@ -1,7 +1,5 @@
 """Tiny random multimodal LLMs of the real classes, saved to disk and loaded like real ones (no network)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -76,14 +74,9 @@ def save_any_qwen(folder: Path, config_class, model_class, rope: dict, text: dic
     text = {"vocab_size": len(tokenizer) + 40, "rope_parameters": rope, "rope_scaling": rope, **TEXT, **text}
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14}
     config = config_class(
-        text_config=text,
-        vision_config=shared | vision,
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        tie_word_embeddings=True,
-    )
+        text_config=text, vision_config=shared | vision, image_token_id=image, video_token_id=video,
+        vision_start_token_id=start, vision_end_token_id=end, tie_word_embeddings=True,
+    )  # fmt: skip
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
     return save(folder, model_class(config), tokenizer, processor)
 

@@ -1,17 +1,10 @@
 """A tiny random Stable Diffusion 3 of the real classes, saved to disk (no network); all generators by name."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny import LENGTH, SIZE, save_pipeline, tiny_text_config, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -56,16 +49,10 @@ def save_sd3(folder: Path, sd35: bool = False) -> Path:
     encoder, encoder_2 = (CLIPTextModelWithProjection(config) for config in configs)
     encoder_3, tokenizer_3 = tiny_t5()
     pipeline = StableDiffusion3Pipeline(
-        transformer=tiny_transformer(sd35),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_sd3_vae(),
-        text_encoder=encoder,
-        tokenizer=tiny_tokenizer(),
-        text_encoder_2=encoder_2,
-        tokenizer_2=tiny_tokenizer(),
-        text_encoder_3=encoder_3,
-        tokenizer_3=tokenizer_3,
-    )
+        transformer=tiny_transformer(sd35), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_sd3_vae(),
+        text_encoder=encoder, tokenizer=tiny_tokenizer(), text_encoder_2=encoder_2, tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=encoder_3, tokenizer_3=tokenizer_3,
+    )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
 

@@ -1,12 +1,12 @@
 """Short runs on tiny models, for the tests of both stages."""
 
-from __future__ import annotations
-
+import copy
 import multiprocessing
 import os
 import socket
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,9 +30,17 @@ def config(stage: str, steps: int | None = 2, **values) -> TrainConfig:
     return replace(preset(stage, "demo"), steps=steps, **own | values)
 
 
-def fresh(mllm: Path, diffusion: Path, **options) -> InterleavedModel:
+@cache
+def _built(mllm: Path, diffusion: Path, **options) -> InterleavedModel:
     torch.manual_seed(1)
     return build(str(mllm), str(diffusion), num_vokens=VOKENS, guidance=3.0, **options)
+
+
+def fresh(mllm: Path, diffusion: Path, **options) -> InterleavedModel:
+    """A model of random weights, always the same ones: a copy of one that is built once."""
+    model = copy.deepcopy(_built(mllm, diffusion, **options))
+    torch.manual_seed(1)
+    return model
 
 
 def join(folder: Path, mllm: Path, diffusion: Path) -> Path:

@@ -69,12 +69,9 @@ class CodesHead(Head):
         self.config = config
         codes = tuple(f"<code{i}>" for i in range(config.num_codes))
         self.spec = HeadSpec(
-            name="codes",
-            new_tokens=("<img>", "</img>", *codes),
-            positions=config.length + 2,
-            losses=("pixels",),
+            name="codes", new_tokens=("<img>", "</img>", *codes), positions=config.length + 2, losses=("pixels",),
             image_options=CodesOptions,
-        )
+        )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Embedding(config.num_codes, 16), nn.Flatten(), nn.Linear(16 * config.length, 192)
         )
@@ -151,11 +148,7 @@ class ScalesHead(Head):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.spec = HeadSpec(
-            name="scales",
-            new_tokens=("<gen>", "</gen>"),
-            positions=16,
-            losses=(),
-            image_options=ImageOptions,
+            name="scales", new_tokens=("<gen>", "</gen>"), positions=16, losses=(), image_options=ImageOptions
         )
         self.paint, self.embed = nn.Linear(width, 3), nn.Linear(width, width)
         self.seen: list[int] = []
@@ -184,14 +177,9 @@ class SideHead(Head):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.spec = HeadSpec(
-            name="side",
-            new_tokens=("<boi>",),
-            positions=1,
-            losses=(),
-            image_options=ImageOptions,
-            reads_prefix=True,
+            name="side", new_tokens=("<boi>",), positions=1, losses=(), image_options=ImageOptions, reads_prefix=True,
             reads_side=True,
-        )
+        )  # fmt: skip
         self.project, self.paint = nn.Linear(width, width), nn.Linear(width, 3)
 
     def install(self, backbone: HFBackbone) -> None:

@@ -3,8 +3,6 @@
 It shows that our calls come in an order that works and bind the right memory; of TensorRT itself it shows nothing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 from enum import Enum, IntEnum
