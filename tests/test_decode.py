@@ -200,6 +200,7 @@ def test_a_forced_run_is_one_forward_without_the_lm_head(model):
 
 @torch.inference_mode()
 def test_a_prefix_is_before_every_row(backbone):
+    torch.manual_seed(0)
     add_prefix(backbone, 3, 8)
     try:
         decoder = Decoder(backbone, 2, tokens_per_sync=2, bucket=32)
