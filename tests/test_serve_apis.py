@@ -220,6 +220,10 @@ def test_a_chat_is_a_string_with_images_in_their_places(client, mixed):
     deltas = [chunk.choices[0].delta for chunk in ask(stream=True)]
     assert "".join(delta.content or "" for delta in deltas) == message.content
     assert [image for delta in deltas for image in getattr(delta, "images", [])] == message.images
+    settings = {"model": "tiny", "messages": HELLO, "max_tokens": 120, "extra_body": FAST | {"seed": seed}}
+    with client.chat.completions.stream(**settings) as stream:
+        final = stream.get_final_completion().choices[0].message
+    assert (final.content, final.images) == (message.content, message.images)
     parts = ask(format={"type": "parts"}).choices[0].message
     assert [part["type"] for part in parts.content][:4] == ["text", "image_url"] * 2
     again = [ask([*HELLO, one.model_dump(), *HELLO]).usage.prompt_tokens for one in (message, parts)]

@@ -14,7 +14,7 @@ from mgp5.config import LoraConfig, PrefixConfig
 from mgp5.model import InterleavedModel
 from mgp5.prompts import CHAT_SYSTEM, IGNORE
 from mgp5.training.distributed import LossModule
-from mgp5.training.loop import _batches, rate, total_steps
+from mgp5.training.loop import _batches, num_workers, rate, total_steps
 from mgp5.training.presets import preset
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -227,3 +227,11 @@ def test_the_rate_warms_up_and_decays():
     assert total_steps(preset("finetune"), range(320), processes=4) == 10
     with pytest.raises(Mgp5Error, match="is not known: give --max-steps"):
         total_steps(preset("finetune"), SimpleNamespace(stream=None, size=None))
+
+
+@pytest.mark.parametrize(("cores", "processes", "count"), [(4, 1, 3), (32, 1, 8), (8, 4, 1), (1, 1, 1)])
+def test_on_a_gpu_all_cores_but_one_read_data(monkeypatch, cores, processes, count):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    settings = config("pretrain", workers=None)
+    assert [num_workers(settings, torch.device(device)) for device in ("cuda", "cpu")] == [count, 0]
