@@ -211,6 +211,7 @@ def test_a_cluster_of_our_own_does_not_see_this_folder(token, monkeypatch):
     from mgp5.serving.cluster import connected
 
     monkeypatch.chdir(REPO)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # which names this folder where mgp5 is not installed
     with ExitStack() as stack:
         with in_time():
             own = stack.enter_context(connected("local"))
