@@ -27,7 +27,7 @@ from mgp5.training.presets import preset
 K = 4
 TINY = SeedTokenizerConfig(
     queries=K, width=16, heads=2, causal_layers=2, codes=12, code_width=4, block_layers=1, reverse_layers=1,
-    text_positions=64, projection=8, dropout=0.0,
+    text_positions=64, projection=8, dropout=0.0, split_codes=True,
 )  # fmt: skip
 TALK = Conversation().add("user", Image(pixels=picture("blue")), "draw")
 STAGES = ("tokenizer-contrastive", "tokenizer", "pretrain", "finetune")

@@ -141,6 +141,30 @@ def test_quantizer(name, codebook, commitment):
     torch.testing.assert_close(straight, weights)
 
 
+def test_codes_that_nothing_uses_are_split_off_those_that_most_use():
+    """The same by any process: of 16 codes each of 16 clusters gets one or more; without, a few codes take all."""
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(16, 4)
+    used = {}
+    for split in (False, True):
+        quantizer = VectorQuantizer(SeedTokenizerConfig(codes=32, code_width=4, split_codes=split))
+        optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.05)
+        for _ in range(300):
+            quantizer(centres[:, None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        used[split] = len(quantizer.nearest(centres).unique())
+    assert used[True] >= 14 > used[False]
+    assert torch.equal(quantizer.state_dict()["usage"], quantizer.usage)  # saved, so that a resumed run is the same
+    twin = VectorQuantizer(SeedTokenizerConfig(codes=32, code_width=4, split_codes=True))
+    twin.load_state_dict(quantizer.state_dict())
+    quantizer.usage[3] = twin.usage[3] = 0
+    quantizer.split(), twin.split()
+    assert torch.equal(quantizer.codebook.weight, twin.codebook.weight) and float(quantizer.usage[3]) > 0
+    quantizer.eval()(centres[:, None])
+    assert torch.equal(quantizer.usage, twin.usage)  # counted in training only
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_two_trains_what_follows_the_embeddings(kind):
     model = tokenizer(kind, dropout=0.5).train()

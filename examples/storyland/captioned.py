@@ -1,4 +1,5 @@
-"""Storyland's stories and dialogues as own data, each picture with the caption that GILL's objective needs."""
+"""Storyland's data as own data with other captions: stories and dialogues, whose pictures have none, for GILL's
+objective, and captions in the same words for SEED's tokenizer."""
 
 from __future__ import annotations
 
@@ -44,15 +45,16 @@ def captioned(data: Path, format: str, words: str) -> Iterator[list[dict]]:
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--format", "formats", multiple=True, default=["vist", "mmdialog"], help="Of what in DATA; or cc3m.")
 @click.option(
     "--words",
     type=click.Choice(["story", "changing", "same"]),
     default="story",
     help="The data's own sentences; else full descriptions, in changing words as people's are, or always in the same.",
 )
-def main(data: Path, out: Path, words: str) -> None:
+def main(data: Path, out: Path, formats: tuple[str, ...], words: str) -> None:
     """Write OUT, which is to lie in DATA, from DATA/vist and DATA/mmdialog."""
-    chats = [chat for format in ("vist", "mmdialog") for chat in captioned(data, format, words)]
+    chats = [chat for format in formats for chat in captioned(data, format, words)]
     with out.open("x") as file:
         file.writelines(json.dumps({"messages": chat}) + "\n" for chat in chats)
 

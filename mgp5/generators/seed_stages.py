@@ -20,6 +20,7 @@ from ..errors import Mgp5Error, raise_all
 
 QuantizerLoss = Literal["paper", "legacy"]
 Detokenizer = Literal["text", "image", "image-mlp"]
+USAGE_DECAY, DEAD, SPLIT = 0.97, 0.05, 0.05  # of the average of hits; below it a code is split; noise over deviation
 BETA = 0.25  # of the commitment term (van den Oord et al., arXiv 1711.00937, eq. 3)
 
 
@@ -36,6 +37,7 @@ class SeedTokenizerConfig:
     codes: int = 8192  # size of the codebook
     code_width: int = 32  # E
     quantizer_loss: QuantizerLoss = "paper"  # see VectorQuantizer
+    split_codes: bool = False  # whether codes that are hardly used in training become copies of those used most
     reconstruction: bool = True  # back to causal embeddings: for stage II and for retrieval by codes
     block_layers: int = 4  # bidirectional blocks behind the codes
     detokenizer: Detokenizer = (
@@ -200,6 +202,19 @@ class VectorQuantizer(nn.Module):
         self.legacy = config.quantizer_loss == "legacy"
         self.codebook = nn.Embedding(config.codes, config.code_width)
         nn.init.uniform_(self.codebook.weight, -1 / config.codes, 1 / config.codes)
+        if config.split_codes:  # moving average of hits, in units of their mean
+            self.register_buffer("usage", torch.ones(config.codes))
+
+    @torch.no_grad()
+    def split(self) -> None:
+        """Make codes of less than DEAD hits near copies of those that have most, and share the hits between both (Linde,
+        Buzo and Gray, 1980). Nothing but the state decides, so that all processes do the same."""
+        order, table = self.usage.argsort(), self.codebook.weight
+        count = min(int((self.usage < DEAD).sum()), int((self.usage > 1).sum()))
+        dead, full = order[:count], order.flip(0)[:count]
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0)).to(table)
+        table[dead] = table[full] + SPLIT * table.std() * noise[dead]
+        self.usage[dead] = self.usage[full] = self.usage[full] / 2
 
     def nearest(self, vectors: Tensor) -> Tensor:  # (...)
         """Return the code of each vector (..., E), computed in float64, which autocast leaves alone: half precision
@@ -209,7 +224,13 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, vectors: Tensor) -> Quantized:
         """Quantize vectors (N, K, E) with the straight-through estimator."""
+        counted = hasattr(self, "usage") and self.training
+        if counted:
+            self.split()
         codes = self.nearest(vectors)
+        if counted:
+            hits = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage)
+            self.usage.lerp_(hits / hits.mean(), 1 - USAGE_DECAY)
         entries, vectors = self.codebook(codes).float(), vectors.float()
         codebook = F.mse_loss(entries, vectors.detach())
         commitment = F.mse_loss(vectors, entries.detach())
