@@ -207,8 +207,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def split(self) -> None:
-        """Make codes of less than DEAD hits near copies of those that have most, and share the hits between both (Linde,
-        Buzo and Gray, 1980). Nothing but the state decides, so that all processes do the same."""
+        """Make codes of less than DEAD hits near copies of those that have most, and share the hits between both
+        (Linde, Buzo and Gray, 1980). Nothing but the state decides, so that all processes do the same."""
         order, table = self.usage.argsort(), self.codebook.weight
         count = min(int((self.usage < DEAD).sum()), int((self.usage > 1).sum()))
         dead, full = order[:count], order.flip(0)[:count]
