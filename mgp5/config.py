@@ -142,8 +142,8 @@ class DataConfig:
     user_targets: bool = False  # MMDialog: the turns of both speakers are targets
     turn_tokens: int | None = None  # MMDialog: a dialogue ends before a turn with more tokens; None: no limit
     max_pixels: int | None = None  # of a context image; None: `ModelConfig.max_pixels` of the model
-    # Samples of a microbatch one behind another in as few rows as hold them: with positions and self-attention of their
-    # own ("isolated"), or with those of the row, as MM-Interleaved's release ("plain").
+    # Samples of a microbatch one behind another: with positions and self-attention of their own, in rows with the least
+    # padding ("isolated"), or with those of the row, in as few as hold them, as MM-Interleaved's release ("plain").
     pack: Literal["none", "isolated", "plain"] = "none"
 
     def __post_init__(self) -> None:
@@ -194,7 +194,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_0 = ("warmup", "workers", "sample_every", "clip", "rows_lr")
-        counts = ("batch", "accumulation", "epochs", "log_every", "save_every", "keep", "steps")
+        counts = ("batch", "accumulation", "epochs", "log_every", "save_every", "keep", "steps", "generator_batch")
         ranges = {
             "0 or more and below 1": (lambda value: 0 <= value < 1, ("guidance_dropout", "ema")),
             "at least 1": (lambda value: value is None or value >= 1, counts),
@@ -206,7 +206,7 @@ class TrainConfig:
             f"{name} is {getattr(self, name)}, expected {rule}"
             for rule, (fits, names) in ranges.items()
             for name in names
-            if not fits(getattr(self, name))
+            if not fits(getattr(self, name, None))  # not all heads have all of them
         ]
         if self.whole_llm and (self.lora or self.prefix or self.quantize != "none"):
             problems.append("whole_llm is set beside an adapter or a quantised LLM, expected it alone")
@@ -234,6 +234,7 @@ class MiniGPT5TrainConfig(TrainConfig):
     voken_labels: VokenLabels = "all"  # with a text loss: all (eq. 1), or first, or first and last (released code)
     caption_distance: Literal["mse", "l2"] = "mse"  # eq. 4, or the mean distance of rows of GILL (arXiv 2305.17216)
     min_snr: float | None = None  # gamma of the min-SNR weights of the LDM loss
+    generator_batch: int = 4  # target images that the frozen generator takes at a time, of those of a microbatch
     train_queries: bool = True  # False is the paper's ablation with fixed queries
     num_vokens: int = 8  # of an image, 1 to 16; as the others below, of a new model
     encoder_layers: int = 4

@@ -19,7 +19,7 @@ from .errors import Mgp5Error
 from .heads import Head, ImageContext, TrainRule
 from .heads.batch import Batch
 from .heads.losses import Losses, labelled, text_loss
-from .prompts import CHAT_SYSTEM, IGNORE
+from .prompts import CHAT_SYSTEM
 
 ADAPTERS = re.compile("lora_|trainable_tokens|token_adapter")  # in names of weights that peft added
 WHOLE = r"^backbone\.(?!prefix\.).*language_model\.(?!.*(embed_tokens|lm_head|lora_))"  # the LLM but its embeddings
@@ -60,8 +60,7 @@ class InterleavedModel(nn.Module):
         batch = replace(batch, context=self.context(batch))
         hidden, losses = self.hidden(batch), Losses()
         if config.text_weight:
-            labels = batch.labels if batch.begins is None else batch.labels.masked_fill(batch.first_tokens, IGNORE)
-            states, targets = labelled(hidden, labels)
+            states, targets = labelled(hidden, batch.labels)
             losses = Losses({"text": text_loss(self.backbone.logits(states), targets)}, {"text": config.text_weight})
         if batch.num_targets:
             losses = losses | self.head.losses(hidden, batch, config, rng)

@@ -11,7 +11,7 @@ from test_mm_interleaved import config as mm_config
 from tiny_training import config as minigpt5_config
 from tiny_training import fresh as fresh_minigpt5
 
-from mgp5.config import DataConfig
+from mgp5.config import DataConfig, LoraConfig, PrefixConfig
 from mgp5.errors import Mgp5Error
 from mgp5.inference.reply import generate
 from mgp5.inference.session import Session
@@ -21,6 +21,11 @@ from mgp5.training.batch import Collator
 from mgp5.training.presets import preset
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def long_rows(monkeypatch):
+    monkeypatch.setattr("mgp5.training.batch.PARTS", 0.1)  # of the width of a tiny LLM
 
 
 def made(head, llava_folder, diffusion_folder):
@@ -78,11 +83,47 @@ def test_plain_packing_isolates_images_and_contexts_but_not_self_attention(llava
     torch.testing.assert_close(*(model.hidden(each)[0, begin:] for each in isolated), **NEAR)
 
 
-def test_what_cannot_be_packed_is_refused(qwen_folder, diffusion_folder):
-    model = fresh_minigpt5(qwen_folder, diffusion_folder)
-    batch = collate(model, minigpt5_config("finetune"), samples()[1:3], "isolated")
-    with pytest.raises(Mgp5Error, match="positions in time, height and width"):
-        model.hidden(batch)
+@pytest.mark.parametrize(
+    "stage, family, values",
+    [
+        ("pretrain", "llava", {"min_snr": 5.0, "guidance_dropout": 0.5}),
+        ("finetune", "qwen", {"lora": LoraConfig(dropout=0.0), "checkpointing": True}),
+        ("finetune", "llava", {"lora": None, "prefix": PrefixConfig(tokens=2, hidden=8)}),
+    ],
+)
+def test_packed_rows_and_a_few_images_at_a_time_give_the_same_gradients(
+    stage, family, values, llava_folder, qwen_folder, diffusion_folder
+):
+    model = fresh_minigpt5({"llava": llava_folder, "qwen": qwen_folder}[family], diffusion_folder)
+    usual = minigpt5_config(stage, text_weight=1.0, **values)
+    model.prepare(usual)
+    items, found = [*samples(), *samples()[::-1]], []
+    for pack, images in (("none", 99), ("isolated", 2)):
+        batch = collate(model.train(), usual, items, pack)
+        losses = model(batch, replace(usual, generator_batch=images), torch.Generator().manual_seed(3))
+        model.zero_grad()
+        losses.total.backward()
+        found.append((losses.terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, batch))
+    (*old, padded), (*new, packed) = found
+    assert packed.num_targets > 4 and len(packed.ids) < len(padded.ids) and packed.ids.numel() < padded.ids.numel()
+    for one, other in zip(old, new, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_rows_have_the_least_padding(llava_folder, diffusion_folder, monkeypatch):
+    model, config = fresh_minigpt5(llava_folder, diffusion_folder), minigpt5_config("finetune")
+    items = [Conversation().add("user", "hi").add("assistant", "ha " * length) for length in (1, 2, 9, 2, 1, 3, 1)]
+    padded, packed = (collate(model, config, items, pack, length=60) for pack in ("none", "isolated"))
+    assert padded.mask.sum(1).tolist() == [23, 26, 47, 26, 23, 29, 23]
+    assert packed.mask.sum(1).tolist() == [49, 47, 49, 52]
+    assert packed.num_samples == 7 and packed.count("text") == padded.count("text")
+    monkeypatch.setattr("mgp5.training.batch.PARTS", 8)
+    assert collate(model, config, items, "isolated").begins is None  # of this width a row has one sample
+    monkeypatch.setattr("mgp5.training.batch.PARTS", 0.1)
+    monkeypatch.setattr(type(model.backbone), "packable", False)
+    assert collate(model, config, items, "isolated").begins is None
     with pytest.raises(Mgp5Error, match="pack is tight, expected none or isolated or plain"):
         DataConfig(pack="tight")
 
@@ -93,10 +134,7 @@ def test_an_image_that_begins_a_text_is_not_learnt_there(llava_folder, diffusion
     image = samples()[1].messages[1].content[0]
     items = [Conversation((Message("assistant", content),), bare=True) for content in ((image,), (Text("so"), image))]
     batch = collate(model, config, items, "isolated")
-    done = model.head.complete(model.backbone, batch, config, torch.Generator())
-    starts = list(batch.target_starts)
-    assert batch.labels[0, starts].tolist() == [model.head.ids[0]] * 2
-    assert done.labels[0, starts].tolist() == [IGNORE, model.head.ids[0]]
+    assert batch.labels[0, list(batch.target_starts)].tolist() == [IGNORE, model.head.ids[0]]
     assert preset("pretrain", "release", "mm-interleaved").data.pack == "plain"
 
 

@@ -120,7 +120,7 @@ class TargetHead:
     """What a collator asks of a head, without weights: a run of tokens for each image, all with labels."""
 
     def __init__(self, backbone, tokens: tuple[str, ...], size: tuple[int, int]) -> None:
-        self.spec, self.size = SimpleNamespace(new_tokens=tokens), size
+        self.spec, self.size = SimpleNamespace(new_tokens=tokens, opens=True), size
         self.ids = tuple(backbone.tokenizer.convert_tokens_to_ids(list(tokens)))
 
     def target(self, image):

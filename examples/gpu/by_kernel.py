@@ -44,10 +44,10 @@ def written(bench: Bench, parts: Parts) -> Iterator[dict[str, Work]]:
 @contextmanager
 def trained(bench: Bench, parts: Parts, micro: int) -> Iterator[dict[str, Work]]:
     """Yield an update of the first stage of training on one micro-batch with live features."""
-    config, make = training.setting(bench, parts)
+    config, make = training.setting(bench, parts, "minigpt5")
     config = replace(config, checkpointing=True, batch=micro, accumulation=1)
     model = make(config, device=bench.device)
-    with training.updates(model, config, training.random_batch(model, micro, cached=False), bench) as update:
+    with training.updates(model, config, training.random_batch(model, config), bench) as update:
         yield {"update": (update, 1)}
 
 

@@ -43,6 +43,7 @@ class Backbone(Protocol):
     biases: dict[int, Callable[[], Tensor]]  # of tokens: what heads add to their logits
     vocabulary: int  # ids below it are tokens; rows of the LM head from there on are padding
     compiled: bool  # whether tokens are decoded by compiled code
+    packable: bool  # whether a mask keeps samples apart that are in one row
     capturable: bool  # whether the forward of one token can be captured as a CUDA graph
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:

@@ -282,12 +282,23 @@ class HFBackbone(nn.Module):
         Raises Mgp5Error if the LLM has sliding-window or linear attention.
         """
         text = self.core.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
-        if kinds and (getattr(text, "sliding_window", None) or 0) < self.context_length:
+        if kinds := self._other_attention:
             case = f"the LLM has layers of {', '.join(kinds)}"
             raise Mgp5Error(case, "expected full attention: take another --model")
         states = None if self.prefix is None else prefix_states(self.prefix, 1, self.lm_head.weight.dtype)
         return KVCache(text.num_hidden_layers, rows, states)
+
+    @property
+    def _other_attention(self) -> set[str]:
+        """Return the kinds of layers that do not attend to all tokens before."""
+        text = self.core.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
+        return kinds if (getattr(text, "sliding_window", None) or 0) < self.context_length else set()
+
+    @property
+    def packable(self) -> bool:
+        """Return whether a mask keeps samples apart that are in one row."""
+        return not self._other_attention
 
     @property
     def capturable(self) -> bool:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import Mgp5Error
-
 
 def pixel_centers(height: int, width: int, device: torch.device | None = None) -> Tensor:  # (h w, 2)
     """Return x and y of the centres of the pixels of a map, in (0, 1), in reading order."""
@@ -41,15 +39,9 @@ def sincos_2d(
 
 
 def isolated(positions: Tensor, begins: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return rotary positions (B, T), and what is added to the scores of self-attention (B, 1, T, T), of packed rows
-    whose tokens attend to their own documents only; `begins` (B, T) is where these begin.
-
-    Raises Mgp5Error for positions in time, height and width.
-    """
-    if positions.dim() == 3:
-        hint = "set data.pack=none, or take a LLaVA or a BLIP-2"
-        raise Mgp5Error("packed rows for an LLM with positions in time, height and width", hint, usage=True)
+    """Return rotary positions (B, T) or (3, B, T), and what is added to the scores of self-attention (B, 1, T, T), of
+    packed rows whose tokens attend to their own documents only; `begins` (B, T) is where these begin."""
     steps = torch.arange(begins.shape[1], device=begins.device)
     hidden = (begins[:, None] != begins[..., None]) | (steps > steps[:, None])
     mask = torch.zeros(hidden.shape, dtype=dtype, device=begins.device).masked_fill_(hidden, torch.finfo(dtype).min)
-    return steps - begins, mask[:, None]
+    return positions - positions.gather(-1, begins.expand_as(positions)), mask[:, None]

@@ -28,7 +28,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "cpu": INFERENCE,
     "gpu": INFERENCE | {"steps": 5, "minutes": 10.0, "backends": ("eager", "triton", "compile")},
     "kernels": {},
-    "train": {"model": None, "steps": 3, "batch": None, "minutes": 10.0},
+    "train": {"model": None, "head": "minigpt5", "steps": 3, "batch": None, "minutes": 10.0},
 }
 SD, SD_768, SD_3 = "llava-1.5-7b+sd-2.1-base", "llava-1.5-7b+sd-2.1", "qwen2.5-vl-7b+sd-3"
 # The most telling first: what time does not suffice for is left out.
@@ -62,6 +62,7 @@ class BenchRequest:
     suite: str  # "cpu", "gpu", "kernels" or "train"
     out: Path  # a new JSON file for the report
     model: str | None = None  # as `hub.resolve` takes it; instead of the models of the suite
+    head: str | None = None  # that is trained
     device: str = "auto"
     steps: int | None = None  # images and replies, or updates, to time in each row, >= 1
     batch: int | None = None  # samples of an update, >= 1
@@ -88,7 +89,7 @@ class BenchRequest:
     @property
     def options(self) -> dict[str, Any]:
         """The options that were given."""
-        names = ("model", "steps", "batch", "minutes", "backends", "exported")
+        names = ("model", "head", "steps", "batch", "minutes", "backends", "exported")
         return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
 
@@ -99,28 +100,28 @@ def measure(request: BenchRequest, tell: Callable[[str], None] = lambda text: No
     """
     device, dtype = pick_device(request.device)
     options = SUITES[request.suite] | request.options
-    model, batch = options.pop("model", None), options.pop("batch", None)
+    model, batch, head = (options.pop(name, None) for name in ("model", "batch", "head"))
     bench = Bench(device=device, dtype=dtype, tell=tell, **options)
     rows: list[Row] = []
-    for row in _suite(request.suite, bench, model, batch):
+    for row in _suite(request.suite, bench, model, batch, head):
         rows.append(row)
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
         write_json(request.out, {"machine": now | machine() | versions(), "tolerance": TOLERANCE, "rows": rows})
         yield row
 
 
-def _suite(suite: str, bench: Bench, model: str | None, batch: int | None) -> Iterator[Row]:
+def _suite(suite: str, bench: Bench, model: str | None, batch: int | None, head: str | None) -> Iterator[Row]:
     """Yield the rows of a suite.
 
     "cpu": an image and a reply of the demo, and from the shell. "gpu": the papers' models and their successors with
     random weights, and the demo; or one model. "kernels": every kernel at the shapes of SD 2.1 and SD 3. "train":
-    updates of the first stage of training.
+    updates of a head's first stage of training.
     """
     if suite == "kernels":
         yield from kernel_rows(bench)
     elif suite == "train":
         on_gpu = bench.device.type == "cuda"
-        yield from train_rows(bench, resolve(model or SD), batch or (48 if on_gpu else 8))
+        yield from train_rows(bench, resolve(model or SD), batch or (48 if on_gpu else 12), head)
     elif suite == "gpu" and not model:
         yield from _inference(bench, GPU, STEPS[suite])
     else:

@@ -1,4 +1,4 @@
-"""Time updates of the first stage of training, by the code of the training loop."""
+"""Time updates of the first stage of training in which the LLM reads, by the code of the training loop."""
 
 from __future__ import annotations
 
@@ -7,91 +7,85 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product, repeat
+from itertools import repeat
 
 import torch
+from PIL import Image as pil
 from torch.autograd import DeviceType
 from torch.profiler import profile, record_function, supported_activities
 
 from ..config import TrainConfig
 from ..device import DTYPES
 from ..files import GiB
+from ..heads import head_class
 from ..heads.batch import Batch
 from ..hub import Parts
 from ..memory.estimate import estimate
 from ..memory.skeletons import skeleton
 from ..model import InterleavedModel
 from ..prompts import IGNORE
+from ..training.batch import Collator, Encoded
 from ..training.distributed import launch
 from ..training.presets import preset
 from ..training.trainer import Trainer
 from .timing import Bench, Row, digits, percentiles, release_memory, timed
 
-MICRO = (16, 8, 24, 48, 4)  # samples at a time, where the batch is a multiple of them
-# Features cached, activations recomputed, cuDNN tuned
-WAYS = ((False, True, False), (True, True, False), (False, False, False), (True, False, False), (False, True, True))
+# Passes of the LLM in an update, images that the generator takes at a time, features cached, activations recomputed: as
+# the presets "paper-80gb" and "paper" do, and others; the most telling first.
+WAYS = ((1, 16, 0, 0), (1, 16, 1, 0), (3, 4, 0, 1), (3, 16, 0, 1), (3, 4, 1, 1), (6, 8, 0, 0), (1, 48, 1, 0))
 BACKWARD = "autograd::engine::evaluate_function"
 TEMPLATE, CAPTION = 15, 20  # tokens of a prompt around the caption, and of a caption (half to one and a half of it)
 
 
-def train_rows(bench: Bench, parts: Parts, batch: int) -> Iterator[Row]:
-    """Yield a row for each way to train, the most telling first: features live or cached, activations kept or
-    recomputed (checkpointing), by several micro-batches; in rows called tuned, cuDNN tries its algorithms first."""
-    config, make = setting(bench, parts)
-    model = make(config, device=bench.device)
-    for size, (cached, checkpointing, tune) in product([s for s in MICRO if batch % s == 0] or [batch], WAYS):
-        if tune and bench.device.type != "cuda":
-            continue
-        run = replace(config, checkpointing=checkpointing, batch=size, accumulation=batch // size)
-        provider = f"{'cached' if cached else 'live'}, {'recomputed' if checkpointing else 'kept'}, by {size}"
+def train_rows(bench: Bench, parts: Parts, batch: int, head: str) -> Iterator[Row]:
+    """Yield a row for each way to train; of a head whose generator does not take parts of a batch, two."""
+    config, make = setting(bench, parts, head)
+    model, in_parts = make(config, device=bench.device), hasattr(config, "generator_batch")
+    torch.backends.cudnn.benchmark = bench.device.type == "cuda"  # as in a run
+    ways = WAYS if in_parts else ((1, batch, 0, 0), (1, batch, 0, 1))
+    ways = dict.fromkeys((n, min(images, batch // n), *way) for n, images, *way in ways if batch % n == 0)
+    for passes, images, cached, recomputed in ways:
+        size = batch // passes
+        part = {"generator_batch": images} if in_parts else {}
+        run = replace(config, checkpointing=bool(recomputed), batch=size, accumulation=passes, **part)
+        provider = f"{'cached' if cached else 'live'}, {'recomputed' if recomputed else 'kept'}, by {size}"
         row = {
-            "name": "pretrain update",
+            "name": "pretrain update" if in_parts else f"{head} {config.stage} update",
             "size": f"{parts.name}, {model.head.generator.native_size} px, {batch} samples",
-            "provider": provider + ", tuned" * tune,
+            "provider": provider + f", images by {images}" * (images < size),
         }
         if not bench.has_time():
             yield row | {"skipped": "out of time"}
             continue
-        torch.backends.cudnn.benchmark = tune
         bench.tell(f"{row['name']}: {row['provider']}")
-        made_up = random_batch(model, size, cached)
-        expected = estimate(make(run), run, made_up.ids.shape[1], cached)
+        made_up = random_batch(model, run, cached)
+        length = -(-made_up.ids.numel() // size)  # of a sample, if rows hold several
+        expected = estimate(make(run), run, length, bool(cached))
         row |= {"estimated_gib": round(expected.total.total / GiB, 2), "tflop": digits(expected.flops / 1e12)}
         yield row | _measured(model, run, made_up, bench, row["tflop"])
 
 
-def setting(bench: Bench, parts: Parts) -> tuple[TrainConfig, Callable[..., InterleavedModel]]:
-    """Return the settings of the first stage of training, and what makes a model of random weights for settings."""
-    config = replace(preset("pretrain"), precision="bf16" if bench.device.type == "cuda" else "fp32")
-    return config, partial(skeleton, parts.mllm, parts.diffusion, dtype=DTYPES[config.precision])
+def setting(bench: Bench, parts: Parts, head: str) -> tuple[TrainConfig, Callable[..., InterleavedModel]]:
+    """Return the settings of a head's first stage with the LLM, and what makes a model of random weights for them."""
+    stage = next(stage.name for stage in head_class(head).stages if stage.llm)
+    config = replace(preset(stage, head=head), precision="bf16" if bench.device.type == "cuda" else "fp32")
+    return config, partial(skeleton, parts.mllm, parts.diffusion, head=head, dtype=DTYPES[config.precision])
 
 
-def random_batch(model: InterleavedModel, count: int, cached: bool) -> Batch:
+def random_batch(model: InterleavedModel, config: TrainConfig, cached: int = 0) -> Batch:
     """Return captions of the length of those of CC3M, with an image each; or with latents and encodings of a cache."""
-    vokens, end = list(model.head.ids), model.backbone.tokenizer.eos_token_id
+    head, end = model.head, model.backbone.tokenizer.eos_token_id
+    target = head.target(pil.new("RGB", (64, 64)))
+    run, told = ([*row, end] for row in head.layout(target, config))
     seeded = torch.Generator().manual_seed(0)
-    captions = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (count,), generator=seeded)
-    starts = captions[:, None] + TEMPLATE
-    ends = starts + len(vokens)
-    places = torch.arange(int(ends.max()) + 1)
-    ids = torch.full((count, len(places)), end)
-    ids[(places >= starts) & (places < ends)] = torch.tensor(vokens).repeat(count)
-    labels = ids.where((places >= starts) & (places <= ends), IGNORE)
-    generator = model.head.generator
-    size = (generator.native_size,) * 2
-    channels, *latents = generator.latent_shape(*size)
-    live = {"pixels": torch.zeros(count, 3, *size)}
-    kept = {"moments": torch.ones(count, 2 * channels, *latents)}
-    kept["encodings"] = torch.zeros(count, *generator.condition_shape)
-    return Batch(
-        ids=ids,
-        mask=(places <= ends).long(),
-        labels=labels,
-        target_rows=tuple(range(count)),
-        target_starts=tuple(starts.flatten().tolist()),
-        targets=kept if cached else live,
-        captions=("a " * CAPTION,) * count,
-    )
+    lengths = torch.randint(CAPTION // 2, CAPTION * 3 // 2 + 1, (config.batch,), generator=seeded)
+    samples = [
+        Encoded([end] * start + run, [IGNORE] * start + told, [start], [], [target], ["a " * CAPTION], "")
+        for start in (lengths + TEMPLATE).tolist()
+    ]
+    batch = Collator(model.backbone, head, model.backbone.context_length, config).batch(samples)
+    kept = {name: torch.ones(config.batch, *shape) for name, shape in head.cached_shapes().items()}
+    return replace(batch, targets=kept) if cached else batch
 
 
 @contextmanager
@@ -140,10 +134,10 @@ def shares(model: InterleavedModel, update: Callable[[], object], cuda: bool) ->
 
     Operations of the backward pass have the sequence numbers of those of the forward pass that made them.
     """
-    generator = model.head.generator
-    encoder = generator.coder.parts["encoder"] if generator.coder else generator.vae.encoder
-    parts = {"LLM": model.backbone.language, "denoiser": generator.denoiser, "VAE": encoder}
-    parts |= {n.replace("_encoder", ""): m for n, m in generator.named_children() if n.startswith("text_encoder")}
+    parts = {"LLM": model.backbone.language}
+    for name, part in model.head.parts().items():  # of a VAE the encoder is called
+        if name == "denoiser" or not part.saved:
+            parts[name.removesuffix(" encoder")] = getattr(part.module, "encoder", part.module)
     with ExitStack() as stack:
         for name, part in parts.items():
             span = record_function(name)

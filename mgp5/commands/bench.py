@@ -15,8 +15,9 @@ from .flags import COUNT, PATH, say
 @click.command()
 @click.option("--suite", type=click.Choice(["cpu", "gpu", "kernels", "train"]), default="cpu")
 @click.option("--model", help="Instead of the suite's; random weights unless it is trained.")
+@click.option("--head", help="Whose training is measured.  [minigpt5]")
 @click.option("--steps", type=COUNT, help="Images and replies, or updates, to time in each row.")
-@click.option("--batch", type=COUNT, help="Samples of an update.  [default: 48; 8 on a CPU]")
+@click.option("--batch", type=COUNT, help="Samples of an update.  [default: 48; 12 on a CPU]")
 @click.option(
     "--minutes", type=click.FloatRange(0), help="Rows not begun by then are left out.  [cpu: 5; gpu, train: 10]"
 )

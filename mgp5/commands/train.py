@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--head", help="Of a new model: minigpt5, seed, vargpt, mm-interleaved.  [minigpt5]")
 @click.option(
     "--preset",
-    help="paper, release, prefix, gill, demo, own-laptop, own-24gb or own-80gb; others have the first two and demo.",
+    help="paper, paper-80gb, release, prefix, gill, demo or own-(laptop|24gb|80gb); others: paper, release, demo.",
 )
 @click.option("--config", "config_file", type=PATH, help="TOML file of settings.")
 @settings_option("overrides", "One setting, e.g. lr=1e-4 or lora.rank=4.")

@@ -1,4 +1,5 @@
-"""Guided denoising: the state of one image, and one model call for several images at different steps.
+"""Guided denoising: the state of one image, and one model call for several images at different steps; and the losses
+of many images with the memory of a few.
 
 Letters: B images, n steps, R guidance rows of a call (an image has two at a guided step, else one), M kept predictions,
 Z latent channels, h and w latents, L condition length, C condition width, S width of a step's time embedding.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -220,3 +222,46 @@ def linear_update(
         if coefficient:
             latents = latents + coefficient * past
     return latents, kept
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Turn autocast off."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+def in_parts(losses: Callable[[slice, Tensor], Tensor], condition: Tensor, size: int) -> Tensor:  # (B,)
+    """Return the losses (b,) of parts of B images, at most `size` at a time, of which each depends on one row of a
+    condition (B, L, C) and on nothing else that trains.
+
+    The gradient of a part is computed with it, which frees its activations: the largest pass of the LLM and the mapper
+    then needs no more memory for the denoiser than a small one, and nothing is computed twice.
+    """
+    if len(condition) <= size or not condition.requires_grad:
+        return torch.cat([losses(part, condition[part]) for part in _parts(len(condition), size)])
+    return _InParts.apply(condition, losses, size)
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
+class _InParts(torch.autograd.Function):
+    SCALE = 2.0**14  # of gradients while they are in the denoiser: means over a latent image are too small for float16
+
+    @staticmethod
+    def forward(ctx: Any, condition: Tensor, losses: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
+        values, gradients = [], []
+        for part in _parts(len(condition), size):
+            with torch.enable_grad():
+                rows = condition[part].detach().requires_grad_()
+                value = losses(part, rows)
+                with without_autocast(rows.device):  # as in a backward pass
+                    gradients += torch.autograd.grad(_InParts.SCALE * value.sum(), rows)
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # (B,)
+        (rows,) = ctx.saved_tensors
+        return (rows * (gradient / _InParts.SCALE)[:, None, None]).to(rows.dtype), None, None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import Mgp5Error
 from ..options import DiffusionOptions
-from .denoising import DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin
+from .denoising import DenoisingEngine, DenoisingState, PlainDenoiser, advance, begin, in_parts, without_autocast
 from .pipeline import load_part, read_index
 from .sampler import SamplerTable, Schedule, sampler_table
 
@@ -36,9 +36,7 @@ class LatentDiffusion(nn.Module):
     denoiser_class: ClassVar[type[ModelMixin]]
     schedule_class: ClassVar[type[Schedule]]
     text_parts: ClassVar[dict[str, tuple[Any, str, Any]]]  # name of an encoder -> class; tokenizer's name and class
-
     embeddings: ClassVar[tuple[str, ...]] = ()  # settings of embeddings beside cross-attention that `predict` knows
-
     vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     pooled_width = 0  # width of the pooled vector in the last row of a condition; 0 for a model without one
@@ -113,10 +111,8 @@ class LatentDiffusion(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:  # (B, L, C)
-        """Encode B texts to conditions; the empty text alone is encoded once, and keeps no text encoders.
-
-        Raises Mgp5Error if the model has no text encoder, or one cannot be read.
-        """
+        """Encode B texts to conditions; the empty text alone is encoded once, and keeps no text encoders. Raises
+        Mgp5Error if the model has no text encoder, or one cannot be read."""
         alone = texts == [""]
         if alone and self._empty is not None:
             return self._empty
@@ -132,10 +128,8 @@ class LatentDiffusion(nn.Module):
         raise NotImplementedError
 
     def read_text_encoders(self, device: torch.device | None = None) -> list[str]:
-        """Read the text encoders that are not there yet, to `device` or `text_device`; return their names.
-
-        Raises Mgp5Error if one cannot be read.
-        """
+        """Read the text encoders that are not there yet, to `device` or `text_device`; return their names. Raises
+        Mgp5Error if one cannot be read."""
         new = [name for name in self.readers if getattr(self, name) is None]
         for name in new:
             encoder = self.readers[name]().requires_grad_(False).train(False)
@@ -187,10 +181,8 @@ class LatentDiffusion(nn.Module):
         return self._factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (Z, h, w) of the latents of an image; height and width in pixels.
-
-        Raises Mgp5Error if one of them is not a positive multiple of the VAE's factor.
-        """
+        """Return (Z, h, w) of the latents of an image; height and width in pixels. Raises Mgp5Error if one of them is
+        not a positive multiple of the VAE's factor."""
         unit = self._unit
         if min(height, width) < unit or height % unit or width % unit:
             raise Mgp5Error(
@@ -243,38 +235,44 @@ class LatentDiffusion(nn.Module):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def loss(
-        self, latents: Tensor, condition: Tensor, generator: torch.Generator, min_snr: float | None = None, **more: Any
+        self,
+        latents: Tensor,
+        condition: Tensor,
+        generator: torch.Generator,
+        min_snr: float | None = None,
+        at_once: int | None = None,
+        **more: Any,
     ) -> Tensor:  # (B,)
         """Return the mean squared error of the prediction of each image, differentiable in the condition.
 
         Source: Rombach et al., arXiv 2112.10752, eq. 3; for flow matching, Esser et al., arXiv 2403.03206, section 2.
         Latents (B, Z, h, w) from `sample`, condition (B, L, C); the generator on the CPU draws timesteps and noise.
-        `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556), Mgp5Error with flow matching;
-        `more` goes to `predict`.
+        `min_snr` is the gamma of the min-SNR weights (Hang et al., arXiv 2303.09556), Mgp5Error with flow matching; a
+        frozen denoiser may take `at_once` images at a time, see `in_parts`; `more` goes to `predict`.
         """
         timesteps = self.schedule.draw_timesteps(len(latents), generator)
         weight = None if min_snr is None else self.schedule.min_snr_weight(timesteps, min_snr)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.schedule.add_noise(latents.float(), noise, timesteps)
         target = self.schedule.target(latents.float(), noise, timesteps)
-        with self._without_autocast():
-            prediction = self.predict(noisy, timesteps.to(latents.device), condition, **more)
-        loss = (prediction - target).square().flatten(1).mean(1)
+
+        def losses(part: slice, condition: Tensor) -> Tensor:  # (b,)
+            with self._without_autocast():
+                prediction = self.predict(noisy[part], timesteps[part].to(latents.device), condition, **more)
+            return (prediction - target[part]).square().flatten(1).mean(1)
+
+        loss = in_parts(losses, condition, at_once or len(latents))
         return loss if weight is None else loss * weight.to(loss.device)
 
     def _without_autocast(self) -> AbstractContextManager[None]:
         """Turn autocast off for weights in half precision, where it would only run every norm in float32."""
-        if self.denoiser.dtype == torch.float32:
-            return nullcontext()
-        kind = self.denoiser.device.type
-        return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+        return nullcontext() if self.denoiser.dtype == torch.float32 else without_autocast(self.denoiser.device)
 
     def check(self, options: DiffusionOptions, residuals: bool = False) -> SamplerTable:
         """Return the sampler's table for an image with these options, and with or without residuals.
 
         Raises Mgp5Error for a size, sampler or number of steps that the model cannot draw, or if `reuse` is set without
-        an engine that supports it; none runs with residuals.
-        """
+        an engine that supports it; none runs with residuals."""
         engine = None if residuals else self.engine
         if options.reuse != 1 and not (engine and engine.model.deep):
             case = (
@@ -298,8 +296,7 @@ class LatentDiffusion(nn.Module):
         Condition and unconditional (1, L, C), the latter not needed with guidance 1; `options.guidance` must not be
         None; `rng` on the CPU draws the noise, so that an image does not depend on the device. Residuals (1, N, ...) go
         to both; no engine knows their layers, so none runs. Raises Mgp5Error as `check`, or for guidance without an
-        unconditional condition.
-        """
+        unconditional condition."""
         if unconditional is None and options.guidance != 1.0:
             case = f"guidance {options.guidance} without an unconditional condition"
             raise Mgp5Error(case, "give one, or guidance 1")

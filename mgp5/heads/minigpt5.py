@@ -160,10 +160,12 @@ class MiniGPT5Head(DiffusionHead):
         condition = self.mapper(states * ~dropped[:, None, None].to(states.device))
         terms = {}
         if config.ldm_weight:
-            targets = batch.targets
-            moments = targets["moments"] if "moments" in targets else self.generator.moments(targets["pixels"])
+            moments, at_once = batch.targets.get("moments"), config.generator_batch
+            if moments is None:
+                pixels = batch.targets["pixels"].split(at_once)
+                moments = torch.cat([self.generator.moments(part) for part in pixels])
             latents = self.generator.sample(moments, rng)
-            terms["ldm"] = self.generator.loss(latents, condition, rng, config.min_snr).mean()
+            terms["ldm"] = self.generator.loss(latents, condition, rng, config.min_snr, at_once).mean()
         with_text = [i for i, caption in enumerate(batch.captions) if caption or dropped[i]]
         if config.caption_weight and with_text:
             encoding = self._encodings(batch, with_text, dropped).to(condition.device)

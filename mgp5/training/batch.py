@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .feature_cache import Caches, Item
 
 
+PARTS = 8  # of the LLM's width
 LEAST = 1024  # pixels of a side to which a large JPEG is decoded: as many as any part takes
 
 
@@ -37,7 +38,7 @@ class _Unusable(Exception):
 
 
 @dataclass(frozen=True)
-class _Row:
+class Encoded:
     """One sample of T tokens, N context images and P target images, before padding."""
 
     ids: list[int]  # (T,)
@@ -92,7 +93,7 @@ class Collator:
                 continue
             rows.append(row)
             skipped += [Skipped("history cut", f"{key} ({row.truncated})")] if row.truncated else []
-        return self._batch(rows, tuple(skipped))
+        return self.batch(rows, tuple(skipped))
 
     def _cached(self, conversations: Sequence[Conversation]) -> tuple[dict[int, Item], dict[int, Item]]:
         """Return stored target and context images by `id(image)`, {} if one misses, or where the stage needs pixels."""
@@ -102,7 +103,7 @@ class Collator:
         context = [image for c in conversations for message in c.messages[:-1] for image in message.images]
         return self.caches.targets(targets), self.caches.context(context)
 
-    def _row(self, conversation: Conversation, stored: dict[int, Item], features: dict[int, Item]) -> _Row:
+    def _row(self, conversation: Conversation, stored: dict[int, Item], features: dict[int, Item]) -> Encoded:
         """Convert a sample to tensors. Raises _Unusable."""
         *context, target = conversation.messages
         images = [image for message in context for image in message.images]
@@ -130,7 +131,7 @@ class Collator:
             raise _Unusable("unfit text", f"{len(starts)} x {self.head.spec.new_tokens[0]} for {len(targets)} images")
         if not self.head.spec.opens and 1 in starts and ids[0] == self.backbone.tokenizer.bos_token_id:
             labels[1] = IGNORE
-        return _Row(ids, labels, starts, inputs[first:], targets, captions, truncated)
+        return Encoded(ids, labels, starts, inputs[first:], targets, captions, truncated)
 
     def _truncate_to_fit(
         self, conversation: Conversation, slots: list[int], layouts: list[tuple[list[int], list[int]]]
@@ -154,7 +155,7 @@ class Collator:
             raise _Unusable("too long", reason)
         return build(shorter[least]), reason
 
-    def _batch(self, rows: list[_Row], skipped: tuple[Skipped, ...]) -> Batch:
+    def batch(self, rows: list[Encoded], skipped: tuple[Skipped, ...] = ()) -> Batch:
         """Pad and stack B samples."""
         inputs = [tensors for row in rows for tensors in row.inputs]
         features = tuple(tensors.pop("features")[0] for tensors in inputs if "features" in tensors)
@@ -163,9 +164,8 @@ class Collator:
         captions = tuple(caption for row in rows for caption in row.captions)
         encodings = self.caches.encodings(captions) if self.caches else None
         pack = self.config.data.pack if self.config else "none"
-        begins = None
-        if pack != "none":
-            rows, begins = _packed(rows, self.max_length)
+        groups = self._groups(rows, pack)
+        rows, begins = _packed(groups) if len(groups) < len(rows) else (rows, None)
         starts = [(i, start) for i, row in enumerate(rows) for start in row.starts]
         return Batch(
             ids=_pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id or 0),
@@ -182,24 +182,49 @@ class Collator:
             skipped=skipped,
         )
 
+    def _groups(self, rows: list[Encoded], pack: str) -> list[list[Encoded]]:
+        """Return the samples of each row of the batch: as many as fit, or those that leave the least padding.
 
-def _packed(rows: Sequence[_Row], length: int) -> tuple[list[_Row], Tensor]:
-    """Return rows of at most `length` tokens that hold samples one behind another, in order, and where the document of
-    each of their tokens begins (B, T); padding is a document of its own."""
-    groups: list[list[_Row]] = []
+        These rows have at most D / PARTS tokens, D the LLM's width, or one sample: the scores between samples, which
+        are computed and masked, are then 2 % of what the matrices of a layer take.
+        """
+        if pack == "plain":
+            return _grouped(rows, self.max_length)
+        longest = max((len(row.ids) for row in rows), default=0)
+        lengths: Sequence[int] = [0]
+        if pack == "isolated" and self.backbone.packable:
+            lengths = range(longest, max(longest, min(int(self.backbone.width / PARTS), self.max_length)) + 1)
+        return min((_grouped(rows, length) for length in lengths), key=_num_tokens)
+
+
+def _grouped(rows: list[Encoded], length: int) -> list[list[Encoded]]:
+    """Return samples, in order, in groups of at most `length` tokens; a longer one is alone."""
+    groups, room = [], 0
     for row in rows:
-        if not groups or sum(len(each.ids) for each in groups[-1]) + len(row.ids) > length:
+        if not groups or len(row.ids) > room:
             groups.append([])
+            room = length
         groups[-1].append(row)
+        room -= len(row.ids)
+    return groups
+
+
+def _num_tokens(groups: list[list[Encoded]]) -> int:
+    """Return the number of tokens of rows that hold these groups, with padding."""
+    return len(groups) * max((sum(len(row.ids) for row in group) for group in groups), default=0)
+
+
+def _packed(groups: list[list[Encoded]]) -> tuple[list[Encoded], Tensor]:
+    """Return rows that hold samples one behind another, and where the document of each of their tokens begins (B, T);
+    padding is a document of its own. The first tokens of documents have no label, as no token predicts them."""
     packed, begins = [], []
     for group in groups:
         firsts = [0, *accumulate(len(row.ids) for row in group)]
-        ids, labels, inputs, targets, captions = (
-            [value for row in group for value in getattr(row, name)]
-            for name in ("ids", "labels", "inputs", "targets", "captions")
-        )
+        names = ("ids", "inputs", "targets", "captions")
+        ids, inputs, targets, captions = ([v for row in group for v in getattr(row, name)] for name in names)
+        labels = [label for row in group for label in (IGNORE, *row.labels[1:])]
         starts = [first + start for first, row in zip(firsts, group, strict=False) for start in row.starts]
-        packed.append(_Row(ids, labels, starts, inputs, targets, captions, ""))
+        packed.append(Encoded(ids, labels, starts, inputs, targets, captions, ""))
         begins.append([first for first, row in zip(firsts, group, strict=False) for _ in row.ids] + firsts[-1:])
     longest = max(map(len, begins), default=1) - 1
     whole = [[*each, *each[-1:] * (longest + 1 - len(each))][:longest] for each in begins]

@@ -24,7 +24,7 @@ from ..files import read_json, remove_folder, remove_leftovers, replacing, write
 SETTINGS, LOG, REPORT, METADATA = "config.json", "log.jsonl", "report.json", "state/state.json"
 # Settings that may change when a run is resumed; of accumulation, only its product with the number of processes stays.
 FREE = {"accumulation", "checkpointing", "epochs", "keep", "log_every", "sample_every", "save_every", "steps"}
-FREE |= {"trackers", "workers"}
+FREE |= {"generator_batch", "trackers", "workers"}
 BROKEN = "start the run again with another --out"
 
 

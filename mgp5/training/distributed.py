@@ -146,9 +146,8 @@ class LossModule(nn.Module):
             ids = batch.ids.new_zeros(1, 2)
             total = self.model.hidden(replace(batch, ids=ids, mask=torch.ones_like(ids), begins=None))[:0].sum()
         weights = [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        return total + sum((p if p.dim() else p[None])[:0].sum() for p in weights), {
-            k: v.detach() for k, v in losses.terms.items()
-        }
+        none = torch.cat([p.flatten()[:0] for p in weights]) if weights else total.new_zeros(0)
+        return total + none.sum(), {name: value.detach() for name, value in losses.terms.items()}
 
 
 @contextmanager

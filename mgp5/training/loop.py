@@ -138,9 +138,12 @@ def train(
     with redirect_stdout(sys.stderr):  # some trackers print a greeting
         accelerator.init_trackers("mgp5", {name: str(value) for name, value in asdict(config).items()})
     trainer = Trainer(model, config, accelerator, newest)
+    stage = model.head.stage(config.stage)
+    if stage.data == "captions" and accelerator.device.type == "cuda":  # with images of one size in all of a run
+        torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms in the first update
     last = total if stop_after is None else min(total, trainer.step + stop_after)
     batches = _batches(data, model, config, accelerator, trainer.step, caches)
-    samples = fixed_samples(data, config.seed) if config.sample_every and model.head.stage(config.stage).llm else []
+    samples = fixed_samples(data, config.seed) if config.sample_every and stage.llm else []
     first, started = trainer.step, time.monotonic()
     model.train()
     while trainer.step < last:

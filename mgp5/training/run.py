@@ -101,7 +101,7 @@ class TrainRequest:
         device = pick_device(self.device)[0]
         if device.type == "cpu":
             return "own-laptop"
-        return "own-80gb" if torch.cuda.get_device_properties(device).total_memory > 60 * GiB else "own-24gb"
+        return "own-80gb" if _is_large(device) else "own-24gb"
 
     @property
     def head_name(self) -> str:
@@ -209,12 +209,30 @@ def _advise(request: TrainRequest, data: Keyed | Shards, tell: Tell) -> None:
         tell(f"settings: --preset {request.own_preset}")
     if config.precision == "fp32" and pick_precision("auto", pick_device(request.device)[0]) == "fp32":
         tell("precision: fp32, as this processor only emulates bf16")
+    each = config.batch * config.accumulation * _processes()
     if updates < FEW:
-        each = config.batch * config.accumulation * _processes()
         hint = "more stories, --set epochs=N, or --set accumulation=1"
         tell(f"warning: only {updates} update{'s' * (updates != 1)} of {each} samples will hardly be seen: {hint}")
+    _advise_speed(request, updates * each / (num_samples(data) or updates * each), tell)
     if config.warmup >= updates:
         tell(f"warning: the learning rate grows over {config.warmup} updates, the run has {updates}: --set warmup=N")
+
+
+def _advise_speed(request: TrainRequest, epochs: float, tell: Tell) -> None:
+    """Tell what makes a run faster: a cache of what each epoch would compute again, and on a large GPU a preset that
+    recomputes nothing."""
+    config, head, device = request.config, head_class(request.head_name), pick_device(request.device)[0]
+    stage = head.stage(config.stage)
+    captions = stage.data == "captions" and stage.llm and head.target_cache
+    if captions and not request.caches and epochs >= 2:
+        kinds = head.target_cache[0] + ",captions" * bool(getattr(config, "caption_weight", 0))
+        tell(f"hint: every epoch encodes all images again: mgp5 data cache --kinds {kinds} --out DIR, then --cache DIR")
+    if captions and not request.preset and "paper-80gb" in PRESETS[request.head_name] and _is_large(device):
+        tell("hint: --preset paper-80gb has the same numbers for a GPU of this size, and is faster")
+
+
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 60 * GiB
 
 
 def _check_host(request: TrainRequest, dtype: torch.dtype, on_gpu: bool) -> None:
