@@ -7,6 +7,7 @@ are. The interpreter is slow: real shapes are few, and tiles are made small wher
 import pytest
 import torch
 from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, registry, rms_norm, sum_map
+from mgp5.kernels.group_norm_backward import frozen_norm, group_norm_backward, group_norm_backward_reference
 from test_engines import NEAR, difference, smallest
 from test_engines import draw as draw_images
 from tiny_sd3 import tiny_sd3_vae, tiny_transformer
@@ -64,6 +65,9 @@ def test_group_norm(shape, groups, last, dtype, monkeypatch):
     assert_equals(*pair, x, weight, bias, silu=False, **options)
     assert_equals(*pair, x, weight, bias, silu=True, time=None if len(shape) == 3 else time, **options)
     assert group_norm.group_norm(x, weight, bias, silu=True, **options).movedim(1, -1).is_contiguous()
+    grad, backward = draw(*shape, dtype=dtype, seed=1), (group_norm_backward, group_norm_backward_reference)
+    assert_equals(*backward, grad, x, weight, bias, silu=False, **options)
+    assert_equals(*backward, grad, x, weight, bias, silu=True, time=None if len(shape) == 3 else time, **options)
 
 
 @dtypes
@@ -284,3 +288,36 @@ def test_kernels_in_place(make):
     assert engines.apply(diffusion, "triton").name == "triton"
     diffusion.engine.graphed = True
     assert difference([draw_images(diffusion, 1, steps=1), diffusion.decode(before[-1])], [before, image]) < NEAR
+
+
+@interpreted
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_frozen_unet_in_place_keeps_losses_and_gradients(linear):
+    diffusion = smallest(use_linear_projection=linear)
+    latents = draw(3, *diffusion.latent_shape(*[diffusion.native_size] * 2))
+
+    def losses(checkpointing):
+        diffusion.checkpointing(checkpointing)
+        condition, seeded = draw(3, *diffusion.condition_shape).requires_grad_(), torch.Generator().manual_seed(0)
+        loss = diffusion.loss(latents, condition, seeded, at_once=2)
+        loss.sum().backward()
+        return loss.detach(), condition.grad
+
+    before = losses(False)
+    assert engines.fuse_unet(diffusion.unet)
+    assert diffusion.unet.conv_norm_out.forward.func is frozen_norm
+    for found in (losses(False), losses(True)):
+        for one, other in zip(found, before, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    diffusion.unet.requires_grad_()
+    assert not engines.fuse_unet(diffusion.unet)  # kernels have no gradients of weights
+
+
+def test_the_gradient_of_a_time_embedding():
+    norm, seen = torch.nn.GroupNorm(3, 6, device=DEVICE).requires_grad_(False), draw(2, 6, 4, 3, seed=1)
+    options = norm.weight, norm.bias, norm.num_groups, norm.eps, True
+    x, time = draw(2, 6, 4, 3).requires_grad_(), draw(1, 6).requires_grad_()
+    found = (frozen_norm(norm, x, True, time), group_norm.group_norm_reference(x, *options, time))
+    one, other = (torch.autograd.grad(normed, (x, time), seen) for normed in found)
+    for gradient, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)

@@ -40,12 +40,12 @@ def stable_diffusion(**config) -> StableDiffusion:
     return StableDiffusion(unet, tiny_vae(), NoiseSchedule.from_config({"prediction_type": "v_prediction"}))
 
 
-def smallest() -> StableDiffusion:
+def smallest(**more) -> StableDiffusion:
     """One ResNet block of a size, two transformers: little to compile."""
     return stable_diffusion(
         block_out_channels=(16,), layers_per_block=1, transformer_layers_per_block=1,
         down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",),
-        attention_head_dim=2,
+        attention_head_dim=2, **more,
     )  # fmt: skip
 
 

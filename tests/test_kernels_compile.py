@@ -18,6 +18,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm, sum_map  # noqa: E402
+from mgp5.kernels.group_norm_backward import group_norm_backward  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 # Compute capability -> most shared memory of a program in KB (CUDA programming guide, technical specifications).
@@ -52,12 +53,15 @@ class Compiler:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def norm(channels, size, silu, timed, groups=32):
+def norm(channels, size, silu, timed, groups=32, backward=False):
     def launch(dtype):
         x = torch.empty(1, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
         weight = torch.empty(channels, dtype=dtype)
         time = torch.empty(50, 20160, dtype=dtype)[:1, 320 : 320 + channels] if timed else None
-        group_norm.group_norm(x, weight, weight, groups, 1e-5, silu, time)
+        if backward:
+            group_norm_backward(x, x, weight, weight, groups, 1e-5, silu, time)
+        else:
+            group_norm.group_norm(x, weight, weight, groups, 1e-5, silu, time)
 
     return launch
 
@@ -120,6 +124,7 @@ def cases():
     for (channels, size), (silu, timed) in itertools.product(unet, [(True, False), (True, True), (False, False)]):
         kind = "group_norm" if size > 16 or channels > 2000 else "group_norm_small"
         yield kind, norm(channels, size, silu, timed)
+        yield "group_norm_backward", norm(channels, size, silu, timed, backward=True)
     for (channels, size), silu in itertools.product([(128, 512), (256, 256), (512, 64)], [True, False]):
         yield "group_norm", norm(channels, size, silu, False)
     for channels, size in [(64, 16), (192, 8), (384, 8)]:
@@ -188,6 +193,7 @@ def test_kernels_compile_without_spills(capability, every, compile_for):
         assert spills == [("0", "0", "0")] * len(loaded), f"{operation} {dtype} for {capability}: {report}"
         kernels |= set(loaded)
     norms = {"_norm_one_tile", "_statistics", "_normalize", "_layer_norm", "_sum_map", "_adaln", "_rms_norm"}
+    norms |= {"_channel_sums", "_gradient"}
     assert kernels == norms | {"_geglu", "_guided_step", "_sample", "_sample_backward"}
 
 

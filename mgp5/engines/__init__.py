@@ -25,9 +25,12 @@ from ..kernels import registry as kernels
 from ..options import Backend
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and `select_backend` needs none of it
+    from diffusers import ModelMixin
+
     from ..generators.latent_diffusion import LatentDiffusion
 
-__all__ = ["Backend", "BackendChoice", "apply", "fuse_vae", "keep_compiled", "remove", "select_backend", "trt_refusal"]
+__all__ = ["Backend", "BackendChoice", "apply", "fuse_unet", "fuse_vae", "keep_compiled", "remove", "select_backend"]
+__all__ += ["trt_refusal"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,18 @@ def fuse_vae(generator: LatentDiffusion, graphed: bool = False) -> bool:
     with suppress(Mgp5Error):  # another VAE, or ResNet blocks that are not known
         generator.coder = FusedAutoencoder(generator.vae, operations("triton", device, dtype), graphed)
     return generator.coder is not None
+
+
+def fuse_unet(unet: ModelMixin) -> bool:
+    """Let a frozen UNet train in channels-last, its norms by kernels, where these run and know it; return whether."""
+    from .frozen import fuse_frozen
+
+    if _triton_refusal(unet.device, unet.dtype) or any(p.requires_grad for p in unet.parameters()):
+        return False
+    with suppress(Mgp5Error):  # layers that are not known
+        fuse_frozen(unet)
+        return True
+    return False
 
 
 def remove(generator: LatentDiffusion) -> None:

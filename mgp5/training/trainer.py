@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config import TrainConfig
 from ..data import Problems
-from ..engines import fuse_vae
+from ..engines import fuse_unet, fuse_vae
 from ..files import read_json, write_json
 from ..hub import Parts
 from ..loading import WEIGHTS, full, load_trained_tensors, read_weights, trained_tensors, write_tensors, write_weights
@@ -54,6 +54,8 @@ class Trainer:
         sharded = accelerator.distributed_type == DistributedType.FSDP  # it puts other weights into its modules
         if accelerator.device.type == "cuda" and hasattr(generator, "vae") and not sharded:
             fuse_vae(generator)
+            if hasattr(generator, "unet"):
+                fuse_unet(generator.unet)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = [p.detach().clone() for p in self.trained.values()] if config.ema else []
