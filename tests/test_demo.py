@@ -62,6 +62,7 @@ def test_pictures_are_not_blank_and_depend_on_the_words(demo):
 def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
     """A lesson of examples/storyland ends where its image is due, which the LLM, trained on such, tells by a voken."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "storyland"))
+    from lessons import lesson as any_lesson
     from lessons import sample, story_lesson
 
     lesson = story_lesson(story(rng("test", 0, 0), "test"), "illustrate", 1, 0, "text")
@@ -71,6 +72,8 @@ def test_lessons_are_what_the_demo_is_trained_on(demo, monkeypatch):
     talk = Conversation(lesson.conversation.messages[:-1])
     state = Session(demo).read(talk)
     assert demo.backbone.logits(state).argmax() == demo.head.ids[0]
+    lengths = {len(any_lesson(rng("test", 0, number), "test").conversation.messages) for number in range(200)}
+    assert max(lengths) - 2 <= demo.config.history <= max(lengths)  # the longest without the system's and the reply
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -43,6 +43,9 @@ def main(
     config = json.loads((out / "mgp5" / "config.json").read_text())
     config |= {part: part if part in copied else f"{share}/{part}" for part in ("mllm", "diffusion")}
     config |= {"guidance": guidance, "temperature": temperature, "world": "storyland"}
+    # Messages before a reply, two more than the longest lesson has: of 150 replies late in a dialogue 1 is no sentence
+    # of Storyland then, 3 with 7, and 13 with all of the dialogue; attributes are 89.7, 87.7 and 89.7 % right.
+    config["history"] = 9
     config["narrate_from"] = "none"  # 65 % of its narrations tell just the change then, 49 % with the history
     (out / "mgp5" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in out.rglob("config.json"):  # a file may know where it was loaded from, which is nobody's business
