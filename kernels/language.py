@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -17,7 +18,7 @@ try:
 except ImportError:  # the extra "triton" is not installed
     triton = tl = None
 
-__all__ = ["as_rows", "ceil_div", "jit", "launcher", "operator", "power_of_2", "tl", "triton"]
+__all__ = ["as_rows", "ceil_div", "dot_in_float32", "jit", "launcher", "operator", "power_of_2", "tl", "triton"]
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -40,6 +41,19 @@ def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., 
     has no backward. Without Triton it stays a plain function.
     """
     return lambda launch: launch if triton is None else triton_op(f"mgp5::{name}", launch, mutates_args=mutates)
+
+
+def dot_in_float32(dtype: torch.dtype) -> bool:
+    """Return whether kernels must multiply tiles of this dtype in float32: bfloat16 before Ampere and interpreted."""
+    return dtype == torch.bfloat16 and (triton.knobs.runtime.interpret or before_ampere())
+
+
+def before_ampere() -> bool:
+    """Return whether kernels are for a card older than Ampere, where Triton multiplies tiles without tensor cores."""
+    if triton.knobs.runtime.interpret:
+        return False
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return isinstance(arch, int) and arch < 80  # a name on AMD's cards
 
 
 def power_of_2(count: int) -> int:

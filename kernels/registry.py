@@ -1,4 +1,4 @@
-"""Selects between the implementations of each fused operation of the guided denoising step and of heads.
+"""Selects between the implementations of each fused operation of the guided denoising step, of heads and of decoding.
 
 Every operation has a PyTorch reference (its specification, the fallback and the oracle of the tests) and a Triton
 kernel, both in one file; one has a prebuilt kernel of Hugging Face's too. MGP5_KERNELS=auto|triton|hub|torch selects
@@ -34,6 +34,10 @@ OPERATIONS: dict[str, tuple[str, int | None]] = {
     "gated_adaln": ("adaln", 16384),
     "rms_norm": ("rms_norm", 4096),
     "deformable": ("deformable", 256),
+    "row_norm": ("row_linear", 16384),
+    "row_linear": ("row_linear", 16384),
+    "rotary_cache": ("token_attention", 256),
+    "token_attention": ("token_attention", 256),
 }
 
 

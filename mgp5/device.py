@@ -1,10 +1,12 @@
-"""Device and dtype of the computation, facts of this machine, the user's cache folder, the log level of libraries."""
+"""Device and dtype of the computation, CUDA graphs, facts of this machine, the user's cache folder, the log level of
+libraries."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +55,26 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def record(
+    work: Callable[[], Any], pool: Any, before: Callable[[], Any] = lambda: None
+) -> tuple[Callable[[], None], Any]:
+    """Record work as a CUDA graph; return what replays it, and what it returned, which a replay writes anew.
+
+    First it runs on another stream, where compilers and libraries choose their kernels, each time after `before`.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            before()
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, pool=pool):
+        outputs = work()
+    return graph.replay, outputs
 
 
 def user_cache() -> Path:

@@ -94,14 +94,20 @@ def _on_cpu(model: str) -> dict[str, Any]:
 
 def paths(model: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
     """Return what writes the text of a model and what draws its images with `--backend auto`, and why."""
+    from .engines import decode
     from .engines.engine import operations
     from .engines.precomputed import precompute
     from .memory.skeletons import generating_skeleton
 
     built = generating_skeleton(resolve(model), dtype)
     graphed, choice = device.type == "cuda" and built.backbone.capturable, engines.select_backend("auto", device, dtype)
-    text = "one CUDA graph a token" if graphed else "PyTorch, operation by operation"
-    found = [{"part": "text", "path": text, "why": "nothing is compiled unless --backend compile asks for it"}]
+    text, why = "PyTorch, operation by operation", "nothing is compiled unless --backend compile asks for it"
+    if graphed:
+        refusal = decode.why_not(built.backbone, device, dtype)
+        text = "one CUDA graph a token" + ("" if refusal else ", by fused kernels")
+        known = f"{type(built.backbone.language).__name__} is known, and its kernels were tried"
+        why = f"no fused kernels: {refusal}" if refusal else known
+    found = [{"part": "text", "path": text, "why": why}]
     denoiser = getattr(getattr(built.head, "generator", None), "denoiser", None)
     if denoiser is None and not hasattr(getattr(built.head, "decoder", None), "decode_scale"):
         why = f"the head {built.head.spec.name} has neither a denoiser nor a decoder of scales"

@@ -68,12 +68,18 @@ def test_every_choice_has_its_reason():
 def test_which_path_a_model_takes(card, text, images, monkeypatch):
     """Also for a card that is not here."""
     monkeypatch.setattr(kernels, "_triton_refusal", lambda device, dtype: "" if device.type == "cuda" else "no card")
+    monkeypatch.setattr("mgp5.engines.decode.fault", "".format)
     device = torch.device("cuda" if card else "cpu")
     found = {row["part"]: row["path"] for row in doctor.paths("demo", device, torch.bfloat16)}
     assert found["text"].startswith(text) and found["images"] == images
+    assert card is ("fused kernels" in found["text"])
     monkeypatch.setattr("mgp5.engines.precomputed.UNet2DConditionModel", type(None))
     other = {row["part"]: row for row in doctor.paths("demo", device, torch.bfloat16)}["images"]
     assert other["path"] == "diffusers" and "engines do not know" in other["why"]
+    for name, value, why in (("fault", "{1} err".format, "1 err"), ("LANGUAGES", (), "LlamaModel")):
+        monkeypatch.setattr(f"mgp5.engines.decode.{name}", value)
+        other = doctor.paths("demo", device, torch.bfloat16)[0]
+        assert card is other["why"].startswith(f"no fused kernels: {why}") and "fused" not in other["path"]
 
 
 def test_whether_a_model_fits_is_told_first_and_all_tells_of_every_named_one(monkeypatch):

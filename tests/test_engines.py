@@ -281,7 +281,9 @@ def test_tokens_are_compiled_for_who_asked_for_it(name, monkeypatch):
     """Where the head has a denoiser: whatever engine draws, on any device."""
     monkeypatch.setattr("mgp5.export.cache.apply", lambda *args: engines.BackendChoice(name))
     monkeypatch.setattr(engines, "keep_compiled", lambda: None)
-    model = SimpleNamespace(head=SimpleNamespace(generator=stable_diffusion()), backbone=SimpleNamespace())
+    model = SimpleNamespace(
+        head=SimpleNamespace(generator=stable_diffusion()), backbone=SimpleNamespace(device=CPU, lm_head=None)
+    )
     set_backend(model, "auto")
     assert model.backbone.compiled == (name == "compile")
 

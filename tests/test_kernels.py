@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_kernels_match_their_references(where, tmp_path):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", HERE / "kernel_cases.py", "--rootdir", HERE.parent, "--tb=short"]
+    cases = HERE / "kernel_cases.py", HERE / "decode_cases.py"
+    command = [sys.executable, "-m", "pytest", *cases, "--rootdir", HERE.parent, "--tb=short"]
     settings = {"OMP_NUM_THREADS": "1"}
     settings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
     found = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)

@@ -18,6 +18,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm, sum_map  # noqa: E402
+from mgp5.kernels import row_linear as linear  # noqa: E402
+from mgp5.kernels import token_attention as attention  # noqa: E402
 from mgp5.kernels.group_norm_backward import group_norm_backward  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
@@ -109,6 +111,34 @@ def points(tokens, heads, levels, sizes, backward):
     return launch
 
 
+def products(width, inner, biased):
+    """Of an LLM's layer, for one and for eight rows: with the norm before, and with the residual behind."""
+
+    def launch(dtype):
+        for count in (1, 8):
+            x, gate_up = torch.empty(count, width, dtype=dtype), torch.empty(2 * inner, width, dtype=dtype)
+            bias = torch.empty(2 * inner, dtype=dtype) if biased else None
+            linear.row_linear(x, gate_up, bias, x[0], None, 1e-5)
+            out = linear.row_linear(x, gate_up, bias, x[0], None, 1e-5, True)
+            linear.row_linear(out, torch.empty(width, inner, dtype=dtype), None, None, x)
+
+    return launch
+
+
+def attend(heads, groups, width, normed):
+    """Of eight new tokens over a cache: with its write, and over few slots and many."""
+
+    def launch(dtype):
+        cache = torch.empty(2, 8, groups, 4096, width, dtype=dtype)
+        qkv, angles = torch.empty(8, (heads + 2 * groups) * width, dtype=dtype), torch.empty(8, width, dtype=dtype)
+        places, norm = torch.zeros(2, 8, dtype=torch.long), (angles[0], angles[0], 1e-5) if normed else ()
+        query = attention.rotary_cache(qkv, angles, angles, *cache, *places, *norm)
+        for slots in (256, 4096):
+            attention.token_attention(query, *cache, *places, slots, width**-0.5)
+
+    return launch
+
+
 def rows(operation, *shapes, eps=(1e-6,)):
     return lambda dtype: operation(*(torch.empty(shape, dtype=dtype) for shape in shapes), *eps)
 
@@ -147,12 +177,21 @@ def cases():
         kind = "deformable_backward" if backward else "deformable"
         yield kind, points(1, 16, 3, (32, 16, 8), backward)
         yield kind, points(256, 16, 4, (64, 32, 16, 8), backward)
+    for shape in ((4096, 11008, False), (3584, 18944, True)):  # LLaMA 7B, Qwen2.5 7B
+        yield "row_linear", products(*shape)
+    for shape in ((32, 32, 128, False), (28, 4, 128, True), (4, 2, 24, False)):
+        yield "token_attention", attend(*shape)
     for history, channels, halves in itertools.product((0, 1, 4), (4, 16), (1, 2)):  # of DDIM, DPM-Solver++, PNDM
         yield "guided_step", step(history, channels, halves)
 
 
 CASES = list(itertools.product(cases(), DTYPES))
-SAMPLE = {"group_norm": 2, "guided_step": 2}  # cases of an operation for each card, else 1
+SAMPLE = {
+    "group_norm": 2,
+    "guided_step": 2,
+    "row_linear": 4,
+    "token_attention": 2,
+}  # cases of an operation for each card, else 1
 
 
 @pytest.fixture
@@ -194,7 +233,9 @@ def test_kernels_compile_without_spills(capability, every, compile_for):
         kernels |= set(loaded)
     norms = {"_norm_one_tile", "_statistics", "_normalize", "_layer_norm", "_sum_map", "_adaln", "_rms_norm"}
     norms |= {"_channel_sums", "_gradient"}
-    assert kernels == norms | {"_geglu", "_guided_step", "_sample", "_sample_backward"}
+    assert kernels == norms | {"_geglu", "_guided_step", "_sample", "_sample_backward"} | {
+        "_row_norm", "_row_linear", "_rotary_cache", "_token_attention", "_merge_parts"
+    }  # fmt: skip
 
 
 def test_torch_export_keeps_an_operator_whole():

@@ -98,6 +98,7 @@ from mgp5.doctor import examine; examine()
 print(heavy("transformers", "diffusers"))
 import os, torch, mgp5.kernels.registry as kernels
 from mgp5.kernels import adaln, deformable, geglu, group_norm, guided_step, layer_norm, rms_norm
+from mgp5.kernels import row_linear, token_attention
 x = torch.randn(1, 4, 2, 2)
 print(group_norm.group_norm_reference(x, x[0, :, 0, 0], x[0, :, 0, 0], 2, 1e-5, True, x[:, :, 0, 0]).shape)
 print(kernels.select_kernel("geglu", torch.device("cuda"), torch.float32).why)

@@ -1,4 +1,4 @@
-"""Profile by kernel what makes up a reply and training: a denoising step, the VAE, a token, an update of training.
+"""Profile by kernel what makes up a reply and training: a step, the VAE, a token, a condition, an update of training.
 
     python examples/gpu/by_kernel.py --out DIR
 
@@ -36,9 +36,13 @@ def drawn(bench: Bench, parts: Parts, pixels: int | None) -> Iterator[dict[str, 
 
 @contextmanager
 def written(bench: Bench, parts: Parts) -> Iterator[dict[str, Work]]:
-    """Yield the tokens of a reply."""
-    (write,) = decoding.ways(decoding.make_model(parts, bench), ())["eager"]()
-    yield {"token": (write, decoding.REPLY)}
+    """Yield the tokens of a reply, and all between a text and the first step of its image."""
+    model, works = decoding.make_model(parts, bench), {}
+    for name, ways, count in (("token", decoding.ways, decoding.REPLY), ("condition", decoding.condition_ways, 1)):
+        found = ways(model, bench.backends)
+        (work,) = found.get("triton", found["eager"])()
+        works[name] = work, count
+    yield works
 
 
 @contextmanager

@@ -35,7 +35,8 @@ command -v nvidia-smi > /dev/null && nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 part doctor 10 "$python" -m mgp5 doctor
 part profile 20 "$python" examples/gpu/by_kernel.py --out "$out/profile" $device $model --micro "${BATCH:-16}"
 part tests 20 "$python" -m pytest -q -m gpu -n 0 -p no:cacheprovider -p no:warnings \
-  tests/test_kernels.py tests/test_engines.py tests/test_fused.py tests/test_shortcuts.py tests/test_placement.py
+  tests/test_kernels.py tests/test_fused_decode.py tests/test_engines.py tests/test_fused.py tests/test_shortcuts.py \
+  tests/test_placement.py
 part bench 40 "$python" -m mgp5 bench --suite gpu --minutes "$(minutes 40)" $device $model ${BENCH:-} \
   --against "$against" --out "$out/gpu.json"
 part kernels 10 "$python" -m mgp5 bench --suite kernels $device --out "$out/kernels.json"

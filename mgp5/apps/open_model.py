@@ -75,9 +75,10 @@ def denoisers(model: InterleavedModel) -> list[Any]:
 def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None = None) -> BackendChoice:
     """Let images be drawn by an engine, see `export.cache.apply`.
 
-    With compile, tokens are decoded by compiled code too.
+    With compile, tokens are decoded by compiled code too; else, but for eager, by fused kernels where they can be.
     """
     from .. import engines
+    from ..engines import decode
     from ..export.cache import apply
 
     generator, decoder = getattr(model.head, "generator", None), getattr(model.head, "decoder", None)
@@ -95,6 +96,11 @@ def set_backend(model: InterleavedModel, backend: Backend, exported: Path | None
     model.backbone.compiled = choice.compiles  # it takes longer than most replies: only for who asked for it
     if model.backbone.compiled:
         engines.keep_compiled()
+    fused = backend not in ("eager", "compile")
+    model.backbone.engine = None  # an earlier one holds weights that were joined
+    model.backbone.engine = decode.fused_decode(model.backbone) if fused else None
+    if fused and exported is None:
+        decode.map_in_half(model.head, model.backbone)
     return choice
 
 

@@ -44,6 +44,7 @@ class Backbone(Protocol):
     vocabulary: int  # ids below it are tokens; rows of the LM head from there on are padding
     compiled: bool  # whether tokens are decoded by compiled code
     packable: bool  # whether a mask keeps samples apart that are in one row
+    engine: Any  # an `engines.decode.FusedDecode` that runs the forward of a few tokens, None: `forward` does
     capturable: bool  # whether the forward of one token can be captured as a CUDA graph
 
     def preprocess(self, images: list[PIL.Image.Image]) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class HFBackbone(nn.Module):
     """
 
     compiled = False
+    engine = None
     side: SideInputs | None = None  # of the current forward
     compute_device: torch.device | None = None  # set where weights wait elsewhere while they are not needed
 
@@ -305,7 +306,8 @@ class HFBackbone(nn.Module):
         """Return whether the forward of one token can be a CUDA graph: nothing is offloaded or read by the host."""
         rotary = getattr(self.core.config.get_text_config(), "rope_parameters", None)
         adapted = self.model is not self.core  # rows of adapters that are not merged are found by the host
-        return not (adapted or self.compute_device or is_quantized(self.core) or "dynamic" in str(rotary))
+        by_length = any(kind in str(rotary) for kind in ("dynamic", "longrope"))
+        return not (adapted or self.compute_device or is_quantized(self.core) or by_length)
 
     def checkpointing(self, on: bool) -> None:
         """Turn gradient checkpointing of the language model on or off; it applies in training mode."""

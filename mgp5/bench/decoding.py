@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import local_torch_dtype
 
 from ..apps.open_model import load, set_backend
+from ..engines.decode import FusedDecode, fused_decode, map_in_half
 from ..errors import Mgp5Error
 from ..heads import DrawContext, Embeds, Forced, Response, Sample, Step
 from ..hub import Parts
@@ -61,9 +62,9 @@ def condition_rows(bench: Bench, parts: Parts) -> Generator[Row, None, float | N
     """
     model = make_model(parts, bench)
     size = f"{_name(parts)}, {model.head.spec.positions} positions behind {PROMPT}"
-    timing = interleave(bench, size, {"eager": lambda: _condition(model)}, _held(model))["eager"]
-    yield {"name": "condition", "size": size, "provider": "eager"} | timing.row()
-    return None if timing.skipped else timing.median(0)
+    for way, timing in interleave(bench, size, condition_ways(model, bench.backends), _held(model)).items():
+        yield {"name": "condition", "size": size, "provider": way} | timing.row()
+    return None if timing.skipped else timing.median(0)  # of the best, which stands last
 
 
 def image_rows(bench: Bench, parts: Parts, counts: tuple[int, ...] = (1,)) -> Iterator[Row]:
@@ -122,7 +123,21 @@ def ways(model: InterleavedModel, backends: tuple[str, ...], count: int = 1) -> 
         "eager": lambda: _ours(model, ids, compiled=False),
         "transformers static": lambda: _theirs(model, ids, "static"),
     }
+    if fused := _fused(model, backends):
+        found["triton"] = lambda: _ours(model, ids, compiled=False, engine=fused)
     return found | ({"compile": lambda: _ours(model, ids, compiled=True)} if "compile" in backends else {})
+
+
+def condition_ways(model: InterleavedModel, backends: tuple[str, ...]) -> dict[str, Callable[[], Phases]]:
+    """Return the ways to make a condition: by the LLM and the head as they are, and by fused kernels."""
+    found = {"eager": lambda: _condition(model)}
+    fused = _fused(model, backends)
+    return found | ({"triton": lambda: _condition(model, fused)} if fused else {})
+
+
+def _fused(model: InterleavedModel, backends: tuple[str, ...]) -> FusedDecode | None:
+    """Return what decodes by fused kernels, if that is a way to be timed and runs here."""
+    return fused_decode(model.backbone) if "triton" in backends else None
 
 
 def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
@@ -139,9 +154,9 @@ def _theirs(model: InterleavedModel, ids: Tensor, cache: str | None) -> Phases:
     return (write,)
 
 
-def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
+def _ours(model: InterleavedModel, ids: Tensor, compiled: bool, engine: FusedDecode | None = None) -> Phases:
     """Prepare our decoder; on a GPU, several steps of one CUDA graph run between two synchronizations."""
-    model.backbone.compiled = compiled
+    model.backbone.compiled, model.backbone.engine = compiled, engine
     decoder = Decoder(model.backbone, len(ids))
     for row in range(len(ids)):
         params = SamplingParams(temperature=0, top_p=1, penalty=1, rng=torch.Generator())
@@ -149,6 +164,7 @@ def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
 
     @torch.inference_mode()
     def write() -> None:
+        model.backbone.engine = engine  # other ways are timed in turn
         for row in range(len(ids)):
             decoder.cut(row, 0)
         tokens = decoder.pick({row: _read(decoder, ids[row : row + 1], row)[0, -1] for row in range(len(ids))})
@@ -159,15 +175,20 @@ def _ours(model: InterleavedModel, ids: Tensor, compiled: bool) -> Phases:
     return (write,)
 
 
-def _condition(model: InterleavedModel) -> Phases:
+def _condition(model: InterleavedModel, engine: FusedDecode | None = None) -> Phases:
     """Prepare what the LLM is asked for behind a prompt when an image is drawn, and what the head makes of it."""
     decoder, head = Decoder(model.backbone), model.head
+    if (mapper := copy.deepcopy(getattr(head, "mapper", None))) and engine:
+        map_in_half(SimpleNamespace(mapper=mapper), model.backbone)
     with torch.inference_mode():
         state = _read(decoder, torch.zeros(1, PROMPT, dtype=torch.long, device=model.device))[:, -1:]
     context = DrawContext(state, head.spec.image_options(), lambda use: torch.Generator())
 
     @torch.inference_mode()
     def condition() -> None:
+        model.backbone.engine = engine  # other ways are timed in turn
+        if mapper:
+            head.mapper = mapper
         decoder.cut(0, PROMPT)
         drawing, last, response = head.draw(context), state, None
         while not isinstance(request := drawing.send(response), Step):
@@ -216,6 +237,10 @@ def _images(model: InterleavedModel, backend: Backend, exported: Path | None, co
 
 def _answer(decoder: Decoder, request: Forced | Embeds | Sample, state: Tensor) -> Response:
     """Answer a head as the scheduler does; `state` (1, 1, D) predicts the next token."""
+    if isinstance(request, Forced) and request.then:
+        embeds = decoder.backbone.embed(torch.tensor([request.ids], device=decoder.device), [])
+        hidden, (output,) = decoder.run([0], embeds, state, request)
+        return Response(hidden, request.ids, output)
     if not isinstance(request, Sample):
         ids = request.ids if isinstance(request, Forced) else ()
         embeds = request.embeds if not ids else decoder.backbone.embed(torch.tensor([ids], device=decoder.device), [])

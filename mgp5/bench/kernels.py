@@ -58,6 +58,13 @@ def cases(pixels: int) -> Iterator[Case]:
     yield Case("gated_adaln", "8192x1536", _random(hidden, hidden, row, row, row, eps=1e-6))
     yield Case("rms_norm", "196608x64", _random(heads, heads, (64,), (64,), eps=1e-6))
     yield Case("deformable", "1024x3x16x4x8", _deformable)
+    # Of LLaMA 7B, for one row and for eight: the products of a layer and of the LM head, and attention of 256 slots.
+    for rows in (1, 8):
+        for outputs, width in ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (32064, 4096)):
+            yield Case("row_linear", f"{rows}x{width} to {outputs}", _random((rows, width), (outputs, width)))
+        yield Case("row_norm", f"{rows}x4096", _random((rows, 4096), (4096,), eps=1e-5))
+        yield Case("rotary_cache", f"{rows}x32x128", partial(_rotary_cache, rows), written=(3, 4))
+        yield Case("token_attention", f"{rows}x32x256x128", partial(_token_attention, rows))
 
 
 def kernel_rows(bench: Bench, pixels: tuple[int, ...] = (512, 768)) -> Iterator[Row]:
@@ -158,6 +165,24 @@ def _deformable(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     places = (0.5 + 0.1 * _normal(1, tokens, 3, 16, 4, 8, 2)).to(device)
     weights = _normal(1, tokens, 3, 16, 4, 8).to(device)
     return value, places, weights, [side for side in sides for _ in range(2)]
+
+
+def _cache(rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Make keys and values (1, 32, 256, 128), and the rows and slots of the last tokens."""
+    slots = torch.arange(256 - rows, 256, device=device)
+    return [*_normal(2, 1, 32, 256, 128).to(device, dtype), torch.zeros_like(slots), slots]
+
+
+def _rotary_cache(rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Make queries, keys and values of new tokens, their angles, and a cache as large as what they write."""
+    keys, values, row, slot = _cache(rows, device, dtype)
+    angles = _normal(2, rows, 128).to(device, dtype)
+    new = _normal(rows, 3 * 4096).to(device, dtype)
+    return new, *angles, keys[:, :, -rows:].contiguous(), values[:, :, -rows:].contiguous(), row, slot - slot[0]
+
+
+def _token_attention(rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return _normal(rows, 32, 128).to(device, dtype), *_cache(rows, device, dtype), 256, 128**-0.5
 
 
 def _guided_step(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

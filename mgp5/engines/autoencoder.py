@@ -13,8 +13,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ..device import record
 from ..files import GiB
-from .cuda_graph import GRAPHS, record
+from .cuda_graph import GRAPHS
 from .fused import fuse_layers
 from .layers import Ops, lay_out, require, share_weights
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..device import record
 from ..generators.denoising import DenoisingState
 from ..kernels.guided_step import step_rows
 from .precomputed import PrecomputedDenoiser
@@ -96,26 +97,6 @@ class GraphedStep:
 
     def _capture(self, kind: Kind) -> Callable[[], None]:
         return record(partial(self._advance, kind), self.pool, self.step.zero_)[0]
-
-
-def record(
-    work: Callable[[], Any], pool: Any, before: Callable[[], Any] = lambda: None
-) -> tuple[Callable[[], None], Any]:
-    """Record work as a CUDA graph; return what replays it, and what it returned, which a replay writes anew.
-
-    First it runs on another stream, where compilers and libraries choose their kernels, each time after `before`.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):
-            before()
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph, pool=pool):
-        outputs = work()
-    return graph.replay, outputs
 
 
 class StepGraphs:

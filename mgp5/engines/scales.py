@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import record
 from ..errors import Mgp5Error
 from ..options import Backend
 from . import BackendChoice, check_exported, keep_compiled, select_backend
-from .cuda_graph import record
 from .engine import operations
 from .exported import Session, open_folder, sessions
 

@@ -82,9 +82,15 @@ class TrainRule(NamedTuple):
 
 @dataclass(frozen=True)
 class Forced:
-    """Read these tokens in one forward (MiniGPT-5: the run of vokens)."""
+    """Read these tokens in one forward (MiniGPT-5: the run of vokens; others: one that begins or ends an image).
+
+    `then` makes the response's `output` of the states (r, 1 + T, D) before the first and after each token of r images.
+    On a GPU both are one CUDA graph, where `capturable` says that `then` neither waits for the host nor copies to it.
+    """
 
     ids: tuple[int, ...]
+    then: Callable[[Tensor], Tensor] | None = None
+    capturable: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +147,7 @@ class Response:
 
     hidden: Tensor | None = None  # (1, T, D)
     ids: tuple[int, ...] = ()  # tokens that were read or sampled
-    output: Any = None  # of a Step
+    output: Any = None  # of a Step, or of `Forced.then`
 
 
 @dataclass(frozen=True)

@@ -196,10 +196,14 @@ class MiniGPT5Head(DiffusionHead):
         Yields a `Forced`, a `Step` to begin, to denoise (each with a `Preview`) and to decode. Returns pixels (3, H, W)
         in [-1, 1]. Raises Mgp5Error as `check` does.
         """
-        response = yield Forced(self.ids)
-        hidden = torch.cat([context.state, response.hidden], dim=1)  # (1, 1 + K, D): the trigger is at 1
-        condition = self.mapper(predicting_states(hidden, [0], [1], self.num_vokens))  # (1, L, C)
-        return (yield from self.denoise(condition, context))
+        response = yield Forced(self.ids, self.map_states, capturable=isinstance(self.mapper, FeatureMapper))
+        return (yield from self.denoise(response.output, context))
+
+    def map_states(self, states: Tensor) -> Tensor:  # (P, 1 + K, D) -> (P, L, C)
+        """Return the conditions of P runs, from the states before the run and after each of its tokens."""
+        images, start = len(states), states.shape[1] - self.num_vokens
+        predicting = predicting_states(states, range(images), [start] * images, self.num_vokens)
+        return self.mapper(predicting)
 
 
 def mapper_for(llm_width: int, generator: LatentDiffusion, inner: int | None = None, **layers: Any) -> MapperConfig:

@@ -20,13 +20,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..backbones import SideInputs
 from ..backbones.kv_cache import SMALLEST, causal_mask, read
+from ..device import record
+from .graphs import DecodeBuffers, RunBuffers
 from .token_sampling import PAUSED, SamplingParams, penalise, sample
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
+    from ..engines.decode import FusedDecode
+    from ..heads import Forced
 
 TOKENS_PER_SYNC = 8  # on a GPU
-GRAPHS = 6  # kept; each holds little memory, as all share one pool
+GRAPHS = 24  # kept; each holds little memory, as all share one pool
 
 
 @dataclass
@@ -70,7 +74,8 @@ class Decoder:
         self.cache = backbone.new_cache(rows)
         self._sides: tuple[list[Tensor | None], SideInputs | None] = [], None  # of rows, and padded
         self._axes: tuple[int, ...] = ()  # (3,) where positions have time, height and width
-        self._graphs: dict[tuple[int, SamplingMode], Callable[[], None]] = {}
+        self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._seen: set[tuple[Any, ...]] = set()  # shapes of runs
         self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
         self._buffers: dict[int, DecodeBuffers] = {}  # by number of rows
         with torch.inference_mode(False):
@@ -112,11 +117,48 @@ class Decoder:
             self.rows[row].position += embeds.shape[1]
         return hidden
 
+    def run(
+        self, rows: Sequence[int], embeds: Tensor, before: Tensor, run: Forced
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:  # (r, k, D), and for each row (1, ...)
+        """Read the embeddings (r, k, E) of a run as `feed` does; return its states, and what `run.then` makes of those
+        `before` it (r, 1, D) and its own. On a GPU both are one CUDA graph when a shape comes the second time, where
+        they can be captured."""
+        side, length = self._side(rows, embeds.shape[1]), embeds.shape[1]
+        key = known = None
+        if side is None and run.capturable and self._captures:
+            width = self._width([self.rows[row].length for row in rows], length)
+            key = len(rows), length, width, run.then
+            known = key in self._seen
+            self._seen.add(key)
+        if not known:
+            hidden = self.feed(rows, embeds)
+            if not run.then:
+                return hidden, [None] * len(rows)
+            return hidden, [run.then(states) for states in torch.cat([before, hidden], dim=1).split(1)]
+        starts = torch.tensor([[self.rows[row].length, self.rows[row].position] for row in rows], device=self.device)
+        ends = starts.T[..., None] + torch.arange(length, device=self.device)  # (2, r, k)
+        inputs = embeds, before, torch.tensor(rows, device=self.device), ends[0] + self.cache.prefix_length, ends[1]
+
+        def make() -> tuple[RunBuffers, Callable[[], Any]]:
+            buffers = RunBuffers(inputs, partial(self._run, width, run.then))
+            idle = partial(buffers.inputs[3].fill_, self.cache.index.capacity - 1)
+            return buffers, self._replayed(buffers, idle)
+
+        buffers, replay = self._graph(key, make)
+        buffers.load(inputs)
+        replay()
+        for row in rows:
+            self.rows[row].length += length
+            self.rows[row].position += length
+        hidden, *output = (result.clone() for result in buffers.results)  # the next graph may overwrite them
+        return hidden, output[0].split(1) if output else [None] * len(rows)
+
     def pick(self, states: dict[int, Tensor]) -> dict[int, int]:
         """Sample a token of each row from the state (D,) that predicts it."""
         rows = sorted(states)
         buffers = self._load(dict.fromkeys(rows, 0), rows, 1)
-        tokens = self._sample(buffers, torch.stack([states[row] for row in rows]), self._mode(rows))
+        hidden = torch.stack([states[row] for row in rows])
+        tokens = self._sample(buffers, hidden, self._mode(rows), self.backbone.logits)
         return dict(zip(rows, tokens.tolist(), strict=True))
 
     def steps(self, tokens: dict[int, int], count: int) -> dict[int, tuple[list[int], Tensor]]:
@@ -126,9 +168,7 @@ class Decoder:
         sampled tokens, of which the last is not read yet, and the states (n, D) that predict them.
         """
         rows = sorted(tokens) if self.bucket == 1 else list(range(len(self.rows)))
-        end = max(self.rows[row].length for row in tokens) + self.cache.prefix_length + count
-        self._reserve(end)
-        width = end if self.bucket == 1 else max(self.bucket, 1 << (end - 1).bit_length())
+        width = self._width([self.rows[row].length for row in tokens], count)
         advance = self._advance(rows, width, self._mode(tokens))
         buffers = self._load(tokens, rows, count)
         for _ in range(count):
@@ -143,6 +183,16 @@ class Decoder:
         params = [self.rows[row].sampling for row in rows]
         greedy = [each.temperature == 0 for each in params]
         return SamplingMode(not all(greedy), any(greedy), any(each.penalty != 1 for each in params))
+
+    @property
+    def _captures(self) -> bool:
+        return self.on_gpu and self.backbone.capturable
+
+    def _width(self, lengths: Sequence[int], count: int) -> int:
+        """Return how many slots rows of these lengths see when they read `count` more tokens; make room for them."""
+        end = max(lengths) + self.cache.prefix_length + count
+        self._reserve(end)
+        return end if self.bucket == 1 else max(self.bucket, 1 << (end - 1).bit_length())
 
     def _reserve(self, length: int) -> None:
         if self.cache.reserve(length):
@@ -201,37 +251,65 @@ class Decoder:
         """Return what runs one step: on a GPU a CUDA graph, where the LLM can be captured."""
         buffers, side = self._buffers_for(len(rows)), self._side(rows, 1)
         step = partial(self._step, buffers, width, mode, side)
-        if side is not None or not (self.on_gpu and self.backbone.capturable):
+        if side is not None or not self._captures:
             return step
-        key = width, mode
-        graph = self._graphs.pop(key, None) or self._capture(step, buffers)
-        self._graphs[key] = graph
+        pause = partial(buffers.pause, self.cache.index.capacity - 1)
+        return self._graph((width, mode), lambda: self._replayed(step, pause))
+
+    def _replayed(self, work: Callable[[], Any], before: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what replays work as a CUDA graph; the work itself on a CPU."""
+        return record(work, self._pool, before)[0] if self._pool else work
+
+    def _graph(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return the graph of a key, made where it is not kept; the one that was used longest ago is dropped."""
+        self._graphs[key] = graph = self._graphs.pop(key, None) or make()
         while len(self._graphs) > GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
         return graph
+
+    def _engine(self, tokens: int, side: SideInputs | None) -> FusedDecode | None:
+        """Return what runs a forward of so many tokens by fused kernels, None for the LLM itself."""
+        engine = self.backbone.engine
+        return engine if engine is not None and side is None and engine.takes(tokens) else None
+
+    def _run(
+        self, width: int, then: Callable[[Tensor], Tensor] | None, embeds: Tensor, before: Tensor, *places: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Read tokens (r, k, E) at rows (r,), slots (r, k) and positions (r, k), by what `run` captures."""
+        rows, slots, positions = places
+        engine = self._engine(slots.numel(), None)
+        self.cache.index.at(rows, slots, width, len(rows) == len(self.rows))
+        mask = None if engine else causal_mask(slots, width, embeds.dtype)
+        positions = positions.expand(*self._axes, *positions.shape)
+        hidden = (engine or self.backbone)(embeds, positions, mask, self.cache)
+        return (hidden, then(torch.cat([before, hidden], dim=1))) if then else (hidden,)
 
     def _step(self, buffers: DecodeBuffers, width: int, mode: SamplingMode, side: SideInputs | None) -> None:
         """Read a token of each row and sample the next; all that changes lies in buffers."""
         if mode.penalised:
             self.generated[buffers.rows, buffers.token] |= buffers.active.bool()
         embeds, slots = self.backbone.embed(buffers.token[:, None], []), buffers.slot[:, None]
-        mask = causal_mask(slots, width, embeds.dtype)
+        engine = self._engine(len(buffers.rows), side)
+        mask = None if engine else causal_mask(slots, width, embeds.dtype)
         self.cache.index.at(buffers.rows, slots, width, len(buffers.rows) == len(self.rows))
         positions = buffers.position[:, None].expand(*self._axes, -1, 1)
-        language = self._language if side is None else partial(self.backbone, side=side)
+        language = engine or (self._language if side is None else partial(self.backbone, side=side))
         hidden = language(embeds, positions, mask, self.cache)[:, 0]
-        chosen = self._sample(buffers, hidden, mode)
+        chosen = self._sample(buffers, hidden, mode, (engine or self.backbone).logits)
         buffers.states.index_copy_(0, buffers.step, hidden[None])
         buffers.tokens.index_copy_(0, buffers.step, chosen[None])
         buffers.step += 1
         buffers.counters += buffers.active
         buffers.token.copy_(chosen)
 
-    def _sample(self, buffers: DecodeBuffers, states: Tensor, mode: SamplingMode) -> Tensor:  # (r,)
+    def _sample(
+        self, buffers: DecodeBuffers, states: Tensor, mode: SamplingMode, head: Callable[[Tensor], Tensor]
+    ) -> Tensor:  # (r,)
+        """Sample a token from each state (r, D) by its logits, which `head` computes."""
         banned, generated = self.banned, self.generated
         if len(buffers.rows) < len(self.rows):
             banned, generated = banned[buffers.rows], generated[buffers.rows]
-        logits = self.backbone.logits(states).float().masked_fill(banned, -torch.inf)  # (r, V)
+        logits = head(states).float().masked_fill(banned, -torch.inf)  # (r, V)
         if mode.penalised:
             logits = penalise(logits, generated, buffers.penalty)
         if not mode.random:
@@ -239,40 +317,6 @@ class Decoder:
         numbers = buffers.numbers.index_select(0, buffers.step)[0, :, None]
         sampled = sample(logits, buffers.temperature, buffers.top_p, numbers, buffers.top_k)
         return torch.where(buffers.random[:, 0] > 0, sampled, logits.argmax(-1)) if mode.greedy else sampled
-
-    def _capture(self, step: Callable[[], None], buffers: DecodeBuffers) -> Callable[[], None]:
-        """Record a step, after some on another stream, where libraries choose their kernels; all rows pause."""
-        buffers.active.zero_()
-        buffers.slot.fill_(self.cache.index.capacity - 1)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(3):
-                buffers.step.zero_()
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        buffers.step.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
-            step()
-        return graph.replay
-
-
-class DecodeBuffers:
-    """Buffers of r rows that decode together; their addresses stay, as a CUDA graph needs."""
-
-    def __init__(self, rows: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):
-            # (5, r): row, slot, rotary position, whether it is active, and the token to be read
-            self.integers = torch.zeros(5, rows, dtype=torch.long, device=device)
-            # (5 + n, r): temperature, whether it was not 0, top_p, penalty, top_k, a number in [0, 1) for each step
-            self.settings = torch.ones(5 + tokens, rows, device=device)
-            self.tokens = torch.zeros(tokens, rows, dtype=torch.long, device=device)  # (n, r), sampled
-            self.states = torch.zeros(tokens, rows, width, dtype=dtype, device=device)  # (n, r, D), that predict them
-            self.step = torch.zeros(1, dtype=torch.long, device=device)  # steps since the last sync
-            self.rows, self.slot, self.position, self.active, self.token = self.integers
-            self.temperature, self.random, self.top_p, self.penalty, self.top_k = self.settings[:5, :, None]
-            self.counters, self.numbers = self.integers[1:3], self.settings[5:]
 
 
 def _compiled(backbone: Backbone, on_gpu: bool) -> Callable[..., Tensor]:

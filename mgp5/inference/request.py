@@ -161,8 +161,8 @@ class ActiveRequest:
             embeds, keys = torch.cat([first, embeds], dim=1), own + keys
         return embeds, keys
 
-    def take_run(self, hidden: Tensor, keys: list[Key]) -> None:
-        """Take the states (1, k, D) after a run was read."""
+    def take_run(self, hidden: Tensor, keys: list[Key], output: Any = None) -> None:
+        """Take the states (1, k, D) after a run was read, and what `Forced.then` made of them."""
         self.session.append(hidden, keys)
         ids = self.need.ids if isinstance(self.need, Forced) else ()
         if self.token is not None:
@@ -173,7 +173,7 @@ class ActiveRequest:
         elif self.drawing is None:  # the last text token before an image that must come
             self._begin_image()
         else:
-            self._draw(Response(hidden=hidden, ids=ids))
+            self._draw(Response(hidden=hidden, ids=ids, output=output))
 
     def take_output(self, output: Any) -> None:
         """Take the output of a Step; an exception ends the reply."""

@@ -131,13 +131,19 @@ class Scheduler:
             self._advance(requests[row], requests[row].take, token, states[row])
 
     def _read(self, requests: dict[int, ActiveRequest]) -> None:
-        """Read tokens or embeddings in one forward, of all rows that read as many as the first."""
+        """Read tokens or embeddings in one forward, of all rows that read as many as the first, for the same end."""
         runs = {row: request.run() for row, request in sorted(requests.items())}
-        length = len(next(iter(runs.values()))[1])
-        rows = [row for row, (_, keys) in runs.items() if len(keys) == length]
-        hidden = self.decoder.feed(rows, torch.cat([runs[row][0] for row in rows]))  # (r, k, D)
-        for row, states in zip(rows, hidden.split(1), strict=True):
-            self._advance(requests[row], requests[row].take_run, states, runs[row][1])
+        ends = {row: (len(keys), getattr(requests[row].need, "then", None)) for row, (_, keys) in runs.items()}
+        first = next(iter(runs))
+        rows = [row for row in runs if ends[row] == ends[first]]
+        embeds, outputs = torch.cat([runs[row][0] for row in rows]), [None] * len(rows)
+        if isinstance(requests[first].need, Forced):
+            before = torch.cat([requests[row].session.state for row in rows])
+            hidden, outputs = self.decoder.run(rows, embeds, before, requests[first].need)  # (r, k, D)
+        else:  # of shapes that seldom come again
+            hidden = self.decoder.feed(rows, embeds)
+        for row, states, output in zip(rows, hidden.split(1), outputs, strict=True):
+            self._advance(requests[row], requests[row].take_run, states, runs[row][1], output)
 
     def _decode(self, requests: dict[int, ActiveRequest]) -> None:
         """Decode some tokens of each row; those behind the end of its text are dropped."""

@@ -154,6 +154,9 @@ def _answer(request: Request, head: Head, width: int) -> Response:
     match request:
         case Step(key=key, inputs=inputs):
             return Response(output=head.step(key, [inputs])[0])
+        case Forced(ids=ids, then=then) if then:
+            states = torch.zeros(1, 1 + len(ids), width, device="meta")
+            return Response(states[:, 1:], ids, then(states))
         case Forced(ids=ids):
             pass
         case Sample(allowed=allowed):
