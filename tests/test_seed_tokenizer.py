@@ -180,7 +180,8 @@ def test_stage_two_trains_what_follows_the_embeddings(kind):
     without = {name.split(".")[0] for name, value in model.named_parameters() if value.grad is None}
     assert without == {"causal"}
     model.eval()
-    terms = model.stage_losses("tokenizer", features(), target=target)
+    terms = model.stage_losses("tokenizer", features(), target=target, weights=(1.0, 2.0, 3.0))
+    assert [weight for _, weight in terms.values()] == [1.0, 2.0, 3.0, 0.0]
     torch.testing.assert_close(terms["condition"][0], F.mse_loss(model.condition(codes), target))
     rebuilt = F.cosine_similarity(model.reconstruct(codes), model.embeddings(features()), dim=-1)
     torch.testing.assert_close(terms["reconstruction"][0], 1 - rebuilt.mean())

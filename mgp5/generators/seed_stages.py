@@ -20,6 +20,7 @@ from ..errors import Mgp5Error, raise_all
 
 QuantizerLoss = Literal["paper", "legacy"]
 Detokenizer = Literal["text", "image", "image-mlp"]
+WEIGHTS = (5.0, 2.0, 0.5)  # of stage II: quantizer, reconstruction, condition (released code; the paper has none)
 USAGE_DECAY, DEAD, SPLIT = 0.97, 0.05, 0.05  # of the average of hits; below it a code is split; noise over deviation
 BETA = 0.25  # of the commitment term (van den Oord et al., arXiv 1711.00937, eq. 3)
 
@@ -224,7 +225,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, vectors: Tensor) -> Quantized:
         """Quantize vectors (N, K, E) with the straight-through estimator."""
-        counted = hasattr(self, "usage") and self.training
+        counted = hasattr(self, "usage") and self.training and not vectors.is_meta  # an estimate has no numbers
         if counted:
             self.split()
         codes = self.nearest(vectors)

@@ -20,6 +20,7 @@ from transformers import Blip2ForImageTextRetrieval, Blip2VisionModel, CLIPImage
 from ..errors import Mgp5Error
 from ..hub import explain, from_hub
 from .seed_stages import (
+    WEIGHTS,
     CausalQFormer,
     CodeDecoder,
     CodeMLP,
@@ -100,12 +101,13 @@ class SeedTokenizer(nn.Module):
         texts: tuple[Tensor, Tensor] | None = None,  # ids and mask (N, T) of the captions, for stage I
         gather: Callable[[Tensor], Tensor] | None = None,  # (N, P) -> (M, P), the same of all other processes
         target: Tensor | None = None,  # (N, L, C), the frozen generator's condition of caption or image, for stage II
+        weights: tuple[float, float, float] = WEIGHTS,  # of stage II
     ) -> Terms:
         """Return the loss terms of a stage and their weights; "codebook" has weight 0: it is the share of codes in use.
 
-        Stage I is the contrastive loss alone. Stage II has weights 5, 2 and 0.5 (released code; the paper names the
-        terms only): the quantizer's loss, 1 - cosine of causal embeddings and their reconstruction, and the mean
-        squared error of the condition. Raises Mgp5Error if the stage's input is missing, or there is no such stage.
+        Stage I is the contrastive loss alone. Stage II weighs the quantizer's loss, 1 - cosine of causal embeddings and
+        their reconstruction, and the mean squared error of the condition. Raises Mgp5Error if the stage's input is
+        missing, or there is no such stage.
         """
         if stage == "tokenizer-contrastive" and texts is not None and self.config.text_vocab:
             return {"contrastive": (self._contrastive(features, texts, gather), 1.0)}
@@ -116,12 +118,8 @@ class SeedTokenizer(nn.Module):
             distance = 1 - F.cosine_similarity(rebuilt, embeddings.float(), dim=-1).mean()
             error = F.mse_loss(self._generate(entries).float(), target.float())
             used = torch.zeros(self.config.codes, device=codes.device).index_fill(0, codes.flatten(), 1).mean()
-            return {
-                "quantizer": (loss, 5.0),
-                "reconstruction": (distance, 2.0),
-                "condition": (error, 0.5),
-                "codebook": (used, 0.0),
-            }
+            losses = zip((loss, distance, error, used), (*weights, 0.0), strict=True)
+            return dict(zip(("quantizer", "reconstruction", "condition", "codebook"), losses, strict=True))
         needs = "tokenizer-contrastive takes texts and a text path, tokenizer a target"
         raise Mgp5Error(f"no losses of stage {stage!r} for these inputs, expected one of {', '.join(STAGES)}", needs)
 

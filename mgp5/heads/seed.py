@@ -193,7 +193,7 @@ class SeedHead(DiffusionHead):
             more = {"texts": self.texts(batch.captions, config.text_tokens, features.device)}
             more["gather"] = gather_others if batch.together else None
         else:
-            more = {"target": self._condition_target(batch)}
+            more = {"target": self._condition_target(batch), "weights": config.tokenizer_weights}
         terms = self.tokenizer.stage_losses(config.stage, features, **more)
         return Losses({k: v for k, (v, _) in terms.items()}, {k: weight for k, (_, weight) in terms.items()})
 

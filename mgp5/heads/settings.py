@@ -8,7 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from ..config import ModelConfig, TrainConfig, unknown_words
 from ..errors import Mgp5Error, raise_all
-from ..generators.seed_stages import SeedTokenizerConfig
+from ..generators.seed_stages import WEIGHTS, SeedTokenizerConfig
 from ..generators.var import ClassMode, VARConfig
 from ..options import kinds_of
 from . import HEADS, head_class
@@ -31,6 +31,7 @@ class SeedTrainConfig(TrainConfig):
 
     norms: bool = False  # also train the norms of the LLM, as the release does
     both_ways: bool = False  # of captions half are learnt whole as caption and image, half as image and caption
+    tokenizer_weights: tuple[float, float, float] = WEIGHTS  # of its losses: quantizer, reconstruction, condition
     text_tokens: int = 32  # to which captions are cut in the contrastive stage
     unconditional: Literal["zeros", "text", "codes"] = "text"
     text_tokenizer: str = ""

@@ -129,7 +129,8 @@ def _seed_demo(stage: str) -> SeedTrainConfig:
     common = {"accumulation": 1, "warmup": 100, "checkpointing": False, "guidance_dropout": 0.0, "tokenizer": tokenizer}
     common |= {"text_weight": 1.0, "schedule": "cosine"}
     if stage.startswith("tokenizer"):
-        return SeedTrainConfig(stage=stage, lr=5e-4, rows_lr=0.0, batch=64, **common)
+        rates = {"lr": 1e-3 if stage == "tokenizer" else 5e-4, "rows_lr": 0.0}
+        return SeedTrainConfig(stage=stage, batch=64, tokenizer_weights=(1.0, 1.0, 5.0), **rates, **common)
     lora = LoraConfig(rank=16, alpha=32, dropout=0.0, targets=SEVEN)
     data = DataConfig(bare_captions=stage == "pretrain", instruct_every=0)
     both = stage == "pretrain"
