@@ -6,12 +6,14 @@ width of a code, L and C length and width of a generator's condition, T text tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2QFormerModel
@@ -209,7 +211,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def split(self) -> None:
         """Make codes of less than DEAD hits near copies of those that have most, and share the hits between both
-        (Linde, Buzo and Gray, 1980). Nothing but the state decides, so that all processes do the same."""
+        (Linde, Buzo and Gray, 1980). Nothing but the state decides, which all processes share."""
         order, table = self.usage.argsort(), self.codebook.weight
         count = min(int((self.usage < DEAD).sum()), int((self.usage > 1).sum()))
         dead, full = order[:count], order.flip(0)[:count]
@@ -223,14 +225,17 @@ class VectorQuantizer(nn.Module):
         table = self.codebook.weight.double()
         return (table.square().sum(1) - 2 * vectors.double() @ table.T).argmin(-1)
 
-    def forward(self, vectors: Tensor) -> Quantized:
-        """Quantize vectors (N, K, E) with the straight-through estimator."""
+    def forward(self, vectors: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Quantized:
+        """Quantize vectors (N, K, E) with the straight-through estimator; `gather` as in `SeedTokenizer.stage_losses`,
+        without which several processes count no hits."""
         counted = hasattr(self, "usage") and self.training and not vectors.is_meta  # an estimate has no numbers
+        counted = counted and (gather is not None or not dist.is_initialized() or dist.get_world_size() == 1)
         if counted:
             self.split()
         codes = self.nearest(vectors)
         if counted:
             hits = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage)
+            hits = hits if gather is None else hits + gather(hits[None]).sum(0)
             self.usage.lerp_(hits / hits.mean(), 1 - USAGE_DECAY)
         entries, vectors = self.codebook(codes).float(), vectors.float()
         codebook = F.mse_loss(entries, vectors.detach())

@@ -113,7 +113,7 @@ class SeedTokenizer(nn.Module):
             return {"contrastive": (self._contrastive(features, texts, gather), 1.0)}
         if stage == "tokenizer" and target is not None:
             embeddings = self.embeddings(features)
-            entries, codes, loss = self.quantizer(self.encode_layer(embeddings))
+            entries, codes, loss = self.quantizer(self.encode_layer(embeddings), gather)
             rebuilt = self._reconstruct(entries).float()
             distance = 1 - F.cosine_similarity(rebuilt, embeddings.float(), dim=-1).mean()
             error = F.mse_loss(self._generate(entries).float(), target.float())

@@ -191,10 +191,10 @@ class SeedHead(DiffusionHead):
         features = self._backbone[0].vision_tokens({"pixel_values": batch.targets["vision"]})
         if config.stage == "tokenizer-contrastive":
             more = {"texts": self.texts(batch.captions, config.text_tokens, features.device)}
-            more["gather"] = gather_others if batch.together else None
         else:
             more = {"target": self._condition_target(batch), "weights": config.tokenizer_weights}
-        terms = self.tokenizer.stage_losses(config.stage, features, **more)
+        gather = gather_others if batch.together else None
+        terms = self.tokenizer.stage_losses(config.stage, features, gather=gather, **more)
         return Losses({k: v for k, (v, _) in terms.items()}, {k: weight for k, (_, weight) in terms.items()})
 
     @torch.no_grad()
