@@ -95,6 +95,10 @@ TURNS = {  # before the last message: as clients send it, and as little as it sa
         [{"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}],
         [{"role": "assistant", "content": "a"}],
     ),
+    "strings as parts": (
+        [{"role": "user", "content": ["a", "b"]}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+    ),
     "of other APIs": (
         [{"role": "assistant", "content": [{"type": "output_text", "text": "a", "cache_control": {"type": "b"}}]}],
         [{"role": "assistant", "content": "a"}],

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+from functools import reduce
 from io import BytesIO
+from operator import add
 
 import openai
 import pytest
@@ -272,3 +274,55 @@ def test_an_item_that_is_an_image_alone_is_seen(client):
         for before in ([], [call], [call, call])
     ]
     assert counts == sorted(set(counts))
+
+
+LANGCHAIN = {  # settings of ChatOpenAI, the body's fields
+    "chat": ({}, {}),
+    "chat in parts": ({}, {"response_format": {"type": "parts"}}),
+    "responses": ({"use_responses_api": True}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", LANGCHAIN)
+def test_langchain_reads_streams_and_sends_back(server, mixed, kind):
+    langchain, (seed, response) = pytest.importorskip("langchain_openai"), mixed
+    settings, body = LANGCHAIN[kind]
+    settings = {"base_url": server.url, "api_key": "none", "max_retries": 0, "max_tokens": 120} | settings
+    model = langchain.ChatOpenAI(model="tiny", stream_usage=True, extra_body=FAST | {"seed": seed} | body, **settings)
+
+    def said(message):
+        parts = [message.content] if isinstance(message.content, str) else message.content
+        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+        urls = [part.get("image_url", {}).get("url", "").partition("base64,")[2] for part in parts]
+        return [part.get("text") or part.get("result") or url for part, url in zip(parts, urls, strict=True)]
+
+    whole, streamed = model.invoke("hello"), reduce(add, model.stream("hello"))
+    assert said(whole) == said(streamed) == (["\n\n".join(told(response)[::2])] if kind == "chat" else told(response))
+    assert whole.usage_metadata == streamed.usage_metadata
+    assert whole.usage_metadata["output_tokens"] == response.usage.output_tokens
+    further = [model.invoke([("human", "hello"), one, ("human", "and then?")]) for one in (whole, streamed)]
+    counts = [one.usage_metadata["input_tokens"] for one in further]
+    assert said(further[0]) == said(further[1]) and counts[0] == counts[1] > whole.usage_metadata["input_tokens"]
+
+
+def test_litellm_reads_streams_and_sends_back(server, mixed, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks for a list of prices as it is imported
+    litellm, (seed, response) = pytest.importorskip("litellm"), mixed
+    fields = {"model": "openai/tiny", "api_base": server.url, "api_key": "none", "extra_body": FAST | {"seed": seed}}
+
+    def ask(messages=HELLO, **more):
+        return litellm.completion(messages=messages, max_tokens=120, **fields, **more)
+
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
+    whole, streamed = ask(), litellm.stream_chunk_builder(chunks)
+    messages = [one.choices[0].message for one in (whole, streamed)]
+    assert {one.content for one in messages} == {"\n\n".join(told(response)[::2])}
+    assert [image["image_url"]["url"].partition("base64,")[2] for image in messages[0].images] == told(response)[1::2]
+    assert messages[0].images == messages[1].images
+    assert whole.usage.completion_tokens == streamed.usage.completion_tokens == response.usage.output_tokens
+    counts = [ask([*HELLO, one.model_dump(), *HELLO]).usage.prompt_tokens for one in messages]
+    assert counts[0] == counts[1] > whole.usage.prompt_tokens
+    more = {"input": "hello", "max_output_tokens": 120} | fields
+    *_, last = litellm.responses(stream=True, **more)
+    for one in (litellm.responses(**more), last.response):
+        assert told(Response.construct(**one.model_dump())) == told(response)

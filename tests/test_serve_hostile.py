@@ -181,6 +181,11 @@ def test_an_error_says_in_words_where_it_is(server):
     for fields, told in (
         ({"messages": [*HELLO, {"role": "assistant", "content": 5}]}, "messages.1.content: expected a valid string or"),
         ({"messages": [{"role": "user", "content": shown}]}, "messages.0.content.0.image_url.url: missing"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0: expected a part with a"),
+        (
+            {"messages": [{"role": "user", "content": [5]}]},
+            "messages.0.content.0: expected an object or a valid string",
+        ),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: expected 'system', 'developer', 'user'"),
         ({"tools": [{"type": "function"}]}, "tools: not supported here, expected [], or leave it out"),
         ({"tempreature": 1}, "tempreature: not a field of this request, leave it out"),

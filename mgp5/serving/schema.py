@@ -176,9 +176,9 @@ def _words(error: dict[str, Any]) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return "expected an object"
         case "union_tag_not_found":
-            return "a part without type"
+            return "expected a part with a type"
         case "union_tag_invalid":
-            return f"a part of another type than {error['ctx']['expected_tags']}"
+            return f"expected a part of type {error['ctx']['expected_tags']}"
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
 
 

@@ -57,14 +57,15 @@ class ChatMessage(Body):
 
     neutral = OF_MESSAGES
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | list[ContentPart] | None = None
+    content: Words | list[ContentPart | Words] | None = None  # strings: LangChain joins a stream to such a list
     images: list[PlacedImage] | None = Field(None, description="of a reply, as it came")
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """Text and images in order."""
         if not isinstance(self.content, str):
-            return [*(self.content or ()), *(self.images or ())]
+            given = [_text_part(part) if isinstance(part, str) else part for part in self.content or ()]
+            return [*given, *(self.images or ())]
         parts: list[TextPart | ImagePart] = []
         text, start = self.content, 0
         for image in sorted(self.images or (), key=lambda one: len(text) if one.offset is None else one.offset):
