@@ -279,6 +279,7 @@ def test_an_item_that_is_an_image_alone_is_seen(client):
 LANGCHAIN = {  # settings of ChatOpenAI, the body's fields
     "chat": ({}, {}),
     "chat in parts": ({}, {"response_format": {"type": "parts"}}),
+    "chat in parts, v1": ({"output_version": "v1"}, {"response_format": {"type": "parts"}}),
     "responses": ({"use_responses_api": True}, {}),
 }
 
@@ -294,7 +295,8 @@ def test_langchain_reads_streams_and_sends_back(server, mixed, kind):
         parts = [message.content] if isinstance(message.content, str) else message.content
         parts = [{"text": part} if isinstance(part, str) else part for part in parts]
         urls = [part.get("image_url", {}).get("url", "").partition("base64,")[2] for part in parts]
-        return [part.get("text") or part.get("result") or url for part, url in zip(parts, urls, strict=True)]
+        keys = "text", "result", "base64"
+        return [next(filter(None, map(part.get, keys)), url) for part, url in zip(parts, urls, strict=True)]
 
     whole, streamed = model.invoke("hello"), reduce(add, model.stream("hello"))
     assert said(whole) == said(streamed) == (["\n\n".join(told(response)[::2])] if kind == "chat" else told(response))

@@ -178,9 +178,11 @@ def test_bodies(server):
 
 def test_an_error_says_in_words_where_it_is(server):
     shown = [{"type": "image_url", "image_url": {"link": "a"}}]
+    more = [{"type": "image_url", "image_url": "a", "link": "a"}]
     for fields, told in (
         ({"messages": [*HELLO, {"role": "assistant", "content": 5}]}, "messages.1.content: expected a valid string or"),
         ({"messages": [{"role": "user", "content": shown}]}, "messages.0.content.0.image_url.url: missing"),
+        ({"messages": [{"role": "user", "content": more}]}, "messages.0.content.0.link: not a field of this request"),
         ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0: expected a part with a"),
         (
             {"messages": [{"role": "user", "content": [5]}]},

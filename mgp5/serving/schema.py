@@ -152,7 +152,9 @@ def _path(error: dict[str, Any], value: Any) -> list[str]:
     """Return where in a body an error is: names and numbers that lead there, without pydantic's names of types."""
     path: list[str] = []
     steps, missing = error["loc"], error["loc"][-1:] if error["type"] == "missing" else ()
-    for step in steps[: len(steps) - len(missing)]:
+    for step, after in zip(steps[: len(steps) - len(missing)], (*steps[1:], None), strict=False):
+        if isinstance(value, dict) and value.get("type") == step and after in value:
+            continue  # it says which part of a union was meant, and is a field's name too
         if isinstance(value, dict) and step not in value and OTHER_NAMES.get(step) in value:
             step = OTHER_NAMES[step]
         inside = isinstance(value, dict) and step in value

@@ -15,7 +15,7 @@ from .schema import ANY, Body, Count, Words, check_bound, refused
 
 OF_MESSAGES = {"name": ANY, "annotations": ANY, "tool_calls": ([],)}
 OF_PARTS = dict.fromkeys(
-    ("cache_control", "prompt_cache_breakpoint", "detail", "format", "annotations", "logprobs"), ANY
+    ("cache_control", "prompt_cache_breakpoint", "detail", "format", "annotations", "logprobs", "index"), ANY
 )
 
 
@@ -48,7 +48,6 @@ ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 class PlacedImage(ImagePart):
     """An image of a reply that is sent back: it stands behind so many characters of the text, or at its end."""
 
-    index: Count | None = None
     offset: Count | None = None
 
 
