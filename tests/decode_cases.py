@@ -63,7 +63,9 @@ def test_token_attention(heads, groups, width, slots, dtype, monkeypatch):
     assert_equals(*pair, query, *cache, *places, width=max(slots) + 1, scale=width**-0.5)
 
 
-@pytest.mark.parametrize("name", ["Llama-grouped", "Llama-biased", "Qwen3"])
+@pytest.mark.parametrize(
+    "name", ["Llama-grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Llama-biased", "Qwen3"))]
+)
 def test_decoding_in_place(name, monkeypatch):
     backbone = tiny_language(name, device=DEVICE)
     cases = ([3], 1), ([4, 1], 2)

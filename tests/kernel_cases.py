@@ -23,7 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 FLOW = FlowSchedule()
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="kernels are not interpreted on a GPU")
-dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+TYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+dtypes = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def draw(*shape, dtype=torch.float32, mean=0.0, seed=0):
@@ -291,7 +292,7 @@ def test_kernels_in_place(make):
 
 
 @interpreted
-@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("linear", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_frozen_unet_in_place_keeps_losses_and_gradients(linear):
     diffusion = smallest(use_linear_projection=linear)
     latents = draw(3, *diffusion.latent_shape(*[diffusion.native_size] * 2))

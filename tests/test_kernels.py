@@ -20,11 +20,18 @@ CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_kernels_match_their_references(where, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "which"),
+    [
+        ("interpreter", "not slow"),
+        pytest.param("interpreter", "slow", marks=pytest.mark.slow),
+        pytest.param("gpu", "slow or not slow", marks=pytest.mark.gpu),
+    ],
+)
+def test_kernels_match_their_references(where, which, tmp_path):
     pytest.importorskip("triton")
     cases = HERE / "kernel_cases.py", HERE / "decode_cases.py"
-    command = [sys.executable, "-m", "pytest", *cases, "--rootdir", HERE.parent, "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *cases, "--rootdir", HERE.parent, "--tb=short", "-m", which]
     settings = {"OMP_NUM_THREADS": "1"}
     settings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
     found = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)

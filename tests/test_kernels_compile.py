@@ -2,8 +2,8 @@
 
 Triton is given a driver that compiles for a card and launches nothing; so what is compiled is what would be launched,
 with the alignment of real tensors. The compiler (ptxas) reports registers, stack and spills. Every kernel is compiled
-for two cards, each time for some of its shapes and types; `pytest -m slow tests/test_kernels_compile.py` takes all
-cards, shapes and types (10 minutes on one core).
+for one card, for some of its shapes and types; `pytest -m slow tests/test_kernels_compile.py` takes all cards, shapes
+and types (10 minutes on one core).
 """
 
 import contextlib
@@ -222,7 +222,11 @@ def some_cases(turn):
 
 @pytest.mark.parametrize(
     ("capability", "every"),
-    [(75, False), (90, False), *(pytest.param(card, True, marks=pytest.mark.slow) for card in CARDS)],
+    [
+        (90, False),
+        pytest.param(75, False, marks=pytest.mark.slow),
+        *(pytest.param(card, True, marks=pytest.mark.slow) for card in CARDS),
+    ],
 )
 def test_kernels_compile_without_spills(capability, every, compile_for):
     kernels = set()

@@ -307,6 +307,7 @@ def test_langchain_reads_streams_and_sends_back(server, mixed, kind):
     assert said(further[0]) == said(further[1]) and counts[0] == counts[1] > whole.usage_metadata["input_tokens"]
 
 
+@pytest.mark.slow  # its import alone takes 5 seconds
 def test_litellm_reads_streams_and_sends_back(server, mixed, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks for a list of prices as it is imported
     litellm, (seed, response) = pytest.importorskip("litellm"), mixed
