@@ -1,7 +1,9 @@
-"""Train the tiny VQ-VAE of demo-vargpt: 128x128 pixels <-> 130 codes of six scales; L1 + L2 + codebook losses."""
+"""Train the tiny VQ-VAE of demo-vargpt: 128x128 pixels <-> 130 codes of six scales; L1 + L2 + codebook losses, and with
+--tower a perceptual one: the mean squared difference of a frozen vision tower's last states, each of unit variance."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -9,6 +11,9 @@ import numpy as np
 import torch
 from fit import Run, device, fit, step_generator
 from renders import renders, right, scores, to_pixels
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
 
 from mgp5.generators.vqvae import VQVAE, VQVAEConfig
 from mgp5.storyland.judge import Judge, load_judge
@@ -23,6 +28,24 @@ CONFIG = VQVAEConfig(
     layers_per_block=1,
     norm_groups=4,
 )
+
+
+def perceptual(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance of images (B, 3, H, W) in [-1, 1] to others, as the vision tower of a LLaVA sees them."""
+    tower = LlavaForConditionalGeneration.from_pretrained(folder).model.vision_tower.to(device()).requires_grad_(False)
+
+    def states(pixels: Tensor) -> Tensor:
+        side = tower.config.image_size
+        resized = functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        states = tower(pixel_values=resized).last_hidden_state  # the demo's tower has mean and deviation 0.5
+        return functional.layer_norm(states, states.shape[-1:])
+
+    def distance(made: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = states(pixels)
+        return functional.mse_loss(states(made), target)
+
+    return distance
 
 
 @torch.no_grad()
@@ -45,17 +68,19 @@ def evaluate(vqvae: VQVAE, judge: Judge, pictures: np.ndarray, rows: np.ndarray)
 @click.option("--batch", default=4)
 @click.option("--lr", default=1e-3)
 @click.option("--images", default=20000, help="Number of training renders; tests take 512.")
-def main(work: Path, steps: int, minutes: float, batch: int, lr: float, images: int) -> None:
+@click.option("--tower", type=click.Path(path_type=Path), help="Folder of a LLaVA: its vision tower gives a loss too.")
+def main(work: Path, steps: int, minutes: float, batch: int, lr: float, images: int, tower: Path | None) -> None:
     pictures, _ = renders(work, "train", images)
     test, rows = renders(work, "test", 512)
     torch.manual_seed(0)
-    vqvae, judge = VQVAE(CONFIG).to(device(), memory_format=torch.channels_last), load_judge().to(device())
+    vqvae, judge = VQVAE(CONFIG).to(device()), load_judge().to(device())
+    seen = perceptual(tower) if tower else None
 
     def loss(step: int) -> dict[str, torch.Tensor]:
         generator = step_generator(step, 3)
         chosen = torch.randint(len(pictures), (batch,), generator=generator).numpy()
-        x = to_pixels(pictures[chosen]).to(device(), memory_format=torch.channels_last)
-        terms, quantized = vqvae.losses(x)
+        x = to_pixels(pictures[chosen]).to(device())
+        terms, quantized = vqvae.losses(x, seen)
         vqvae.quantizer.restart_dead_codes(quantized.residuals, generator)
         return terms
 
