@@ -106,12 +106,21 @@ def test_codes_are_cached_and_those_of_another_tokenizer_are_refused(home):
 def test_scripts_of_storyland_measure_and_pack_it(home, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples/storyland"))
     import pack
+    import seed
     from measure import head
 
     def script(main, *args: object) -> None:
         done = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
         assert done.exit_code == 0, done.output
 
+    first, sizes = (
+        home / "tokenizer-contrastive",
+        ("--steps", 3, "--sharp", 1, "--noisy", 1, "--images", 8, "--batch", 2),
+    )
+    script(seed.main, "--work", home / "kept", "--model", first, "--out", home / "second", "--steps", 3, *sizes)
+    before, after = (load(folder).head.tokenizer for folder in (first, home / "second"))
+    for name in ("causal.queries", "quantizer.codebook.weight", "reverse.projection.weight"):
+        assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
     script(pack.main, "--share", "../base", "--run", home / "finetune", "--out", home / "packed", "--guidance", 2)
     packed = load(home / "packed")
     assert (packed.config.mllm, packed.config.guidance) == (str(home / "base/mllm"), 2.0)

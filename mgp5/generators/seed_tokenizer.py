@@ -112,16 +112,25 @@ class SeedTokenizer(nn.Module):
         if stage == "tokenizer-contrastive" and texts is not None and self.config.text_vocab:
             return {"contrastive": (self._contrastive(features, texts, gather), 1.0)}
         if stage == "tokenizer" and target is not None:
-            embeddings = self.embeddings(features)
-            entries, codes, loss = self.quantizer(self.encode_layer(embeddings), gather)
-            rebuilt = self._reconstruct(entries).float()
-            distance = 1 - F.cosine_similarity(rebuilt, embeddings.float(), dim=-1).mean()
-            error = F.mse_loss(self._generate(entries).float(), target.float())
-            used = torch.zeros(self.config.codes, device=codes.device).index_fill(0, codes.flatten(), 1).mean()
-            losses = zip((loss, distance, error, used), (*weights, 0.0), strict=True)
-            return dict(zip(("quantizer", "reconstruction", "condition", "codebook"), losses, strict=True))
+            return self.code_losses(self.embeddings(features), target, weights, gather)
         needs = "tokenizer-contrastive takes texts and a text path, tokenizer a target"
         raise Mgp5Error(f"no losses of stage {stage!r} for these inputs, expected one of {', '.join(STAGES)}", needs)
+
+    def code_losses(
+        self,
+        embeddings: Tensor,  # (N, K, W), frozen
+        target: Tensor,  # (N, L, C)
+        weights: tuple[float, float, float] = WEIGHTS,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> Terms:
+        """Return the loss terms of stage II for causal embeddings; arguments as in `stage_losses`."""
+        entries, codes, loss = self.quantizer(self.encode_layer(embeddings), gather)
+        rebuilt = self._reconstruct(entries).float()
+        distance = 1 - F.cosine_similarity(rebuilt, embeddings.float(), dim=-1).mean()
+        error = F.mse_loss(self._generate(entries).float(), target.float())
+        used = torch.zeros(self.config.codes, device=codes.device).index_fill(0, codes.flatten(), 1).mean()
+        losses = zip((loss, distance, error, used), (*weights, 0.0), strict=True)
+        return dict(zip(("quantizer", "reconstruction", "condition", "codebook"), losses, strict=True))
 
     def _contrastive(
         self, features: Tensor, texts: tuple[Tensor, Tensor], gather: Callable[[Tensor], Tensor] | None

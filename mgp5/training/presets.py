@@ -123,7 +123,7 @@ def _seed_release(stage: str) -> SeedTrainConfig:
 def _seed_demo(stage: str) -> SeedTrainConfig:
     """Return the numbers of the tiny model: see examples/storyland."""
     tokenizer = SeedTokenizerConfig(
-        width=128, heads=4, causal_layers=4, codes=512, code_width=16, split_codes=True, block_layers=2,
+        width=128, heads=4, causal_layers=4, codes=1024, code_width=16, split_codes=True, block_layers=2,
         reverse_layers=3, dropout=0.0,
     )  # fmt: skip
     common = {"accumulation": 1, "warmup": 100, "checkpointing": False, "guidance_dropout": 0.0, "tokenizer": tokenizer}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,13 @@ def tokens(model: InterleavedModel, pictures: list[pil.Image]) -> Tensor:  # (B,
     return model.backbone.vision_tokens(model.backbone.preprocess(pictures))
 
 
+def paint(model: InterleavedModel, condition: Tensor, steps: int) -> Tensor:  # (B, L, C) -> (B, 3, H, W) in [-1, 1]
+    head, seeds = model.head, [torch.Generator().manual_seed(number) for number in range(len(condition))]
+    options = {"guidance": model.config.guidance, "steps": steps, "sampler": head.spec.image_options().sampler}
+    *_, latents = head.generator.draw(condition, head.unconditional(condition), generators=seeds, **options)
+    return head.generator.decode(latents)
+
+
 def coder_of(model: InterleavedModel | VQVAE, steps: int) -> Coder | None:
     """The codes of a SEED, or of a VQ-VAE, which may be that of a VARGPT; None of others."""
     head = getattr(model, "head", None)
@@ -79,14 +87,10 @@ def coder_of(model: InterleavedModel | VQVAE, steps: int) -> Coder | None:
     if not isinstance(head, SeedHead):
         return None
 
-    def paint(codes: Tensor) -> Tensor:
-        condition, how = head.condition(codes), head.spec.image_options()
-        seeds = [torch.Generator().manual_seed(number) for number in range(len(codes))]
-        options = {"guidance": model.config.guidance, "steps": steps, "sampler": how.sampler, "generators": seeds}
-        *_, latents = head.generator.draw(condition, head.unconditional(condition), **options)
-        return head.generator.decode(latents)
+    def imagine(codes: Tensor) -> Tensor:
+        return paint(model, head.condition(codes), steps)
 
-    return Coder(head.config.tokenizer.codes, lambda pictures: head.tokenizer.encode(tokens(model, pictures)), paint)
+    return Coder(head.config.tokenizer.codes, lambda pictures: head.tokenizer.encode(tokens(model, pictures)), imagine)
 
 
 def judged(judge: Judge, pictures: list[pil.Image], scenes: list[Scene]) -> dict[str, float]:  # shares read right
@@ -178,12 +182,23 @@ def words(model: InterleavedModel, judge: Judge, world: World, batch: int, steps
 @click.option("--pictures", default=500, show_default=True, help="B, from the test split.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--steps", default=20, show_default=True, help="Denoising steps, where the head has them.")
+@click.option("--guidance", type=float, help="Not the model's own: Storyland wants 1.5, not 7.5.")
 @click.option("--tokenizer-only", is_flag=True, help="Leave out what the LLM is asked for.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
-def main(model: str, pictures: int, batch: int, steps: int, tokenizer_only: bool, out: Path | None) -> None:
+def main(
+    model: str,
+    pictures: int,
+    batch: int,
+    steps: int,
+    guidance: float | None,
+    tokenizer_only: bool,
+    out: Path | None,
+) -> None:
     """Measure a model on test pictures of Storyland."""
     whole = not (Path(model) / CONFIG).is_file()
     opened = load(model, backend=None) if whole else VQVAE.load(model).eval()
+    if whole and guidance is not None:
+        opened.config = replace(opened.config, guidance=guidance)
     judge, world, found = load_judge(), World.of(pictures), {"model": model, "pictures": pictures}
     if coder := coder_of(opened, steps):
         found |= reconstruction(coder, judge, world, batch)
