@@ -18,6 +18,8 @@ from .world import ATTRIBUTES, Scene, Split, held_out, random_scene
 
 DRAW = ("Please draw {it}.", "Can you show me {it}?", "Paint {it}.", "Could you draw {it}?",
         "I would like to see {it}.", "{it}")  # fmt: skip
+SHORT = ("a {it}", "a {it}", "{it}", "{it}", "A {it}!", "A {it}, please.", "a {it} please", "I want a {it}.",
+         "Draw a {it}.", "Please draw a {it}.")  # fmt: skip
 NEXT = ("And {it}.", "Now draw {it}.", "Now {it}, please.", "Next, {it}.", "{it}")
 BACK = ("Back to the {colour} {species}.", "Now the {colour} {species} again.", "Show me the {colour} {species} again.")
 MANY = ("Draw {number} {species}.", "Can you draw {number} {species}?", "Now {number} {species}, please.")
@@ -58,6 +60,7 @@ ASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 OTHER = 0.25  # share of turns that are about another character
 OPEN = 0.15  # how often a drawing leaves colour, or place, to the reply
+BARE = 0.25  # how often it asks for "a green frog" and no more
 GREET = (("Hello!", "Hi there!", "Good morning!"), ("Hello! What shall I draw?", "Hi! What would you like to see?"))
 THANK = (("Thank you!", "Thanks a lot!", "That is lovely, thank you."), ("You are welcome.", "You are welcome, bye!"))
 PRAISE = (("That looks great!", "How cute!"), ("I am glad that you like it.", "I am happy to hear that."))
@@ -150,6 +153,8 @@ def _pictured(rng: random.Random, scene: Scene, full: bool = False, hide: frozen
 
 
 def _drawing(rng: random.Random, scene: Scene, she: str, requests: tuple[str, ...] = DRAW) -> list[Turn]:
+    if rng.random() < BARE:
+        return _bare(rng, scene)
     for name, usual, share in (("wears", "nothing", 0.4), ("action", "stands", 0.35), ("weather", "sunny", 0.2)):
         if rng.random() < share:
             scene = replace(scene, **{name: usual})
@@ -163,13 +168,19 @@ def _drawing(rng: random.Random, scene: Scene, she: str, requests: tuple[str, ..
     return [Turn("user", request), Turn("assistant", reply, scene)]
 
 
+def _bare(rng: random.Random, scene: Scene) -> list[Turn]:
+    scene = _alone(scene)
+    request = rng.choice(SHORT).format(it=f"{scene.colour} {scene.species}")
+    return [Turn("user", request), Turn("assistant", f"Here is {_short(scene)}.", scene)]
+
+
 def _other(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Turn]:
     """Ask for a new character, at times for several of a kind, of which one is drawn."""
     new = scene
     while _who(new) == _who(scene):
         new = random_scene(rng, split)
     if rng.random() < 0.15:
-        new = replace(new, wears="nothing", prop="nothing", action="stands", weather="sunny")
+        new = _alone(new)
         kind = "foxes" if new.species == "fox" else f"{new.species}s"
         request = rng.choice(MANY).format(number=rng.choice(NUMBERS), species=kind)
         return [Turn("user", request), Turn("assistant", f"{ONE} Here is {_short(new)}.", new)]
@@ -179,6 +190,10 @@ def _other(rng: random.Random, scene: Scene, split: Split, she: str) -> list[Tur
 def _back(rng: random.Random, scene: Scene, she: str) -> list[Turn]:
     request = rng.choice(BACK).format(**scene.attributes())
     return [Turn("user", request), Turn("assistant", _here(rng, scene, she), scene)]
+
+
+def _alone(scene: Scene) -> Scene:
+    return replace(scene, wears="nothing", prop="nothing", action="stands", weather="sunny")
 
 
 def _who(scene: Scene) -> tuple[str, str]:
