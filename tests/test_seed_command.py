@@ -113,11 +113,9 @@ def test_scripts_of_storyland_measure_and_pack_it(home, monkeypatch):
         done = CliRunner().invoke(main, list(map(str, args)), catch_exceptions=False)
         assert done.exit_code == 0, done.output
 
-    first, sizes = (
-        home / "tokenizer-contrastive",
-        ("--steps", 3, "--sharp", 1, "--noisy", 1, "--images", 8, "--batch", 2),
-    )
-    script(seed.main, "--work", home / "kept", "--model", first, "--out", home / "second", "--steps", 3, *sizes)
+    first, sizes = home / "tokenizer-contrastive", {"steps": 3, "sharp": 1, "noisy": 1, "images": 8, "batch": 2}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    script(seed.main, "--work", home / "kept", "--model", first, "--out", home / "second", *options)
     before, after = (load(folder).head.tokenizer for folder in (first, home / "second"))
     for name in ("causal.queries", "quantizer.codebook.weight", "reverse.projection.weight"):
         assert not torch.equal(before.get_parameter(name), after.get_parameter(name))

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from mgp5.files import replacing
 from mgp5.generators.seed_stages import contrastive_loss
 from mgp5.generators.seed_tokenizer import SeedTokenizer
 from mgp5.heads.batch import from_pixels
@@ -35,9 +36,10 @@ from mgp5.model import InterleavedModel
 from mgp5.storyland.judge import load_judge
 from mgp5.storyland.tell import caption
 from mgp5.storyland.world import ATTRIBUTES, rng
+from mgp5.training.presets import preset
 
 NOISE = 0.2, 0.7  # at first and at last, over the deviation of what the quantizer will see
-WEIGHTS = (1.0, 1.0, 5.0)  # of quantizer, reconstruction and condition, as in the preset
+WEIGHTS = preset("tokenizer", "demo", "seed").tokenizer_weights
 KIND = [list(ATTRIBUTES).index(name) for name in ("species", "colour", "place")]
 SAMPLE = 4000  # pictures whose embeddings tell the first whitening, and the codebook
 SHOWN = 48  # pictures that an evaluation draws
@@ -61,7 +63,8 @@ def keep(model: InterleavedModel, work: Path, images: int) -> dict[str, Tensor]:
             features.append(model.backbone.vision_tokens(model.backbone.preprocess(shown)).half())
             conditions.append(model.head.generator.encode_text(told[start : start + 64]).half())
         parts = {"features": torch.cat(features), "conditions": torch.cat(conditions), "ids": ids, "mask": mask}
-        save_file(parts, path)
+        with replacing(path) as part:
+            save_file(parts, part)
     return load_file(path)
 
 
